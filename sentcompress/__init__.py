@@ -1,0 +1,72 @@
+"""sentcompress makes decoder LLMs think a sentence at a time (SentenceVAE / SLLM, arXiv 2408.00655).
+
+``import sentcompress`` is cheap: torch is imported only when a name that needs it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sentcompress.contracts import (
+        Backbone,
+        Dataset,
+        DatasetOptions,
+        Document,
+        Fusion,
+        Metric,
+        Options,
+        Reconstruction,
+        Segmenter,
+        SegmenterOptions,
+    )
+    from sentcompress.hookspecs import hookimpl
+    from sentcompress.modeling import SentenceLM, SentenceLMConfig, SentenceVAE, SentenceVAEConfig
+
+__version__ = "0.1.0"
+
+_CONTRACTS = (
+    "Backbone",
+    "Dataset",
+    "DatasetOptions",
+    "Document",
+    "Fusion",
+    "Metric",
+    "Options",
+    "Reconstruction",
+    "Segmenter",
+    "SegmenterOptions",
+)
+_EXPORTS = {name: "sentcompress.contracts" for name in _CONTRACTS} | {
+    "hookimpl": "sentcompress.hookspecs",
+    "SentenceLM": "sentcompress.modeling",
+    "SentenceLMConfig": "sentcompress.modeling",
+    "SentenceVAE": "sentcompress.modeling",
+    "SentenceVAEConfig": "sentcompress.modeling",
+}
+
+__all__ = [
+    "Backbone",
+    "Dataset",
+    "DatasetOptions",
+    "Document",
+    "Fusion",
+    "Metric",
+    "Options",
+    "Reconstruction",
+    "Segmenter",
+    "SegmenterOptions",
+    "SentenceLM",
+    "SentenceLMConfig",
+    "SentenceVAE",
+    "SentenceVAEConfig",
+    "__version__",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

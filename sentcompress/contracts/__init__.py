@@ -1,0 +1,37 @@
+"""What a plugin author subclasses. Importing this package does not import torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sentcompress.contracts.dataset import Dataset, DatasetOptions, Document
+from sentcompress.contracts.metric import Metric, Reconstruction
+from sentcompress.contracts.options import Component, Options
+from sentcompress.contracts.segmenter import Segmenter, SegmenterOptions
+
+if TYPE_CHECKING:
+    from sentcompress.contracts.backbone import Backbone
+    from sentcompress.contracts.fusion import Fusion
+
+_NEED_TORCH = {"Fusion": "sentcompress.contracts.fusion", "Backbone": "sentcompress.contracts.backbone"}
+
+__all__ = [
+    "Backbone",
+    "Component",
+    "Dataset",
+    "DatasetOptions",
+    "Document",
+    "Fusion",
+    "Metric",
+    "Options",
+    "Reconstruction",
+    "Segmenter",
+    "SegmenterOptions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

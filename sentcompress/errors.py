@@ -1,0 +1,81 @@
+"""Every error a user can cause, each with the exit code the command line ends with.
+
+A message says what is wrong and where; ``fix`` says what to do about it. Both are shown without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SentCompressError(Exception):
+    """Base of all errors that are the user's to see. Exit code 1: the run failed."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+
+
+class RunError(SentCompressError):
+    """A run that had started could not go on."""
+
+
+class NumericsError(RunError):
+    """A loss or gradient became NaN or infinite."""
+
+
+class OutOfMemoryError(RunError):
+    """The device or the machine has too little memory for the settings."""
+
+
+class StorageError(RunError):
+    """A file could not be written or read: disk full, no permission, device gone."""
+
+
+class CausalityError(RunError):
+    """A model sees the future, so its quality figures would be worthless."""
+
+
+class CoverageError(RunError):
+    """A scorer could not show that every byte of the text was charged exactly once."""
+
+
+class InputError(SentCompressError):
+    """Bad usage, a bad recipe or bad input. Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be used as it stands."""
+
+
+class DataError(InputError):
+    """A corpus that cannot be read as asked."""
+
+
+class ModelFolderError(InputError):
+    """A folder that does not hold the model that was asked for, or holds it damaged."""
+
+
+class OfflineError(InputError):
+    """Something must come from the hub and the hub cannot be reached."""
+
+
+class PluginError(SentCompressError):
+    """A plugin that was asked for is missing or broken. Exit code 3."""
+
+    exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
