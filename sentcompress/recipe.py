@@ -1,0 +1,371 @@
+"""A recipe is one experiment: the parts and the stages. Its models, and how it is read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sentcompress.errors import RecipeError, did_you_mean
+from sentcompress.registry import describe_validation_error, get_registry
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ComponentSpec(Section):
+    """A plugin's component by name, with its options."""
+
+    name: str
+    """Registered name (``sentcompress plugins`` lists them)."""
+    options: dict[str, Any] = {}
+    """Options of the component, checked by its own ``Options`` class."""
+
+
+class BackboneSpec(ComponentSpec):
+    """The decoder LLM."""
+
+    name: str = "opt"
+    """Backbone adapter."""
+    model: str = "opt-tiny"
+    """Alias, hub name or local folder of the LLM."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """``random`` keeps only the configuration and tokenizer: for speed and memory work without weights."""
+
+
+class VAESpec(Section):
+    """Shape of the sentence encoder and decoder (paper section 3.1)."""
+
+    encoder_layers: int = Field(default=1, ge=1)
+    """Self-attention blocks of the sentence encoder."""
+    decoder_layers: int = Field(default=1, ge=1)
+    """Blocks of the sentence decoder."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Attention heads; null takes the backbone's."""
+    feedforward_multiple: float = Field(default=2.0, gt=0)
+    """Feed-forward width as a multiple of hidden (the paper: 2)."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout in the blocks (the paper: 0.1)."""
+    conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
+    """How the decoder is told what to write: the paper's cross-attention, a vector added, or prefix positions."""
+    tie_embeddings: bool = False
+    """One matrix for encoder embedding, decoder embedding and output head (the paper: three)."""
+    init: Literal["random", "embeddings"] = "random"
+    """``embeddings`` starts the token embeddings (and head) from the backbone's, where widths agree."""
+
+
+class TrainingSettings(Section):
+    """What every training stage has."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Linear warm-up; null takes 5% of the steps. Then cosine to ``final_learning_rate_share``."""
+    final_learning_rate_share: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end as a share of the peak."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW weight decay (the paper: 0.01)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm is clipped to this (the paper: 1)."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Micro-batches a step."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of averaged weights, which are then what is evaluated and saved; null turns it off."""
+    precision: Precision = "auto"
+    """``auto`` measures fp32 against bf16 once on this machine and says what it chose."""
+    gradient_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between held-out figures; null evaluates at the end only."""
+    eval_batches: int = Field(default=8, ge=1)
+    """Held-out batches an evaluation."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; null saves at the end and on Ctrl-C only."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+class PretrainSettings(TrainingSettings):
+    """Token-level pretraining of a small backbone from nothing."""
+
+    config: dict[str, Any] = {}
+    """Fields of the transformers configuration of ``backbone.name``, such as hidden_size."""
+    vocab_size: int = Field(default=4096, ge=300)
+    """Size of the byte-level BPE trained on the training documents."""
+    sequence_length: int = Field(default=256, ge=8)
+    """Tokens a sequence."""
+    sequences_per_batch: int = Field(default=16, ge=1)
+    """Sequences a micro-batch."""
+
+
+class TrainVAESettings(TrainingSettings):
+    """Self-supervised training of the SentenceVAE (paper section 3.1)."""
+
+    sentences_per_batch: int = Field(default=128, ge=1)
+    """Sentences a micro-batch (the paper: 128)."""
+    loss: Literal["focal", "cross-entropy"] = "focal"
+    """The paper's focal loss, or plain cross-entropy."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """Focusing parameter (the paper: 2)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of probability spread over the vocabulary."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Weight of a KL term towards N(0, 1); 0 is the paper's deterministic model."""
+    kl_floor: float = Field(default=0.0, ge=0)
+    """Nats a latent dimension below which the KL term does not push (free bits)."""
+    latent_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise added to the latents in training."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters for ``tune: lora`` (through peft)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the adapters."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on their input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Linear modules of the backbone to adapt."""
+
+
+class GraftSettings(TrainingSettings):
+    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+
+    vae: str | None = None
+    """Folder of a trained SentenceVAE; null takes the one of this run."""
+    tune: Literal["full", "lora", "frozen", "last-n"] = "full"
+    """What of the backbone learns."""
+    last_n: int = Field(default=2, ge=1)
+    """Blocks that learn with ``tune: last-n``."""
+    lora: LoraSettings = LoraSettings()
+    """Adapters for ``tune: lora``."""
+    passages_per_batch: int = Field(default=8, ge=1)
+    """Passages a micro-batch (the paper: 1)."""
+    max_sentences: int = Field(default=64, ge=2)
+    """Sentences a passage (the paper: 64); longer documents become consecutive passages."""
+    overlap_sentences: int = Field(default=0, ge=0)
+    """Sentences a passage carries over from the one before it as context, not scored again."""
+    loss: Literal["focal", "cross-entropy"] = "focal"
+    """Token and stop loss."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """Focusing parameter (the paper: 2)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of probability spread over the vocabulary."""
+    stop_weight: float = Field(default=1.0, ge=0)
+    """Weight of the stop decisions' loss."""
+
+
+class BaselineSettings(Section):
+    """The equal-data twin: the same backbone, token by token, on the graft's passages for as many steps."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null takes the graft's."""
+    enabled: bool = True
+    """False leaves the twin out; reports then say that there is none."""
+
+
+class BenchSettings(Section):
+    """What ``bench all`` measures."""
+
+    metrics: list[Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]] = [
+        "causality",
+        "quality",
+        "reconstruct",
+        "speed",
+        "memory",
+        "data",
+    ]
+    """Parts of the benchmark."""
+    extra_metrics: list[ComponentSpec] = []
+    """Metric plugins run on the reconstructions."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Held-out documents scored; null scores all."""
+    max_bytes_per_document: int | None = Field(default=None, ge=200)
+    """Score the beginning of each document only, cut at a sentence; null scores all of it."""
+    max_sentences: int = Field(default=500, ge=1)
+    """Held-out sentences reconstructed."""
+    repeats: int = Field(default=5, ge=1)
+    """Alternating speed runs; medians are reported."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Prompt length of the speed runs."""
+    new_tokens: int = Field(default=128, ge=1)
+    """Tokens generated a speed run."""
+    batch_sizes: list[int] = [1]
+    """Batch sizes of the speed runs."""
+    samples: int = Field(default=3, ge=0)
+    """Generated samples in the report."""
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str
+    """Name shown in reports."""
+    description: str = ""
+    """One line for ``sentcompress recipes``."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds weights, batches and sampling."""
+    backbone: BackboneSpec = BackboneSpec()
+    """The decoder LLM."""
+    segmenter: ComponentSpec = ComponentSpec(name="regex")
+    """How text is cut into sentences."""
+    fusion: ComponentSpec = ComponentSpec(name="sum-norm")
+    """How a sentence's hidden states become its latents."""
+    vae: VAESpec = VAESpec()
+    """Shape of the sentence encoder and decoder."""
+    data: ComponentSpec = ComponentSpec(name="python-package")
+    """The corpus."""
+    pretrain: PretrainSettings | None = None
+    """Makes a backbone from nothing instead of the other stages."""
+    train_vae: TrainVAESettings = TrainVAESettings()
+    """First stage."""
+    graft: GraftSettings = GraftSettings()
+    """Second stage."""
+    baseline: BaselineSettings = BaselineSettings()
+    """The twin the graft is compared with."""
+    bench: BenchSettings = BenchSettings()
+    """Measurements."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_printable(cls, value: str) -> str:
+        if not value or not value.isprintable():
+            raise ValueError("must be a non-empty printable name")
+        return value
+
+    def check_components(self) -> None:
+        """Check names and options of every component against the registry.
+
+        Raises:
+            PluginError: a component is missing or broken.
+            RecipeError: an option is wrong.
+        """
+        registry = get_registry()
+        for kind, spec in (
+            ("segmenter", self.segmenter),
+            ("dataset", self.data),
+            ("fusion", self.fusion),
+            ("backbone", self.backbone),
+        ):
+            where = "data.options" if kind == "dataset" else f"{kind}.options"
+            if not spec.options and kind in ("fusion", "backbone"):
+                registry.owner(kind, spec.name)  # defaults are valid; loading the class would import torch
+            else:
+                registry.options(kind, spec.name, spec.options, where)
+        for i, spec in enumerate(self.bench.extra_metrics):
+            registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
+        if self.graft.overlap_sentences >= self.graft.max_sentences:
+            raise RecipeError(
+                f"graft.overlap_sentences: {self.graft.overlap_sentences} must be below graft.max_sentences "
+                f"({self.graft.max_sentences})"
+            )
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with any field; shown in every result."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: in the wheel, or in the repository of an editable install."""
+    packaged = Path(str(files("sentcompress"))) / "_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names as used on the command line (``quickstart``, ``paper/sllm-125m-h1``) and their files."""
+    folder = recipes_folder()
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a shipped name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    key = name.removeprefix("recipes/").removesuffix(".yaml")
+    if key in shipped:
+        return shipped[key]
+    raise RecipeError(
+        f"no recipe file '{name}', and no shipped recipe of that name.{did_you_mean(key, shipped)}",
+        fix="give the path of a YAML file, or a name that 'sentcompress recipes' lists",
+    )
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read, override (``a.b=value``) and check a recipe.
+
+    Raises:
+        RecipeError: naming the file, the field and the fix.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 (byte {error.start})", fix="save the recipe as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{place}: broken YAML: {problem}", fix="correct that line") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {type(raw).__name__}")
+    return build_recipe(raw, overrides or [], source=str(path))
+
+
+def build_recipe(raw: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """Check a recipe given as plain values."""
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Recipe(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        text = describe_validation_error(error, Recipe, "")
+        raise RecipeError("\n".join(f"{source}: {line}" for line in text.splitlines())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write field=value, such as --set graft.steps=100")
+    node: Any = raw
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    try:
+        node[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not valid YAML", fix="quote it") from None

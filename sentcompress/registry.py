@@ -1,0 +1,236 @@
+"""Finds plugins, guards their loading, and turns a name into a component."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import pluggy
+from pydantic import ValidationError
+
+from sentcompress import __version__, contracts, hookspecs
+from sentcompress.errors import PluginError, RecipeError, did_you_mean
+
+GROUP = "sentcompress"
+KINDS = {
+    "segmenter": "segmenters",
+    "fusion": "fusions",
+    "backbone": "backbones",
+    "dataset": "datasets",
+    "metric": "metrics",
+}
+"""Each kind of component, and the hook suffix and built-in package that serve it."""
+
+
+@dataclass
+class Plugin:
+    """One plugin package: an entry point, or one of our own folders."""
+
+    name: str
+    package: str
+    version: str
+    module: str
+    error: str | None = None
+    components: list[tuple[str, str]] = field(default_factory=list)
+    """``(kind, name)`` pairs it registered."""
+
+    @property
+    def status(self) -> str:
+        return "broken" if self.error else "ok"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A plugin's claim to a component name."""
+
+    plugin: Plugin
+    target: Any
+    """The class, or ``"module:Class"``."""
+
+
+class Registry:
+    """All plugins of this process. Broken ones are kept with their error and hurt nobody else."""
+
+    def __init__(self) -> None:
+        self.plugins: list[Plugin] = []
+        self._claims: dict[tuple[str, str], list[Claim]] = {}
+        for folder in KINDS.values():
+            self._load(Plugin(folder, "sentcompress", __version__, f"sentcompress.{folder}"))
+        for entry_point in _selected_entry_points():
+            dist = entry_point.dist
+            self._load(
+                Plugin(
+                    entry_point.name,
+                    dist.name if dist else "?",
+                    dist.version if dist else "?",
+                    entry_point.value,
+                )
+            )
+
+    def _load(self, plugin: Plugin) -> None:
+        self.plugins.append(plugin)
+        claims: list[tuple[str, str, Any]] = []
+        # A manager of its own for each plugin: a bad one is dropped whole, with nothing half-registered.
+        manager = pluggy.PluginManager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(importlib.import_module(plugin.module.partition(":")[0]), name=plugin.name)
+            manager.check_pending()
+            for kind, suffix in KINDS.items():
+
+                def register(name: str, cls: type | str, kind: str = kind) -> None:
+                    claims.append((kind, name, _checked_target(kind, name, cls)))
+
+                getattr(manager.hook, f"register_{suffix}")(register=register)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # a stranger's import may even call sys.exit()
+            plugin.error = f"{type(error).__name__}: {error}"
+            return
+        for kind, name, target in claims:
+            plugin.components.append((kind, name))
+            self._claims.setdefault((kind, name), []).append(Claim(plugin, target))
+
+    def names(self, kind: str) -> list[str]:
+        """Names registered for a kind, sorted."""
+        return sorted(name for k, name in self._claims if k == kind)
+
+    def broken(self) -> list[Plugin]:
+        return [plugin for plugin in self.plugins if plugin.error]
+
+    def collisions(self) -> dict[tuple[str, str], list[Plugin]]:
+        """Names that more than one plugin claims."""
+        return {key: [c.plugin for c in claims] for key, claims in self._claims.items() if len(claims) > 1}
+
+    def owner(self, kind: str, name: str) -> Plugin:
+        """The plugin that provides a component. Raises PluginError as :meth:`get` does."""
+        return self._claim(kind, name).plugin
+
+    def get(self, kind: str, name: str) -> type:
+        """Return the class of a component.
+
+        Raises:
+            PluginError: no plugin has it, two claim it, or the one that has it cannot be imported.
+        """
+        claim = self._claim(kind, name)
+        if not isinstance(claim.target, str):
+            return claim.target
+        module, _, attribute = claim.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            plugin = claim.plugin
+            raise PluginError(
+                f"{kind} '{name}' of package '{plugin.package}' {plugin.version} cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                fix=f"install what it needs, or reinstall it: pip install --upgrade {plugin.package}",
+            ) from error
+
+    def _claim(self, kind: str, name: str) -> Claim:
+        claims = self._claims.get((kind, name), [])
+        if len(claims) > 1:
+            both = " and ".join(f"'{c.plugin.package}' (plugin '{c.plugin.name}')" for c in claims)
+            raise PluginError(
+                f"{kind} '{name}' is claimed by {both}",
+                fix="uninstall one of them, or set SENTCOMPRESS_PLUGINS to the plugins to load",
+            )
+        if claims:
+            return claims[0]
+        message = f"no {kind} is called '{name}'.{did_you_mean(name, self.names(kind))}"
+        for plugin in self.broken():
+            message += f"\n  plugin '{plugin.name}' (package '{plugin.package}') is broken: {plugin.error}"
+        raise PluginError(
+            message,
+            fix=f"use one of {', '.join(self.names(kind))}, or install the plugin that has it "
+            "('sentcompress plugins' lists what is there)",
+        )
+
+    def options(self, kind: str, name: str, options: dict[str, Any] | None, where: str) -> Any:
+        """Check a component's options against its ``Options`` class and return the instance.
+
+        Args:
+            where: the field of the recipe the options stand in, for messages.
+        """
+        model = self.get(kind, name).Options  # type: ignore[attr-defined]
+        try:
+            return model(**(options or {}))
+        except ValidationError as error:
+            raise RecipeError(describe_validation_error(error, model, where)) from None
+
+    def create(self, kind: str, name: str, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        """Build a component from its name and raw options."""
+        checked = self.options(kind, name, options, f"{kind}.options")
+        return self.get(kind, name)(**arguments, options=checked)
+
+
+@cache
+def get_registry() -> Registry:
+    """The registry of this process, built on first use."""
+    return Registry()
+
+
+def _selected_entry_points() -> list[metadata.EntryPoint]:
+    """Entry points of our group; SENTCOMPRESS_PLUGINS=a,b restricts them by name (empty: none)."""
+    found = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value))
+    wanted = os.environ.get("SENTCOMPRESS_PLUGINS")
+    if wanted is None:
+        return found
+    names = {name.strip() for name in wanted.split(",") if name.strip()}
+    missing = names - {entry_point.name for entry_point in found}
+    if missing:
+        raise PluginError(
+            f"SENTCOMPRESS_PLUGINS names plugins that are not installed: {', '.join(sorted(missing))}",
+            fix="install them, or correct the variable",
+        )
+    return [entry_point for entry_point in found if entry_point.name in names]
+
+
+def _checked_target(kind: str, name: str, cls: Any) -> Any:
+    if not isinstance(name, str) or not name or name != name.strip():
+        raise TypeError(f"a {kind} must be registered under a name, not {name!r}")
+    if isinstance(cls, str):
+        if cls.count(":") != 1:
+            raise TypeError(f"{kind} '{name}': write 'module:Class', not {cls!r}")
+        return cls
+    contract = getattr(contracts, kind.capitalize())
+    if not (isinstance(cls, type) and issubclass(cls, contract)):
+        raise TypeError(f"{kind} '{name}' must be a subclass of sentcompress.{contract.__name__}, not {cls!r}")
+    return cls
+
+
+def describe_validation_error(error: ValidationError, model: type, where: str) -> str:
+    """Turn pydantic's error into lines that name the field, what is wrong, and the near miss."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        field_name = ".".join([where, *path] if where else path)
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            lines.append(
+                f"{field_name}: unknown key.{did_you_mean(path[-1], known)} Known keys: {', '.join(sorted(known))}"
+            )
+        elif item["type"] == "missing":
+            lines.append(f"{field_name}: required, but missing")
+        else:
+            lines.append(f"{field_name}: {item['msg']} (got {_short(item.get('input'))})")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields_at(model: Any, path: list[str]) -> list[str]:
+    """Field names of the nested model at a path."""
+    for part in path:
+        info = getattr(model, "model_fields", {}).get(part)
+        if info is None:
+            return []
+        candidates = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+    return list(getattr(model, "model_fields", {}))
