@@ -173,6 +173,10 @@ class GraftSettings(TrainingSettings):
     """Focusing parameter (the paper: 2)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of probability spread over the vocabulary."""
+    match_scale: bool = True
+    """Scale the latents to the size of the backbone's token embeddings, measured; false leaves them as they are."""
+    start_latent: bool = True
+    """A learned vector before each document, so that its first sentence is predicted too; the paper has none."""
     stop_weight: float = Field(default=1.0, ge=0)
     """Weight of the stop decisions' loss."""
 

@@ -1,0 +1,47 @@
+"""Attention pooling: k learned queries, k latents."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sentcompress.contracts import Fusion, Options
+
+
+class AttentionOptions(Options):
+    """Options of ``attention``."""
+
+    latents: int = Field(default=2, ge=1, le=64)
+    """Latents a sentence."""
+
+
+class AttentionPooling(Fusion):
+    """Each of k learned queries attends over the sentence's tokens: k latents."""
+
+    Options: ClassVar[type[Options]] = AttentionOptions
+
+    def __init__(self, hidden_size: int, options: Any | None = None) -> None:
+        super().__init__(hidden_size, options)
+        self.queries = nn.Parameter(torch.empty(self.options.latents, hidden_size))
+        self.key_proj = nn.Linear(hidden_size, hidden_size)
+        self.value_proj = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the queries."""
+        nn.init.normal_(self.queries)
+
+    @property
+    def latents(self) -> int:
+        return int(self.options.latents)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        hidden_states = hidden_states.masked_fill(~mask[:, :, None], 0.0)
+        queries = self.queries.to(hidden_states.dtype).expand(len(hidden_states), -1, -1)
+        keys, values = self.key_proj(hidden_states), self.value_proj(hidden_states)
+        return self.norm(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, :]))

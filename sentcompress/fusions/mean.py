@@ -1,0 +1,21 @@
+"""The mean of the hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sentcompress.contracts import Fusion
+
+
+class Mean(Fusion):
+    """Average the hidden states of a sentence and normalize: one latent."""
+
+    def __init__(self, hidden_size: int, options: Any | None = None) -> None:
+        super().__init__(hidden_size, options)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        total = hidden_states.masked_fill(~mask[:, :, None], 0.0).sum(1)
+        return self.norm(total / mask.sum(1, keepdim=True))[:, None]

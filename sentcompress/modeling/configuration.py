@@ -1,0 +1,137 @@
+"""Configurations of the two models: plain JSON, naming the plugins they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from sentcompress import __version__
+from sentcompress.registry import get_registry
+
+
+def plugin_record(kind: str, name: str) -> dict[str, str]:
+    """Which distribution provides a component: what loading needs to name when it is missing."""
+    plugin = get_registry().owner(kind, name)
+    return {"kind": kind, "name": name, "package": plugin.package, "version": plugin.version}
+
+
+class SentenceVAEConfig(PretrainedConfig):
+    """Shape of a SentenceVAE.
+
+    Args:
+        vocab_size: tokens of the backbone's tokenizer.
+        hidden_size: width ``H`` of latents and blocks.
+        num_heads: attention heads; must divide ``hidden_size``.
+        encoder_layers, decoder_layers: blocks.
+        feedforward_size: width of the feed-forward layers (the paper: ``2 * hidden_size``).
+        dropout: in the blocks.
+        conditioning: ``cross-attention``, ``add`` or ``prefix``.
+        fusion: name and options of the fusion plugin.
+        latents: vectors a sentence, ``k``; given by the fusion.
+        max_sentence_tokens: longest sentence.
+        tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
+        variational: predict a variance beside the latent (trained with a KL term).
+        segmenter: name, options and learned state of the segmenter plugin.
+        backbone: name of the adapter and model the tokenizer came from.
+        plugins: records of the plugins in use.
+    """
+
+    model_type = "sentence-vae"
+
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        hidden_size: int = 256,
+        num_heads: int = 8,
+        encoder_layers: int = 1,
+        decoder_layers: int = 1,
+        feedforward_size: int | None = None,
+        dropout: float = 0.1,
+        conditioning: str = "cross-attention",
+        fusion: dict[str, Any] | None = None,
+        latents: int = 1,
+        max_sentence_tokens: int = 64,
+        tie_embeddings: bool = False,
+        variational: bool = False,
+        layer_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        segmenter: dict[str, Any] | None = None,
+        backbone: dict[str, Any] | None = None,
+        plugins: list[dict[str, str]] | None = None,
+        sentcompress_version: str = __version__,
+        bos_token_id: int = 2,
+        eos_token_id: int = 2,
+        pad_token_id: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide hidden_size {hidden_size}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.encoder_layers = encoder_layers
+        self.decoder_layers = decoder_layers
+        self.feedforward_size = feedforward_size or 2 * hidden_size
+        self.dropout = dropout
+        self.conditioning = conditioning
+        self.fusion = fusion or {"name": "sum-norm", "options": {}}
+        self.latents = latents
+        self.max_sentence_tokens = max_sentence_tokens
+        self.tie_embeddings = tie_embeddings
+        self.variational = variational
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.segmenter = segmenter or {"name": "regex", "options": {}, "state": {}}
+        self.backbone = backbone or {}
+        self.plugins = plugins or []
+        self.sentcompress_version = sentcompress_version
+        kwargs["tie_word_embeddings"] = False  # tying is by construction here, not by transformers
+        super().__init__(
+            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs
+        )
+
+
+class SentenceLMConfig(PretrainedConfig):
+    """A SentenceVAE grafted onto a backbone.
+
+    Args:
+        vae: the SentenceVAE's configuration as a dictionary.
+        backbone_name: adapter plugin.
+        backbone_options: its options.
+        backbone_config: the LLM's own transformers configuration as a dictionary.
+        latent_scale: factor from the encoder's latents to the scale of the LLM's token embeddings.
+        start_latent: a learned vector stands before each document, so that its first sentence is predicted too.
+    """
+
+    model_type = "sentence-lm"
+
+    def __init__(
+        self,
+        vae: dict[str, Any] | None = None,
+        backbone_name: str = "opt",
+        backbone_options: dict[str, Any] | None = None,
+        backbone_config: dict[str, Any] | None = None,
+        latent_scale: float = 1.0,
+        start_latent: bool = True,
+        plugins: list[dict[str, str]] | None = None,
+        sentcompress_version: str = __version__,
+        **kwargs: Any,
+    ) -> None:
+        self.vae = SentenceVAEConfig(**(vae or {})).to_dict()
+        self.backbone_name = backbone_name
+        self.backbone_options = backbone_options or {}
+        self.backbone_config = backbone_config or {"model_type": "opt"}
+        self.latent_scale = latent_scale
+        self.start_latent = start_latent
+        self.plugins = plugins or []
+        self.sentcompress_version = sentcompress_version
+        kwargs["tie_word_embeddings"] = False
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(key, self.vae[key])
+        super().__init__(**kwargs)
+
+    @property
+    def vae_config(self) -> SentenceVAEConfig:
+        """The SentenceVAE's configuration as an object."""
+        return SentenceVAEConfig(**{k: v for k, v in self.vae.items() if k != "model_type"})

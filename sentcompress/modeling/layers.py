@@ -1,0 +1,192 @@
+"""The blocks of the sentence encoder and decoder: pre-norm attention and feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sentcompress.modeling.configuration import SentenceVAEConfig
+from sentcompress.modeling.ragged import Ragged
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """``[S, L, H] -> [S, heads, L, H / heads]``."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(states: Tensor) -> Tensor:
+    """``[S, heads, L, d] -> [S, L, heads * d]``."""
+    return states.transpose(1, 2).flatten(2)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one decoder block, allocated once for a whole sentence.
+
+    Attributes:
+        keys, values: ``[B, heads, capacity, d]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over ragged sentences (torch SDPA)."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, layout: Ragged, *, causal: bool) -> Tensor:
+        """``[T, H] -> [T, H]``; a token sees its own sentence, and only what is before it when causal."""
+        q, k, v = (split_heads(x, self.num_heads) for x in layout.pad(self.qkv_proj(hidden_states)).chunk(3, -1))
+        # Padding is on the right, so a causal mask already hides it from every real token.
+        mask = None if causal else layout.mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        return self.out_proj(layout.unpad(join_heads(attended)))
+
+    def step(self, hidden_states: Tensor, cache: LayerCache, positions: Tensor) -> Tensor:
+        """One position a row: ``[B, H] -> [B, H]``, writing keys and values at ``positions [B]``."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv_proj(hidden_states).chunk(3, -1))
+        rows = torch.arange(len(positions), device=positions.device)
+        cache.keys[rows, :, positions] = k
+        cache.values[rows, :, positions] = v
+        used = int(positions.max()) + 1
+        mask = (torch.arange(used, device=positions.device) <= positions[:, None])[:, None, None, :]
+        attended = F.scaled_dot_product_attention(
+            q[:, :, None], cache.keys[:, :, :used], cache.values[:, :, :used], attn_mask=mask
+        )
+        return self.out_proj(attended.squeeze(2).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder's tokens to the sentence's latents.
+
+    With one latent the attention weight is exactly 1, so the result is ``out_proj(v_proj(latent))`` whatever
+    the token is: it is computed once a sentence and added at every position.
+    """
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """What depends on the latents ``[S, k, H]`` alone: ``(added [S, H],)``, or keys and values."""
+        if latents.shape[1] == 1:
+            return (self.out_proj(self.v_proj(latents[:, 0])),)
+        keys, values = self.k_proj(latents), self.v_proj(latents)
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
+
+    def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention in full: ``[S, L, H]`` to keys and values ``[S, heads, k, d]``."""
+        q = split_heads(self.q_proj(hidden_states), self.num_heads)
+        return self.out_proj(join_heads(F.scaled_dot_product_attention(q, keys, values)))
+
+    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:
+        """``[T, H] -> [T, H]``."""
+        if len(prepared) == 1:
+            return prepared[0].index_select(0, layout.sentence_ids)
+        return layout.unpad(self.attend(layout.pad(hidden_states), *prepared))
+
+    def step(self, hidden_states: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        """One position a row: ``[B, H] -> [B, H]``."""
+        if len(prepared) == 1:
+            return prepared[0]
+        return self.attend(hidden_states[:, None], *prepared).squeeze(1)
+
+
+class AddedLatents(nn.Module):
+    """The latents, projected and added at every position of a block."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.latents * config.hidden_size, config.hidden_size)
+
+    def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
+        return (self.proj(latents.flatten(1)),)
+
+    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        return prepared[0].index_select(0, layout.sentence_ids)
+
+    def step(self, hidden_states: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+        return prepared[0]
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear; ``feedforward_size`` wide."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__(
+            nn.Linear(config.hidden_size, config.feedforward_size),
+            nn.GELU(),
+            nn.Linear(config.feedforward_size, config.hidden_size),
+        )
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention in both directions within the sentence, then feed-forward."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config)
+        self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feedforward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, layout: Ragged) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden_states), layout, causal=False)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
+
+
+class DecoderBlock(nn.Module):
+    """Masked self-attention, the latents (``cross-attention`` or ``add``), feed-forward."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config)
+        self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feedforward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.condition: CrossAttention | AddedLatents | None = None
+        if config.conditioning == "cross-attention":
+            self.condition_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.condition = CrossAttention(config)
+        elif config.conditioning == "add":
+            self.condition_norm = nn.Identity()
+            self.condition = AddedLatents(config)
+
+    def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """What the block needs of the latents, computed once a sentence."""
+        return () if self.condition is None else self.condition.prepare(latents)
+
+    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden_states), layout, causal=True)
+        hidden_states = hidden_states + self.dropout(attended)
+        if self.condition is not None:
+            told = self.condition(self.condition_norm(hidden_states), layout, prepared)
+            hidden_states = hidden_states + self.dropout(told)
+        return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
+
+    def step(
+        self, hidden_states: Tensor, cache: LayerCache, positions: Tensor, prepared: tuple[Tensor, ...]
+    ) -> Tensor:
+        """One position a row: ``[B, H] -> [B, H]``."""
+        hidden_states = hidden_states + self.attention.step(self.attention_norm(hidden_states), cache, positions)
+        if self.condition is not None:
+            hidden_states = hidden_states + self.condition.step(self.condition_norm(hidden_states), prepared)
+        return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))

@@ -1,0 +1,53 @@
+"""Sentences are short and uneven; the models work on real tokens only.
+
+Linear layers see one flat row a token, ``[T, ...]``; only attention lays sentences out side by side,
+``[S, L, ...]``. So padding costs nothing where nearly all the arithmetic is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Ragged:
+    """The layout of ``S`` sentences with ``T`` tokens in all, the longest of ``L`` tokens.
+
+    Args:
+        lengths: ``[S]`` int64, tokens of each sentence, each at least 1.
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        self.num_sentences = int(lengths.shape[0])
+        self.max_length = int(lengths.max()) if self.num_sentences else 0
+        columns = torch.arange(self.max_length, device=lengths.device)
+        self.mask = columns[None, :] < lengths[:, None]
+        """``[S, L]`` bool, True at tokens; padding is on the right."""
+        self.index = self.mask.flatten().nonzero().squeeze(1)
+        """``[T]`` int64, where each token lies in the flattened ``[S * L]``."""
+
+    @property
+    def positions(self) -> Tensor:
+        """``[T]`` position of each token in its sentence, from 0."""
+        return self.index % self.max_length
+
+    @property
+    def sentence_ids(self) -> Tensor:
+        """``[T]`` number of the sentence each token belongs to."""
+        return self.index // self.max_length
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """``[T, ...] -> [S, L, ...]``, zeros at padding."""
+        if self.index.numel() == self.mask.numel():
+            return flat.reshape(self.num_sentences, self.max_length, *flat.shape[1:])
+        padded = flat.new_zeros(self.mask.numel(), *flat.shape[1:]).index_copy(0, self.index, flat)
+        return padded.view(self.num_sentences, self.max_length, *flat.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """``[S, L, ...] -> [T, ...]``."""
+        return padded.reshape(-1, *padded.shape[2:]).index_select(0, self.index)
+
+    def longer_by(self, extra: int) -> Ragged:
+        """The layout in which every sentence has ``extra`` more positions."""
+        return Ragged(self.lengths + extra)

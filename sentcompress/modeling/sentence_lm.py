@@ -1,0 +1,218 @@
+"""SentenceLM: a backbone LLM that reads and predicts sentence latents (paper section 3.2, "SLLM")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from sentcompress.contracts.backbone import Backbone
+from sentcompress.modeling.configuration import SentenceLMConfig
+from sentcompress.modeling.losses import TokenLoss, stop_loss
+from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.registry import get_registry
+
+PADDING, START = -1, -2
+"""Cells of ``sentence_index`` that hold no sentence: padding, and the start of a document."""
+
+
+@dataclass
+class SentenceLMOutput(ModelOutput):
+    """Result of :meth:`SentenceLM.forward`.
+
+    Attributes:
+        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss.
+        sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 where it is no target.
+        targets: ``[S]`` int64, targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
+        stop_nll: ``[S]`` nats of the decision "stop or go on" after each sentence; 0 where it is not scored.
+        decisions: ``[S]`` bool, whether the decision after each sentence is scored.
+        start_nll: scalar, nats of the decisions to begin (after start cells).
+        hidden_states: ``[R, N, k, H]`` of the backbone.
+    """
+
+    loss: Tensor | None = None
+    sentence_nll: Tensor | None = None
+    targets: Tensor | None = None
+    stop_nll: Tensor | None = None
+    decisions: Tensor | None = None
+    start_nll: Tensor | None = None
+    hidden_states: Tensor | None = None
+
+
+class SentenceLM(PreTrainedModel):
+    """Sentence encoder, the LLM's own blocks over latents, termination layer, sentence decoder."""
+
+    config_class = SentenceLMConfig
+    config: SentenceLMConfig
+    base_model_prefix = "sentence_lm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: SentenceLMConfig) -> None:
+        super().__init__(config)
+        self.vae = SentenceVAE(config.vae_config)
+        backbone_class = get_registry().get("backbone", config.backbone_name)
+        options = get_registry().options("backbone", config.backbone_name, config.backbone_options, "backbone")
+        settings = dict(config.backbone_config)
+        backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        backbone_config._attn_implementation = config._attn_implementation or "sdpa"
+        self.backbone: Backbone = backbone_class.from_config(backbone_config, options)  # type: ignore[attr-defined]
+        width = self.backbone.hidden_size
+        if width != config.vae_config.hidden_size:
+            raise ValueError(f"vae.hidden_size: {config.vae_config.hidden_size}, but the backbone's is {width}")
+        self.termination = nn.Linear(width * config.vae_config.latents, 2)
+        if config.start_latent:
+            self.start = nn.Parameter(torch.zeros(config.vae_config.latents, width))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.termination:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def latents(self) -> int:
+        """Latents a sentence, ``k``."""
+        return self.config.vae_config.latents
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sentences ``[S, L]`` to what the backbone reads, ``[S, k, H]``, at the scale of its embeddings."""
+        return self.vae.encode(input_ids, attention_mask) * self.config.latent_scale
+
+    def backbone_states(
+        self,
+        latents: Tensor,
+        valid: Tensor,
+        passage_ids: Tensor,
+        position_ids: Tensor,
+        past_key_values: Any | None = None,
+        past_passage_ids: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, Any | None]:
+        """Run the backbone over rows of sentences, causally, passages apart.
+
+        Args:
+            latents: ``[R, N, k, H]``.
+            valid: ``[R, N]`` bool, False at padding.
+            passage_ids: ``[R, N]`` int64; a cell sees only cells of its own passage. Padding has -1.
+            position_ids: ``[R, N]`` sentences before each cell in its document.
+            past_key_values: cache of ``P`` earlier cells, with ``past_passage_ids [R, P]``.
+            use_cache: return the extended cache.
+
+        Returns:
+            hidden_states ``[R, N, k, H]`` and the cache.
+        """
+        rows, cells, k, width = latents.shape
+        past = 0 if past_passage_ids is None else past_passage_ids.shape[1]
+        ids = passage_ids if past_passage_ids is None else torch.cat([past_passage_ids, passage_ids], 1)
+        same = (passage_ids[:, :, None] == ids[:, None, :]) & valid[:, :, None]
+        order = torch.arange(past + cells, device=latents.device)
+        # Padding attends to itself: a row of the mask with nothing in it would give NaN.
+        allowed = same & (order[None, :] <= order[past:, None]) | (order[None, :] == order[past:, None])
+        if k > 1:
+            allowed = allowed.repeat_interleave(k, 1).repeat_interleave(k, 2)
+            order = torch.arange((past + cells) * k, device=latents.device)
+            allowed &= order[None, :] <= order[past * k :, None]
+        positions = position_ids[:, :, None] * k + torch.arange(k, device=latents.device)
+        hidden_states, cache = self.backbone(
+            inputs_embeds=latents.reshape(rows, cells * k, width),
+            attention_mask=allowed[:, None],
+            position_ids=positions.flatten(1).clamp_min(0),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        return hidden_states.view(rows, cells, k, width), cache
+
+    def stop_logits(self, hidden_states: Tensor) -> Tensor:
+        """``[..., k, H] -> [..., 2]``: go on, stop."""
+        return self.termination(hidden_states.flatten(-2))
+
+    def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:
+        """Lay latents ``[S, k, H]`` out in rows ``[R, N, k, H]``; START cells hold the start latent."""
+        cells = latents[sentence_index.clamp_min(0)]
+        empty = (sentence_index == PADDING)[:, :, None, None]
+        cells = cells.masked_fill(empty, 0.0)
+        if self.config.start_latent:
+            at_start = (sentence_index == START)[:, :, None, None]
+            cells = torch.where(at_start, self.start.to(cells.dtype), cells)
+        return cells
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        sentence_index: Tensor,
+        passage_ids: Tensor,
+        scored: Tensor,
+        last: Tensor,
+        token_loss: TokenLoss | None = None,
+        stop_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> SentenceLMOutput:
+        """Predict each sentence from those before it in its document.
+
+        Args:
+            input_ids, attention_mask: all sentences of the batch, ``[S, L]``.
+            sentence_index: ``[R, N]``, rows of sentence numbers; -1 is padding, -2 the start of a document.
+            passage_ids: ``[R, N]``, which passage a cell belongs to; -1 at padding.
+            scored: ``[S]`` bool, sentences that are targets where a cell of their passage stands before them.
+            last: ``[S]`` bool, sentences that end their document.
+            token_loss: focal with gamma 2 unless given; its gamma also serves the stop decisions.
+            stop_weight: weight of the stop loss.
+        """
+        token_loss = token_loss or TokenLoss()
+        latents = self.encode(input_ids, attention_mask)
+        valid = sentence_index != PADDING
+        hidden_states, _ = self.backbone_states(
+            self.rows(latents, sentence_index), valid, passage_ids, positions_in_passages(passage_ids)
+        )
+
+        following = sentence_index[:, 1:]
+        goes_on = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
+        goes_on &= scored[following.clamp_min(0)]
+        predictors, targets_at = hidden_states[:, :-1][goes_on], following[goes_on]
+        ends = (sentence_index >= 0) & last[sentence_index.clamp_min(0)]
+
+        size = len(input_ids)
+        sentence_nll = latents.new_zeros(size, dtype=torch.float32)
+        targets = torch.zeros(size, dtype=torch.long, device=latents.device)
+        token_part = latents.sum() * 0.0
+        if len(targets_at):
+            token_losses, nll, counts = self.vae.decode_nll(
+                predictors, input_ids[targets_at], attention_mask[targets_at], token_loss
+            )
+            token_part = token_losses.mean()
+            sentence_nll = sentence_nll.index_copy(0, targets_at, nll)
+            targets = targets.index_copy(0, targets_at, counts)
+
+        deciders = torch.cat([predictors, hidden_states[ends]])
+        before = torch.cat([sentence_index[:, :-1][goes_on], sentence_index[ends]])
+        stop = torch.cat([torch.zeros_like(targets_at), torch.ones_like(sentence_index[ends])])
+        stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
+        stop_part = stop_losses.mean() if len(stop) else token_part * 0.0
+        real = before >= 0
+        stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(0, before[real], decision_nll[real])
+        decisions = torch.zeros(size, dtype=torch.bool, device=latents.device)
+        decisions[before[real]] = True
+        return SentenceLMOutput(
+            loss=token_part + stop_weight * stop_part,
+            sentence_nll=sentence_nll,
+            targets=targets,
+            stop_nll=stop_nll,
+            decisions=decisions,
+            start_nll=decision_nll[~real].sum(),
+            hidden_states=hidden_states,
+        )
+
+
+def positions_in_passages(passage_ids: Tensor) -> Tensor:
+    """``[R, N]`` passage ids to each cell's position in its passage, counted from 0."""
+    columns = torch.arange(passage_ids.shape[1], device=passage_ids.device).expand_as(passage_ids)
+    begins = torch.ones_like(passage_ids, dtype=torch.bool)
+    begins[:, 1:] = passage_ids[:, 1:] != passage_ids[:, :-1]
+    return columns - torch.where(begins, columns, 0).cummax(1).values

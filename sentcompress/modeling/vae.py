@@ -1,0 +1,170 @@
+"""SentenceVAE: sentence encoder, fusion and sentence decoder (paper section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from sentcompress.modeling.configuration import SentenceVAEConfig
+from sentcompress.modeling.decoder import SentenceDecoder
+from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
+from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal
+from sentcompress.modeling.ragged import Ragged
+from sentcompress.registry import get_registry
+
+
+@dataclass
+class SentenceVAEOutput(ModelOutput):
+    """Result of :meth:`SentenceVAE.forward`.
+
+    Attributes:
+        loss: scalar, mean over the targets (tokens and one end mark a sentence).
+        nll: ``[S]`` negative log-likelihood of each sentence with its end mark, in nats.
+        targets: ``[S]`` int64, targets of each sentence.
+        latents: ``[S, k, H]``.
+    """
+
+    loss: Tensor | None = None
+    nll: Tensor | None = None
+    targets: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class SentenceVAE(PreTrainedModel):
+    """Turns sentences into latents and latents into sentences."""
+
+    config_class = SentenceVAEConfig
+    config: SentenceVAEConfig
+    base_model_prefix = "vae"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if not config.tie_embeddings:
+            self.decoder_embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.encoder = SentenceEncoder(config)
+        self.fusion = get_registry().create(
+            "fusion", config.fusion["name"], config.fusion.get("options"), hidden_size=config.hidden_size
+        )
+        if config.variational:
+            self.gaussian = GaussianHead(config.hidden_size)
+        self.decoder = SentenceDecoder(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters") and type(module).__module__.split(".")[0] != "torch":
+            module.reset_parameters()  # a fusion with parameters of its own
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``[V, H]`` of the output head."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def embed_targets(self, input_ids: Tensor) -> Tensor:
+        """The decoder's token embeddings: ``[...] -> [..., H]``."""
+        table = self.embed_tokens if self.config.tie_embeddings else self.decoder_embed_tokens
+        return table(input_ids)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H] -> [..., V]``; for writing, not for training."""
+        return F.linear(hidden_states, self.output_weight)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sentences ``[S, L]`` to latents ``[S, k, H]`` (paper equation 1).
+
+        Raises:
+            ValueError: a sentence is empty, or longer than ``max_sentence_tokens``.
+        """
+        layout, tokens = self._layout(input_ids, attention_mask)
+        hidden_states = self.encoder(self.embed_tokens(tokens), layout)
+        return self.fusion(layout.pad(hidden_states), layout.mask)
+
+    def decode_nll(
+        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor, token_loss: TokenLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced loss of writing sentences from latents.
+
+        Args:
+            latents: ``[S, k, H]``.
+            input_ids, attention_mask: the sentences, ``[S, L]``.
+            token_loss: the loss.
+
+        Returns:
+            loss ``[T]`` of every target, NLL ``[S]`` in nats and number of targets ``[S]`` of each sentence.
+        """
+        layout, tokens = self._layout(input_ids, attention_mask)
+        longer = layout.longer_by(1)
+        first = longer.positions == 0
+        inputs = tokens.new_full((len(longer.index),), self.config.bos_token_id)
+        inputs[~first] = tokens
+        ends = torch.cat([first[1:], first.new_ones(1)])
+        targets = torch.full_like(inputs, self.config.eos_token_id)
+        targets[~ends] = tokens
+        hidden_states = self.decoder(self.embed_targets(inputs), longer, latents)
+        loss, nll = token_loss(hidden_states, self.output_weight, targets)
+        sums = nll.new_zeros(longer.num_sentences).index_add(0, longer.sentence_ids, nll)
+        return loss, sums, longer.lengths
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_loss: TokenLoss | None = None,
+        kl_weight: float = 0.0,
+        kl_floor: float = 0.0,
+        latent_noise: float = 0.0,
+        **kwargs: Any,
+    ) -> SentenceVAEOutput:
+        """Self-reconstruction: encode each sentence and write it again.
+
+        Args:
+            input_ids: ``[S, L]`` tokens without special ones, padded on either side.
+            attention_mask: ``[S, L]``, 1 at tokens.
+            token_loss: focal with gamma 2 unless given.
+            kl_weight, kl_floor: weight and floor of the KL term of a ``variational`` model.
+            latent_noise: standard deviation of noise on the latents, in training only.
+        """
+        latents = self.encode(input_ids, attention_mask)
+        extra: Tensor | float = 0.0
+        told = latents
+        if self.config.variational and self.training:
+            told, log_variance = self.gaussian(latents)
+            extra = kl_weight * kl_to_standard_normal(latents, log_variance, kl_floor)
+        if latent_noise and self.training:
+            told = told + latent_noise * torch.randn_like(told)
+        loss, nll, targets = self.decode_nll(told, input_ids, attention_mask, token_loss or TokenLoss())
+        return SentenceVAEOutput(loss=loss.mean() + extra, nll=nll, targets=targets, latents=latents)
+
+    def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Ragged, Tensor]:
+        mask = attention_mask.bool()
+        lengths = mask.sum(1)
+        if len(lengths) and int(lengths.min()) == 0:
+            raise ValueError("attention_mask: a sentence has no token")
+        layout = Ragged(lengths)
+        if layout.max_length > self.config.max_sentence_tokens:
+            raise ValueError(
+                f"input_ids: a sentence of {layout.max_length} tokens is over max_sentence_tokens "
+                f"({self.config.max_sentence_tokens}); split it first (sentcompress.text.segmentation)"
+            )
+        return layout, input_ids[mask]
