@@ -343,6 +343,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}{place}: broken YAML: {problem}", fix="correct that line") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+    except ValueError as error:  # such as the date 2024-99-99
+        raise RecipeError(f"{path}: broken YAML: {error}", fix="quote that value") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {type(raw).__name__}")
     return build_recipe(raw, overrides or [], source=str(path))
@@ -371,5 +373,5 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[key]
     try:
         node[keys[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"--set {override}: the value is not valid YAML", fix="quote it") from None

@@ -1,0 +1,76 @@
+"""Puts the commands together; ``main`` is the console entry."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from sentcompress import __version__
+from sentcompress.cli import baseline, bench, graft, plugins, recipes, run, train_vae, validate
+from sentcompress.cli.common import examples
+from sentcompress.cli.failures import DEBUG_VARIABLE, report
+
+app = typer.Typer(
+    name="sentcompress",
+    help="Makes decoder LLMs think a sentence at a time: train a SentenceVAE, graft it onto an LLM, "
+    "measure it honestly.",
+    epilog=examples(
+        "sentcompress run quickstart",
+        "sentcompress train-vae --data corpus/ --set train_vae.steps=2000",
+        "sentcompress COMMAND --help",
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: it is copied into docs/help.md
+    pretty_exceptions_enable=False,  # tracebacks are ours to show, with --debug
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sentcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere; so does SENTCOMPRESS_DEBUG=1.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001 - typer hands it to its callback
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
+# The order here is the order of --help.
+run.add_to(app)
+train_vae.add_to(app)
+graft.add_to(app)
+baseline.add_to(app)
+bench.add_to(app)
+recipes.add_to(app)
+validate.add_to(app)
+plugins.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line and exit with its code; every failure becomes a message on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Whoever saw "run again with --debug" adds it at the end, where only the command's own options may stand.
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" in arguments[:end]:
+        os.environ[DEBUG_VARIABLE] = "1"
+        arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
+    try:
+        app(arguments, prog_name="sentcompress")
+    except Exception as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,60 @@
+"""What commands share: option types, examples in help texts, tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN_WIDTH = 200
+"""Columns of tables that go to a file or a pipe, where wrapping at 80 would only hurt."""
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name that 'sentcompress recipes' lists.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the recipe, such as graft.steps=100; repeatable, has the last word.",
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder of the run.", show_default="out/ and the recipe's name")
+]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The LLM: an alias (opt-125m), hub name or local folder."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Your text: a file, folder or glob of text or JSON-lines files."),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Delete what this command's stages left in the folder; start anew.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan (parameters, memory, tokens) and touch nothing."),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+]
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text. The leading ``\\b`` keeps its lines as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, or wide enough for a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)

@@ -1,0 +1,144 @@
+"""From a command's options to a checked recipe, and from the recipe to its stages."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sentcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from sentcompress.recipe import Recipe
+
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+
+
+def resolve(
+    recipe: str,
+    overrides: list[str] | None,
+    *,
+    backbone: str | None = None,
+    data: str | None = None,
+    vae: Path | None = None,
+    on_bad_line: str | None = None,
+) -> Recipe:
+    """Read a recipe, change it by the options (``--set`` has the last word) and check it whole.
+
+    Raises:
+        RecipeError: the recipe or an override is wrong.
+        PluginError: it names a component that is missing or broken.
+        InputError: ``data`` is not there.
+    """
+    from sentcompress.recipe import load_recipe
+
+    changes: list[str] = []
+    if backbone is not None:
+        changes += backbone_overrides(backbone)
+    if data is not None:
+        changes.append(_override("data", data_section(data)))
+    if vae is not None:
+        changes.append(_override("graft.vae", str(vae)))
+    if on_bad_line is not None:
+        changes.append(_override("data.options.on_bad_line", on_bad_line))
+    loaded = load_recipe(recipe, [*changes, *(overrides or [])])
+    loaded.check_components()
+    return loaded
+
+
+def execute(
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    stages: list[str] | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Run stages of a recipe, or print their plan.
+
+    Args:
+        stages: names of stages in order; None runs all that the recipe has.
+    """
+    from sentcompress.training import stages as stage_runner
+
+    if dry_run:
+        typer.echo(stage_runner.plan(recipe))
+        return
+    folder = out or Path("out") / recipe.name.replace("/", "-")
+    stage_runner.run_recipe(recipe, folder, stages=stages, resume=resume, overwrite=overwrite)
+
+
+def backbone_overrides(model: str) -> list[str]:
+    """Overrides for ``--backbone``: the model, and the adapter that knows its alias or its model type.
+
+    A model that no adapter knows keeps the recipe's adapter, which says what it cannot load.
+    """
+    from sentcompress.registry import get_registry
+
+    registry = get_registry()
+    model_type = _local_model_type(Path(model))
+    for name in registry.names("backbone"):
+        adapter: Any = registry.get("backbone", name)
+        known = {*adapter.aliases, *adapter.aliases.values()}
+        if model in known or model_type in adapter.model_types:
+            return [_override("backbone.name", name), _override("backbone.model", model)]
+    return [_override("backbone.model", model)]
+
+
+def _local_model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def data_section(path: str) -> dict[str, Any]:
+    """The recipe's ``data`` for ``--data PATH``: ``jsonl`` if the first file is JSON lines, else ``text``.
+
+    Raises:
+        InputError: there is no such file or folder.
+    """
+    found = _first_file(path)
+    if not _is_json_lines(found):
+        return {"name": "text", "options": {"paths": [path]}}
+    if Path(path).is_dir():
+        # The jsonl dataset reads files; a folder is a shorthand for those of the kind found in it.
+        suffix = "".join(found.suffixes[-2:]) if found.suffix in (".gz", ".zst") else found.suffix
+        path = f"{path.rstrip('/')}/**/*{suffix}"
+    return {"name": "jsonl", "options": {"paths": [path]}}
+
+
+def _first_file(path: str) -> Path:
+    start = Path(path)
+    if start.is_dir():
+        inside = [p for p in start.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        # JSON lines first: a README beside a corpus does not make the corpus plain text.
+        candidates = sorted(inside, key=lambda p: (not p.name.lower().endswith(_JSONL_SUFFIXES), p))
+    elif start.exists():
+        candidates = [start]
+    else:
+        candidates = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
+    if not candidates:
+        raise InputError(f"--data {path}: no file there", fix="give a file, a folder with files, or a glob")
+    return candidates[0]
+
+
+def _is_json_lines(path: Path) -> bool:
+    if path.name.lower().endswith(_JSONL_SUFFIXES):
+        return True
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return isinstance(json.loads(file.readline(1_000_000)), dict)
+    except (OSError, ValueError):  # not JSON, not UTF-8: the text dataset says what is wrong with it, if anything
+        return False
+
+
+def _override(field: str, value: Any) -> str:
+    # JSON is YAML, so any value survives the way through --set.
+    return f"{field}={json.dumps(value, ensure_ascii=False)}"

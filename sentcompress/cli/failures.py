@@ -1,0 +1,78 @@
+"""Turns any exception into a message on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+from sentcompress.errors import OutOfMemoryError, RunError, SentCompressError, StorageError
+
+DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
+
+_LESS_MEMORY = (
+    "lower train_vae.sentences_per_batch, graft.passages_per_batch or graft.max_sentences "
+    "(raise gradient_accumulation to keep the batch), set graft.gradient_checkpointing=true, "
+    "or for bench lower bench.batch_sizes"
+)
+_OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def report(error: BaseException) -> int:
+    """Print what went wrong and what to do about it; return the exit code.
+
+    SENTCOMPRESS_DEBUG (set by ``--debug``) adds the traceback.
+    """
+    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+        traceback.print_exception(error)
+    explained = explain(error)
+    print(f"error: {explained}", file=sys.stderr)
+    return explained.exit_code
+
+
+def explain(error: BaseException) -> SentCompressError:
+    """The error a user can act on: our own as it is, others by what they or their causes say."""
+    for link in _chain(error):
+        if isinstance(link, SentCompressError):
+            return link
+        if _is_out_of_memory(link):
+            return OutOfMemoryError(f"out of memory: {_first_line(link)}", fix=_LESS_MEMORY)
+        if _is_disk_full(link):
+            where = f": {link.filename}" if isinstance(link, OSError) and link.filename else ""
+            return StorageError(
+                f"no space left on the disk{where}",
+                fix="free some space or choose another --out; then run the same command again with --resume",
+            )
+    return RunError(
+        f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name, since importing torch to ask isinstance would cost seconds.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors and torch wrap the operating system's error in their own, and keep its words.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")
