@@ -1,0 +1,7 @@
+"""Sentence-by-sentence generation with a SentenceLM, and reconstruction with a SentenceVAE."""
+
+from sentcompress.generation.engine import Generation, SentenceGenerator
+from sentcompress.generation.reconstruct import Difference, differences, reconstruct
+from sentcompress.generation.settings import GenerationSettings
+
+__all__ = ["Difference", "Generation", "GenerationSettings", "SentenceGenerator", "differences", "reconstruct"]

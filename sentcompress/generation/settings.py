@@ -1,0 +1,36 @@
+"""What a user can ask of generation; names as in transformers where there is one."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class GenerationSettings(BaseModel):
+    """Sampling and stopping. Greedy unless ``do_sample``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens to write at most; end marks are not counted."""
+    max_new_sentences: int | None = Field(default=None, ge=1)
+    """Sentences to write at most; finishing the prompt's last one counts."""
+    max_sentence_tokens: int | None = Field(default=None, ge=1)
+    """Longest sentence; null takes the model's limit."""
+    do_sample: bool = False
+    """Draw tokens instead of taking the likeliest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keep the likeliest tokens that together have this probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1 makes tokens already seen less likely."""
+    stop_threshold: float = Field(default=0.5, ge=0, le=1)
+    """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seeds the draws."""
+    use_cache: bool = True
+    """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
+    sentence_lengths: tuple[int, ...] | None = None
+    """Benchmarks with untrained weights: exact tokens of each sentence in turn, cycled; nothing else ends one."""

@@ -1,0 +1,118 @@
+"""SentenceVAE: padding, cached decoding, the one-latent identity, saving."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from sentcompress.modeling import SentenceVAE
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.registry import get_registry
+from sentcompress.testing import tiny_passages, tiny_vae
+
+CONDITIONINGS = ["cross-attention", "add", "prefix"]
+FUSIONS = ["sum-norm", "mean", "last", "weighted-sum", "attention"]
+
+
+def build(conditioning="cross-attention", fusion="sum-norm", **settings):
+    latents = 2 if fusion == "attention" else 1
+    return tiny_vae(conditioning=conditioning, fusion={"name": fusion, "options": {}}, latents=latents, **settings)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_padding_changes_nothing(fusion):
+    vae, batch = build(fusion=fusion), tiny_passages()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    wide = torch.nn.functional.pad(ids, (0, 9), value=7), torch.nn.functional.pad(mask, (0, 9))
+    left = torch.nn.functional.pad(ids, (5, 0), value=9), torch.nn.functional.pad(mask, (5, 0))
+    expected = vae.encode(ids, mask)
+    assert torch.equal(vae.encode(*wide), expected)
+    assert torch.equal(vae.encode(*left), expected)
+    noisy = ids.masked_fill(mask == 0, 123)
+    assert torch.equal(vae.encode(noisy, mask), expected)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fusions_ignore_what_stands_at_padding(fusion):
+    module = get_registry().create("fusion", fusion, {}, hidden_size=16)
+    states, mask = torch.randn(3, 6, 16), torch.arange(6) < torch.tensor([6, 2, 4])[:, None]
+    other = torch.where(mask[:, :, None], states, torch.randn(3, 6, 16) * 100)
+    latents = module(states, mask)
+    assert latents.shape == (3, module.latents, 16)
+    assert torch.equal(latents, module(other, mask))
+    latents.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("fusion", ["sum-norm", "attention"])
+@torch.no_grad()
+def test_cached_decoding_equals_the_teacher_forced_pass(conditioning, fusion):
+    vae, batch = build(conditioning, fusion, decoder_layers=2), tiny_passages()
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
+    latents = vae.encode(ids, batch["attention_mask"])
+    cache = vae.decoder.start(latents)
+    nll, current = torch.zeros(len(ids)), torch.full((len(ids),), vae.config.bos_token_id)
+    for step in range(ids.shape[1] + 1):
+        log_p = vae.logits(vae.decoder.step(vae.embed_targets(current), cache)).log_softmax(-1)
+        token = ids[:, min(step, ids.shape[1] - 1)]
+        target = torch.where(lengths > step, token, vae.config.eos_token_id)
+        nll += torch.where(step <= lengths, -log_p.gather(1, target[:, None])[:, 0], 0.0)
+        current = target
+    expected = vae(ids, batch["attention_mask"])
+    torch.testing.assert_close(nll, expected.nll, atol=1e-4, rtol=1e-5)
+    assert torch.equal(expected.targets, lengths + 1)
+
+
+def test_attention_to_one_latent_is_a_vector_added():
+    """design.md: with one key the weight is exactly 1, so attention is out_proj(v_proj(latent))."""
+    attention = build().decoder.blocks[0].condition
+    hidden, latents = torch.randn(4, 6, 32), torch.randn(4, 1, 32)
+    keys = attention.k_proj(latents).unflatten(-1, (4, -1)).transpose(1, 2)
+    values = attention.v_proj(latents).unflatten(-1, (4, -1)).transpose(1, 2)
+    in_full = attention.attend(hidden, keys, values)
+    (added,) = attention.prepare(latents)
+    torch.testing.assert_close(in_full, added[:, None].expand_as(in_full), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_save_and_load_is_an_ordinary_model_folder(tmp_path, tie):
+    vae, batch = build(tie_embeddings=tie, variational=True), tiny_passages()
+    vae.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "sentence-vae"
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, SentenceVAE)
+    arguments = batch["input_ids"], batch["attention_mask"]
+    assert torch.equal(loaded(*arguments).nll, vae(*arguments).nll)
+
+
+def test_kl_and_noise_act_in_training_only():
+    vae, batch = build(variational=True), tiny_passages()
+    arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    quiet = vae(**arguments).loss
+    assert torch.equal(vae(**arguments, kl_weight=1.0, latent_noise=1.0).loss, quiet)
+    vae.train()
+    torch.manual_seed(0)
+    low = vae(**arguments).loss
+    torch.manual_seed(0)
+    assert vae(**arguments, kl_weight=1.0).loss > low
+
+
+def test_empty_and_overlong_sentences_are_refused():
+    vae = build()
+    with pytest.raises(ValueError, match="no token"):
+        vae.encode(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="max_sentence_tokens"):
+        vae.encode(torch.zeros(1, 25, dtype=torch.long), torch.ones(1, 25, dtype=torch.long))
+
+
+def test_learns_to_reconstruct_a_handful_of_sentences():
+    vae = build(dropout=0.0).train()
+    batch = tiny_passages()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = vae(batch["input_ids"], batch["attention_mask"], token_loss=TokenLoss(gamma=0.0)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5
