@@ -40,7 +40,7 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
 
 
 def lowest_constraints() -> str:
-    """Text of a constraints file: what users install at its lowest, the test tools as constraints.txt has them."""
+    """A constraints file: what users install at its lowest, the test tools as constraints.txt has them."""
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
     lowest = lower_bounds(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sentcompress.errors import RecipeError, did_you_mean
 from sentcompress.registry import describe_validation_error, get_registry
@@ -59,7 +59,7 @@ class VAESpec(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout in the blocks (the paper: 0.1)."""
     conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
-    """How the decoder is told what to write: the paper's cross-attention, a vector added, or prefix positions."""
+    """How the decoder is told what to write: cross-attention (the paper), a vector added, or prefix positions."""
     tie_embeddings: bool = False
     """One matrix for encoder embedding, decoder embedding and output head (the paper: three)."""
     init: Literal["random", "embeddings"] = "random"
@@ -251,6 +251,18 @@ class Recipe(Section):
     """The twin the graft is compared with."""
     bench: BenchSettings = BenchSettings()
     """Measurements."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_alone_keep_the_default_component(cls, raw: Any) -> Any:
+        # So that --set segmenter.options.max_tokens=32 works on a recipe that says nothing of its segmenter.
+        if not isinstance(raw, dict):
+            return raw
+        filled = dict(raw)
+        for section in ("segmenter", "fusion", "data"):
+            if isinstance(filled.get(section), dict):
+                filled[section] = {"name": cls.model_fields[section].default.name} | filled[section]
+        return filled
 
     @field_validator("name")
     @classmethod

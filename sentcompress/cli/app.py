@@ -10,7 +10,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from sentcompress import __version__
-from sentcompress.cli import baseline, bench, graft, plugins, recipes, run, train_vae, validate
+from sentcompress.cli import (
+    baseline,
+    bench,
+    generate,
+    graft,
+    plugins,
+    recipes,
+    reconstruct,
+    run,
+    train_vae,
+    validate,
+)
 from sentcompress.cli.common import examples
 from sentcompress.cli.failures import DEBUG_VARIABLE, report
 
@@ -38,7 +49,8 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere; so does SENTCOMPRESS_DEBUG=1.")
+        bool,
+        typer.Option("--debug", help="Show tracebacks. May stand anywhere; so does SENTCOMPRESS_DEBUG=1."),
     ] = False,
     version: Annotated[  # noqa: ARG001 - typer hands it to its callback
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
@@ -53,6 +65,8 @@ run.add_to(app)
 train_vae.add_to(app)
 graft.add_to(app)
 baseline.add_to(app)
+generate.add_to(app)
+reconstruct.add_to(app)
 bench.add_to(app)
 recipes.add_to(app)
 validate.add_to(app)

@@ -37,7 +37,8 @@ DataOption = Annotated[
     typer.Option(metavar="PATH", help="Your text: a file, folder or glob of text or JSON-lines files."),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Delete what this command's stages left in the folder; start anew.")
+    bool,
+    typer.Option("--overwrite", help="Delete what this command's stages left in the folder; start anew."),
 ]
 DryRunOption = Annotated[
     bool,

@@ -135,7 +135,10 @@ def _is_json_lines(path: Path) -> bool:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return isinstance(json.loads(file.readline(1_000_000)), dict)
-    except (OSError, ValueError):  # not JSON, not UTF-8: the text dataset says what is wrong with it, if anything
+    except (
+        OSError,
+        ValueError,
+    ):  # not JSON, not UTF-8: the text dataset says what is wrong with it, if anything
         return False
 
 

@@ -40,7 +40,9 @@ def list_plugins(
         _print_table(registry)
 
 
-@plugins.command("show", epilog=examples("sentcompress plugins show regex", "sentcompress plugins show jsonl"))
+@plugins.command(
+    "show", epilog=examples("sentcompress plugins show regex", "sentcompress plugins show jsonl")
+)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a component.")]) -> None:
     """Show a component's options."""
     from sentcompress.registry import KINDS, get_registry
@@ -98,7 +100,9 @@ def _print_table(registry: Registry) -> None:
             table.add_row(kind, Text(name), Text(plugin.package), Text(plugin.version), Text(status))
         if not plugin.components:
             status = f"broken: {plugin.error}" if plugin.error else "registers nothing"
-            table.add_row("plugin", Text(plugin.name), Text(plugin.package), Text(plugin.version), Text(status))
+            table.add_row(
+                "plugin", Text(plugin.name), Text(plugin.package), Text(plugin.version), Text(status)
+            )
     console().print(table)
 
 

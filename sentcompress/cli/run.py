@@ -36,9 +36,7 @@ def run(
 ) -> None:
     """Run every stage of a recipe in order. A run that stopped is picked up."""
     resolved = resolve(recipe, set_, on_bad_line=on_bad_line)
-    execute(
-        resolved, out, stages=None, resume=resume and not overwrite, overwrite=overwrite, dry_run=dry_run
-    )
+    execute(resolved, out, stages=None, resume=resume and not overwrite, overwrite=overwrite, dry_run=dry_run)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,0 +1,206 @@
+"""The docs: generated pages are current, code on the pages runs, commands are the ones that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sentcompress
+from sentcompress.errors import DataError
+from sentcompress.registry import Registry
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "docs" / "plugins-guide.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def pinned(package: str) -> str:
+    return re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+
+
+def test_generated_pages_are_current():
+    if typer.__version__ != pinned("typer"):
+        pytest.skip(
+            f"help is laid out by typer: {typer.__version__} here, {pinned('typer')} in constraints.txt"
+        )
+    command = [sys.executable, str(ROOT / "tools" / "generate_docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "plugins-guide" / "index.html").is_file()
+
+
+# The README's commands
+
+
+def readme_command(name: str) -> str:
+    blocks = re.findall(rf"^<!-- command: {name} -->\n```bash\n(.+?)\n```$", README, re.M | re.S)
+    assert len(blocks) == 1, f"the README must have one block marked '<!-- command: {name} -->'"
+    return blocks[0]
+
+
+def test_ci_runs_the_readmes_second_command():
+    """The shell in .ci/run finds the same text in the README as this file does."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    function = re.search(r"^readme_command\(\) \{.+?^\}$", script, re.M | re.S)[0]
+    for name in ("run", "test"):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{function}\nreadme_command {name}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.rstrip("\n") == readme_command(name)
+    assert "command=$(readme_command test)" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    commands = re.findall(r"^<!-- command: (\w+) -->", README, re.M)
+    assert commands == ["run", "test"], "the README leads with these two, in this order"
+
+
+def test_both_commands_start_from_nothing_and_use_the_pins():
+    for name in ("run", "test"):
+        command = readme_command(name)
+        assert command.startswith(
+            "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt"
+        )
+    assert "sentcompress run quickstart" in readme_command("run")
+    assert "pytest" in readme_command("test")
+
+
+def test_constraints_pin_every_direct_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(r for group in project["optional-dependencies"].values() for r in group),
+    ]
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted} - {"sentcompress"}
+    lines = (ROOT / "constraints.txt").read_text().lower().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert {line.partition("==")[0] for line in pins} >= names
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins)
+    assert pins[0].startswith("torch==")
+
+
+# The plugin guide
+
+
+def blocks(title: str | None = None) -> dict[str, str]:
+    found = dict(re.findall(r"^```\w+ title=\"(.+?)\"\n(.+?)^```$", GUIDE, re.M | re.S))
+    return found if title is None else {title: found[title]}
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The guide's modules, installed, as the guide's pyproject.toml says."""
+    monkeypatch.delenv("SENTCOMPRESS_PLUGINS", raising=False)
+    modules = [name.removesuffix(".py") for name in blocks() if name.endswith(".py")]
+    for module in modules:
+        (tmp_path / f"{module}.py").write_text(blocks()[f"{module}.py"], encoding="utf-8")
+        info = tmp_path / f"{module}-0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0.1\n")
+        (info / "entry_points.txt").write_text(f"[sentcompress]\n{module} = {module}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry()
+    assert [p.error for p in registry.plugins if p.name in modules] == [None] * len(modules)
+    yield registry
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def test_the_guides_packaging_is_right():
+    project = tomllib.loads(blocks()["pyproject.toml"])
+    entry = project["project"]["entry-points"]["sentcompress"]
+    assert entry == {"semicolon": "sentcompress_semicolon"}
+    assert project["tool"]["hatch"]["build"]["include"] == ["sentcompress_semicolon.py"]
+    code = [line for line in blocks()["sentcompress_semicolon.py"].splitlines() if line.strip()]
+    assert len(code) <= 20, "the guide promises twenty lines"
+
+
+def test_the_guides_segmenter_loses_nothing(registry: Registry):
+    segmenter = registry.create("segmenter", "semicolon", {"max_chars": 5})
+    for text in ("", "a; b.", "no mark at all", "a;;b\n\n; ..", "ünïcödé; 文。"):
+        pieces = segmenter.split(text)
+        assert "".join(pieces) == text
+        assert all(0 < len(piece) <= 5 for piece in pieces)
+
+
+def test_the_guides_fusion_ignores_padding(registry: Registry):
+    fusion = registry.create("fusion", "max", hidden_size=8)
+    hidden = torch.randn(3, 4, 8)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    latents = fusion(hidden, mask)
+    assert latents.shape == (3, 1, 8)
+    assert torch.equal(fusion(hidden.masked_fill(~mask[:, :, None], 1e4), mask), latents)
+
+
+def test_the_guides_dataset_reads(registry: Registry, tmp_path: Path):
+    path = tmp_path / "corpus.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table documents (text)")
+        connection.executemany("insert into documents values (?)", [("One.",), ("Two.",)])
+    dataset = registry.create("dataset", "sqlite", {"path": str(path)})
+    assert list(dataset.documents()) == [
+        sentcompress.Document("One.", f"{path}:1"),
+        sentcompress.Document("Two.", f"{path}:2"),
+    ]
+    before = dataset.fingerprint()
+    os.utime(path, ns=(1, 1))
+    assert dataset.fingerprint() != before
+    with pytest.raises(DataError, match="no such database"):
+        list(registry.create("dataset", "sqlite", {"path": "nowhere"}).documents())
+
+
+def test_the_guides_metric_computes(registry: Registry):
+    pair = sentcompress.Reconstruction("abcd", "ab", (1, 2), (1,))
+    assert registry.create("metric", "length-ratio").compute([pair]) == {"characters": 0.5}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_guides_backbone_equals_the_library(registry: Registry, attention: str):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+    model = LlamaForCausalLM(config).eval()
+    adapter = registry.get("backbone", "llama").from_causal_lm(model)
+    ids = torch.randint(0, 50, (2, 7))
+    with torch.no_grad():
+        expected = model.model(input_ids=ids).last_hidden_state
+        causal = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7)
+        positions = torch.arange(7).expand(2, 7)
+        embeddings = adapter.token_embeddings(ids)
+        hidden, cache = adapter(embeddings, causal, positions)
+        assert cache is None
+        assert (hidden - expected).abs().max() < 1e-5
+        # In two pieces, with the cache
+        first, cache = adapter(embeddings[:, :4], causal[:, :, :4, :4], positions[:, :4], use_cache=True)
+        rest, _ = adapter(embeddings[:, 4:], causal[:, :, 4:], positions[:, 4:], cache, use_cache=True)
+    assert (torch.cat([first, rest], 1) - expected).abs().max() < 1e-5
+    assert (adapter.hidden_size, len(adapter.blocks), adapter.num_heads) == (16, 2, 4)
+    bare = registry.get("backbone", "llama").from_config(config)
+    with pytest.raises(RuntimeError, match="dropped"):
+        bare.token_embeddings(ids)

@@ -1,0 +1,124 @@
+"""The arrows of the design: who may import whom, read from the source; and what stays free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "sentcompress"
+
+CONTRACT = {"errors", "hookspecs", "contracts"}
+FOUNDATION = CONTRACT | {"registry", "recipe", "io"}
+BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics")
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "hookspecs": set(),
+    "io": {"errors"},
+    "contracts": {"errors", "hookspecs"},
+    "registry": CONTRACT,
+    "recipe": CONTRACT | {"registry"},
+    **dict.fromkeys(BUILT_INS, CONTRACT),
+    "text": FOUNDATION,
+    "modeling": FOUNDATION | {"text"},
+    "generation": FOUNDATION | {"text", "modeling"},
+    "benchmark": FOUNDATION | {"text", "modeling", "generation"},
+    "training": FOUNDATION | {"text", "modeling", "generation", "benchmark"},
+    "testing": FOUNDATION | {"text", "modeling", "generation"},
+    "cli": FOUNDATION | {"text", "modeling", "generation", "benchmark", "training"},
+    "__main__": {"cli"},
+}
+"""What each part of the package may import besides itself. ``training`` runs ``benchmark`` as the last stage
+of a recipe; the arrow does not run back."""
+
+WITHOUT_TORCH = ["sentcompress", "sentcompress.contracts", "sentcompress.registry", "sentcompress.recipe"]
+
+
+def parts_imported(path: Path) -> set[tuple[str, int]]:
+    """``(part, line)`` of everything of ours that a file imports, in functions and for typing too."""
+    module = ["sentcompress", *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = module[:-1]  # also right for __init__, which is the last part
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(f"{prefix}.{alias.name}", node.lineno) for alias in node.names]
+    parts = set()
+    for name, line in found:
+        pieces = name.split(".")
+        if pieces[0] == "sentcompress" and len(pieces) > 1:
+            parts.add((pieces[1], line))
+    return parts
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def names_of_the_root() -> set[str]:
+    """What ``from sentcompress import X`` may mean besides a part."""
+    import sentcompress
+
+    return {*sentcompress.__all__}
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_arrows_run_one_way(path: Path):
+    part = part_of(path)
+    assert part in ALLOWED, f"new part '{part}': say in ALLOWED what it may import"
+    root = names_of_the_root()
+    wrong = [
+        f"{path.name}:{line} imports sentcompress.{other}"
+        for other, line in sorted(parts_imported(path))
+        if other != part and other not in ALLOWED[part] and other not in root
+    ]
+    assert not wrong, f"{part} may import only {sorted(ALLOWED[part])}: {wrong}"
+
+
+@pytest.mark.parametrize("built_in", BUILT_INS)
+def test_built_ins_do_without_the_roots_conveniences(built_in: str):
+    for path in (PACKAGE / built_in).rglob("*.py"):
+        assert not {part for part, _ in parts_imported(path)} & names_of_the_root()
+
+
+def test_the_table_has_no_circle():
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {part for part, needs in ALLOWED.items() if part not in done and needs <= done}
+        assert ready, f"a circle among {set(ALLOWED) - done}"
+        done |= ready
+
+
+def test_the_check_sees_an_arrow_that_runs_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    bad = tmp_path / "text" / "bad.py"
+    bad.parent.mkdir()
+    bad.write_text("def f():\n    from sentcompress import cli\n    from ..training.loop import run\n")
+    assert parts_imported(bad) == {("cli", 2), ("training", 3)}
+    with pytest.raises(AssertionError, match=r"bad\.py:2 imports sentcompress\.cli"):
+        test_arrows_run_one_way(bad)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_light_modules_do_not_import_torch(module: str):
+    code = f"import {module}, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_exported_name_exists():
+    import sentcompress
+
+    for name in sentcompress.__all__:
+        assert getattr(sentcompress, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = sentcompress.Nothing

@@ -1,0 +1,122 @@
+"""Writes the pages that are made from the code: docs/help.md and docs/recipes.md.
+
+``python tools/generate_docs.py`` writes them; ``--check`` fails if one is stale (so does tests/test_docs.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from typer.main import get_command
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 88
+NOTE = "<!-- Made by tools/generate_docs.py: change the code, not this page. -->\n"
+
+
+def help_page() -> str:
+    """Every command's --help."""
+    from sentcompress.cli import app
+
+    parts = [
+        NOTE,
+        "# Command line\n",
+        "Exit codes: 0 done; 1 the run failed; 2 bad usage, recipe or input; 3 a requested plugin is missing "
+        "or broken; 130 interrupted. Messages go to stderr; `--debug` anywhere on the line, or "
+        "`SENTCOMPRESS_DEBUG=1`, adds the traceback. `sentcompress --install-completion` sets up completion "
+        "in your shell.\n",
+    ]
+    for path in _command_paths(get_command(app), []):
+        shown = CliRunner().invoke(app, [*path, "--help"], prog_name="sentcompress", terminal_width=WIDTH)
+        assert shown.exit_code == 0, shown.output
+        parts.append(f"## {' '.join(['sentcompress', *path])}\n")
+        parts.append(f"```text\n{shown.output.rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def _command_paths(command: Any, path: list[str]) -> Iterator[list[str]]:
+    yield path
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from _command_paths(sub, [*path, name])
+
+
+def recipes_page() -> str:
+    """Every field of a recipe, and every option of the built-in components."""
+    os.environ["SENTCOMPRESS_PLUGINS"] = ""  # what happens to be installed here is not ours to document
+    from sentcompress.recipe import Recipe, load_recipe, shipped_recipes
+    from sentcompress.registry import KINDS, get_registry
+
+    parts = [
+        NOTE,
+        "# Recipes\n",
+        "A recipe is one experiment: the parts, and the stages that train and measure them. Unknown keys are "
+        "refused; `--set graft.steps=100` changes any field; the resolved recipe is saved beside every "
+        "result. "
+        "`sentcompress validate RECIPE` checks one, `sentcompress run RECIPE --dry-run` prints its plan.\n",
+        "## Shipped recipes\n",
+        "| recipe | what it is |\n|---|---|",
+        *(f"| `{name}` | {_cell(load_recipe(name).description)} |" for name in shipped_recipes()),
+        "",
+        "## Fields\n",
+        *_sections(Recipe, ""),
+        "## Options of the built-in components\n",
+        "`sentcompress plugins show NAME` prints these, also for plugins.\n",
+    ]
+    registry = get_registry()
+    for kind in KINDS:
+        for name in registry.names(kind):
+            component: Any = registry.get(kind, name)
+            parts += [f"### {kind} `{name}`\n", (component.__doc__ or "").strip().partition("\n")[0] + "\n"]
+            parts += (
+                _table(component.Options, "option") if component.Options.model_fields else ["No options.\n"]
+            )
+    return "\n".join(parts)
+
+
+def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
+    yield f"### {f'`{path}`' if path else 'Top level'}\n"
+    yield (model.__doc__ or "").strip().replace("``", "`") + "\n"
+    yield from _table(model, "field")
+    for name, info in model.model_fields.items():
+        for candidate in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from _sections(candidate, f"{path}.{name}".lstrip("."))
+
+
+def _table(model: type[BaseModel], first: str) -> list[str]:
+    from sentcompress.cli.fields import describe_fields
+
+    rows = [
+        f"| `{row.name}` | {_cell(row.type)} | {_cell(row.default)} | {_cell(row.description)} |"
+        for row in describe_fields(model)
+    ]
+    return [f"| {first} | type | default | what |\n|---|---|---|---|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+PAGES = {"docs/help.md": help_page, "docs/recipes.md": recipes_page}
+
+
+def main() -> None:
+    stale = []
+    for name, make in PAGES.items():
+        path, text = ROOT / name, make()
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    if stale:
+        sys.exit(f"stale: {', '.join(stale)}; run python tools/generate_docs.py")
+
+
+if __name__ == "__main__":
+    main()
