@@ -11,6 +11,21 @@ from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from sentcompress.contracts import Backbone, Options
 
 
+def _shape(hidden_size: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
+    """An OPT configuration as published (arXiv 2205.01068, table 1)."""
+    return {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden_size,
+        "max_position_embeddings": 2048,
+        **changes,
+    }
+
+
 class OPTBackbone(Backbone):
     """Feeds an OPT decoder with latents.
 
@@ -30,6 +45,16 @@ class OPTBackbone(Backbone):
         "opt-6.7b": "facebook/opt-6.7b",
         "opt-13b": "facebook/opt-13b",
         "opt-30b": "facebook/opt-30b",
+    }
+
+    published_configs: ClassVar[dict[str, dict[str, Any]]] = {
+        "facebook/opt-125m": _shape(768, 12, 12),
+        "facebook/opt-350m": _shape(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+        "facebook/opt-1.3b": _shape(2048, 24, 32),
+        "facebook/opt-2.7b": _shape(2560, 32, 32),
+        "facebook/opt-6.7b": _shape(4096, 32, 32),
+        "facebook/opt-13b": _shape(5120, 40, 40),
+        "facebook/opt-30b": _shape(7168, 48, 56),
     }
 
     def __init__(self, model: OPTModel, options: Options | None = None) -> None:

@@ -22,6 +22,9 @@ class Backbone(nn.Module):
     aliases: ClassVar[dict[str, str]] = {}
     """Short names to hub names or ``package:`` folders, e.g. ``opt-1.3b -> facebook/opt-1.3b``."""
 
+    published_configs: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Published shapes by hub name: for plans, and for speed work with random weights, without the hub."""
+
     config: Any
     """The transformers configuration of the LLM."""
 

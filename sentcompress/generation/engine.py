@@ -12,10 +12,11 @@ from torch import Tensor
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.decoding import RowPlan, Sampler, write_sentences
+from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
 from sentcompress.modeling.sentence_lm import START, SentenceLM
-from sentcompress.text.segmentation import ends_in_sentence, sentences_to_ids
+from sentcompress.text.segmentation import sentences_to_ids
 
 ENCODE_AT_A_TIME = 512
 """Sentences encoded together; bounds memory for long prompts."""

@@ -69,10 +69,22 @@ def _from_hub(source: str, revision: str | None, load: Any, **arguments: Any) ->
         ) from error
 
 
-def load_backbone_config(spec: BackboneSpec) -> Any:
-    """The LLM's transformers configuration, refused when the adapter does not serve its type."""
-    config = _from_hub(resolve_backbone(spec), spec.revision, AutoConfig.from_pretrained)
-    types = get_registry().get("backbone", spec.name).model_types  # type: ignore[attr-defined]
+def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
+    """The LLM's transformers configuration, refused when the adapter does not serve its type.
+
+    Args:
+        weights: False where only the shape matters: then a published shape that the adapter knows does offline.
+    """
+    source = resolve_backbone(spec)
+    adapter: Any = get_registry().get("backbone", spec.name)
+    types = adapter.model_types
+    try:
+        config = _from_hub(source, spec.revision, AutoConfig.from_pretrained)
+    except OfflineError:
+        if weights or source not in adapter.published_configs:
+            raise
+        shape = dict(adapter.published_configs[source])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     if config.model_type not in types:
         raise InputError(
             f"backbone.name: adapter '{spec.name}' serves {', '.join(types)}, but '{spec.model}' is of type "
@@ -84,7 +96,7 @@ def load_backbone_config(spec: BackboneSpec) -> Any:
 
 def load_causal_lm(spec: BackboneSpec, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """The LLM in fp32, pretrained or (``init: random``) with random weights."""
-    config = load_backbone_config(spec)
+    config = load_backbone_config(spec, weights=spec.init == "pretrained")
     if spec.init == "random":
         return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).float()
     model = _from_hub(

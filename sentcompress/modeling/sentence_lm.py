@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -131,6 +133,22 @@ class SentenceLM(PreTrainedModel):
     def stop_logits(self, hidden_states: Tensor) -> Tensor:
         """``[..., k, H] -> [..., 2]``: go on, stop."""
         return self.termination(hidden_states.flatten(-2))
+
+    def generate(self, prompts: Sequence[str], tokenizer: Any, **settings: Any) -> list[Any]:  # type: ignore[override]
+        """Continue texts sentence by sentence.
+
+        Args:
+            prompts: texts.
+            tokenizer: the one saved with the model.
+            **settings: fields of :class:`sentcompress.generation.GenerationSettings`, such as ``max_new_tokens``.
+
+        Returns:
+            a :class:`sentcompress.generation.Generation` for each prompt.
+        """
+        # Imported by name: generation is built on the models, this method is only a convenience.
+        generation = import_module("sentcompress.generation")
+        asked = generation.GenerationSettings(**{"max_new_tokens": 128, **settings})
+        return generation.SentenceGenerator(self, tokenizer).generate(prompts, asked)
 
     def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:
         """Lay latents ``[S, k, H]`` out in rows ``[R, N, k, H]``; START cells hold the start latent."""

@@ -1,0 +1,78 @@
+"""``sentcompress generate``: continue a text, a sentence at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sentcompress.cli.common import examples
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceLM, such as OUT/graft.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.")] = 128,
+    max_new_sentences: Annotated[int | None, typer.Option(help="Sentences to write at most.")] = None,
+    max_sentence_tokens: Annotated[
+        int | None, typer.Option(help="Longest sentence.", show_default="the model's limit")
+    ] = None,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the logits when sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens already seen are less likely.")
+    ] = 1.0,
+    stop_threshold: Annotated[
+        float, typer.Option(help="Probability at which the stop flag stops; 1 never.")
+    ] = 0.5,
+    seed: Annotated[int | None, typer.Option(help="Seeds the draws.")] = None,
+) -> None:
+    """Continue PROMPT with a grafted model; sentences appear as they are written."""
+    from pydantic import ValidationError
+
+    from sentcompress.errors import InputError
+    from sentcompress.registry import describe_validation_error
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise InputError("the prompt is empty", fix="give some text to continue")
+
+    from sentcompress.generation import GenerationSettings, SentenceGenerator
+    from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
+
+    try:
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            max_new_sentences=max_new_sentences,
+            max_sentence_tokens=max_sentence_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop_threshold=stop_threshold,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise InputError(describe_validation_error(error, GenerationSettings, "")) from None
+    generator = SentenceGenerator(load_sentence_lm(folder), load_saved_tokenizer(folder))
+    typer.echo(text, nl=False)
+    for piece in generator.stream(text, settings):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "generate",
+        epilog=examples(
+            'sentcompress generate out/quickstart/graft "The state of the Union is"',
+            'sentcompress generate out/quickstart/graft "My fellow citizens," --do-sample --top-p 0.9 --seed 1',
+            "cat speech.txt | sentcompress generate out/quickstart/graft -",
+        ),
+    )(generate)

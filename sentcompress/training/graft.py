@@ -1,0 +1,113 @@
+"""The job of ``graft``: encoder, backbone and decoder fine-tuned on text together (paper section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sentcompress.errors import InputError
+from sentcompress.io import folder_digest
+from sentcompress.modeling.grafting import graft, wrap_backbone
+from sentcompress.modeling.loading import load_causal_lm, load_vae
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.recipe import Recipe
+from sentcompress.text.sampling import PassageSampler
+from sentcompress.training.card import Card
+from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.loop import StepOutput
+from sentcompress.training.tuning import apply_tune, merged_state
+
+
+class GraftJob:
+    """Predict each sentence from those before it."""
+
+    stage = "graft"
+    batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
+
+    def __init__(self, recipe: Recipe, vae: Path, text: Inputs | None = None) -> None:
+        self.recipe = recipe
+        self.settings = recipe.graft
+        self.text = text or load_inputs(recipe)
+        tokenizer, corpus = self.text.tokenizer, self.text.corpus
+        self.inputs = {"corpus": corpus.key, "vae": folder_digest(vae)}
+        trained = load_vae(vae)
+        if trained.config.vocab_size != len(tokenizer):
+            raise InputError(
+                f"the SentenceVAE in '{vae}' was trained with a tokenizer of {trained.config.vocab_size} tokens, "
+                f"the backbone {recipe.backbone.model} has one of {len(tokenizer)}",
+                fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
+            )
+        backbone = wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
+        self.model = graft(recipe, trained, backbone).train()
+        self.width = self.model.backbone.hidden_size
+        cells = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
+        if self.settings.max_sentences > cells:
+            raise InputError(
+                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {cells}"
+            )
+        apply_tune(self.model.backbone, self.settings)
+        self.token_loss = TokenLoss(
+            gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
+            label_smoothing=self.settings.label_smoothing,
+        )
+        self._train = self._sampler(corpus.train, shuffle=True)
+        self._heldout = self._sampler(corpus.heldout, shuffle=False)
+
+    def _sampler(self, documents: object, *, shuffle: bool) -> PassageSampler:
+        return PassageSampler(
+            self.text.corpus,
+            documents,
+            self.settings.passages_per_batch,
+            self.settings.max_sentences,
+            self.settings.overlap_sentences,
+            self.recipe.seed,
+            self.model.config.pad_token_id,
+            shuffle=shuffle,
+            start=self.settings.start_latent,
+        )
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._train.batch(index)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        output = model(**batch, token_loss=self.token_loss, stop_weight=self.settings.stop_weight)
+        targets = output.targets.sum().clamp_min(1)
+        nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
+        return StepOutput(output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats})
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Bits a token of held-out passages, end marks and stop decisions included.
+
+        Quick, and comparable within a run only: ``bench quality`` gives the figure that counts.
+        """
+        device = next(model.parameters()).device
+        nats, tokens = 0.0, 0
+        for index in range(min(self.settings.eval_batches, self._heldout.batches_per_epoch)):
+            batch = {name: value.to(device) for name, value in self._heldout.batch(index).items()}
+            output = model(**batch)
+            nats += float(output.sentence_nll.double().sum() + output.stop_nll.double().sum())
+            tokens += int(output.targets.sum() - (output.targets > 0).sum())
+        return {"bits_per_token": nats / math.log(2) / max(1, tokens)}
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, state_dict=merged_state(self.model))
+        self.text.tokenizer.save_pretrained(folder)
+
+    def card(self) -> Card:
+        return Card(
+            title=f"SentenceLM on {self.recipe.backbone.model}",
+            summary=f"{self.recipe.backbone.model} grafted to read and predict sentences: a sentence encoder in "
+            "front, a sentence decoder behind, causal over sentences.",
+            data=self.text.describe(),
+            heldout="Bits a token of held-out passages, end marks and stop decisions included; "
+            "`sentcompress bench quality` gives the figures that count.",
+            usage="import sentcompress\nfrom transformers import AutoTokenizer\n\n"
+            "model = sentcompress.SentenceLM.from_pretrained('{folder}')\n"
+            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
+            "print(model.generate(['The state of the Union'], tokenizer)[0].text)",
+            tags=("sentence-lm",),
+        )

@@ -1,0 +1,66 @@
+"""What of a backbone learns: all of it, low-rank adapters, its last blocks, or nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sentcompress.contracts.backbone import Backbone
+from sentcompress.errors import InputError
+from sentcompress.recipe import GraftSettings
+
+
+def apply_tune(backbone: Backbone, settings: GraftSettings) -> None:
+    """Freeze, or add adapters to, a backbone in place (``tune``: full, lora, frozen, last-n).
+
+    Raises:
+        InputError: ``last_n`` is more than there are blocks, or no module matches the adapters' targets.
+    """
+    if settings.tune == "full":
+        return
+    backbone.requires_grad_(False)
+    if settings.tune == "last-n":
+        if settings.last_n > len(backbone.blocks):
+            raise InputError(
+                f"graft.last_n: {settings.last_n}, but the backbone has {len(backbone.blocks)} blocks"
+            )
+        for block in list(backbone.blocks)[-settings.last_n :]:
+            block.requires_grad_(True)
+    elif settings.tune == "lora":
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import, rarely needed
+
+        targets = settings.lora.target_modules
+        names = (
+            sorted({n.rsplit(".", 1)[-1] for n, m in backbone.blocks.named_modules() if isinstance(m, nn.Linear)})
+            if targets == "all-linear"
+            else targets
+        )
+        config = LoraConfig(
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            lora_dropout=settings.lora.dropout,
+            target_modules=names,
+        )
+        try:
+            inject_adapter_in_model(config, backbone)
+        except ValueError as error:
+            raise InputError(f"graft.lora.target_modules: {error}") from None
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state with adapters folded into the weights they adapt, under the plain names.
+
+    The model itself is left as it is, so that training can go on bit by bit.
+    """
+    deltas = {
+        f"{name}.weight": module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        plain = key.replace(".base_layer.", ".")
+        delta = deltas.get(plain)
+        state[plain] = value if delta is None else value + delta.to(value.dtype)
+    return state

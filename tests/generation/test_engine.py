@@ -1,0 +1,139 @@
+"""The engine with a tiny untrained model: what it writes is junk, how it writes it must be exact."""
+
+import pytest
+import torch
+
+from sentcompress.errors import InputError
+from sentcompress.generation import GenerationSettings, SentenceGenerator, reconstruct
+from sentcompress.generation.prompts import ends_in_sentence
+from sentcompress.generation.reconstruct import differences
+from sentcompress.recipe import Recipe
+from sentcompress.testing import tiny_sentence_lm
+
+PROMPTS = [
+    "The Union is strong. The people are free. We meet again this year",
+    "One sentence only.",
+    "the beginning of",
+    "A first sentence. A second one! A third, with a comma? And a fourth. And yet one more.",
+]
+
+
+@pytest.fixture(scope="module", params=["k1", "k2-prefix"])
+def generator(request, tokenizer):
+    vae = {"max_sentence_tokens": 16}
+    if request.param == "k2-prefix":
+        vae |= {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": "prefix"}
+    model = tiny_sentence_lm(len(tokenizer), vae=vae)
+    return SentenceGenerator(model, tokenizer)
+
+
+def run(generator, prompts, **settings):
+    return generator.generate(prompts, GenerationSettings(**{"max_new_tokens": 40, **settings}))
+
+
+def test_batched_equals_alone_and_order_is_kept(generator):
+    together = run(generator, PROMPTS)
+    assert [g.prompt for g in together] == PROMPTS
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        assert run(generator, [prompt])[0].token_ids == result.token_ids
+
+
+def test_cached_equals_uncached(generator):
+    cached, plain = run(generator, PROMPTS), run(generator, PROMPTS, use_cache=False)
+    assert [g.token_ids for g in cached] == [g.token_ids for g in plain]
+    assert any(g.token_ids for g in cached)
+
+
+def test_text_is_lossless_against_the_tokens(generator, tokenizer):
+    for result in run(generator, PROMPTS):
+        assert "".join(result.sentences) == result.text
+        unfinished = generator._read(0, type(result)(result.prompt)).prefix
+        everything = tokenizer.decode(unfinished + result.token_ids, skip_special_tokens=True)
+        assert everything == tokenizer.decode(unfinished) + result.text
+
+
+def test_an_unfinished_prompt_is_finished_first(generator):
+    assert not ends_in_sentence(PROMPTS[0], generator.segmenter)
+    assert ends_in_sentence(PROMPTS[1], generator.segmenter)
+    row = generator._read(0, run(generator, PROMPTS[:1], max_new_tokens=1)[0])
+    assert row.prefix
+    assert len(row.context) == 2
+
+
+def test_limits(generator):
+    assert all(len(g.token_ids) == 5 for g in run(generator, PROMPTS, max_new_tokens=5, stop_threshold=1))
+    two = run(generator, PROMPTS, max_new_tokens=None, max_new_sentences=2, stop_threshold=1)
+    assert {g.finish_reason for g in two} == {"length"}
+    short = run(generator, PROMPTS[1:2], max_sentence_tokens=3, max_new_sentences=3, stop_threshold=1)
+    assert len(short[0].token_ids) <= 9
+
+
+def test_forced_lengths_count_exactly(generator):
+    result = run(generator, PROMPTS[1:2], sentence_lengths=(3, 7), max_new_sentences=4, max_new_tokens=None)[0]
+    assert len(result.token_ids) == 20
+
+
+def test_the_stop_flag_stops(generator):
+    bias = generator.model.termination.bias
+    try:
+        with torch.no_grad():
+            bias.copy_(torch.tensor([-50.0, 50.0]))
+        for prompt, result in zip(PROMPTS, run(generator, PROMPTS), strict=True):
+            unfinished = not ends_in_sentence(prompt, generator.segmenter)
+            assert bool(result.token_ids) == unfinished  # an unfinished sentence is finished all the same
+            assert result.finish_reason == "stop"
+    finally:
+        with torch.no_grad():
+            bias.zero_()
+
+
+def test_sampling_is_reproducible_and_differs_by_seed(generator):
+    first, again, other = (
+        run(generator, PROMPTS, do_sample=True, temperature=1.3, top_k=50, top_p=0.9, seed=seed) for seed in (1, 1, 2)
+    )
+    assert [g.token_ids for g in first] == [g.token_ids for g in again]
+    assert [g.token_ids for g in first] != [g.token_ids for g in other]
+
+
+def test_repetition_penalty_changes_greedy_output(generator):
+    plain = run(generator, PROMPTS, stop_threshold=1)
+    penalized = run(generator, PROMPTS, stop_threshold=1, repetition_penalty=5.0)
+    assert [g.token_ids for g in plain] != [g.token_ids for g in penalized]
+
+
+def test_streaming_gives_the_same_text(generator):
+    pieces = list(generator.stream(PROMPTS[0], GenerationSettings(max_new_tokens=40)))
+    seen = []
+    result = generator.generate(
+        PROMPTS[:1], GenerationSettings(max_new_tokens=40), on_sentence=lambda number, piece: seen.append(piece)
+    )[0]
+    assert "".join(pieces) == "".join(seen) == result.text
+
+
+def test_empty_and_overlong_prompts_are_refused(generator):
+    with pytest.raises(InputError, match="empty"):
+        run(generator, ["  \n"])
+    with pytest.raises(InputError, match="context holds"):
+        run(generator, ["This is a whole sentence of its own. " * 200])
+
+
+def test_the_context_filling_up_ends_generation(tokenizer):
+    model = tiny_sentence_lm(len(tokenizer), max_position_embeddings=6, vae={"max_sentence_tokens": 8})
+    result = run(SentenceGenerator(model, tokenizer), ["One. Two here it is."], max_new_tokens=None, stop_threshold=1)
+    assert result[0].finish_reason == "context"
+
+
+def test_without_a_start_latent_a_lone_fragment_counts_as_a_sentence(tokenizer):
+    recipe = Recipe(name="x", graft={"start_latent": False})
+    generator = SentenceGenerator(tiny_sentence_lm(len(tokenizer), recipe=recipe), tokenizer)
+    assert run(generator, ["the beginning of"], stop_threshold=1)[0].token_ids
+
+
+def test_reconstruction_shows_what_survived(generator, tokenizer):
+    sentences = [tokenizer(text)["input_ids"][:16] for text in ("The people are free.", "a")]
+    results = reconstruct(generator.model.vae, tokenizer, sentences)
+    assert [r.reference for r in results] == [tokenizer.decode(ids) for ids in sentences]
+    for result in results:
+        parts = differences(tokenizer, result)
+        assert "".join(p.text for p in parts if p.kind != "added") == result.reference
+        assert "".join(p.text for p in parts if p.kind != "lost") == result.hypothesis
