@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -44,6 +46,36 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "plugins-guide" / "index.html").is_file()
+
+
+# Commands shown
+
+
+def shown_commands() -> list[str]:
+    """Every ``sentcompress ...`` in the examples of the help texts and in the shell blocks of the pages."""
+    lines = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for block in re.findall(
+            r"^```(?:bash|text)\n(.+?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
+        ):
+            lines += [line.strip() for line in block.splitlines()]
+    found = [re.search(r"(?:^|&& |\| )(sentcompress .+)", line) for line in lines]
+    return sorted({match[1] for match in found if match})
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_every_command_shown_parses(line: str):
+    from sentcompress.cli import app
+
+    words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)
+    command, words = typer.main.get_command(app), words[1:]
+    while getattr(command, "commands", None) and words and not words[0].startswith("-"):
+        if words[0] == "COMMAND":  # a placeholder in the help
+            return
+        assert words[0] in command.commands, f"no such command: {line}"
+        command = command.commands[words.pop(0)]
+    if not set(words) & {"--help", "--version", "--install-completion"}:
+        command.make_context(command.name, words)  # raises on an unknown option or a missing argument
 
 
 # The README's commands
@@ -96,6 +128,21 @@ def test_constraints_pin_every_direct_dependency():
     assert {line.partition("==")[0] for line in pins} >= names
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins)
     assert pins[0].startswith("torch==")
+
+
+def test_the_lowest_session_pins_every_lower_bound():
+    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    noxfile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(noxfile)
+    lines = noxfile.lowest_constraints().splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in project["dependencies"]:
+        name, _, version = requirement.partition(">=")
+        assert f"{name}=={pinned('torch') if name == 'torch' else version}" in lines
+    assert f"pytest=={pinned('pytest')}" in lines, "test tools are those of constraints.txt"
+    assert noxfile.PYTHONS == ["3.11", "3.12", "3.13"]
+    with pytest.raises(ValueError, match="'a<2' has no plain lower bound"):
+        noxfile.lower_bounds(["a<2"])
 
 
 # The plugin guide

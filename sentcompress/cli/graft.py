@@ -43,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "sentcompress graft --out out/quickstart",
-            "sentcompress graft --backbone opt-1.3b --vae out/vae-2048/vae --set graft.tune=lora",
-            "sentcompress graft paper/sllm-125m-h1 --vae out/vae-768-h1/vae --dry-run",
+            "sentcompress graft --backbone opt-1.3b --vae out/paper-vae-2048-h1/vae --set graft.tune=lora",
+            "sentcompress graft paper/sllm-125m-h1 --vae out/paper-vae-768-h1/vae --dry-run",
         )
     )(graft)
