@@ -38,7 +38,7 @@ _CONTRACTS = (
     "Segmenter",
     "SegmenterOptions",
 )
-_EXPORTS = {name: "sentcompress.contracts" for name in _CONTRACTS} | {
+_EXPORTS = dict.fromkeys(_CONTRACTS, "sentcompress.contracts") | {
     "hookimpl": "sentcompress.hookspecs",
     "SentenceLM": "sentcompress.modeling",
     "SentenceLMConfig": "sentcompress.modeling",

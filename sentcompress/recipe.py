@@ -59,7 +59,7 @@ class VAESpec(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout in the blocks (the paper: 0.1)."""
     conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
-    """How the decoder is told what to write: cross-attention (the paper), a vector added, or prefix positions."""
+    """How the decoder is told what to write: cross-attention (the paper), an added vector, or a prefix."""
     tie_embeddings: bool = False
     """One matrix for encoder embedding, decoder embedding and output head (the paper: three)."""
     init: Literal["random", "embeddings"] = "random"
@@ -165,8 +165,9 @@ class GraftSettings(TrainingSettings):
     """Passages a micro-batch (the paper: 1)."""
     max_sentences: int = Field(default=64, ge=2)
     """Sentences a passage (the paper: 64); longer documents become consecutive passages."""
-    overlap_sentences: int = Field(default=0, ge=0)
-    """Sentences a passage carries over from the one before it as context, not scored again."""
+    overlap_sentences: int = Field(default=1, ge=1)
+    """Sentences a passage carries over from the one before it as context, not scored again; with none, a
+    passage's first sentence could not be predicted."""
     loss: Literal["focal", "cross-entropy"] = "focal"
     """Token and stop loss."""
     focal_gamma: float = Field(default=2.0, ge=0)
@@ -174,9 +175,9 @@ class GraftSettings(TrainingSettings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of probability spread over the vocabulary."""
     match_scale: bool = True
-    """Scale the latents to the size of the backbone's token embeddings, measured; false leaves them as they are."""
+    """Scale the latents to the measured size of the backbone's token embeddings; false leaves them alone."""
     start_latent: bool = True
-    """A learned vector before each document, so that its first sentence is predicted too; the paper has none."""
+    """A learned vector before each document, which predicts its first sentence; the paper has none."""
     stop_weight: float = Field(default=1.0, ge=0)
     """Weight of the stop decisions' loss."""
 

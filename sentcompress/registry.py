@@ -198,7 +198,9 @@ def _checked_target(kind: str, name: str, cls: Any) -> Any:
         return cls
     contract = getattr(contracts, kind.capitalize())
     if not (isinstance(cls, type) and issubclass(cls, contract)):
-        raise TypeError(f"{kind} '{name}' must be a subclass of sentcompress.{contract.__name__}, not {cls!r}")
+        raise TypeError(
+            f"{kind} '{name}' must be a subclass of sentcompress.{contract.__name__}, not {cls!r}"
+        )
     return cls
 
 
@@ -210,9 +212,8 @@ def describe_validation_error(error: ValidationError, model: type, where: str) -
         field_name = ".".join([where, *path] if where else path)
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
-            lines.append(
-                f"{field_name}: unknown key.{did_you_mean(path[-1], known)} Known keys: {', '.join(sorted(known))}"
-            )
+            near = did_you_mean(path[-1], known)
+            lines.append(f"{field_name}: unknown key.{near} Known keys: {', '.join(sorted(known))}")
         elif item["type"] == "missing":
             lines.append(f"{field_name}: required, but missing")
         else:
