@@ -251,7 +251,7 @@ def test_data_may_be_a_folder_or_a_glob(tmp_path: Path):
     assert experiment.data_section(str(folder)) == {"name": "text", "options": {"paths": [str(folder)]}}
     (folder / "part" / "b.jsonl").write_text("{}\n")
     section = experiment.data_section(f"{folder}/")
-    assert section == {"name": "jsonl", "options": {"paths": [f"{folder}/**/*.jsonl"]}}
+    assert section == {"name": "jsonl", "options": {"paths": [f"{folder}/"]}}
     assert experiment.data_section(f"{folder}/*/*.jsonl")["name"] == "jsonl"
     with pytest.raises(InputError, match=r"--data .*nothing.* no file there"):
         experiment.data_section(str(tmp_path / "nothing*"))

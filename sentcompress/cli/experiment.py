@@ -15,7 +15,7 @@ from sentcompress.errors import InputError
 if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
 
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 def resolve(
@@ -64,13 +64,15 @@ def execute(
     Args:
         stages: names of stages in order; None runs all that the recipe has.
     """
-    from sentcompress.training import stages as stage_runner
-
     if dry_run:
-        typer.echo(stage_runner.plan(recipe))
+        from sentcompress.training.plan import plan
+
+        typer.echo(plan(recipe))
         return
+    from sentcompress.training.stages import run_recipe
+
     folder = out or Path("out") / recipe.name.replace("/", "-")
-    stage_runner.run_recipe(recipe, folder, stages=stages, resume=resume, overwrite=overwrite)
+    run_recipe(recipe, folder, stages=stages, resume=resume, overwrite=overwrite)
 
 
 def backbone_overrides(model: str) -> list[str]:
@@ -104,13 +106,10 @@ def data_section(path: str) -> dict[str, Any]:
         InputError: there is no such file or folder.
     """
     found = _first_file(path)
-    if not _is_json_lines(found):
-        return {"name": "text", "options": {"paths": [path]}}
-    if Path(path).is_dir():
-        # The jsonl dataset reads files; a folder is a shorthand for those of the kind found in it.
-        suffix = "".join(found.suffixes[-2:]) if found.suffix in (".gz", ".zst") else found.suffix
-        path = f"{path.rstrip('/')}/**/*{suffix}"
-    return {"name": "jsonl", "options": {"paths": [path]}}
+    named = found.name.lower().endswith(_JSONL_SUFFIXES)
+    # A folder is searched by suffix, so what only looks like JSON lines would not be found in it.
+    json_lines = named or (not Path(path).is_dir() and _holds_json_lines(found))
+    return {"name": "jsonl" if json_lines else "text", "options": {"paths": [path]}}
 
 
 def _first_file(path: str) -> Path:
@@ -128,9 +127,7 @@ def _first_file(path: str) -> Path:
     return candidates[0]
 
 
-def _is_json_lines(path: Path) -> bool:
-    if path.name.lower().endswith(_JSONL_SUFFIXES):
-        return True
+def _holds_json_lines(path: Path) -> bool:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
