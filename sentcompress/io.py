@@ -1,0 +1,168 @@
+"""Files and folders that are whole or absent, and checks that they still are. No torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sentcompress.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusals while writing into a StorageError that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _disk_full(folder) from error
+        raise StorageError(
+            f"{folder}: cannot be written: {error.strerror or error}",
+            fix="check that the folder exists, that you may write there, and that the device is healthy",
+        ) from error
+    except Exception as error:
+        # safetensors writes in Rust and reports a full disk as an error class of its own.
+        if any(text in str(error) for text in _FULL_TEXTS):
+            raise _disk_full(folder) from error
+        raise
+
+
+def _disk_full(folder: Path) -> StorageError:
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    return StorageError(
+        f"{folder}: the disk is full ({free / 2**20:.0f} MiB free); nothing that was saved before is lost",
+        fix="free some space, or keep fewer checkpoints, and start again with --resume",
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader finds the old one or the new one, never a part.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path.parent):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` that is gone when the block ends, whatever happens in it."""
+    temporary = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to fill; it becomes ``path`` when the block ends, and is removed if it fails.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    with storage_errors(path.parent), temporary_folder(path) as temporary:
+        yield temporary
+        fsync_tree(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        _fsync(path.parent)
+
+
+def move_files(source: Path, target: Path, last: str) -> None:
+    """Move everything in ``source`` into ``target``; ``last`` comes at the end, since it marks completeness."""
+    with storage_errors(target):
+        fsync_tree(source)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+            if path.is_dir():
+                shutil.rmtree(target / path.name, ignore_errors=True)
+            if path.name == last:
+                _fsync(target)
+            os.replace(path, target / path.name)
+        _fsync(target)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _fsync(Path(root) / name)
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def folder_digest(folder: Path, pattern: str = "*.safetensors") -> str:
+    """Digest of the files of a folder that match, by name and content; what a later stage was built on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f"{path.name}:{file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def damage(folder: Path, expected: dict[str, dict[str, Any]]) -> str | None:
+    """Say what is wrong with a folder against its manifest, or None when it is whole."""
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if file_digest(path) != entry["blake2b"]:
+            return f"{name} does not have the content that was saved"
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None when it is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

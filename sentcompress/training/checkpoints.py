@@ -1,0 +1,205 @@
+"""Checkpoints: an ordinary model folder plus everything that is needed to go on exactly where it stopped.
+
+Nothing is pickled: tensors are in safetensors, the rest is JSON, and sizes and digests of all files are recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sentcompress.errors import ModelFolderError
+from sentcompress.io import damage, manifest, read_json, whole_folder, write_atomically
+
+MANIFEST = "manifest.json"
+TENSORS = "training_state.safetensors"
+STATE = "training_state.json"
+
+
+class CheckpointStore:
+    """The ``checkpoints`` folder of a stage.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps there are checkpoints of, whole or not, oldest first."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
+
+    def save(
+        self, step: int, write: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> Path:
+        """Write a checkpoint whole or not at all, then drop those over ``keep``.
+
+        Args:
+            step: steps done.
+            write: fills a folder with the model.
+            tensors: by ``group/name``.
+            state: JSON values.
+
+        Raises:
+            StorageError: the disk is full or refuses; earlier checkpoints are untouched.
+        """
+        path = self.path(step)
+        with whole_folder(path) as temporary:
+            write(temporary)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+            (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            files = manifest(temporary)
+            (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return path
+
+    def latest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest whole checkpoint; damaged ones after it are named through ``warn``.
+
+        Returns:
+            its folder, or None when there is no checkpoint at all.
+
+        Raises:
+            ModelFolderError: there are checkpoints, and all are damaged.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            problem = check_checkpoint(path)
+            if problem is None:
+                return path
+            problems.append(f"{path}: {problem}")
+            warn(f"damaged checkpoint left out: {path}: {problem}")
+        if problems:
+            raise ModelFolderError(
+                "no checkpoint is whole:\n  " + "\n  ".join(problems),
+                fix=f"restore one from a copy, or start over with --overwrite (or delete {self.folder.parent})",
+            )
+        return None
+
+
+def check_checkpoint(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None when it is whole."""
+    record = read_json(path / MANIFEST)
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        return f"{MANIFEST} is missing or broken"
+    return damage(path, record["files"])
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON state of a checkpoint that :func:`check_checkpoint` found whole."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return load_file(path / TENSORS), state
+
+
+def grouped(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names prefixed with their group."""
+    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def ungrouped(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one group under their own names."""
+    prefix = f"{group}/"
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a shared one once: the weights as they train, not their average."""
+    persistent = model.state_dict().keys()
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {name: buffer.detach() for name, buffer in model.named_buffers() if name in persistent}
+    return tensors
+
+
+@torch.no_grad()
+def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Put saved weights back.
+
+    Raises:
+        ModelFolderError: names or shapes are not this model's.
+    """
+    own = model_tensors(model)
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ModelFolderError(
+            f"{source}: not a checkpoint of this model: '{wrong[0]}' and {len(wrong) - 1} more differ",
+            fix="resume with the recipe it was started with, or start over with --overwrite",
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimizer's state by ``kind/parameter``; empty before the first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in zip(names, parameters, strict=True)
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
+) -> None:
+    """Put saved optimizer state back."""
+    states: dict[int, dict[str, Tensor]] = {}
+    numbers = {name: i for i, name in enumerate(names)}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        states.setdefault(numbers[name], {})[kind] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """States of the random generators of Python, numpy, torch and the current GPU, as integers."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    if version != 3 or kind != "MT19937":
+        raise RuntimeError(f"unknown random generators: python {version}, numpy {kind}")
+    tensors = {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def load_random_tensors(tensors: dict[str, Tensor]) -> None:
+    """Put saved states of the random generators back."""
+    gauss = tensors["python_gauss"].tolist()
+    random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss = tensors["numpy_position"].tolist()
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, tensors["numpy_gauss"].item()))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

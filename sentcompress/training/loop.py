@@ -1,0 +1,352 @@
+"""The one training loop: token-level pretraining, SentenceVAE, graft and baseline are jobs of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.console import Console
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from sentcompress.errors import InputError, NumericsError
+from sentcompress.io import move_files, storage_errors, temporary_folder
+from sentcompress.recipe import Recipe, TrainingSettings
+from sentcompress.text.prefetch import prefetch
+from sentcompress.training import checkpoints as saved
+from sentcompress.training.card import Card, provenance, render_card, resume_command
+from sentcompress.training.interruption import Interruption
+from sentcompress.training.memory import explain_out_of_memory
+from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
+from sentcompress.training.precision import choose_precision
+from sentcompress.training.progress import MetricsLog, TrainingProgress
+from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
+from sentcompress.training.step import Batch, StepOutput, Stepper, Window
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Our names of precisions to accelerate's."""
+
+
+class Job(Protocol):
+    """What differs between the four trainings. Build one after :func:`seed_everything`."""
+
+    stage: str
+    """``pretrain``, ``vae``, ``graft`` or ``baseline``."""
+    settings: TrainingSettings
+    inputs: dict[str, str]
+    """Digests of what it starts from (``sentcompress.io.folder_digest``), by name."""
+    batch_fields: tuple[str, ...]
+    """Fields of the recipe that shrink a micro-batch, named when memory runs out."""
+    width: int
+    """Hidden size, for ``precision: auto``."""
+    model: nn.Module
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch ``index`` of an infinite sequence: a pure function of it, called from another thread."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Run ``model`` (``self.model``, perhaps wrapped: call it, not its methods) on a batch."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out figures of ``self.model``, the most telling first."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``self.model`` and its tokenizer; the loop adds ``recipe.yaml`` and the card."""
+
+    def card(self) -> Card:
+        """What the card says."""
+
+
+@contextmanager
+def _no_library_bars() -> Iterator[None]:
+    """Saving shows no bar of transformers' own in the middle of ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_job(
+    job: Job,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """Train a job in a stage's folder. A finished stage is recognised and left as it is.
+
+    Args:
+        folder: ``OUT/<stage>``.
+        resume: go on from the newest whole checkpoint, or start where there is none.
+        overwrite: replace the run that is there, once the new one has taken its first step.
+
+    Returns:
+        held-out figures at the end.
+
+    Raises:
+        InputError: the folder holds another run, or the settings do not fit the model.
+        NumericsError: loss or gradient became NaN or infinite.
+        OutOfMemoryError: names the settings that lower it.
+        StorageError: a file cannot be written; what was saved before is intact.
+        KeyboardInterrupt: Ctrl-C; the step was finished and saved.
+    """
+    stage = StageFolder(folder, job.stage, stage_record(job.stage, recipe, job.inputs))
+    processes = PartialState()
+    if processes.is_main_process:
+        stage.recover()
+    processes.wait_for_everyone()
+    stage.check(resume=resume, overwrite=overwrite)
+    if stage.finished and not overwrite:
+        return stage.figures()
+    processes.wait_for_everyone()  # everyone has read before anything changes
+    if processes.is_main_process:
+        stage.open(overwrite=overwrite, about=provenance(recipe))
+    processes.wait_for_everyone()
+    try:
+        return _Run(job, stage, recipe, console).train()
+    finally:
+        if processes.is_main_process:
+            stage.restore()
+
+
+class _Run:
+    """A stage being trained, from its newest whole checkpoint if there is one."""
+
+    def __init__(self, job: Job, stage: StageFolder, recipe: Recipe, console: Console | None) -> None:
+        self.job, self.stage, self.recipe, self.settings = job, stage, recipe, job.settings
+        processes = PartialState()
+        self.main, self.world, self.rank = (
+            processes.is_main_process,
+            processes.num_processes,
+            processes.process_index,
+        )
+        self.progress = TrainingProgress(job.stage, self.settings.steps, shown=self.main, console=console)
+        self.store = saved.CheckpointStore(stage.checkpoints, self.settings.keep)
+        checkpoint = self.store.latest(self.progress.note)
+        tensors, state = saved.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        self._check_processes(state.get("processes", self.world))
+        self.start = int(state.get("step", 0))
+        self.tokens = int(state.get("tokens", 0))
+        self.seconds = float(state.get("seconds", 0.0))
+        self.figures: dict[str, float] = dict(state.get("figures", {}))
+        self.accelerator = self._accelerator(state.get("precision"))
+        self._prepare()
+        if checkpoint:
+            self._load(checkpoint, tensors, state)
+        else:
+            # Weights were drawn from the seed when the job was built; dropout must differ between processes.
+            seed_everything(recipe.seed + self.rank)
+
+    def _check_processes(self, before: int) -> None:
+        if before != self.world:
+            raise InputError(
+                f"{self.stage.path}: was started on {before} processes and cannot go on with {self.world}, "
+                "since the order of the data would change",
+                fix=f"start {before} processes, or start over with --overwrite",
+            )
+
+    def _accelerator(self, before: str | None) -> Accelerator:
+        processes = PartialState()
+        choice = [before, "as before"]
+        if before is None:
+            if self.main:
+                choice = [*choose_precision(self.settings.precision, self.job.width, processes.device)]
+            if self.world > 1:
+                broadcast_object_list(choice)
+        self.precision = str(choice[0])
+        self.progress.note(f"{self.precision} on {processes.device} ({choice[1]})")
+        # Accelerate keeps one precision for the whole process, but a recipe's stages may differ.
+        AcceleratorState._reset_state()
+        return Accelerator(mixed_precision=MIXED[self.precision])
+
+    def _prepare(self) -> None:
+        model, settings = self.job.model, self.settings
+        if not trainable(model):
+            raise InputError("nothing of the model learns with these settings", fix="choose another 'tune'")
+        if settings.gradient_checkpointing:
+            if not getattr(model, "supports_gradient_checkpointing", False):
+                raise InputError(
+                    f"{SECTIONS[self.job.stage]}.gradient_checkpointing: {type(model).__name__} cannot do it",
+                    fix=f"set it to false, and lower {' or '.join(self.job.batch_fields)} instead",
+                )
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.to(self.accelerator.device)
+        if settings.compile:
+            model.compile()  # in place, so that weights keep their names
+        optimizer, self.names = build_optimizer(model, settings)
+        self.average = WeightAverage(model, settings.ema) if settings.ema else None
+        prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.stepper = Stepper(self.job.loss, prepared, self.optimizer, self.accelerator, settings)
+
+    def _load(self, checkpoint: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        saved.load_model_tensors(self.job.model, saved.ungrouped("weights", tensors), checkpoint)
+        optimizer = saved.ungrouped("optimizer", tensors)
+        saved.load_optimizer_tensors(self.optimizer.optimizer, self.names, optimizer)
+        if self.average:
+            self.average.load(saved.ungrouped("average", tensors))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        saved.load_random_tensors(saved.ungrouped(f"random/{self.rank}", tensors))
+        self.progress.start = self.start
+        self.progress.note(f"going on from {checkpoint}")
+
+    def train(self) -> dict[str, float]:
+        """Train to the end; raises as :func:`run_job` says."""
+        settings, job = self.settings, self.job
+        log = MetricsLog(self.stage.path, self.start, settings.tensorboard) if self.main else None
+        batches = prefetch(
+            lambda i: job.batch(i * self.world + self.rank), start=self.start * settings.gradient_accumulation
+        )
+        try:
+            with Interruption() as interruption, explain_out_of_memory(SECTIONS[job.stage], job.batch_fields):
+                window = Window(batches)
+                for done in range(self.start + 1, settings.steps + 1):
+                    result = self._step(done, batches, interruption)
+                    window.add(result)
+                    last = done == settings.steps
+                    if done % settings.log_every == 0 or last:
+                        self._log(done, window, log)
+                        window = Window(batches)
+                    with window.paused():
+                        if settings.eval_every and done % settings.eval_every == 0 and not last:
+                            self._evaluate(done, log)
+                        due = settings.save_every and done % settings.save_every == 0
+                        if due or last or result.interrupted:
+                            self._checkpoint(done)
+                    if result.interrupted and not last:
+                        self._say_how_to_go_on(done)
+                        raise KeyboardInterrupt
+                self._evaluate(settings.steps, log)
+            self._finish()
+        finally:
+            batches.close()
+            self.progress.close()
+            if log:
+                log.close()
+        return self.figures
+
+    def _step(self, done: int, batches: Any, interruption: Interruption) -> Any:
+        try:
+            result = self.stepper.step(done - 1, batches, lambda: interruption.asked)
+        except NumericsError as error:
+            steps = self.store.steps()
+            good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
+            raise NumericsError(
+                f"{self.job.stage}: {error.message}; last good checkpoint: {good}",
+                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate or max_grad_norm, or use precision=fp32; "
+                "look at that batch if it happens again",
+            ) from None
+        if self.main and done == self.start + 1:
+            self.stage.forget_previous()
+        if self.average and not result.skipped:
+            self.average.update(done - 1)
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.progress.advance(done)
+        return result
+
+    def _log(self, done: int, window: Window, log: MetricsLog | None) -> None:
+        figures = window.figures()
+        self.progress.update(done, figures)
+        if log:
+            log.write(done, figures | {"tokens": self.tokens, "seconds": round(self.seconds, 3)})
+
+    def _weights(self) -> Any:
+        """A context in which the model has the weights that count: the averaged ones, if there are any."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def _evaluate(self, done: int, log: MetricsLog | None) -> None:
+        before = saved.random_tensors()
+        model = self.job.model
+        model.eval()
+        with torch.no_grad(), self._weights(), self.accelerator.autocast():
+            self.figures = self.job.evaluate(model)
+        saved.load_random_tensors(before)  # training goes on as if nothing had been measured
+        self.progress.heldout(done, self.figures)
+        if log:
+            log.write(done, {"eval": self.figures})
+
+    def _write_model(self, folder: Path, done: int) -> None:
+        with self._weights(), _no_library_bars():
+            self.job.save(folder)
+        facts = {
+            "steps": f"{done} of {self.settings.steps}",
+            "training_tokens": f"{self.tokens:,}",
+            "training_seconds": round(self.seconds),
+            "precision": f"{self.precision} on {self.accelerator.device}, {self.world} process(es), "
+            f"{torch.get_num_threads()} thread(s)",
+            "seed": self.recipe.seed,
+        }
+        card = render_card(self.job.card(), self.recipe, self.stage.path, facts, self.figures)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
+
+    def _checkpoint(self, done: int) -> None:
+        everyone = saved.grouped(str(self.rank), saved.random_tensors())
+        if self.world > 1:
+            everyone = {name: value for part in gather_object([everyone]) for name, value in part.items()}
+        if self.main:
+            tensors = saved.grouped("weights", saved.model_tensors(self.job.model))
+            optimizer = saved.optimizer_tensors(self.optimizer.optimizer, self.names)
+            tensors |= saved.grouped("optimizer", optimizer) | saved.grouped("random", everyone)
+            if self.average:
+                tensors |= saved.grouped("average", self.average.average)
+            scaler = self.accelerator.scaler
+            state = {
+                "step": done,
+                "next_batch": done * self.settings.gradient_accumulation * self.world,
+                "processes": self.world,
+                "precision": self.precision,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "figures": self.figures,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            self.store.save(done, lambda folder: self._write_model(folder, done), tensors, state)
+        self.accelerator.wait_for_everyone()
+
+    def _say_how_to_go_on(self, done: int) -> None:
+        self.progress.note(f"stopped after step {done} and saved {self.store.path(done)}")
+        self.progress.note(f"go on with: {resume_command()}")
+
+    def _finish(self) -> None:
+        if self.main:
+            with storage_errors(self.stage.path), temporary_folder(self.stage.path / ".final") as folder:
+                self._write_model(folder, self.settings.steps)
+                about = {
+                    "stage": self.job.stage,
+                    "fields": self.stage.record,
+                    **provenance(self.recipe),
+                    "steps": self.settings.steps,
+                    "tokens": self.tokens,
+                    "seconds": self.seconds,
+                    "precision": self.precision,
+                    "device": str(self.accelerator.device),
+                    "processes": self.world,
+                    "figures": self.figures,
+                }
+                saved.write_json(folder / RUN, about)
+                move_files(folder, self.stage.path, last=MARK)
+            self.progress.note(f"done: {self.stage.path}")
+        self.accelerator.wait_for_everyone()

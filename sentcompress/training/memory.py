@@ -1,0 +1,34 @@
+"""Out of memory: which settings lower it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sentcompress.errors import OutOfMemoryError
+
+_CPU_TEXTS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+@contextmanager
+def explain_out_of_memory(section: str, batch_fields: tuple[str, ...]) -> Iterator[None]:
+    """Turn torch's and Python's out-of-memory errors into one that names the settings to lower.
+
+    Args:
+        section: of the recipe, with the stage's training settings.
+        batch_fields: fields of the recipe that shrink a micro-batch.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        cpu = isinstance(error, MemoryError) or any(text in str(error) for text in _CPU_TEXTS)
+        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        where = "this machine has" if cpu else "the GPU has"
+        raise OutOfMemoryError(
+            f"{where} too little memory for these settings: {str(error).splitlines()[0] if str(error) else error!r}",
+            fix=f"lower {' or '.join(batch_fields)} (and raise {section}.gradient_accumulation by as much), "
+            f"or set {section}.gradient_checkpointing=true; then go on with --resume or start with --overwrite",
+        ) from error

@@ -1,0 +1,157 @@
+"""What a run shows and records: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sentcompress.errors import InputError
+from sentcompress.io import storage_errors, write_atomically
+
+LINE_SECONDS = 5.0
+"""Seconds between plain lines where there is no terminal."""
+
+
+class TrainingProgress:
+    """A progress bar on a terminal, else a plain line every few seconds. Only rank 0 shows anything.
+
+    Args:
+        stage: name shown.
+        total: steps of the run.
+        start: steps done before.
+        shown: False keeps quiet.
+    """
+
+    def __init__(
+        self, stage: str, total: int, start: int = 0, shown: bool = True, console: Console | None = None
+    ) -> None:
+        self.console = console or Console(stderr=True, quiet=not shown)
+        self.stage = stage
+        self.total = total
+        self.start = start
+        self._began = time.monotonic()
+        self._printed = float("-inf")
+        self._heldout = ""
+        self._bar: Progress | None = None
+        if shown and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(f"{self.stage}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.start()  # with the first step; does nothing after that
+            self._bar.update(self._task, completed=step)
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the state after ``step`` steps."""
+        text = (
+            f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s  "
+            f"padding {figures['padding']:.1%}{self._heldout}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= LINE_SECONDS or step == self.total:
+            self._printed = now
+            left = (now - self._began) / max(1, step - self.start) * (self.total - step)
+            self.note(f"step {step}/{self.total}  {text}  {_duration(left)} left")
+
+    def heldout(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show held-out figures now, and beside the loss from now on."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.note(f"step {step}/{self.total}  held out: {text}")
+        name, value = next(iter(figures.items()), ("", 0.0))
+        self._heldout = f"  held-out {name} {value:.4g}" if name else ""
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one object a line, and TensorBoard events beside it if wanted.
+
+    Args:
+        folder: of the stage.
+        start: steps done before; later lines of an earlier attempt are dropped.
+        tensorboard: also write events.
+
+    Raises:
+        InputError: TensorBoard is wanted and not installed.
+    """
+
+    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError(
+                    "tensorboard: true, but TensorBoard is not installed",
+                    fix="pip install 'sentcompress[tensorboard]', or set it to false",
+                ) from error
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Append ``{"step": step, **figures}``."""
+        with storage_errors(self.path.parent):
+            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in figures.items():
+                if isinstance(value, Mapping):
+                    for inner, number in value.items():
+                        self._events.add_scalar(f"{name}/{inner}", number, step)
+                else:
+                    self._events.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and "step" in value:
+            lines.append(value)
+    return lines

@@ -1,0 +1,156 @@
+"""The stages of a recipe, in order: each is skipped when finished and picked up where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+
+from sentcompress.errors import InputError, did_you_mean
+from sentcompress.io import folder_digest, storage_errors, write_atomically
+from sentcompress.recipe import Recipe
+from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.loop import Job, run_job, seed_everything
+from sentcompress.training.plan import plan
+from sentcompress.training.run_folder import StageFolder, stage_record
+
+__all__ = ["STAGES", "Stage", "plan", "run_recipe"]
+
+
+class Run:
+    """A recipe and the folder it runs in; what several stages need is loaded once."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe = recipe
+        self.out = out
+
+    @cached_property
+    def text(self) -> Inputs:
+        return load_inputs(self.recipe)
+
+    @property
+    def vae(self) -> Path:
+        """Folder of the SentenceVAE that is grafted."""
+        return Path(self.recipe.graft.vae) if self.recipe.graft.vae else self.out / "vae"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the table of stages.
+
+    Attributes:
+        name: also its folder.
+        wanted: whether a recipe has it.
+        job: builds its job; called after the random generators were seeded.
+        inputs: digests of what it takes from earlier stages, cheap to compute, as the job records them.
+    """
+
+    name: str
+    wanted: Callable[[Recipe], bool]
+    job: Callable[[Run], Job]
+    inputs: Callable[[Run], dict[str, str]] = lambda _: {}
+
+
+def _pretrain(run: Run) -> Job:
+    from sentcompress.training.token_level import PretrainJob
+
+    return PretrainJob(run.recipe)
+
+
+def _vae(run: Run) -> Job:
+    from sentcompress.training.vae import VAEJob
+
+    return VAEJob(run.recipe, run.text)
+
+
+def _graft(run: Run) -> Job:
+    from sentcompress.training.graft import GraftJob
+
+    return GraftJob(run.recipe, run.vae, run.text)
+
+
+def _baseline(run: Run) -> Job:
+    from sentcompress.training.token_level import BaselineJob
+
+    return BaselineJob(run.recipe, run.text)
+
+
+def _grafts(recipe: Recipe) -> bool:
+    return recipe.pretrain is None
+
+
+STAGES = (
+    Stage("pretrain", lambda recipe: recipe.pretrain is not None, _pretrain),
+    Stage("vae", lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
+    Stage("graft", _grafts, _graft, lambda run: {"vae": folder_digest(run.vae)}),
+    Stage("baseline", lambda recipe: _grafts(recipe) and recipe.baseline.enabled, _baseline),
+)
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    stages: list[str] | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Run stages of a recipe; finished ones are left as they are, a started one goes on.
+
+    Args:
+        out: folder of the run.
+        stages: names, in order; None runs all that the recipe has.
+        resume: go on with a stage that was started; False refuses it.
+        overwrite: run every stage again in place of what is there.
+
+    Returns:
+        held-out figures of each stage.
+
+    Raises:
+        InputError: a stage's folder holds another run, or there is no such stage.
+        SentCompressError: as :func:`~sentcompress.training.loop.run_job` says.
+    """
+    main = PartialState().is_main_process
+    console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
+    run = Run(recipe, out)
+    chosen = _chosen(recipe, stages)
+    results, busy = {}, False
+    for stage in chosen:
+        folder = out / stage.name
+        if not overwrite and (figures := _finished(run, stage)) is not None:
+            console.print(f"{stage.name}: already done ({folder})")
+            results[stage.name] = figures
+            continue
+        if not busy and main:
+            with storage_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "recipe.yaml", recipe.dump())
+        busy = True
+        seed_everything(recipe.seed)
+        results[stage.name] = run_job(stage.job(run), folder, recipe, resume=resume, overwrite=overwrite)
+    console.print(f"everything is done: {out}" if not busy else f"done: {out}")
+    return results
+
+
+def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
+    if names is None:
+        return [stage for stage in STAGES if stage.wanted(recipe)]
+    table = {stage.name: stage for stage in STAGES}
+    for name in names:
+        if name not in table:
+            raise InputError(f"no stage '{name}'.{did_you_mean(name, table)}", fix=f"use {', '.join(table)}")
+    return [table[name] for name in names]
+
+
+def _finished(run: Run, stage: Stage) -> dict[str, float] | None:
+    """Figures of a finished stage, None when there is work to do. Refuses one made of something else."""
+    folder = StageFolder(run.out / stage.name, stage.name, stage_record(stage.name, run.recipe, {}))
+    if not folder.finished:
+        return None
+    folder = StageFolder(folder.path, stage.name, stage_record(stage.name, run.recipe, stage.inputs(run)))
+    folder.check(resume=True, overwrite=False, partial=True)
+    return folder.figures()

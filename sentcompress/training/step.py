@@ -1,0 +1,196 @@
+"""One optimizer step, and the figures of the steps between two log lines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sentcompress.errors import NumericsError
+from sentcompress.recipe import TrainingSettings
+from sentcompress.training.optimization import learning_rate
+
+MAX_SKIPPED = 25
+"""fp16 steps in a row that may overflow before the run counts as broken."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepOutput:
+    """What a job makes of a micro-batch.
+
+    Attributes:
+        loss: scalar to minimize; the micro-batches of a step count equally.
+        tokens: real tokens in it, for tokens/s.
+        metrics: further scalars, averaged over the micro-batches between two log lines.
+    """
+
+    loss: Tensor
+    tokens: int
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class StepResult:
+    """An optimizer step, summed over all processes."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    cells: int
+    """Positions computed, with padding."""
+    real: int
+    """Positions computed that hold a token."""
+    seconds: float
+    metrics: list[dict[str, float | Tensor]]
+    """Of this process's micro-batches."""
+    interrupted: bool
+    skipped: bool
+    """fp16 overflowed and the weights were left as they were."""
+
+
+class Stepper:
+    """Runs optimizer steps.
+
+    Args:
+        loss: ``job.loss``.
+        model, optimizer: as ``accelerator.prepare`` returned them.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[nn.Module, Batch], StepOutput],
+        model: nn.Module,
+        optimizer: Any,
+        accelerator: Accelerator,
+        settings: TrainingSettings,
+    ) -> None:
+        self.loss, self.model, self.optimizer = loss, model, optimizer
+        self.accelerator, self.settings = accelerator, settings
+        self.skipped = 0
+
+    def step(self, number: int, batches: Iterator[Batch], asked: Callable[[], bool]) -> StepResult:
+        """Take step ``number`` (0 is the first).
+
+        Args:
+            batches: micro-batches of this process, in order.
+            asked: whether this process was asked to stop.
+
+        Raises:
+            NumericsError: loss or gradient is not finite; the weights are as before.
+        """
+        began = time.perf_counter()
+        settings, accelerator = self.settings, self.accelerator
+        rate = learning_rate(number, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        losses: list[Tensor] = []
+        metrics = []
+        tokens = cells = real = 0
+        for micro in range(settings.gradient_accumulation):
+            batch = next(batches)
+            if "attention_mask" in batch:
+                cells += batch["attention_mask"].numel()
+                real += int(batch["attention_mask"].sum())
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            last = micro == settings.gradient_accumulation - 1
+            # Gradients are exchanged once a step, with the last micro-batch.
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    output = self.loss(self.model, batch)
+                accelerator.backward(output.loss / settings.gradient_accumulation)
+            losses.append(output.loss.detach().float())
+            metrics.append(output.metrics)
+            tokens += output.tokens
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
+        own = torch.stack(losses)
+        # One exchange of figures a step; with it, all processes stop in the same step.
+        counts = own.new_tensor([tokens, cells, real, float(asked())])
+        shared = torch.cat([own.mean()[None], counts])
+        if accelerator.num_processes > 1:
+            shared = accelerator.reduce(shared)
+        loss, *sums, stop = shared.tolist()
+        self._check(number, loss, norm, own)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        skipped = bool(self.optimizer.step_was_skipped)
+        self.skipped = self.skipped + 1 if skipped else 0
+        return StepResult(
+            loss / accelerator.num_processes,
+            norm,
+            rate,
+            *(int(value) for value in sums),
+            seconds=time.perf_counter() - began,
+            metrics=metrics,
+            interrupted=stop > 0,
+            skipped=skipped,
+        )
+
+    def _check(self, number: int, loss: float, norm: float, own: Tensor) -> None:
+        # With fp16 the gradient scaler meets overflows by skipping steps; only a row of them is an error.
+        scaled = self.accelerator.scaler is not None
+        finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
+        if finite and self.skipped < MAX_SKIPPED:
+            return
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first = number * self.settings.gradient_accumulation
+        indexes = [(first + micro) * world + rank for micro in range(len(own))]
+        broken = [i for i, value in zip(indexes, own.tolist(), strict=True) if not math.isfinite(value)]
+        raise NumericsError(
+            f"step {number + 1}: loss {loss / world:g}, gradient norm {norm:g}"
+            + (f", {self.skipped} fp16 steps skipped in a row" if self.skipped else "")
+            + f" at batch {', '.join(map(str, broken or indexes))}"
+        )
+
+
+class Window:
+    """Figures of the steps since the last log line.
+
+    Args:
+        batches: the prefetcher, which counts the seconds it was waited for.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.results: list[StepResult] = []
+        self.began = time.perf_counter()
+        self.waited = batches.wait_seconds
+
+    def add(self, result: StepResult) -> None:
+        self.results.append(result)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within the block does not count."""
+        start = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - start
+
+    def figures(self) -> dict[str, float]:
+        """Averages over the window."""
+        results = self.results
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        cells = sum(result.cells for result in results)
+        figures = {
+            "loss": sum(result.loss for result in results) / len(results),
+            "learning_rate": results[-1].learning_rate,
+            "grad_norm": sum(result.grad_norm for result in results) / len(results),
+            "tokens_per_second": sum(result.tokens for result in results) / seconds,
+            "padding": 1 - sum(result.real for result in results) / cells if cells else 0.0,
+            "wait": min(1.0, (self.batches.wait_seconds - self.waited) / seconds),
+        }
+        rows = [row for result in results for row in result.metrics]
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [float(row[name]) for row in rows if name in row]
+            figures[name] = sum(values) / len(values)
+        return figures

@@ -1,0 +1,253 @@
+"""Token-level training: pretraining a small backbone from nothing, and the equal-data baseline."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sentcompress.errors import InputError, did_you_mean
+from sentcompress.modeling.loading import load_causal_lm
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.recipe import Recipe
+from sentcompress.registry import get_registry
+from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, TokenSampler
+from sentcompress.training.card import Card
+from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.step import StepOutput
+from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
+
+IGNORED = -100
+"""Label of a position that is no target."""
+
+
+class TokenLM(nn.Module):
+    """A causal LM that returns its loss without the logits ever existing whole."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        return bool(self.lm.supports_gradient_checkpointing)
+
+    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
+        self.lm.gradient_checkpointing_enable(**arguments)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Next-token cross-entropy.
+
+        Args:
+            input_ids, attention_mask: ``[B, T]``.
+            labels: ``[B, T]``, the tokens themselves (they are shifted here), -100 at what is no target.
+
+        Returns:
+            loss and NLL in nats, ``[targets]`` each; only the loss carries gradients.
+        """
+        states = self.lm.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        targets = labels[:, 1:]
+        kept = targets != IGNORED
+        weight = self.lm.get_output_embeddings().weight
+        return TokenLoss(gamma=0.0)(states[:, :-1][kept], weight, targets[kept])
+
+
+class TokenLevelJob:
+    """What both token-level trainings share: the loss, the held-out figures, the folder."""
+
+    model: TokenLM
+    text: Inputs
+    settings: Any
+    _train: Any
+    _heldout: Any
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._train.batch(index)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        loss, _ = model(**batch)
+        return StepOutput(loss.mean(), tokens=int(batch["attention_mask"].sum()))
+
+    def heldout_batches(self) -> int:
+        """Held-out batches an evaluation reads."""
+        return int(self.settings.eval_batches)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Bits a byte (where the tokenizer is byte-level) and nats a token of held-out rows."""
+        sizes = byte_lengths(self.text.tokenizer)
+        device = next(model.parameters()).device
+        nats, targets, size = 0.0, 0, 0
+        for index in range(self.heldout_batches()):
+            batch = self._heldout.batch(index)
+            _, nll = model(**{name: value.to(device) for name, value in batch.items()})
+            nats += float(nll.double().sum())
+            targets += len(nll)
+            if sizes is not None:
+                ids = batch["labels"][:, 1:]
+                size += int(torch.tensor(sizes)[ids[ids != IGNORED]].sum())
+        figures = {"bits_per_byte": nats / math.log(2) / size} if size else {}
+        return figures | {"nats_per_token": nats / max(1, targets)}
+
+    def save(self, folder: Path) -> None:
+        self.model.lm.save_pretrained(folder)
+        self.text.tokenizer.save_pretrained(folder)
+
+    @property
+    def parameters(self) -> str:
+        return f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.1f} M parameters"
+
+
+class PretrainJob(TokenLevelJob):
+    """A small backbone from nothing: tokenizer and weights from the training documents alone."""
+
+    stage = "pretrain"
+    batch_fields = ("pretrain.sequences_per_batch", "pretrain.sequence_length")
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises RecipeError without a ``pretrain`` section, InputError for a configuration that is none."""
+        if recipe.pretrain is None:
+            raise InputError(
+                "the recipe has no 'pretrain' section", fix="add one, or use train-vae and graft"
+            )
+        self.recipe = recipe
+        self.settings = recipe.pretrain
+        dataset = get_registry().create("dataset", recipe.data.name, recipe.data.options)
+        tokenizer = train_tokenizer(training_texts(dataset), self.settings.vocab_size)
+        config = backbone_config(recipe, tokenizer)
+        tokenizer.model_max_length = config.max_position_embeddings
+        self.text = load_inputs(recipe, tokenizer)
+        self.inputs = {"corpus": self.text.corpus.key}  # the key covers the tokenizer
+        self.width = int(config.hidden_size)
+        self.model = TokenLM(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        self._train = self._sampler(self.text.corpus.train)
+        self._heldout = self._sampler(self.text.corpus.heldout)
+
+    def _sampler(self, documents: Any) -> TokenSampler:
+        return TokenSampler(
+            self.text.corpus,
+            documents,
+            self.settings.sequence_length,
+            self.settings.sequences_per_batch,
+            self.recipe.seed,
+            self.text.tokenizer.eos_token_id,
+        )
+
+    def card(self) -> Card:
+        config = self.model.lm.config
+        return Card(
+            title=self.recipe.name,
+            summary=f"A small {config.model_type} of {self.parameters} and {len(self.text.tokenizer)} tokens, "
+            "pretrained from nothing with sentcompress, to graft sentences on where no other LLM is at hand. "
+            "Not meant for use as it is.",
+            data=self.text.describe(),
+            heldout=f"On {self.heldout_batches() * self.settings.sequences_per_batch} held-out rows of "
+            f"{self.settings.sequence_length} tokens, each without what stands before it in its document; "
+            "`sentcompress bench quality` gives whole documents their full context.",
+            usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
+            "model = AutoModelForCausalLM.from_pretrained('{folder}')",
+            tags=(str(config.model_type), "pretrained-from-scratch"),
+        )
+
+
+def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
+    """The transformers configuration of ``pretrain.config`` for a tokenizer.
+
+    Raises:
+        InputError: a field that the configuration class does not have, or one that does not fit.
+    """
+    settings = recipe.pretrain
+    assert settings is not None
+    adapter: Any = get_registry().get("backbone", recipe.backbone.name)
+    model_type = adapter.model_types[0]
+    known = AutoConfig.for_model(model_type).to_dict()
+    given = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"}
+    for name in settings.config:
+        if name in given:
+            raise InputError(
+                f"pretrain.config.{name}: is given by the tokenizer and the backbone", fix="remove it"
+            )
+        if name not in known:
+            raise InputError(
+                f"pretrain.config.{name}: no field of a '{model_type}'.{did_you_mean(name, known)}"
+            )
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings.config,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"pretrain.config: {' '.join(str(error).split())}") from None
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"pretrain.config.num_attention_heads: {config.num_attention_heads} does not divide hidden_size "
+            f"{config.hidden_size}"
+        )
+    if settings.sequence_length > config.max_position_embeddings:
+        raise InputError(
+            f"pretrain.sequence_length: {settings.sequence_length} is over max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+    return config
+
+
+class BaselineJob(TokenLevelJob):
+    """The equal-data twin: the backbone, token by token, on the graft's passages, order and number of steps.
+
+    All of it learns, whatever ``graft.tune`` says: the stronger twin is the honest one.
+    """
+
+    stage = "baseline"
+    batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
+
+    def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:
+        self.recipe = recipe
+        rate = recipe.baseline.learning_rate or recipe.graft.learning_rate
+        self.settings = recipe.graft.model_copy(update={"learning_rate": rate})
+        self.text = text or load_inputs(recipe)
+        self.inputs = {"corpus": self.text.corpus.key}
+        lm = load_causal_lm(recipe.backbone).train()
+        self.model = TokenLM(lm)
+        self.width = int(lm.config.hidden_size)
+        self._train = self._sampler(self.text.corpus.train, shuffle=True)
+        self._heldout = self._sampler(self.text.corpus.heldout, shuffle=False)
+
+    def _sampler(self, documents: Any, *, shuffle: bool) -> PassageTokenSampler:
+        tokenizer, graft = self.text.tokenizer, self.settings
+        passages = PassageSampler(
+            self.text.corpus,
+            documents,
+            graft.passages_per_batch,
+            graft.max_sentences,
+            graft.overlap_sentences,
+            self.recipe.seed,
+            tokenizer.pad_token_id,
+            shuffle=shuffle,
+        )
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        longest = int(self.model.lm.config.max_position_embeddings)
+        return PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start)
+
+    def card(self) -> Card:
+        return Card(
+            title=f"{self.recipe.backbone.model}, fine-tuned token by token",
+            summary=f"The equal-data twin of a SentenceLM: {self.recipe.backbone.model} ({self.parameters}) "
+            "fine-tuned on the same passages for as many steps. It is what the SentenceLM is compared with.",
+            data=self.text.describe(),
+            heldout="On held-out passages, each without what stands before it in its document; "
+            "`sentcompress bench quality` gives the figures that count.",
+            usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
+            "model = AutoModelForCausalLM.from_pretrained('{folder}')",
+            tags=("token-level-baseline",),
+        )

@@ -1,0 +1,84 @@
+"""A byte-level BPE trained on a corpus's training documents, with OPT's special tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from sentcompress.contracts import Dataset
+from sentcompress.text.heldout import choose_heldout
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+"""Ids 0 to 3, as in OPT; ``</s>`` begins and ends texts."""
+START = "</s>"
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def training_texts(dataset: Dataset) -> Iterator[str]:
+    """Texts of the documents that are not held out: the same choice as the corpus makes."""
+    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in _texts(dataset)]
+    heldout = choose_heldout(hashes, int(getattr(dataset.options, "heldout_documents", 20)))
+    for index, text in enumerate(_texts(dataset)):
+        if index not in heldout:
+            yield text
+
+
+def _texts(dataset: Dataset) -> Iterator[str]:
+    limit = getattr(dataset.options, "max_documents", None)
+    for document in islice(dataset.documents(), limit):
+        text = _SURROGATES.sub("\ufffd", document.text)
+        if text.strip():
+            yield text
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer; any text can be written with it, since all 256 bytes are tokens.
+
+    Args:
+        texts: training documents.
+        vocab_size: at most this many tokens; a small corpus gives fewer.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[(START, SPECIAL.index(START))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=START,
+        eos_token=START,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def byte_lengths(tokenizer: Any) -> list[int] | None:
+    """Bytes each token stands for (0 for special ones), or None where the tokenizer is not byte-level."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    special = set(tokenizer.all_special_ids)
+    lengths = []
+    for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if token_id in special or token is None:
+            lengths.append(0)
+        elif set(token) <= alphabet:
+            lengths.append(len(token))  # one character a byte, by construction
+        elif token_id in tokenizer.added_tokens_decoder:
+            lengths.append(len(token.encode()))
+        else:
+            return None
+    return lengths
