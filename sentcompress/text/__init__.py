@@ -1,0 +1,1 @@
+"""From documents to batches: segmentation, the token cache, samplers, prefetch."""

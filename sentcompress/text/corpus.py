@@ -1,0 +1,365 @@
+"""A corpus: documents cut into sentences and tokenized once, memory-mapped from the token cache. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from sentcompress.contracts import Dataset, Document, Segmenter
+from sentcompress.errors import DataError, PluginError, SentCompressError, StorageError
+from sentcompress.text.cache import (
+    FORMAT,
+    CacheDamage,
+    cache_root,
+    key_of,
+    key_parts,
+    publish,
+    read_meta,
+    seal,
+)
+from sentcompress.text.encoding import Encoded, Span, choose_workers, encode_documents
+from sentcompress.text.heldout import choose_heldout
+from sentcompress.text.progress import Bar
+from sentcompress.text.segmentation import plain_backend
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_STALE_SECONDS = 24 * 3600.0
+_HISTOGRAM_BINS = 32
+
+
+class Corpus:
+    """Read-only arrays of a tokenized corpus. Sentences and documents are numbered from 0.
+
+    Attributes:
+        key: changes with everything that changes the content.
+        tokens: all sentences' tokens, without special tokens.
+        sentence_offsets: ``[S + 1]`` into ``tokens``.
+        sentence_bytes: ``[S]`` UTF-8 bytes of each sentence.
+        document_offsets: ``[D + 1]`` into sentences.
+        whole_tokens: all documents' tokens when the text is tokenized whole, cut nowhere.
+        whole_offsets: ``[D + 1]`` into ``whole_tokens``.
+        train, heldout: indexes of documents.
+        backend: the tokenizer's core (see ``plain_backend``).
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any], backend: Tokenizer) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.key: str = meta["key"]
+        self.backend = backend
+        self.tokens = self._raw("tokens.bin", meta["dtype"])
+        self.whole_tokens = self._raw("whole_tokens.bin", meta["dtype"])
+        self._text = self._raw("text.bin", "uint8")
+        self.sentence_offsets = self._array("sentence_offsets")
+        self.sentence_bytes = self._array("sentence_bytes")
+        self._sentence_starts = self._array("sentence_starts")
+        self.document_offsets = self._array("document_offsets")
+        self.whole_offsets = self._array("whole_offsets")
+        self.train = self._array("train")
+        self.heldout = self._array("heldout")
+
+    def _raw(self, name: str, dtype: str) -> np.ndarray:
+        return np.memmap(self.folder / name, dtype=dtype, mode="r")
+
+    def _array(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_offsets) - 1
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self.sentence_bytes)
+
+    @cached_property
+    def sentence_lengths(self) -> np.ndarray:
+        """``[S]`` tokens of each sentence."""
+        return np.diff(self.sentence_offsets)
+
+    def sentence(self, index: int) -> np.ndarray:
+        """A sentence's tokens, int64, without special tokens."""
+        return self.tokens[self.sentence_offsets[index] : self.sentence_offsets[index + 1]].astype(np.int64)
+
+    def sentence_text(self, index: int) -> str:
+        """A sentence's text, exactly as it stands in its document."""
+        start = int(self._sentence_starts[index])
+        return bytes(self._text[start : start + int(self.sentence_bytes[index])]).decode("utf-8")
+
+    def document_sentences(self, document: int) -> range:
+        """Numbers of a document's sentences."""
+        return range(int(self.document_offsets[document]), int(self.document_offsets[document + 1]))
+
+    def document_text(self, document: int) -> str:
+        """A document's whole text."""
+        sentences = self.document_sentences(document)
+        return self.span_text(sentences.start, sentences.stop)
+
+    def span_text(self, start: int, stop: int) -> str:
+        """The text of sentences ``start`` to ``stop - 1`` of one document."""
+        begin = int(self._sentence_starts[start])
+        end = int(self._sentence_starts[stop - 1]) + int(self.sentence_bytes[stop - 1])
+        return bytes(self._text[begin:end]).decode("utf-8")
+
+    def document_tokens(self, document: int) -> np.ndarray:
+        """A document's tokens when its text is tokenized whole, int64, without special tokens."""
+        start, stop = self.whole_offsets[document], self.whole_offsets[document + 1]
+        return self.whole_tokens[start:stop].astype(np.int64)
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        return json.loads((self.folder / "sources.json").read_text(encoding="utf-8"))
+
+    def source(self, document: int) -> str:
+        """Where a document came from."""
+        return self._sources[document]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, sentence lengths in tokens with their histogram, and what happened while building."""
+        lengths = np.asarray(self.sentence_lengths)
+        edges = np.unique(np.linspace(1, lengths.max() + 1, _HISTOGRAM_BINS + 1).round().astype(np.int64))
+        counts, _ = np.histogram(lengths, bins=edges)
+        percentiles = np.percentile(lengths, (5, 25, 50, 75, 95, 99))
+        return {
+            "documents": self.num_documents,
+            "train_documents": len(self.train),
+            "heldout_documents": len(self.heldout),
+            "sentences": self.num_sentences,
+            "tokens": len(self.tokens),
+            "whole_tokens": len(self.whole_tokens),
+            "bytes": int(self.sentence_bytes.sum()),
+            "sentences_per_document": self.num_sentences / self.num_documents,
+            "sentence_tokens_mean": float(lengths.mean()),
+            "sentence_tokens_median": float(percentiles[2]),
+            "sentence_tokens_max": int(lengths.max()),
+            "sentence_tokens_percentiles": dict(
+                zip(("5", "25", "50", "75", "95", "99"), map(float, percentiles), strict=True)
+            ),
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            **{
+                name: self.meta[name]
+                for name in ("split_sentences", "empty_documents", "replaced_surrogates")
+            },
+        }
+
+
+def build_corpus(
+    dataset: Dataset,
+    segmenter: Segmenter,
+    tokenizer: Any,
+    *,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """Open the corpus from the token cache, building it first where it is not there whole.
+
+    Afterwards the segmenter is prepared: from training documents only, or from the cached state.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        cache_dir: in place of ``$SENTCOMPRESS_CACHE`` or ``~/.cache/sentcompress``.
+        workers: processes; None chooses by the size of the text.
+        progress: show a bar and say what was found.
+
+    Raises:
+        DataError: documents cannot be read, or are too few.
+        PluginError: the segmenter or dataset failed, or the segmenter loses text.
+        StorageError: the cache cannot be written.
+    """
+    backend = plain_backend(tokenizer)
+    wanted = int(getattr(dataset.options, "heldout_documents", 20))
+    key = key_of(key_parts(dataset, segmenter, backend, wanted))
+    folder = (cache_dir or cache_root()) / "corpora" / key
+    console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+    try:
+        meta = read_meta(folder, key)
+    except CacheDamage as damage:
+        if folder.exists():
+            console.print(f"token cache {folder}: {damage}; building it again")
+        builder = _Builder(dataset, segmenter, tokenizer, backend, console)
+        meta = builder.build(folder, key, wanted, workers)
+        if meta["segmenter_state"] != segmenter.state():  # another process was faster: its state counts
+            segmenter.load_state(meta["segmenter_state"])
+    else:
+        segmenter.load_state(meta["segmenter_state"])
+        segmenter.prepare(tokenizer)
+    return Corpus(folder, meta, backend)
+
+
+class _Builder:
+    """Builds one cache folder: texts first, then the held-out choice, the segmenter, the tokens."""
+
+    def __init__(
+        self, dataset: Dataset, segmenter: Segmenter, tokenizer: Any, backend: Tokenizer, console: Console
+    ) -> None:
+        self.dataset, self.segmenter, self.tokenizer, self.backend = dataset, segmenter, tokenizer, backend
+        self.console = console
+        self.spans: list[Span] = []
+        self.hashes: list[bytes] = []
+        self.empty = 0
+        self.surrogates = 0
+
+    def build(self, folder: Path, key: str, wanted: int, workers: int | None) -> dict[str, Any]:
+        temporary = folder.with_name(f".{key}.{uuid4().hex[:8]}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            _remove_leftovers(folder.parent)
+            meta = self._fill(temporary, wanted, workers)
+            seal(temporary, {"format": FORMAT, "key": key, **meta})
+            publish(temporary, folder, lambda found: _is_whole(found, key))
+            return read_meta(folder, key)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the token cache {folder.parent}: {error.strerror or error}",
+                fix="free some space there, or set SENTCOMPRESS_CACHE to a folder with room",
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
+        began = time.monotonic()
+        text_file = folder / "text.bin"
+        self._store_texts(text_file)
+        heldout = choose_heldout(self.hashes, wanted)
+        if len(heldout) < wanted:
+            self.console.print(
+                f"{len(self.spans)} documents: {len(heldout)} held out, not {wanted} (half of them at most)"
+            )
+        if self.segmenter.state():
+            self.segmenter.prepare(self.tokenizer)
+        else:
+            training = (span for i, span in enumerate(self.spans) if i not in heldout)
+            self.segmenter.prepare(self.tokenizer, _texts(text_file, training))
+        total = self.spans[-1].stop
+        workers = workers or choose_workers(total)
+        highest = max(self.backend.get_vocab(with_added_tokens=True).values())
+        dtype = "uint16" if highest < 1 << 16 else "uint32"
+        results = encode_documents(
+            text_file, self.spans, self.segmenter, self.backend, dtype, workers, self.console.print
+        )
+        parts: list[Encoded] = []
+        with (
+            Bar("tokenizing", total, enabled=not self.console.quiet) as bar,
+            (folder / "tokens.bin").open("wb") as tokens,
+            (folder / "whole_tokens.bin").open("wb") as whole_tokens,
+        ):
+            for part in results:
+                part.tokens.tofile(tokens)
+                part.whole_tokens.tofile(whole_tokens)
+                part.tokens = part.whole_tokens = part.tokens[:0]
+                parts.append(part)
+                bar.advance(int(part.byte_lengths.sum()))
+        self._write_arrays(folder, parts, heldout)
+        return {
+            "dtype": dtype,
+            "dataset": type(self.dataset).__name__,
+            "segmenter": f"{type(self.segmenter).__module__}.{type(self.segmenter).__qualname__}",
+            "segmenter_options": self.segmenter.options.model_dump(mode="json"),
+            "segmenter_state": self.segmenter.state(),
+            "split_sentences": sum(part.too_long for part in parts),
+            "empty_documents": self.empty,
+            "replaced_surrogates": self.surrogates,
+            "seconds": round(time.monotonic() - began, 2),
+            "workers": workers,
+        }
+
+    def _store_texts(self, text_file: Path) -> None:
+        """Copy the documents into one file; datasets are read once only."""
+        limit = getattr(self.dataset.options, "max_documents", None)
+        position = 0
+        with text_file.open("wb") as file:
+            for document in islice(self._documents(), limit):
+                text, replaced = _SURROGATES.subn("\ufffd", document.text)
+                if not text.strip():
+                    self.empty += 1
+                    continue
+                self.surrogates += replaced
+                data = text.encode("utf-8")
+                file.write(data)
+                self.spans.append(Span(position, position + len(data), document.source))
+                self.hashes.append(hashlib.blake2b(data, digest_size=16).digest())
+                position += len(data)
+        if self.empty:
+            self.console.print(f"{self.empty} empty document(s) skipped")
+        if self.surrogates:
+            self.console.print(f"{self.surrogates} lone surrogate(s) replaced with U+FFFD")
+
+    def _documents(self) -> Iterator[Document]:
+        try:
+            yield from self.dataset.documents()
+        except SentCompressError:
+            raise
+        except Exception as error:
+            name = f"{type(self.dataset).__module__}.{type(self.dataset).__qualname__}"
+            raise PluginError(f"dataset {name} failed: {type(error).__name__}: {error}") from error
+
+    def _write_arrays(self, folder: Path, parts: list[Encoded], heldout: set[int]) -> None:
+        sentences = np.concatenate([part.sentences for part in parts])
+        lengths = np.concatenate([part.lengths for part in parts])
+        byte_lengths = np.concatenate([part.byte_lengths for part in parts])
+        whole_lengths = np.concatenate([part.whole_lengths for part in parts])
+        # A document the tokenizer has no tokens for has no sentences: it is left out like an empty one.
+        kept = np.flatnonzero(sentences)
+        self.empty += len(sentences) - len(kept)
+        begins = np.array([span.start for span in self.spans], dtype=np.int64)
+        held = np.array([index in heldout for index in kept], dtype=bool)
+        if not held.any() or held.all():
+            raise DataError("too few documents have tokens", fix="add documents with text in them")
+        # Sentences lie one after the other in their document, documents one after the other in the file.
+        running = np.cumsum(byte_lengths) - byte_lengths
+        firsts = np.cumsum(sentences) - sentences
+        shift = np.zeros(len(sentences), dtype=np.int64)
+        shift[kept] = begins[kept] - running[firsts[kept]]
+        arrays = {
+            "sentence_offsets": _offsets(lengths),
+            "sentence_bytes": byte_lengths,
+            "sentence_starts": running + np.repeat(shift, sentences),
+            "document_offsets": _offsets(sentences[kept]),
+            "whole_offsets": _offsets(whole_lengths[kept]),
+            "train": np.flatnonzero(~held),
+            "heldout": np.flatnonzero(held),
+        }
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        sources = [self.spans[index].source for index in kept]
+        (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _texts(text_file: Path, spans: Iterator[Span]) -> Iterator[str]:
+    with text_file.open("rb") as file:
+        for span in spans:
+            file.seek(span.start)
+            yield file.read(span.stop - span.start).decode("utf-8")
+
+
+def _is_whole(folder: Path, key: str) -> bool:
+    try:
+        read_meta(folder, key)
+    except CacheDamage:
+        return False
+    return True
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete what builds that were killed left behind more than a day ago."""
+    for path in root.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""Documents to token arrays, in this process or in worker processes. No torch."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from sentcompress.contracts import Segmenter
+from sentcompress.errors import PluginError, SentCompressError
+from sentcompress.text.segmentation import checked_split, tokenize_pieces
+
+BATCH_BYTES = 256 << 10
+"""Text of one task: small enough for a smooth progress bar, large enough to drown the cost of passing it."""
+PARALLEL_BYTES = 4 << 20
+"""Below this, starting worker processes takes longer than the work."""
+MAX_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a document lies in ``text.bin``."""
+
+    start: int
+    stop: int
+    source: str
+
+
+@dataclass
+class Encoded:
+    """The arrays of a few documents."""
+
+    sentences: np.ndarray
+    """``[documents]`` sentences of each."""
+    lengths: np.ndarray
+    """``[sentences]`` tokens of each."""
+    byte_lengths: np.ndarray
+    """``[sentences]`` UTF-8 bytes of each."""
+    tokens: np.ndarray
+    """All sentences' tokens."""
+    whole_lengths: np.ndarray
+    """``[documents]`` tokens of each document tokenized whole."""
+    whole_tokens: np.ndarray
+    """All documents' tokens when they are cut nowhere."""
+    too_long: int
+    """Pieces that had to be split further."""
+
+
+class Encoder:
+    """Cuts and tokenizes documents of a text file."""
+
+    def __init__(self, text_file: Path, segmenter: Segmenter, backend: Tokenizer, dtype: str) -> None:
+        self.text = np.memmap(text_file, dtype=np.uint8, mode="r")
+        self.segmenter = segmenter
+        self.backend = backend
+        self.dtype = dtype
+
+    def __call__(self, spans: Sequence[Span]) -> Encoded:
+        """Raises PluginError or DataError, naming the document."""
+        counts, lengths, byte_lengths, too_long = [], [], [], 0
+        tokens: list[int] = []
+        texts = [bytes(self.text[span.start : span.stop]).decode("utf-8") for span in spans]
+        for span, text in zip(spans, texts, strict=True):
+            try:
+                pieces = checked_split(text, self.segmenter)
+                sentences, split = tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
+            except SentCompressError as error:
+                raise type(error)(f"{span.source}: {error.message}", fix=error.fix) from error.__cause__
+            sizes = [len(piece.encode("utf-8")) for piece, _ in sentences]
+            if sentences and sum(sizes) != span.stop - span.start:
+                raise PluginError(
+                    f"{span.source}: the sentences have {sum(sizes)} bytes, the text {span.stop - span.start}"
+                )
+            counts.append(len(sentences))
+            byte_lengths += sizes
+            too_long += split
+            for _, ids in sentences:
+                lengths.append(len(ids))
+                tokens += ids
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        wholes = [encoding.ids if count else [] for encoding, count in zip(encodings, counts, strict=True)]
+        return Encoded(
+            np.array(counts, dtype=np.int64),
+            np.array(lengths, dtype=np.int64),
+            np.array(byte_lengths, dtype=np.int64),
+            np.array(tokens, dtype=self.dtype),
+            np.array([len(ids) for ids in wholes], dtype=np.int64),
+            np.concatenate([np.array(ids, dtype=self.dtype) for ids in wholes]),
+            too_long,
+        )
+
+
+def batches_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Consecutive documents of about BATCH_BYTES."""
+    batch: list[Span] = []
+    size = 0
+    for span in spans:
+        batch.append(span)
+        size += span.stop - span.start
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def choose_workers(total_bytes: int) -> int:
+    """Worker processes for a text of this size; 1 means none, the work is done here."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MAX_WORKERS) if total_bytes >= PARALLEL_BYTES else 1
+
+
+def encode_documents(
+    text_file: Path,
+    spans: Sequence[Span],
+    segmenter: Segmenter,
+    backend: Tokenizer,
+    dtype: str,
+    workers: int,
+    say: Callable[[str], None],
+) -> Iterator[Encoded]:
+    """Encode all documents in order, in worker processes where ``workers`` > 1 and they can be used."""
+    batches = list(batches_of(spans))
+    done = 0
+    workers = min(workers, len(batches))
+    payload = _pickled(segmenter, say) if workers > 1 else None
+    if payload is not None:
+        try:
+            for result in _encode_in_workers(text_file, batches, payload, backend, dtype, workers):
+                yield result
+                done += 1
+            return
+        except BrokenProcessPool:
+            say("the worker processes died (memory, or a segmenter they cannot import); going on without")
+    encoder = Encoder(text_file, segmenter, backend, dtype)
+    for batch in batches[done:]:
+        yield encoder(batch)
+
+
+def _pickled(segmenter: Segmenter, say: Callable[[str], None]) -> bytes | None:
+    """The segmenter for a worker, or None when a fresh process could not have its class."""
+    if type(segmenter).__module__ == "__main__":
+        return None
+    try:
+        return pickle.dumps(segmenter)
+    except Exception as error:
+        say(f"one process only: segmenter {type(segmenter).__qualname__} cannot be pickled ({error})")
+        return None
+
+
+def _encode_in_workers(
+    text_file: Path,
+    batches: Sequence[list[Span]],
+    payload: bytes,
+    backend: Tokenizer,
+    dtype: str,
+    workers: int,
+) -> Iterator[Encoded]:
+    # Fresh processes, not forks: this one may hold torch, tokenizer and progress threads with their locks.
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), _start_worker, (str(text_file), payload, backend.to_str(), dtype)
+    )
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        with _without_main():
+            for batch in batches[:workers]:
+                waiting.append(pool.submit(_work, batch))
+        for batch in batches[workers:]:
+            if len(waiting) > 3 * workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(_work, batch))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide ``__main__`` while processes start: spawn would run an unguarded user script a second time."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_encoder: Encoder | None = None
+"""In a worker process: what it encodes with."""
+
+
+def _start_worker(text_file: str, payload: bytes, backend: str, dtype: str) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    tokenizer = Tokenizer.from_str(backend)
+    tokenizer.encode_special_tokens = True
+    _encoder = Encoder(Path(text_file), pickle.loads(payload), tokenizer, dtype)
+
+
+def _work(spans: list[Span]) -> Encoded:
+    assert _encoder is not None
+    return _encoder(spans)

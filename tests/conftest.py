@@ -1,0 +1,62 @@
+"""Fixtures of the whole suite: a real tokenizer, a few text files, a token cache of their own for the tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = (
+    "the people of this nation have seen in every year a greater share of peace and order than "
+    "Congress could promise when it first met here under a law that few men had read with care"
+).split()
+MARKS = (". ", ". ", ". ", "? ", "! ", "; ", ".\n\n")
+
+
+def make_text(sentences: int, seed: int) -> str:
+    """English-looking sentences of 1 to 60 words, most of them short."""
+    rng = random.Random(seed)
+    written = []
+    for _ in range(sentences):
+        words = rng.choices(WORDS, k=min(60, 1 + int(rng.expovariate(1 / 12))))
+        written.append(" ".join(words).capitalize() + rng.choice(MARKS))
+    return "".join(written)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every test session has a token cache of its own, and the user's is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SENTCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 1,000 tokens with OPT's special tokens: any text can be encoded and decoded."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [make_text(200, seed) for seed in range(3)]
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 text files of 1 to 120 sentences."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, sentences in enumerate((1, 2, 3, 5, 9, 17, 24, 40, 64, 65, 90, 120)):
+        (folder / f"{number:02d}.txt").write_text(make_text(sentences, 100 + number), encoding="utf-8")
+    return folder
