@@ -94,7 +94,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def move_files(source: Path, target: Path, last: str) -> None:
-    """Move everything in ``source`` into ``target``; ``last`` comes at the end, since it marks completeness."""
+    """Move everything in ``source`` into ``target``; ``last`` at the end, since it marks completeness."""
     with storage_errors(target):
         fsync_tree(source)
         for path in sorted(source.iterdir(), key=lambda path: path.name == last):

@@ -117,15 +117,14 @@ def write_sentences(
         for i in tuple(open_rows):
             plan, at = plans[i], len(written[i])
             token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]
+            if at == plan.length:
+                token = eos  # a forced sentence pays for the step of its end mark like any other
             if token == eos and at >= len(plan.prefix):
                 ended[i] = True
                 open_rows.remove(i)
                 continue
             written[i].append(int(token))
-            if len(written[i]) == plan.length:
-                ended[i] = True
-                open_rows.remove(i)
-            elif len(written[i]) >= plan.limit:
+            if len(written[i]) >= plan.limit:
                 open_rows.remove(i)
         current = torch.tensor([w[-1] if w else eos for w in written], device=device)
     return written, ended

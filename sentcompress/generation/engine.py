@@ -61,14 +61,15 @@ class SentenceGenerator:
 
     Args:
         model: in eval mode.
-        tokenizer: the one saved with it.
+        tokenizer: the one saved with it; None leaves :meth:`continue_sentences` only.
         segmenter: the one it was trained with; None builds it from the model's configuration.
     """
 
     def __init__(self, model: SentenceLM, tokenizer: Any, segmenter: Segmenter | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
+        if tokenizer is not None:
+            self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
         self.device = next(model.parameters()).device
 
     def generate(
@@ -87,22 +88,41 @@ class SentenceGenerator:
         Raises:
             InputError: a prompt is empty, or has more sentences than the backbone has positions.
         """
-        results = [Generation(prompt) for prompt in prompts]
-        for number, piece in self._run(results, settings or GenerationSettings(max_new_tokens=128)):
-            if on_sentence:
+        rows = [self._read(number, Generation(prompt)) for number, prompt in enumerate(prompts)]
+        for number, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+            if on_sentence and piece:
                 on_sentence(number, piece)
-        return results
+        return [row.result for row in rows]
+
+    def continue_sentences(
+        self, contexts: Sequence[Sequence[Sequence[int]]], settings: GenerationSettings
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Continue whole sentences given as token ids: what benchmarks time, with no text work in it.
+
+        Args:
+            contexts: the sentences of each prompt.
+
+        Yields:
+            the prompt's number and the tokens of each new sentence, end mark left out.
+        """
+        rows = [
+            _Row(number, [list(ids) for ids in sentences], [], "", Generation(""))
+            for number, sentences in enumerate(contexts)
+        ]
+        for number, _ in self._run(rows, settings):
+            yield number, rows[number].context[-1]
 
     def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
-        for _, piece in self._run([Generation(prompt)], settings or GenerationSettings(max_new_tokens=128)):
-            yield piece
+        rows = [self._read(0, Generation(prompt))]
+        for _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+            if piece:
+                yield piece
 
     @torch.no_grad()
-    def _run(self, results: list[Generation], settings: GenerationSettings) -> Iterator[tuple[int, str]]:
-        """Fill ``results``, yielding each new piece of text with the number of its prompt."""
+    def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, str]]:
+        """Fill the rows' results, yielding the new text of each sentence with the number of its prompt."""
         model = self.model.eval()
-        rows = [self._read(number, result) for number, result in enumerate(results)]
         sampler = Sampler(settings, self.device)
         state = _Cells(model, [self._encode(row.context) for row in rows], use_cache=settings.use_cache)
         while rows:
@@ -118,9 +138,7 @@ class SentenceGenerator:
             plans = [self._plan(row, settings) for row in rows]
             written, ended = write_sentences(model.vae, hidden, plans, sampler, use_cache=settings.use_cache)
             for row, tokens, end in zip(rows, written, ended, strict=True):
-                piece = self._take(row, tokens, settings, end)
-                if piece:
-                    yield row.number, piece
+                yield row.number, self._take(row, tokens, settings, end)
             going = [i for i, row in enumerate(rows) if not row.result.finish_reason]
             if len(going) < len(rows):
                 rows = [rows[i] for i in going]
@@ -183,7 +201,8 @@ class SentenceGenerator:
         limit = min(longest, max(settings.max_sentence_tokens or longest, len(row.prefix) + 1))
         length = None
         if settings.sentence_lengths:
-            draw = settings.sentence_lengths[row.new_sentences % len(settings.sentence_lengths)]
+            # Rows begin at different places: in a batch, sentences are of uneven length as they are in text.
+            draw = settings.sentence_lengths[(row.number + row.new_sentences) % len(settings.sentence_lengths)]
             length = min(longest, max(draw, len(row.prefix) + 1))
         if settings.max_new_tokens is not None:
             left = settings.max_new_tokens - len(row.result.token_ids) + len(row.prefix)
@@ -205,6 +224,8 @@ class SentenceGenerator:
         enough_sentences = settings.max_new_sentences is not None and row.new_sentences >= settings.max_new_sentences
         if enough_tokens or enough_sentences:
             result.finish_reason = "length"
+        if self.tokenizer is None:
+            return ""
         # A character may be split over two sentences: decode all, and hold back an unfinished one.
         prefix_ids = self._prefix_ids(row)
         text = self._decode([*prefix_ids, *result.token_ids])[len(self._decode(prefix_ids)) :]

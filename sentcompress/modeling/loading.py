@@ -6,6 +6,7 @@ Weights are read from safetensors only and remote code is never run, whatever a 
 from __future__ import annotations
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def resolve_backbone(spec: BackboneSpec) -> str:
 
 def _from_hub(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
     """Call a transformers loader; say what to do when the hub cannot be reached or lacks it."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury our one message
     try:
         return load(source, revision=revision, **SAFE, **arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -73,18 +75,16 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
     """The LLM's transformers configuration, refused when the adapter does not serve its type.
 
     Args:
-        weights: False where only the shape matters: then a published shape that the adapter knows does offline.
+        weights: False where only the shape matters: then a published shape that the adapter knows is enough.
     """
     source = resolve_backbone(spec)
     adapter: Any = get_registry().get("backbone", spec.name)
     types = adapter.model_types
-    try:
-        config = _from_hub(source, spec.revision, AutoConfig.from_pretrained)
-    except OfflineError:
-        if weights or source not in adapter.published_configs:
-            raise
+    if not weights and source in adapter.published_configs:
         shape = dict(adapter.published_configs[source])
         config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    else:
+        config = _from_hub(source, spec.revision, AutoConfig.from_pretrained)
     if config.model_type not in types:
         raise InputError(
             f"backbone.name: adapter '{spec.name}' serves {', '.join(types)}, but '{spec.model}' is of type "

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Segmenter
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""
 META = "meta.json"
 VERIFY_LIMIT = 4 << 30
@@ -123,6 +122,15 @@ def read_meta(folder: Path, key: str) -> dict[str, Any]:
     return meta
 
 
+def is_whole(folder: Path, key: str) -> bool:
+    """Whether :func:`read_meta` finds nothing wrong."""
+    try:
+        read_meta(folder, key)
+    except CacheDamage:
+        return False
+    return True
+
+
 def seal(folder: Path, meta: dict[str, Any]) -> None:
     """Flush every file of a folder to the disk and record sizes and checksums in ``meta.json``."""
     files = {}
@@ -135,7 +143,7 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
     _flush(folder)
 
 
-def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
+def publish(temporary: Path, final: Path, key: str) -> None:
     """Rename a sealed folder to its final name.
 
     Another process may be publishing the same corpus at the same time; the first whole one stays, and a
@@ -148,7 +156,7 @@ def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> N
         except OSError:
             if not final.exists():
                 raise
-            if is_whole(final):
+            if is_whole(final, key):
                 shutil.rmtree(temporary)
                 return
             rubbish = final.with_name(f".{final.name}.{uuid4().hex[:8]}.old")

@@ -30,7 +30,14 @@ from sentcompress.text.cache import (
     read_meta,
     seal,
 )
-from sentcompress.text.encoding import Encoded, Span, choose_workers, encode_documents
+from sentcompress.text.encoding import (
+    Encoded,
+    Span,
+    choose_workers,
+    encode_documents,
+    offsets,
+    token_dtype,
+)
 from sentcompress.text.heldout import choose_heldout
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import plain_backend
@@ -49,8 +56,6 @@ class Corpus:
         sentence_offsets: ``[S + 1]`` into ``tokens``.
         sentence_bytes: ``[S]`` UTF-8 bytes of each sentence.
         document_offsets: ``[D + 1]`` into sentences.
-        whole_tokens: all documents' tokens when the text is tokenized whole, cut nowhere.
-        whole_offsets: ``[D + 1]`` into ``whole_tokens``.
         train, heldout: indexes of documents.
         backend: the tokenizer's core (see ``plain_backend``).
     """
@@ -61,13 +66,11 @@ class Corpus:
         self.key: str = meta["key"]
         self.backend = backend
         self.tokens = self._raw("tokens.bin", meta["dtype"])
-        self.whole_tokens = self._raw("whole_tokens.bin", meta["dtype"])
         self._text = self._raw("text.bin", "uint8")
         self.sentence_offsets = self._array("sentence_offsets")
         self.sentence_bytes = self._array("sentence_bytes")
         self._sentence_starts = self._array("sentence_starts")
         self.document_offsets = self._array("document_offsets")
-        self.whole_offsets = self._array("whole_offsets")
         self.train = self._array("train")
         self.heldout = self._array("heldout")
 
@@ -114,11 +117,6 @@ class Corpus:
         end = int(self._sentence_starts[stop - 1]) + int(self.sentence_bytes[stop - 1])
         return bytes(self._text[begin:end]).decode("utf-8")
 
-    def document_tokens(self, document: int) -> np.ndarray:
-        """A document's tokens when its text is tokenized whole, int64, without special tokens."""
-        start, stop = self.whole_offsets[document], self.whole_offsets[document + 1]
-        return self.whole_tokens[start:stop].astype(np.int64)
-
     @cached_property
     def _sources(self) -> list[str]:
         return json.loads((self.folder / "sources.json").read_text(encoding="utf-8"))
@@ -139,7 +137,6 @@ class Corpus:
             "heldout_documents": len(self.heldout),
             "sentences": self.num_sentences,
             "tokens": len(self.tokens),
-            "whole_tokens": len(self.whole_tokens),
             "bytes": int(self.sentence_bytes.sum()),
             "sentences_per_document": self.num_sentences / self.num_documents,
             "sentence_tokens_mean": float(lengths.mean()),
@@ -220,7 +217,7 @@ class _Builder:
             _remove_leftovers(folder.parent)
             meta = self._fill(temporary, wanted, workers)
             seal(temporary, {"format": FORMAT, "key": key, **meta})
-            publish(temporary, folder, lambda found: _is_whole(found, key))
+            publish(temporary, folder, key)
             return read_meta(folder, key)
         except OSError as error:
             raise StorageError(
@@ -246,21 +243,16 @@ class _Builder:
             self.segmenter.prepare(self.tokenizer, _texts(text_file, training))
         total = self.spans[-1].stop
         workers = workers or choose_workers(total)
-        highest = max(self.backend.get_vocab(with_added_tokens=True).values())
-        dtype = "uint16" if highest < 1 << 16 else "uint32"
+        dtype = token_dtype(self.backend)
         results = encode_documents(
             text_file, self.spans, self.segmenter, self.backend, dtype, workers, self.console.print
         )
         parts: list[Encoded] = []
-        with (
-            Bar("tokenizing", total, enabled=not self.console.quiet) as bar,
-            (folder / "tokens.bin").open("wb") as tokens,
-            (folder / "whole_tokens.bin").open("wb") as whole_tokens,
-        ):
+        quiet = self.console.quiet
+        with Bar("tokenizing", total, enabled=not quiet) as bar, (folder / "tokens.bin").open("wb") as tokens:
             for part in results:
                 part.tokens.tofile(tokens)
-                part.whole_tokens.tofile(whole_tokens)
-                part.tokens = part.whole_tokens = part.tokens[:0]
+                part.tokens = part.tokens[:0]
                 parts.append(part)
                 bar.advance(int(part.byte_lengths.sum()))
         self._write_arrays(folder, parts, heldout)
@@ -311,7 +303,6 @@ class _Builder:
         sentences = np.concatenate([part.sentences for part in parts])
         lengths = np.concatenate([part.lengths for part in parts])
         byte_lengths = np.concatenate([part.byte_lengths for part in parts])
-        whole_lengths = np.concatenate([part.whole_lengths for part in parts])
         # A document the tokenizer has no tokens for has no sentences: it is left out like an empty one.
         kept = np.flatnonzero(sentences)
         self.empty += len(sentences) - len(kept)
@@ -325,11 +316,10 @@ class _Builder:
         shift = np.zeros(len(sentences), dtype=np.int64)
         shift[kept] = begins[kept] - running[firsts[kept]]
         arrays = {
-            "sentence_offsets": _offsets(lengths),
+            "sentence_offsets": offsets(lengths),
             "sentence_bytes": byte_lengths,
             "sentence_starts": running + np.repeat(shift, sentences),
-            "document_offsets": _offsets(sentences[kept]),
-            "whole_offsets": _offsets(whole_lengths[kept]),
+            "document_offsets": offsets(sentences[kept]),
             "train": np.flatnonzero(~held),
             "heldout": np.flatnonzero(held),
         }
@@ -339,23 +329,11 @@ class _Builder:
         (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
 def _texts(text_file: Path, spans: Iterator[Span]) -> Iterator[str]:
     with text_file.open("rb") as file:
         for span in spans:
             file.seek(span.start)
             yield file.read(span.stop - span.start).decode("utf-8")
-
-
-def _is_whole(folder: Path, key: str) -> bool:
-    try:
-        read_meta(folder, key)
-    except CacheDamage:
-        return False
-    return True
 
 
 def _remove_leftovers(root: Path) -> None:

@@ -51,10 +51,6 @@ class Encoded:
     """``[sentences]`` UTF-8 bytes of each."""
     tokens: np.ndarray
     """All sentences' tokens."""
-    whole_lengths: np.ndarray
-    """``[documents]`` tokens of each document tokenized whole."""
-    whole_tokens: np.ndarray
-    """All documents' tokens when they are cut nowhere."""
     too_long: int
     """Pieces that had to be split further."""
 
@@ -72,8 +68,8 @@ class Encoder:
         """Raises PluginError or DataError, naming the document."""
         counts, lengths, byte_lengths, too_long = [], [], [], 0
         tokens: list[int] = []
-        texts = [bytes(self.text[span.start : span.stop]).decode("utf-8") for span in spans]
-        for span, text in zip(spans, texts, strict=True):
+        for span in spans:
+            text = bytes(self.text[span.start : span.stop]).decode("utf-8")
             try:
                 pieces = checked_split(text, self.segmenter)
                 sentences, split = tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
@@ -90,17 +86,23 @@ class Encoder:
             for _, ids in sentences:
                 lengths.append(len(ids))
                 tokens += ids
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        wholes = [encoding.ids if count else [] for encoding, count in zip(encodings, counts, strict=True)]
         return Encoded(
             np.array(counts, dtype=np.int64),
             np.array(lengths, dtype=np.int64),
             np.array(byte_lengths, dtype=np.int64),
             np.array(tokens, dtype=self.dtype),
-            np.array([len(ids) for ids in wholes], dtype=np.int64),
-            np.concatenate([np.array(ids, dtype=self.dtype) for ids in wholes]),
             too_long,
         )
+
+
+def token_dtype(backend: Tokenizer) -> str:
+    """The smallest array type that holds every token."""
+    return "uint16" if max(backend.get_vocab(with_added_tokens=True).values()) < 1 << 16 else "uint32"
+
+
+def offsets(counts: np.ndarray) -> np.ndarray:
+    """``[n]`` counts to ``[n + 1]`` offsets, int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def batches_of(spans: Sequence[Span]) -> Iterator[list[Span]]:

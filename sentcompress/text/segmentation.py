@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -108,7 +106,7 @@ def tokenize_pieces(pieces: Sequence[str], backend: Tokenizer, max_tokens: int) 
         ids = encoding.ids
         if len(ids) > max_tokens:
             too_long += 1
-            parts = _split_long(piece, backend, max_tokens)
+            parts = _split_long(piece, ids, backend, max_tokens)
         else:
             parts = [(piece, ids)]
         for part, part_ids in parts:
@@ -123,46 +121,60 @@ def tokenize_pieces(pieces: Sequence[str], backend: Tokenizer, max_tokens: int) 
     return sentences, too_long
 
 
-def _split_long(text: str, backend: Tokenizer, max_tokens: int) -> list[Sentence]:
-    """Cut after punctuation, else before white space, else anywhere between characters."""
-    encoding = backend.encode(text, add_special_tokens=False)
-    ends = list(accumulate((end for _, end in encoding.offsets), max))
+def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) -> list[Sentence]:
+    """Cut a text of ``ids`` into as few parts as may be, of about equal size."""
+    per_token = len(text) / len(ids)
     parts: list[Sentence] = []
     start = 0
     while start < len(text):
-        last_token = bisect_right(ends, start) + max_tokens - 1
-        limit = len(text) if last_token >= len(ends) - 1 else max(ends[last_token], start + 1)
+        longest = max(1, int(per_token * max_tokens))
         while True:
-            cut = limit if limit == len(text) else _best_cut(text, start, limit)
-            # Tokens of a cut text can differ from those of the whole, so they are counted again.
-            ids = backend.encode(text[start:cut], add_special_tokens=False).ids
-            if len(ids) <= max_tokens:
+            cut = _best_cut(text, start, longest)
+            # How many tokens a cut text has is known for certain only when it is tokenized.
+            part = backend.encode_batch_fast([text[start:cut]], add_special_tokens=False)[0].ids
+            if len(part) <= max_tokens:
                 break
             if cut - start == 1:
                 raise DataError(
-                    f"the character {text[start:cut]!r} alone has {len(ids)} tokens, more than "
+                    f"the character {text[start:cut]!r} alone has {len(part)} tokens, more than "
                     f"max_tokens ({max_tokens})",
-                    fix=f"set segmenter.options.max_tokens to {len(ids)} or more",
+                    fix=f"set segmenter.options.max_tokens to {len(part)} or more",
                 )
-            limit = start + max(1, (cut - start) * max_tokens // len(ids))
-        parts.append((text[start:cut], ids))
+            longest = max(1, min(cut - start - 1, int((cut - start) * max_tokens / len(part))))
+        parts.append((text[start:cut], part))
         start = cut
     return parts
 
 
-def _best_cut(text: str, start: int, limit: int) -> int:
-    """The best place in ``(start, limit]`` to end a sentence; ``limit < len(text)``."""
-    for cut in range(limit, start + (limit - start) // 2, -1):
-        before, after = text[cut - 1], text[cut]
-        if before in _STOPS and (after.isspace() or before == "\n" or not before.isascii()):
-            return cut
-    for cut in range(limit, start, -1):
-        if cut > start and text[cut].isspace() and not text[cut - 1].isspace():
-            return cut
-    for cut in range(limit, start, -1):
+def _best_cut(text: str, start: int, longest: int) -> int:
+    """Where to end a part that begins at ``start`` and has at most ``longest`` characters.
+
+    After punctuation, else before white space, else anywhere between characters; near the place that makes the
+    parts of the rest equally long.
+    """
+    rest = len(text) - start
+    if rest <= longest:
+        return len(text)
+    target = start + rest // -(-rest // longest)
+    low, high = start + max(1, longest // 2), start + longest
+    order = sorted(range(low, high + 1), key=lambda cut: abs(cut - target))
+    for fits in (_ends_clause, _before_space):
+        for cut in order:
+            if fits(text, cut):
+                return cut
+    for cut in range(high, start, -1):
         if not _joins(text[cut - 1], text[cut]):
             return cut
-    return limit
+    return high
+
+
+def _ends_clause(text: str, cut: int) -> bool:
+    before, after = text[cut - 1], text[cut]
+    return before in _STOPS and (after.isspace() or before == "\n" or not before.isascii())
+
+
+def _before_space(text: str, cut: int) -> bool:
+    return text[cut].isspace() and not text[cut - 1].isspace()
 
 
 def _joins(before: str, after: str) -> bool:

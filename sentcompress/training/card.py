@@ -73,7 +73,7 @@ def resume_command() -> str:
 
 @cache
 def commit() -> str:
-    """Commit of the source this runs from (``+changes`` if it was edited), or ``unknown`` outside a checkout."""
+    """Commit of the source this runs from (``+changes`` if edited); ``unknown`` outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
@@ -138,5 +138,5 @@ def render_card(
 |---|---|
 {table}
 
-The resolved recipe is `recipe.yaml` beside this file: `sentcompress run recipe.yaml --out DIR` makes it again.
+`sentcompress run recipe.yaml --out DIR` makes it again, with the resolved `recipe.yaml` beside this file.
 """

@@ -1,6 +1,6 @@
 """Checkpoints: an ordinary model folder plus everything that is needed to go on exactly where it stopped.
 
-Nothing is pickled: tensors are in safetensors, the rest is JSON, and sizes and digests of all files are recorded.
+Nothing is pickled: tensors are in safetensors, the rest is JSON; sizes and digests of all files are recorded.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class CheckpointStore:
         if problems:
             raise ModelFolderError(
                 "no checkpoint is whole:\n  " + "\n  ".join(problems),
-                fix=f"restore one from a copy, or start over with --overwrite (or delete {self.folder.parent})",
+                fix="restore one from a copy, or start over with --overwrite",
             )
         return None
 

@@ -50,7 +50,7 @@ class Job(Protocol):
     model: nn.Module
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch ``index`` of an infinite sequence: a pure function of it, called from another thread."""
+        """Micro-batch ``index`` of an infinite sequence: a pure function, called from another thread."""
 
     def loss(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Run ``model`` (``self.model``, perhaps wrapped: call it, not its methods) on a batch."""
@@ -254,8 +254,8 @@ class _Run:
             good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
             raise NumericsError(
                 f"{self.job.stage}: {error.message}; last good checkpoint: {good}",
-                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate or max_grad_norm, or use precision=fp32; "
-                "look at that batch if it happens again",
+                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or use precision=fp32; "
+                "if it is always this batch, look at its text",
             ) from None
         if self.main and done == self.start + 1:
             self.stage.forget_previous()

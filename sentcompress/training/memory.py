@@ -27,8 +27,9 @@ def explain_out_of_memory(section: str, batch_fields: tuple[str, ...]) -> Iterat
         if not cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         where = "this machine has" if cpu else "the GPU has"
+        reason = str(error).partition("\n")[0] or repr(error)
         raise OutOfMemoryError(
-            f"{where} too little memory for these settings: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"{where} too little memory for these settings: {reason}",
             fix=f"lower {' or '.join(batch_fields)} (and raise {section}.gradient_accumulation by as much), "
-            f"or set {section}.gradient_checkpointing=true; then go on with --resume or start with --overwrite",
+            f"or set {section}.gradient_checkpointing=true; then go on with --resume, or --overwrite",
         ) from error

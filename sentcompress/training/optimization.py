@@ -16,7 +16,7 @@ WARMUP_SHARE = 0.05
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Learning rate of a step (0 is the first): linear warm-up to the peak, then cosine to the final share."""
+    """Learning rate of a step (0 is the first): linear warm-up, then cosine to the final share."""
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(WARMUP_SHARE * settings.steps)

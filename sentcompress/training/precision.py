@@ -42,10 +42,8 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
     ratio = fp32 / bf16
     chosen = "bf16" if ratio >= WORTHWHILE else "fp32"
     verdict = "faster" if ratio >= 1 else "slower"
-    return (
-        chosen,
-        f"bf16 is {max(ratio, 1 / ratio):.1f}x {verdict} here (matrix products {_ROWS} x {width} x {4 * width})",
-    )
+    times = max(ratio, 1 / ratio)
+    return chosen, f"bf16 measured {times:.1f}x {verdict}, products of {_ROWS} x {width} x {4 * width}"
 
 
 def matmul_seconds(dtype: torch.dtype, width: int, device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The folder of one stage: whose it is, whether it is finished, and how it is replaced without losing anything.
+"""The folder of one stage: whose it is, whether it is finished, and how it is replaced without a loss.
 
 A stage is finished when its ``config.json`` exists: that file is moved in last. ``run.json`` says what the
 stage was made of.
@@ -100,7 +100,7 @@ class StageFolder:
         saved = read_json(self.path / RUN)
         if not isinstance(saved, dict) or saved.get("stage") != self.stage:
             raise InputError(
-                f"{self.path}: holds files that are not a '{self.stage}' stage of sentcompress; nothing was touched",
+                f"{self.path}: holds files that are no '{self.stage}' stage of ours; nothing was touched",
                 fix="choose another --out, or delete the folder yourself",
             )
         if overwrite:

@@ -110,7 +110,7 @@ class PretrainJob(TokenLevelJob):
     batch_fields = ("pretrain.sequences_per_batch", "pretrain.sequence_length")
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises RecipeError without a ``pretrain`` section, InputError for a configuration that is none."""
+        """Raises InputError without a ``pretrain`` section, or for a configuration that is none."""
         if recipe.pretrain is None:
             raise InputError(
                 "the recipe has no 'pretrain' section", fix="add one, or use train-vae and graft"
@@ -142,9 +142,8 @@ class PretrainJob(TokenLevelJob):
         config = self.model.lm.config
         return Card(
             title=self.recipe.name,
-            summary=f"A small {config.model_type} of {self.parameters} and {len(self.text.tokenizer)} tokens, "
-            "pretrained from nothing with sentcompress, to graft sentences on where no other LLM is at hand. "
-            "Not meant for use as it is.",
+            summary=f"A small {config.model_type} of {self.parameters}, {len(self.text.tokenizer)} tokens, "
+            "pretrained from nothing with sentcompress, to be grafted where no other LLM is at hand. Not meant for use as it is.",
             data=self.text.describe(),
             heldout=f"On {self.heldout_batches() * self.settings.sequences_per_batch} held-out rows of "
             f"{self.settings.sequence_length} tokens, each without what stands before it in its document; "
@@ -236,7 +235,7 @@ class BaselineJob(TokenLevelJob):
         )
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         longest = int(self.model.lm.config.max_position_embeddings)
-        return PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start)
+        return PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
 
     def card(self) -> Card:
         return Card(

@@ -1,0 +1,135 @@
+"""The held-out text every scorer is given: the same bytes, cut the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sentcompress.errors import CoverageError, DataError
+from sentcompress.recipe import BenchSettings
+from sentcompress.text.corpus import Corpus
+from sentcompress.text.segmentation import plain_backend
+
+
+@dataclass(frozen=True)
+class HeldoutDocument:
+    """One held-out document, or its beginning.
+
+    Attributes:
+        number: of the document in the corpus.
+        sentences: token ids of each sentence.
+        texts: their texts; joined, the document.
+        whole: False when only the beginning is scored, so that no decision to stop is due at its end.
+    """
+
+    number: int
+    source: str
+    sentences: list[list[int]]
+    texts: list[str]
+    whole: bool
+
+    @property
+    def context_text(self) -> str:
+        """The first sentence: given to every model, charged to none."""
+        return self.texts[0]
+
+    @property
+    def scored_text(self) -> str:
+        """Everything after it."""
+        return "".join(self.texts[1:])
+
+    @property
+    def scored_bytes(self) -> int:
+        return len(self.scored_text.encode("utf-8"))
+
+
+def heldout_documents(corpus: Corpus, settings: BenchSettings) -> list[HeldoutDocument]:
+    """Held-out documents as the recipe's limits want them; a document of one sentence has nothing to score.
+
+    Raises:
+        DataError: nothing is left to score.
+    """
+    documents = []
+    for number in corpus.heldout.tolist():
+        sentences = corpus.document_sentences(number)
+        stop = sentences.start
+        size = 0
+        while stop < sentences.stop:
+            size += int(corpus.sentence_bytes[stop])
+            enough = settings.max_bytes_per_document is not None and size > settings.max_bytes_per_document
+            if enough and stop >= sentences.start + 2:
+                break
+            stop += 1
+        if stop - sentences.start < 2:
+            continue
+        numbers = range(sentences.start, stop)
+        documents.append(
+            HeldoutDocument(
+                number=number,
+                source=corpus.source(number),
+                sentences=[corpus.sentence(i).tolist() for i in numbers],
+                texts=[corpus.sentence_text(i) for i in numbers],
+                whole=stop == sentences.stop,
+            )
+        )
+        if settings.max_documents is not None and len(documents) == settings.max_documents:
+            break
+    if not documents:
+        raise DataError(
+            "no held-out document has more than one sentence, so there is nothing to score",
+            fix="raise data.options.heldout_documents, or use a segmenter that cuts finer",
+        )
+    return documents
+
+
+class ByteCounter:
+    """How many bytes of text tokens stand for, so that a scorer can show that it charged them all.
+
+    With a byte-level tokenizer each token is so many bytes, and the bytes of all charged tokens must add up. Others
+    are held to the text itself: the charged tokens, decoded in order, must give it back.
+    """
+
+    def __init__(self, tokenizer: object) -> None:
+        self.backend = plain_backend(tokenizer)
+        self._byte_level = '"ByteLevel"' in _decoder_part(self.backend.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, cut nowhere, special tokens neither added nor recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def bytes_of(self, ids: Sequence[int], text: str) -> int:
+        """Bytes the tokens stand for.
+
+        Raises:
+            CoverageError: they do not spell ``text``.
+        """
+        if self._byte_level:
+            # In a byte-level vocabulary, every character of a token's name is one byte.
+            size = sum(len(self.backend.id_to_token(token) or "") for token in ids)
+        else:
+            size = len(text.encode("utf-8"))
+        if self.backend.decode(list(ids), skip_special_tokens=False) != text:
+            raise CoverageError(
+                f"the {len(ids)} charged tokens do not spell the text they are charged for: {text[:60]!r}",
+                fix="bits per byte cannot be measured with a tokenizer that changes the text",
+            )
+        return size
+
+
+def _decoder_part(serialized: str) -> str:
+    import json
+
+    return json.dumps(json.loads(serialized).get("decoder"))
+
+
+def check_bytes(what: str, charged: int, expected: int) -> None:
+    """Refuse a scorer whose pieces do not add up.
+
+    Raises:
+        CoverageError: saying by how much they are off.
+    """
+    if charged != expected:
+        raise CoverageError(
+            f"{what}: {charged} bytes were charged, the text has {expected}",
+            fix="this is a defect of the scorer or of a plugin; no figure was printed",
+        )

@@ -1,0 +1,362 @@
+"""Bits per byte and perplexity on held-out documents, after proof that every byte was charged exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, check_bytes
+from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
+from sentcompress.benchmark.causality import require_causal
+from sentcompress.errors import CoverageError
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
+from sentcompress.text.corpus import Corpus
+
+LOGITS_AT_A_TIME = 2**26
+"""Logits of a token-level model held at once: 256 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document a model reads at once: ``start`` to ``stop``, charged from ``charged`` on."""
+
+    start: int
+    stop: int
+    charged: int
+
+
+def windows(length: int, size: int) -> list[Window]:
+    """Cover positions 1 to ``length - 1`` (0 is context) with windows of at most ``size`` positions.
+
+    The first charges all it has behind its first position; each later one carries at least half a window of
+    context over, so no position but the earliest is predicted from little context.
+    """
+    found = [Window(0, min(size, length), 1)]
+    while found[-1].stop < length:
+        charged = found[-1].stop
+        stop = min(length, charged + max(1, size // 2))
+        found.append(Window(max(0, stop - size), stop, charged))
+    return found
+
+
+# ---- the sentence model
+
+
+@dataclass
+class _SentenceTally:
+    """What was charged in one document, by sentence."""
+
+    nats: np.ndarray
+    times: np.ndarray
+    """How often each sentence was charged."""
+    targets: np.ndarray
+    decisions: np.ndarray
+    """How often the decision after each sentence was."""
+    kinds: Counter[str] = field(default_factory=Counter)
+
+
+class _Recorder(TokenLoss):
+    """Cross-entropy that keeps apart what end marks cost, and counts targets that are padding."""
+
+    def __init__(self, eos: int, pad: int) -> None:
+        super().__init__(gamma=0.0)
+        object.__setattr__(self, "seen", {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0})
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss, nll = super().__call__(hidden_states, weight, targets)
+        seen: dict[str, Any] = self.seen  # type: ignore[attr-defined]
+        ends = targets == seen["eos"]
+        seen["end_nats"] += float(nll[ends].double().sum())
+        seen["ends"] += int(ends.sum())
+        if seen["pad"] != seen["eos"]:
+            seen["padding"] += int((targets == seen["pad"]).sum())
+        return loss, nll
+
+
+@torch.no_grad()
+def score_sentence_model(
+    model: SentenceLM,
+    documents: Sequence[HeldoutDocument],
+    counter: ByteCounter,
+    *,
+    causality: CausalityReport,
+    context_sentences: int | None = None,
+    system: str = "sentence model",
+    progress: Callable[[], None] = lambda: None,
+) -> QualityScore:
+    """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
+
+    Args:
+        causality: of this model; one that failed is refused.
+        context_sentences: sentences a window holds; None takes all the backbone has positions for.
+        progress: called after each document.
+
+    Raises:
+        CausalityError: the model sees the future.
+        CoverageError: a byte, an end mark or a decision was charged twice or never.
+    """
+    require_causal(causality)
+    model.eval()
+    room = model.backbone.max_positions // model.latents - int(model.config.start_latent)
+    size = max(2, min(context_sentences or room, room))
+    rows, kinds = [], Counter[str]()
+    for document in documents:
+        tally = _score_sentences(model, document, size)
+        rows.append(_check_sentences(document, tally, counter))
+        kinds.update(tally.kinds)
+        progress()
+    return _summary(system, rows, f"{size} sentences", dict(kinds))
+
+
+def _score_sentences(model: SentenceLM, document: HeldoutDocument, size: int) -> _SentenceTally:
+    count = len(document.sentences)
+    tally = _SentenceTally(*(np.zeros(count, dtype=t) for t in (np.float64, np.int64, np.int64, np.int64)))
+    for window in windows(count, size):
+        nats, targets, decided, kinds = _run_window(model, document, window)
+        charged = slice(window.charged, window.stop)
+        tally.nats[charged] += nats[charged.start - window.start :]
+        tally.targets[charged] += targets[charged.start - window.start :]
+        tally.times[charged] += 1
+        # The decision after sentence t comes with predicting sentence t + 1; the last one decides to stop.
+        first = window.charged - 1
+        tally.decisions[first : window.stop] += decided[first - window.start :]
+        tally.kinds.update(kinds)
+    return tally
+
+
+def _run_window(
+    model: SentenceLM, document: HeldoutDocument, window: Window
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
+    """Nats (sentence and the decision before it), targets and decisions of each sentence of a window."""
+    device = next(model.parameters()).device
+    sentences = document.sentences[window.start : window.stop]
+    count = len(sentences)
+    lengths = torch.tensor([len(ids) for ids in sentences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(mask.shape, model.config.pad_token_id)
+    input_ids[mask] = torch.tensor([token for ids in sentences for token in ids])
+    start = [START] if model.config.start_latent and window.start == 0 else []
+    index = torch.tensor([[*start, *range(count)]])
+    scored = torch.arange(window.start, window.stop) >= window.charged
+    last = torch.zeros(count, dtype=torch.bool)
+    last[-1] = document.whole and window.stop == len(document.sentences)
+    recorder = _Recorder(model.config.eos_token_id, model.config.pad_token_id)
+    output = model(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.long().to(device),
+        sentence_index=index.to(device),
+        passage_ids=torch.zeros_like(index).to(device),
+        scored=scored.to(device),
+        last=last.to(device),
+        token_loss=recorder,
+    )
+    seen: dict[str, Any] = recorder.seen  # type: ignore[attr-defined]
+    if seen["padding"]:
+        raise CoverageError(f"document {document.number}: {seen['padding']} targets are padding")
+    if seen["ends"] != int(scored.sum()):
+        raise CoverageError(
+            f"document {document.number}: {seen['ends']} end marks were charged for {int(scored.sum())} sentences"
+        )
+    nll, stop = output.sentence_nll.double().cpu(), output.stop_nll.double().cpu()
+    nats = nll.clone()
+    nats[1:] += stop[:-1]
+    nats[-1] += stop[-1] * last[-1]
+    kinds = Counter(
+        {
+            "tokens": float(nll.sum()) - seen["end_nats"],
+            "end marks": seen["end_nats"],
+            "stop decisions": float(stop.sum()),
+        }
+    )
+    return nats.numpy(), output.targets.cpu().numpy(), output.decisions.cpu().numpy().astype(np.int64), kinds
+
+
+def _check_sentences(document: HeldoutDocument, tally: _SentenceTally, counter: ByteCounter) -> DocumentScore:
+    """Prove that everything after the first sentence was charged once."""
+    what = f"document {document.number} ({document.source})"
+    expected_times = np.arange(len(document.sentences)) >= 1
+    if not np.array_equal(tally.times, expected_times):
+        raise CoverageError(f"{what}: sentences were charged {sorted(set(tally.times[1:].tolist()))} times, not once")
+    expected_targets = np.array([len(ids) + 1 for ids in document.sentences]) * expected_times
+    if not np.array_equal(tally.targets, expected_targets):
+        wrong = int(np.flatnonzero(tally.targets != expected_targets)[0])
+        raise CoverageError(
+            f"{what}: sentence {wrong} has {expected_targets[wrong]} targets with its end mark, "
+            f"{tally.targets[wrong]} were charged"
+        )
+    expected_decisions = np.ones(len(document.sentences), dtype=np.int64)
+    expected_decisions[-1] = int(document.whole)
+    if not np.array_equal(tally.decisions, expected_decisions):
+        raise CoverageError(f"{what}: not every decision to stop or go on was charged once")
+    pieces = zip(document.sentences[1:], document.texts[1:], strict=True)
+    covered = sum(counter.bytes_of(ids, text) for ids, text in pieces)
+    check_bytes(what, covered, document.scored_bytes)
+    return DocumentScore(
+        document=document.number,
+        source=document.source,
+        bytes=document.scored_bytes,
+        covered_bytes=covered,
+        nats=float(tally.nats.sum()),
+        targets=int(tally.targets.sum()),
+        baseline_tokens=len(counter.encode(document.scored_text)),
+    )
+
+
+# ---- token-level models
+
+
+def score_token_model(
+    model: PreTrainedModel,
+    documents: Sequence[HeldoutDocument],
+    counter: ByteCounter,
+    bos_token_id: int,
+    *,
+    system: str,
+    context_tokens: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> QualityScore:
+    """Score the same bytes with a token-level model: the first sentence is its context too.
+
+    Args:
+        bos_token_id: stands before each document, as in training.
+        context_tokens: positions a window holds; None takes all the model has.
+
+    Raises:
+        CoverageError: a byte was charged twice or never.
+    """
+    model.eval()
+    room = int(model.config.max_position_embeddings)
+    size = max(2, min(context_tokens or room, room))
+
+    def nll(ids: Tensor) -> Tensor:
+        return _token_nll(model, ids, size)
+
+    return _score_tokens(nll, documents, counter, bos_token_id, system, f"{size} tokens", progress)
+
+
+def score_unigram(
+    corpus: Corpus,
+    documents: Sequence[HeldoutDocument],
+    counter: ByteCounter,
+    vocab_size: int,
+    bos_token_id: int,
+) -> QualityScore:
+    """Token frequencies of the training documents, with one added to each count: what knowing no context costs."""
+    counts = np.ones(vocab_size, dtype=np.float64)
+    for number in corpus.train.tolist():
+        counts += np.bincount(corpus.document_tokens(number), minlength=vocab_size)
+    table = torch.from_numpy(-np.log(counts / counts.sum()))
+
+    def nll(ids: Tensor) -> Tensor:
+        return table[ids[1:]]
+
+    return _score_tokens(nll, documents, counter, bos_token_id, "unigram", "none", lambda: None)
+
+
+def _score_tokens(
+    nll: Callable[[Tensor], Tensor],
+    documents: Iterable[HeldoutDocument],
+    counter: ByteCounter,
+    bos_token_id: int,
+    system: str,
+    context: str,
+    progress: Callable[[], None],
+) -> QualityScore:
+    """Score with a function from ``[T]`` tokens to the NLL ``[T - 1]`` of all but the first."""
+    rows = []
+    for document in documents:
+        # Apart, so that no token reaches from the context into the scored text: the bytes must match exactly.
+        before = [bos_token_id, *counter.encode(document.context_text)]
+        scored = counter.encode(document.scored_text)
+        losses = nll(torch.tensor([*before, *scored]))
+        charged = losses[len(before) - 1 :].double()
+        if len(losses) != len(before) + len(scored) - 1 or not bool(torch.isfinite(charged).all()):
+            raise CoverageError(f"document {document.number}: {len(charged)} of {len(scored)} tokens were charged")
+        covered = counter.bytes_of(scored, document.scored_text)
+        check_bytes(f"document {document.number} ({document.source})", covered, document.scored_bytes)
+        rows.append(
+            DocumentScore(
+                document=document.number,
+                source=document.source,
+                bytes=document.scored_bytes,
+                covered_bytes=covered,
+                nats=float(charged.sum()),
+                targets=len(scored),
+                baseline_tokens=len(scored),
+            )
+        )
+        progress()
+    return _summary(system, rows, context, {})
+
+
+@torch.no_grad()
+def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
+    """NLL ``[T - 1]`` of tokens 1 on, from windows of ``size`` tokens; NaN would show one that was left out."""
+    device = next(model.parameters()).device
+    losses = torch.full((len(ids) - 1,), float("nan"), dtype=torch.float64)
+    todo = windows(len(ids), size)
+    at_a_time = max(1, LOGITS_AT_A_TIME // (size * model.config.vocab_size))
+    for begin in range(0, len(todo), at_a_time):
+        block = todo[begin : begin + at_a_time]
+        width = max(w.stop - w.start for w in block)
+        rows = torch.zeros(len(block), width, dtype=torch.long)
+        mask = torch.zeros_like(rows)
+        for row, w in enumerate(block):
+            rows[row, : w.stop - w.start] = ids[w.start : w.stop]
+            mask[row, : w.stop - w.start] = 1
+        logits = model(input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        for row, w in enumerate(block):
+            first = w.charged - w.start - 1
+            predicted = logits[row, first : w.stop - w.start - 1].float()
+            nll = F.cross_entropy(predicted, ids[w.charged : w.stop].to(device), reduction="none")
+            place = slice(w.charged - 1, w.stop - 1)
+            if not bool(losses[place].isnan().all()):
+                raise CoverageError(f"tokens {w.charged} to {w.stop - 1} were charged twice")
+            losses[place] = nll.double().cpu()
+    return losses
+
+
+# ---- both
+
+
+def _summary(system: str, rows: list[DocumentScore], context: str, breakdown: dict[str, float]) -> QualityScore:
+    """Totals over documents; figures come from sums, never from averages of averages."""
+    nats, size = sum(row.nats for row in rows), sum(row.bytes for row in rows)
+    tokens = sum(row.baseline_tokens for row in rows)
+    if not math.isfinite(nats):
+        raise CoverageError(f"{system}: the total negative log-likelihood is {nats}")
+    return QualityScore(
+        system=system,
+        bits_per_byte=nats / math.log(2) / size,
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+        nats=nats,
+        bytes=size,
+        targets=sum(row.targets for row in rows),
+        baseline_tokens=tokens,
+        context=context,
+        breakdown=breakdown,
+        documents=rows,
+    )
+
+
+def same_bytes(scores: Sequence[QualityScore]) -> None:
+    """Refuse a table whose rows are about different text.
+
+    Raises:
+        CoverageError: naming the two systems.
+    """
+    for score in scores[1:]:
+        mine = [(d.document, d.covered_bytes) for d in score.documents]
+        theirs = [(d.document, d.covered_bytes) for d in scores[0].documents]
+        if mine != theirs:
+            raise CoverageError(f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes")

@@ -1,0 +1,317 @@
+"""``results.json``: one versioned schema for everything that is measured. No torch.
+
+Every table row carries its own honesty line, so results of several runs can be put side by side, and a file that
+was measured part by part stays true.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sentcompress.errors import InputError, RunError
+
+SCHEMA_VERSION = 1
+FILE = "results.json"
+Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data"]
+PARTS: tuple[Part, ...] = ("causality", "quality", "reconstruct", "speed", "memory", "data")
+Figure = float | int | str | bool | None
+
+
+class Record(BaseModel):
+    """Base of the parts of a result."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Honesty(Record):
+    """What has to stand beside a figure for it to mean something."""
+
+    command: str
+    """Command line that measured it."""
+    commit: str
+    """Commit of this package; ``+dirty`` when files differed from it, ``unknown`` outside a checkout."""
+    recipe: str
+    """Name of the recipe."""
+    recipe_digest: str
+    """Changes with any field of the recipe."""
+    device: str
+    dtype: str
+    threads: int
+    seed: int
+    training_tokens: int | None
+    """Tokens the model was trained on in this run; None when that is not known."""
+    mean_sentence_tokens: float | None
+    """Mean length of the held-out sentences."""
+    packages: dict[str, str]
+    """Versions of Python and the packages that matter."""
+
+    def line(self) -> str:
+        """One line of text."""
+        trained = "unknown" if self.training_tokens is None else f"{self.training_tokens:,}"
+        mean = "unknown" if self.mean_sentence_tokens is None else f"{self.mean_sentence_tokens:.1f}"
+        versions = ", ".join(f"{name} {version}" for name, version in self.packages.items())
+        return (
+            f"{self.command} | commit {self.commit} | recipe {self.recipe} {self.recipe_digest} | "
+            f"{self.device}, {self.dtype}, {self.threads} threads | seed {self.seed} | "
+            f"training tokens {trained} | sentences of {mean} tokens | {versions}"
+        )
+
+
+class Row(Record):
+    """One line of a table."""
+
+    part: Part
+    system: str
+    """What was measured."""
+    figures: dict[str, Figure]
+    note: str = ""
+    honesty: Honesty
+
+
+class Skipped(Record):
+    """Something that was asked for and could not be measured."""
+
+    part: str
+    what: str
+    reason: str
+
+
+class CausalityCheck(Record):
+    """One comparison of two runs of a model."""
+
+    name: str
+    kind: Literal["future", "equality"]
+    """``future``: contents behind a point were changed, nothing before it may differ at all; ``equality``: two
+    ways to compute the same, which may differ by rounding."""
+    attention: str
+    max_delta: float
+    tolerance: float
+    effect: float | None = None
+    """How much the change moved what it may move; 0 would prove nothing."""
+    passed: bool
+    detail: str = ""
+
+
+class CausalityReport(Record):
+    """All checks of one model."""
+
+    checks: list[CausalityCheck]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> list[CausalityCheck]:
+        return [check for check in self.checks if not check.passed]
+
+
+class DocumentScore(Record):
+    """One held-out document under one model."""
+
+    document: int
+    source: str
+    bytes: int
+    """Of everything after the first sentence: what is scored."""
+    covered_bytes: int
+    """Bytes of the pieces that were charged; equal to ``bytes``, or the scorer has refused."""
+    nats: float
+    targets: int
+    """Tokens and end marks charged."""
+    baseline_tokens: int
+    """Tokens of the same text, cut nowhere, by the baseline's tokenizer."""
+
+
+class QualityScore(Record):
+    """One model on all held-out documents."""
+
+    system: str
+    bits_per_byte: float
+    perplexity: float
+    """exp(total nats / baseline tokens)."""
+    nats: float
+    bytes: int
+    targets: int
+    baseline_tokens: int
+    context: str
+    """What a prediction may look back on."""
+    breakdown: dict[str, float] = {}
+    """Nats by kind: tokens, end marks, stop decisions."""
+    documents: list[DocumentScore]
+
+
+class ReconstructionReport(Record):
+    """Free-running reconstruction of held-out sentences."""
+
+    system: str
+    sentences: int
+    tokens: int
+    token_accuracy: float
+    exact_sentences: float
+    teacher_forced_perplexity: float
+    """The paper's number."""
+    teacher_forced_exact: float
+    """Sentences whose every token is the likeliest when the ones before it are given: flatters, for contrast."""
+    extra: dict[str, float] = {}
+    """Metric plugins, by ``name.figure``."""
+    examples: list[tuple[str, str]] = []
+    """Pairs of a sentence and what came back."""
+
+
+class SpeedRun(Record):
+    """One system at one batch size: medians over the repeats."""
+
+    system: str
+    batch_size: int
+    prefill_tokens_per_second: float | None
+    first_token_seconds: float
+    output_tokens_per_second: float
+    """New tokens after the first, over the time after the first."""
+    total_seconds: float
+    ratio: float | None
+    """Median over the pairs of its output tokens/s and the backbone's measured beside it."""
+    ratios: list[float] = []
+    total_ratio: float | None = None
+    """The same for the whole run, prefill included."""
+    roofline_share: float | None = None
+    """Seconds the bytes read per token take at the measured bandwidth, over the seconds measured."""
+    note: str = ""
+
+
+class SpeedReport(Record):
+    """Speed beside the backbone's."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    trained: bool
+    sentence_lengths: list[int]
+    """The draw of forced sentence lengths."""
+    bandwidth_bytes_per_second: float
+    runs: list[SpeedRun]
+    skipped: list[Skipped] = []
+    break_even: dict[str, Figure] = {}
+    advice: list[str] = []
+    """The break-even in words, and when something else is the better choice."""
+
+
+class MemoryReport(Record):
+    """Cache and peak memory of one system."""
+
+    system: str
+    weight_bytes: int
+    cache_bytes_per_token: float
+    """Exact: bytes of the cache's tensors over the tokens of text they stand for."""
+    cache_bytes_per_position: int
+    transient_bytes: int
+    """Held only while a sentence is written (the decoder's own cache)."""
+    peak_slope_bytes_per_token: float
+    """Straight line through allocated memory against tokens generated: the paper's way."""
+    series: list[tuple[int, int]]
+    """Tokens of text, and bytes allocated beyond the weights at the most since the point before."""
+    budget_bytes: int
+    longest_context_tokens: int
+    """Tokens of text whose cache fits in the budget."""
+    position_limit_tokens: int
+    """Tokens of text the backbone has positions for."""
+
+
+class DataReport(Record):
+    """The corpus the recipe names."""
+
+    summary: dict[str, Any]
+    heldout_documents: int
+    mean_sentence_tokens: float
+    """Of the held-out documents."""
+    histogram: list[tuple[int, int]]
+    """Tokens of a held-out sentence, and how many there are."""
+    padding: dict[str, float]
+    """Share of padding a sampler's batches have."""
+    cutting_overhead: float
+    """Tokens of the sentences over tokens of the uncut text, less 1, on the held-out documents."""
+
+
+class Curve(Record):
+    """A figure of a stage against its steps."""
+
+    stage: str
+    name: str
+    points: list[tuple[int, float]]
+
+
+class Sample(Record):
+    """What a model wrote after a prompt."""
+
+    system: str
+    prompt: str
+    text: str
+    finish_reason: str
+
+
+class Results(Record):
+    """Everything measured on one folder."""
+
+    schema_version: int = SCHEMA_VERSION
+    title: str
+    created: str
+    """UTC."""
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    causality: CausalityReport | None = None
+    quality: list[QualityScore] = []
+    reconstruction: ReconstructionReport | None = None
+    speed: SpeedReport | None = None
+    memory: list[MemoryReport] = []
+    data: DataReport | None = None
+    curves: list[Curve] = []
+    samples: list[Sample] = []
+    recipe: dict[str, Any] = {}
+    """The resolved recipe."""
+
+    def measured(self) -> list[Part]:
+        """Parts that have rows."""
+        present = {row.part for row in self.rows}
+        return [part for part in PARTS if part in present]
+
+
+def read_results(path: Path) -> Results:
+    """Read a ``results.json``, or the one in a folder or in its ``bench`` folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is of a newer version of this program.
+    """
+    file = next((p for p in (path, path / FILE, path / "bench" / FILE) if p.is_file()), None)
+    if file is None:
+        raise InputError(
+            f"no {FILE} at '{path}'", fix=f"measure it first: sentcompress bench all {path}"
+        )
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return parse_results(text)
+    except RunError as error:
+        raise InputError(f"{file}: {error.message}", fix=error.fix) from None
+
+
+def parse_results(text: str) -> Results:
+    """Check the text of a ``results.json``. Raises RunError saying what is wrong with it."""
+    import json
+
+    try:
+        raw = json.loads(text)
+        version = raw["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        raise RunError("not a results file of ours, or cut short", fix="measure again") from None
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"schema version {version}, this program reads {SCHEMA_VERSION}",
+            fix="read it with the version of sentcompress that wrote it, or measure again",
+        )
+    try:
+        return Results.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"damaged: {where}: {first['msg']}", fix="measure again") from None
