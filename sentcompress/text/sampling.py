@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sentcompress.text.corpus import Corpus
+from sentcompress.text.whole import open_whole
 
 Batch = dict[str, Tensor]
 
@@ -293,12 +294,12 @@ class TokenSampler:
         _check_counts(
             documents=len(documents), sequence_length=sequence_length, sequences_per_batch=sequences_per_batch
         )
-        self.corpus = corpus
+        self._whole = open_whole(corpus)
         self.documents = np.asarray(documents, dtype=np.int64)
         self.length = sequence_length
         self.size = sequences_per_batch
         self.eos_token_id = eos_token_id
-        self._lengths = np.diff(corpus.whole_offsets)[self.documents] + 1  # with eos
+        self._lengths = np.diff(self._whole.offsets)[self.documents] + 1  # with eos
         self.sequences = -(-int(self._lengths.sum()) // self.length)
         self.batches_per_epoch = -(-self.sequences // self.size)
         self._documents = _Epochs(seed, lambda rng: rng.permutation(len(self.documents)))
@@ -327,12 +328,9 @@ class TokenSampler:
             at = int(np.searchsorted(ends, start, side="right"))
             document = int(self.documents[order[at]])
             offset = start - (int(ends[at]) - int(self._lengths[order[at]]))
-            begin = int(self.corpus.whole_offsets[document])
-            end = int(self.corpus.whole_offsets[document + 1])
+            begin, end = self._whole.offsets[document : document + 2].tolist()
             wanted = stop - start
-            tokens = self.corpus.whole_tokens[begin + offset : min(end, begin + offset + wanted)].astype(
-                np.int64
-            )
+            tokens = self._whole.tokens[begin + offset : min(end, begin + offset + wanted)].astype(np.int64)
             if len(tokens) < wanted:
                 tokens = np.append(tokens, self.eos_token_id)
             parts.append(tokens)

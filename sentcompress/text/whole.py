@@ -3,6 +3,73 @@
 from __future__ import annotations
 
 import shutil
-from itertools import batched
-from pathlib import Path
+from dataclasses import dataclass
 from uuid import uuid4
+
+import numpy as np
+
+from sentcompress.errors import StorageError
+from sentcompress.text.cache import FORMAT, CacheDamage, publish, read_meta, seal
+from sentcompress.text.corpus import Corpus
+from sentcompress.text.encoding import offsets, token_dtype
+from sentcompress.text.progress import Bar
+
+_DOCUMENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class WholeTokens:
+    """Tokens of all documents of a corpus, without special tokens.
+
+    Attributes:
+        tokens: flat, memory-mapped.
+        offsets: ``[D + 1]`` into ``tokens``.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
+    """Open a corpus' whole-document tokens from the cache, making them first where they are not there.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    folder = corpus.folder.parent.parent / "whole" / corpus.key
+    try:
+        meta = read_meta(folder, corpus.key)
+    except CacheDamage:
+        temporary = folder.with_name(f".{corpus.key}.{uuid4().hex[:8]}.tmp")
+        dtype = token_dtype(corpus.backend)
+        counts: list[int] = []
+        try:
+            temporary.mkdir(parents=True)
+            total = int(corpus.sentence_bytes.sum())
+            with (
+                (temporary / "tokens.bin").open("wb") as file,
+                Bar("tokenizing whole documents", total, enabled=progress) as bar,
+            ):
+                for start in range(0, corpus.num_documents, _DOCUMENTS_AT_ONCE):
+                    stop = min(start + _DOCUMENTS_AT_ONCE, corpus.num_documents)
+                    texts = [corpus.document_text(document) for document in range(start, stop)]
+                    # The tokenizer's own threads share the documents out.
+                    for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
+                        np.array(encoding.ids, dtype=dtype).tofile(file)
+                        counts.append(len(encoding.ids))
+                    bar.advance(sum(len(text.encode("utf-8")) for text in texts))
+            np.save(temporary / "offsets.npy", offsets(np.array(counts)))
+            seal(temporary, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
+            publish(temporary, folder, corpus.key)
+            meta = read_meta(folder, corpus.key)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the token cache {folder.parent}: {error.strerror or error}",
+                fix="free some space there, or set SENTCOMPRESS_CACHE to a folder with room",
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return WholeTokens(
+        np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+        np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
+    )

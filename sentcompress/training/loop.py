@@ -254,7 +254,7 @@ class _Run:
             good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
             raise NumericsError(
                 f"{self.job.stage}: {error.message}; last good checkpoint: {good}",
-                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or use precision=fp32; "
+                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or use fp32; "
                 "if it is always this batch, look at its text",
             ) from None
         if self.main and done == self.start + 1:

@@ -143,7 +143,8 @@ class PretrainJob(TokenLevelJob):
         return Card(
             title=self.recipe.name,
             summary=f"A small {config.model_type} of {self.parameters}, {len(self.text.tokenizer)} tokens, "
-            "pretrained from nothing with sentcompress, to be grafted where no other LLM is at hand. Not meant for use as it is.",
+            "pretrained from nothing with sentcompress, to be grafted where no other LLM is at hand. "
+            "Not meant for use as it is.",
             data=self.text.describe(),
             heldout=f"On {self.heldout_batches() * self.settings.sequences_per_batch} held-out rows of "
             f"{self.settings.sequence_length} tokens, each without what stands before it in its document; "
