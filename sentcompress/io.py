@@ -107,9 +107,14 @@ def move_files(source: Path, target: Path, last: str) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below to the disk."""
+    """Flush every file and folder below to the disk, readable for whom the folder is.
+
+    (safetensors makes files that only their owner may read, whatever the umask.)
+    """
+    mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
+            (Path(root) / name).chmod(mode)
             _fsync(Path(root) / name)
         _fsync(Path(root))
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
@@ -24,9 +24,10 @@ from sentcompress.text.prefetch import prefetch
 from sentcompress.training import checkpoints as saved
 from sentcompress.training.card import Card, provenance, render_card, resume_command
 from sentcompress.training.interruption import Interruption
-from sentcompress.training.memory import explain_out_of_memory
+from sentcompress.training.memory import explain_out_of_memory, recompute_activations
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
+from sentcompress.training.processes import on_cpu, processes
 from sentcompress.training.progress import MetricsLog, TrainingProgress
 from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
 from sentcompress.training.step import Batch, StepOutput, Stepper, Window
@@ -111,21 +112,21 @@ def run_job(
         KeyboardInterrupt: Ctrl-C; the step was finished and saved.
     """
     stage = StageFolder(folder, job.stage, stage_record(job.stage, recipe, job.inputs))
-    processes = PartialState()
-    if processes.is_main_process:
+    ranks = processes()
+    if ranks.is_main_process:
         stage.recover()
-    processes.wait_for_everyone()
+    ranks.wait_for_everyone()
     stage.check(resume=resume, overwrite=overwrite)
     if stage.finished and not overwrite:
         return stage.figures()
-    processes.wait_for_everyone()  # everyone has read before anything changes
-    if processes.is_main_process:
+    ranks.wait_for_everyone()  # everyone has read before anything changes
+    if ranks.is_main_process:
         stage.open(overwrite=overwrite, about=provenance(recipe))
-    processes.wait_for_everyone()
+    ranks.wait_for_everyone()
     try:
         return _Run(job, stage, recipe, console).train()
     finally:
-        if processes.is_main_process:
+        if ranks.is_main_process:
             stage.restore()
 
 
@@ -134,11 +135,11 @@ class _Run:
 
     def __init__(self, job: Job, stage: StageFolder, recipe: Recipe, console: Console | None) -> None:
         self.job, self.stage, self.recipe, self.settings = job, stage, recipe, job.settings
-        processes = PartialState()
+        ranks = processes()
         self.main, self.world, self.rank = (
-            processes.is_main_process,
-            processes.num_processes,
-            processes.process_index,
+            ranks.is_main_process,
+            ranks.num_processes,
+            ranks.process_index,
         )
         self.progress = TrainingProgress(job.stage, self.settings.steps, shown=self.main, console=console)
         self.store = saved.CheckpointStore(stage.checkpoints, self.settings.keep)
@@ -166,18 +167,18 @@ class _Run:
             )
 
     def _accelerator(self, before: str | None) -> Accelerator:
-        processes = PartialState()
+        ranks = processes()
         choice = [before, "as before"]
         if before is None:
             if self.main:
-                choice = [*choose_precision(self.settings.precision, self.job.width, processes.device)]
+                choice = [*choose_precision(self.settings.precision, self.job.width, ranks.device)]
             if self.world > 1:
                 broadcast_object_list(choice)
         self.precision = str(choice[0])
-        self.progress.note(f"{self.precision} on {processes.device} ({choice[1]})")
+        self.progress.note(f"{self.precision} on {ranks.device} ({choice[1]})")
         # Accelerate keeps one precision for the whole process, but a recipe's stages may differ.
         AcceleratorState._reset_state()
-        return Accelerator(mixed_precision=MIXED[self.precision])
+        return Accelerator(mixed_precision=MIXED[self.precision], cpu=on_cpu())
 
     def _prepare(self) -> None:
         model, settings = self.job.model, self.settings
@@ -189,8 +190,7 @@ class _Run:
                     f"{SECTIONS[self.job.stage]}.gradient_checkpointing: {type(model).__name__} cannot do it",
                     fix=f"set it to false, and lower {' or '.join(self.job.batch_fields)} instead",
                 )
-            enable: Any = model.gradient_checkpointing_enable
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model)
         model.to(self.accelerator.device)
         if settings.compile:
             model.compile()  # in place, so that weights keep their names

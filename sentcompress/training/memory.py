@@ -1,15 +1,25 @@
-"""Out of memory: which settings lower it."""
+"""Memory: what to lower when it runs out, and activations that are computed again instead of kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 from sentcompress.errors import OutOfMemoryError
 
 _CPU_TEXTS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Switch gradient checkpointing on, under the name that this version of transformers has for it."""
+    enable: Any = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 @contextmanager

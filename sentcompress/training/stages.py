@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from accelerate import PartialState
 from rich.console import Console
 
 from sentcompress.errors import InputError, did_you_mean
@@ -16,6 +15,7 @@ from sentcompress.recipe import Recipe
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.loop import Job, run_job, seed_everything
 from sentcompress.training.plan import plan
+from sentcompress.training.processes import processes
 from sentcompress.training.run_folder import StageFolder, stage_record
 
 __all__ = ["STAGES", "Stage", "plan", "run_recipe"]
@@ -114,14 +114,14 @@ def run_recipe(
         InputError: a stage's folder holds another run, or there is no such stage.
         SentCompressError: as :func:`~sentcompress.training.loop.run_job` says.
     """
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)
     chosen = _chosen(recipe, stages)
     results, busy = {}, False
     for stage in chosen:
         folder = out / stage.name
-        if not overwrite and (figures := _finished(run, stage)) is not None:
+        if (figures := _look(run, stage, resume=resume, overwrite=overwrite)) is not None:
             console.print(f"{stage.name}: already done ({folder})")
             results[stage.name] = figures
             continue
@@ -131,7 +131,10 @@ def run_recipe(
             write_atomically(out / "recipe.yaml", recipe.dump())
         busy = True
         seed_everything(recipe.seed)
-        results[stage.name] = run_job(stage.job(run), folder, recipe, resume=resume, overwrite=overwrite)
+        # Rank 0 fills the token cache, the others find it.
+        with processes().main_process_first():
+            job = stage.job(run)
+        results[stage.name] = run_job(job, folder, recipe, resume=resume, overwrite=overwrite)
     console.print(f"everything is done: {out}" if not busy else f"done: {out}")
     return results
 
@@ -146,11 +149,18 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
     return [table[name] for name in names]
 
 
-def _finished(run: Run, stage: Stage) -> dict[str, float] | None:
-    """Figures of a finished stage, None when there is work to do. Refuses one made of something else."""
-    folder = StageFolder(run.out / stage.name, stage.name, stage_record(stage.name, run.recipe, {}))
-    if not folder.finished:
-        return None
-    folder = StageFolder(folder.path, stage.name, stage_record(stage.name, run.recipe, stage.inputs(run)))
-    folder.check(resume=True, overwrite=False, partial=True)
-    return folder.figures()
+def _look(run: Run, stage: Stage, *, resume: bool, overwrite: bool) -> dict[str, float] | None:
+    """Figures of a finished stage, None when there is work to do. Refuses quickly, before anything is built.
+
+    Raises:
+        InputError: the stage's folder holds something else.
+    """
+    path = run.out / stage.name
+    folder = StageFolder(path, stage.name, stage_record(stage.name, run.recipe, {}))
+    if processes().is_main_process:
+        folder.recover()
+    processes().wait_for_everyone()
+    if folder.finished and not overwrite:
+        folder.record = stage_record(stage.name, run.recipe, stage.inputs(run))
+    folder.check(resume=resume, overwrite=overwrite, partial=True)
+    return folder.figures() if folder.finished and not overwrite else None

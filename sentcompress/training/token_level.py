@@ -18,6 +18,7 @@ from sentcompress.registry import get_registry
 from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, TokenSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.memory import recompute_activations
 from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
 
@@ -36,8 +37,8 @@ class TokenLM(nn.Module):
     def supports_gradient_checkpointing(self) -> bool:
         return bool(self.lm.supports_gradient_checkpointing)
 
-    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
-        self.lm.gradient_checkpointing_enable(**arguments)
+    def gradient_checkpointing_enable(self, _: dict[str, Any]) -> None:
+        recompute_activations(self.lm)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Next-token cross-entropy.
@@ -171,7 +172,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     for name in settings.config:
         if name in given:
             raise InputError(
-                f"pretrain.config.{name}: is given by the tokenizer and the backbone", fix="remove it"
+                f"pretrain.config.{name}: follows from the tokenizer or adapter", fix="remove it"
             )
         if name not in known:
             raise InputError(

@@ -70,14 +70,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 def byte_lengths(tokenizer: Any) -> list[int] | None:
     """Bytes each token stands for (0 for special ones), or None where the tokenizer is not byte-level."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     lengths = []
     for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         if token_id in special or token is None:
             lengths.append(0)
         elif set(token) <= alphabet:
             lengths.append(len(token))  # one character a byte, by construction
-        elif token_id in tokenizer.added_tokens_decoder:
+        elif token_id in added:
             lengths.append(len(token.encode()))
         else:
             return None

@@ -1,0 +1,64 @@
+"""Schedule, weight decay and averaged weights."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from sentcompress.recipe import TrainingSettings
+from sentcompress.training.optimization import WeightAverage, build_optimizer, learning_rate
+
+
+def test_the_rate_warms_up_and_falls_to_its_final_share():
+    settings = TrainingSettings(steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate_share=0.2)
+    rates = [learning_rate(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.6)  # half of the way: the mean of peak and end
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_without_a_warm_up_the_first_step_has_the_peak():
+    settings = TrainingSettings(steps=4, learning_rate=0.5, warmup_steps=0)
+    assert learning_rate(0, settings) == 0.5
+
+
+def test_warm_up_is_five_percent_by_default():
+    settings = TrainingSettings(steps=200, learning_rate=1.0)
+    assert learning_rate(8, settings) < 1.0
+    assert learning_rate(9, settings) == 1.0
+
+
+def test_only_matrices_decay():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    optimizer, names = build_optimizer(model, TrainingSettings(weight_decay=0.1))
+    decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
+    assert dict(zip(names, decays, strict=True)) == {
+        "0.weight": 0.1,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "2.bias": 0.0,
+    }
+
+
+def test_the_average_follows_and_leaves_the_weights_alone():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = WeightAverage(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average.update(0)  # decay 1/10 this early
+    assert average.average["weight"].item() == pytest.approx(0.9)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    average.update(1000)
+    assert average.average["weight"].item() == pytest.approx(1.45)
+    with average.in_place():
+        assert model.weight.item() == pytest.approx(1.45)
+    assert model.weight.item() == 2.0
