@@ -4,4 +4,11 @@ from sentcompress.generation.engine import Generation, SentenceGenerator
 from sentcompress.generation.reconstruct import Difference, differences, reconstruct
 from sentcompress.generation.settings import GenerationSettings
 
-__all__ = ["Difference", "Generation", "GenerationSettings", "SentenceGenerator", "differences", "reconstruct"]
+__all__ = [
+    "Difference",
+    "Generation",
+    "GenerationSettings",
+    "SentenceGenerator",
+    "differences",
+    "reconstruct",
+]

@@ -70,7 +70,9 @@ class Sampler:
             rows = [i for i, h in enumerate(histories) if h]
             if rows:
                 seen = torch.tensor(filled, device=logits.device)
-                logits = logits.index_copy(0, torch.tensor(rows, device=logits.device), self.penalty(seen, logits[rows]))
+                logits = logits.index_copy(
+                    0, torch.tensor(rows, device=logits.device), self.penalty(seen, logits[rows])
+                )
         if not self.do_sample:
             return logits.argmax(-1)
         scores = self.warpers(None, logits)
@@ -113,7 +115,9 @@ def write_sentences(
                 length = plans[i].length
                 if length is not None or not written[i]:
                     logits[i, eos] = float("-inf")  # an empty sentence is no sentence
-            chosen = sampler.pick(logits, [p.history + w for p, w in zip(plans, written, strict=True)]).tolist()
+            chosen = sampler.pick(
+                logits, [p.history + w for p, w in zip(plans, written, strict=True)]
+            ).tolist()
         for i in tuple(open_rows):
             plan, at = plans[i], len(written[i])
             token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]

@@ -89,7 +89,7 @@ class SentenceGenerator:
             InputError: a prompt is empty, or has more sentences than the backbone has positions.
         """
         rows = [self._read(number, Generation(prompt)) for number, prompt in enumerate(prompts)]
-        for number, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+        for number, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
             if on_sentence and piece:
                 on_sentence(number, piece)
         return [row.result for row in rows]
@@ -109,42 +109,56 @@ class SentenceGenerator:
             _Row(number, [list(ids) for ids in sentences], [], "", Generation(""))
             for number, sentences in enumerate(contexts)
         ]
-        for number, _ in self._run(rows, settings):
-            yield number, rows[number].context[-1]
+        for number, tokens, _ in self._run(rows, settings):
+            if tokens:
+                yield number, tokens
+
+    @torch.no_grad()
+    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]]) -> tuple[Any, int]:
+        """Encode whole sentences given as token ids and run the backbone over them; for benchmarks.
+
+        Returns:
+            the backbone's cache, and how many cells a row has (the start cell included).
+        """
+        state = _Cells(self.model.eval(), [self.encode(sentences) for sentences in contexts], use_cache=True)
+        return state.cache, state.cells
 
     def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
         rows = [self._read(0, Generation(prompt))]
-        for _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+        for _, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
             if piece:
                 yield piece
 
     @torch.no_grad()
-    def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, str]]:
-        """Fill the rows' results, yielding the new text of each sentence with the number of its prompt."""
+    def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, list[int], str]]:
+        """Fill the rows' results, yielding each prompt's number with a new sentence's tokens and new text."""
         model = self.model.eval()
         sampler = Sampler(settings, self.device)
-        state = _Cells(model, [self._encode(row.context) for row in rows], use_cache=settings.use_cache)
+        state = _Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
         while rows:
             hidden = state.hidden_states
             stop = model.stop_logits(hidden).float().softmax(-1)[:, 1].tolist()
             going = [i for i, row in enumerate(rows) if not self._finished(row, stop[i], state, settings)]
             if len(going) < len(rows):
+                for row in rows:
+                    if row.result.finish_reason and (rest := self._new_text(row)):
+                        yield row.number, [], rest  # half a character that waited for its other half
                 rows = [rows[i] for i in going]
                 state.keep(going)
                 if not rows:
                     return
                 hidden = state.hidden_states
             plans = [self._plan(row, settings) for row in rows]
-            written, ended = write_sentences(model.vae, hidden, plans, sampler, use_cache=settings.use_cache)
-            for row, tokens, end in zip(rows, written, ended, strict=True):
-                yield row.number, self._take(row, tokens, settings, end)
+            written, _ = write_sentences(model.vae, hidden, plans, sampler, use_cache=settings.use_cache)
+            for row, tokens in zip(rows, written, strict=True):
+                yield row.number, tokens, self._take(row, tokens, settings)
             going = [i for i, row in enumerate(rows) if not row.result.finish_reason]
             if len(going) < len(rows):
                 rows = [rows[i] for i in going]
                 state.keep(going)
             if rows:
-                state.append(self._encode([row.context[-1] for row in rows]))
+                state.append(self.encode([row.context[-1] for row in rows]))
 
     def _read(self, number: int, result: Generation) -> _Row:
         """Split a prompt into whole sentences and an unfinished one."""
@@ -171,7 +185,7 @@ class SentenceGenerator:
     def _cells_allowed(self) -> int:
         return self.model.backbone.max_positions // self.model.latents
 
-    def _encode(self, sentences: Sequence[Sequence[int]]) -> Tensor:
+    def encode(self, sentences: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of sentences to what the backbone reads: ``[S, k, H]``."""
         parts = []
         for begin in range(0, len(sentences), ENCODE_AT_A_TIME):
@@ -192,7 +206,11 @@ class SentenceGenerator:
             return False
         if state.cells >= self._cells_allowed():
             row.result.finish_reason = "context"
-        elif settings.sentence_lengths is None and settings.stop_threshold < 1 and stop >= settings.stop_threshold:
+        elif (
+            settings.sentence_lengths is None
+            and settings.stop_threshold < 1
+            and stop >= settings.stop_threshold
+        ):
             row.result.finish_reason = "stop"
         return bool(row.result.finish_reason)
 
@@ -202,7 +220,9 @@ class SentenceGenerator:
         length = None
         if settings.sentence_lengths:
             # Rows begin at different places: in a batch, sentences are of uneven length as they are in text.
-            draw = settings.sentence_lengths[(row.number + row.new_sentences) % len(settings.sentence_lengths)]
+            draw = settings.sentence_lengths[
+                (row.number + row.new_sentences) % len(settings.sentence_lengths)
+            ]
             length = min(longest, max(draw, len(row.prefix) + 1))
         if settings.max_new_tokens is not None:
             left = settings.max_new_tokens - len(row.result.token_ids) + len(row.prefix)
@@ -213,23 +233,31 @@ class SentenceGenerator:
             history = [token for sentence in row.context for token in sentence]
         return RowPlan(limit=limit, prefix=row.prefix, length=length, history=history)
 
-    def _take(self, row: _Row, tokens: list[int], settings: GenerationSettings, ended: bool) -> str:
+    def _take(self, row: _Row, tokens: list[int], settings: GenerationSettings) -> str:
         """Book a written sentence; return its new text."""
         result = row.result
         result.token_ids += tokens[len(row.prefix) :]
         row.new_sentences += 1
         row.context.append(tokens)
         row.prefix = []
-        enough_tokens = settings.max_new_tokens is not None and len(result.token_ids) >= settings.max_new_tokens
-        enough_sentences = settings.max_new_sentences is not None and row.new_sentences >= settings.max_new_sentences
+        enough_tokens = (
+            settings.max_new_tokens is not None and len(result.token_ids) >= settings.max_new_tokens
+        )
+        enough_sentences = (
+            settings.max_new_sentences is not None and row.new_sentences >= settings.max_new_sentences
+        )
         if enough_tokens or enough_sentences:
             result.finish_reason = "length"
-        if self.tokenizer is None:
+        return self._new_text(row)
+
+    def _new_text(self, row: _Row) -> str:
+        """Text of the tokens so far that was not shown yet; an unfinished character waits for its other half."""
+        result = row.result
+        if self.tokenizer is None or not result.token_ids:
             return ""
-        # A character may be split over two sentences: decode all, and hold back an unfinished one.
         prefix_ids = self._prefix_ids(row)
         text = self._decode([*prefix_ids, *result.token_ids])[len(self._decode(prefix_ids)) :]
-        if text.endswith("\ufffd") and not result.finish_reason and not ended:
+        if not result.finish_reason:
             text = text.rstrip("\ufffd")
         piece = text[len(result.text) :]
         result.text = text

@@ -26,7 +26,9 @@ def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
     return registry.get("backbone", spec.name).from_causal_lm(causal_lm, options)  # type: ignore[attr-defined]
 
 
-def vae_config(recipe: Recipe, hidden_size: int, num_heads: int, tokenizer: Any, segmenter: Segmenter) -> SentenceVAEConfig:
+def vae_config(
+    recipe: Recipe, hidden_size: int, num_heads: int, tokenizer: Any, segmenter: Segmenter
+) -> SentenceVAEConfig:
     """The configuration of a recipe's SentenceVAE for a backbone of the given width and heads.
 
     Raises:
@@ -35,7 +37,9 @@ def vae_config(recipe: Recipe, hidden_size: int, num_heads: int, tokenizer: Any,
     heads = recipe.vae.num_heads or num_heads
     if hidden_size % heads:
         raise InputError(f"vae.num_heads: {heads} does not divide the backbone's hidden size {hidden_size}")
-    fusion = get_registry().create("fusion", recipe.fusion.name, recipe.fusion.options, hidden_size=hidden_size)
+    fusion = get_registry().create(
+        "fusion", recipe.fusion.name, recipe.fusion.options, hidden_size=hidden_size
+    )
     return SentenceVAEConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -52,7 +56,10 @@ def vae_config(recipe: Recipe, hidden_size: int, num_heads: int, tokenizer: Any,
         variational=recipe.train_vae.kl_weight > 0,
         segmenter={**recipe.segmenter.model_dump(), "state": segmenter.state()},
         backbone={"name": recipe.backbone.name, "model": recipe.backbone.model},
-        plugins=[plugin_record("fusion", recipe.fusion.name), plugin_record("segmenter", recipe.segmenter.name)],
+        plugins=[
+            plugin_record("fusion", recipe.fusion.name),
+            plugin_record("segmenter", recipe.segmenter.name),
+        ],
         bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -46,11 +46,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: Ragged, *, causal: bool) -> Tensor:
         """``[T, H] -> [T, H]``; a token sees its own sentence, and only what is before it when causal."""
-        q, k, v = (split_heads(x, self.num_heads) for x in layout.pad(self.qkv_proj(hidden_states)).chunk(3, -1))
+        q, k, v = (
+            split_heads(x, self.num_heads) for x in layout.pad(self.qkv_proj(hidden_states)).chunk(3, -1)
+        )
         # Padding is on the right, so a causal mask already hides it from every real token.
         mask = None if causal else layout.mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+        )
         return self.out_proj(layout.unpad(join_heads(attended)))
 
     def step(self, hidden_states: Tensor, cache: LayerCache, positions: Tensor) -> Tensor:
@@ -186,7 +190,9 @@ class DecoderBlock(nn.Module):
         self, hidden_states: Tensor, cache: LayerCache, positions: Tensor, prepared: tuple[Tensor, ...]
     ) -> Tensor:
         """One position a row: ``[B, H] -> [B, H]``."""
-        hidden_states = hidden_states + self.attention.step(self.attention_norm(hidden_states), cache, positions)
+        hidden_states = hidden_states + self.attention.step(
+            self.attention_norm(hidden_states), cache, positions
+        )
         if self.condition is not None:
             hidden_states = hidden_states + self.condition.step(self.condition_norm(hidden_states), prepared)
         return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))

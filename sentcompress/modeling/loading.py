@@ -34,7 +34,11 @@ def resolve_backbone(spec: BackboneSpec) -> str:
     if target.startswith("package:"):
         package, _, inner = target.removeprefix("package:").partition("/")
         found = find_spec(package)
-        folder = Path(found.submodule_search_locations[0]) / inner if found and found.submodule_search_locations else None
+        folder = (
+            Path(found.submodule_search_locations[0]) / inner
+            if found and found.submodule_search_locations
+            else None
+        )
         if folder is None or not (folder / "config.json").is_file():
             raise InputError(f"backbone.model: '{spec.model}' is not in the installed package '{package}'")
         return str(folder)
@@ -135,7 +139,9 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
     """
     folder = Path(folder)
     file = folder / "config.json"
-    what = {"sentence-vae": "a SentenceVAE", "sentence-lm": "a SentenceLM"}.get(expected or "", "a sentcompress model")
+    what = {"sentence-vae": "a SentenceVAE", "sentence-lm": "a SentenceLM"}.get(
+        expected or "", "a sentcompress model"
+    )
     if not folder.is_dir():
         raise ModelFolderError(f"no folder '{folder}'", fix=f"give the folder of {what}")
     if not file.is_file():

@@ -59,14 +59,18 @@ class SentenceLM(PreTrainedModel):
         super().__init__(config)
         self.vae = SentenceVAE(config.vae_config)
         backbone_class = get_registry().get("backbone", config.backbone_name)
-        options = get_registry().options("backbone", config.backbone_name, config.backbone_options, "backbone")
+        options = get_registry().options(
+            "backbone", config.backbone_name, config.backbone_options, "backbone"
+        )
         settings = dict(config.backbone_config)
         backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         backbone_config._attn_implementation = config._attn_implementation or "sdpa"
         self.backbone: Backbone = backbone_class.from_config(backbone_config, options)  # type: ignore[attr-defined]
         width = self.backbone.hidden_size
         if width != config.vae_config.hidden_size:
-            raise ValueError(f"vae.hidden_size: {config.vae_config.hidden_size}, but the backbone's is {width}")
+            raise ValueError(
+                f"vae.hidden_size: {config.vae_config.hidden_size}, but the backbone's is {width}"
+            )
         self.termination = nn.Linear(width * config.vae_config.latents, 2)
         if config.start_latent:
             self.start = nn.Parameter(torch.zeros(config.vae_config.latents, width))
@@ -214,7 +218,9 @@ class SentenceLM(PreTrainedModel):
         stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
         stop_part = stop_losses.mean() if len(stop) else token_part * 0.0
         real = before >= 0
-        stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(0, before[real], decision_nll[real])
+        stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(
+            0, before[real], decision_nll[real]
+        )
         decisions = torch.zeros(size, dtype=torch.bool, device=latents.device)
         decisions[before[real]] = True
         return SentenceLMOutput(

@@ -76,7 +76,9 @@ class GraftJob:
         output = model(**batch, token_loss=self.token_loss, stop_weight=self.settings.stop_weight)
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
-        return StepOutput(output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats})
+        return StepOutput(
+            output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats}
+        )
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:

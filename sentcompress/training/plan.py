@@ -65,7 +65,12 @@ def plan(recipe: Recipe) -> str:
     """The plan as text: parts, stages, memory, tokens."""
     if recipe.pretrain is not None:
         settings = recipe.pretrain
-        tokens = settings.steps * settings.gradient_accumulation * settings.sequences_per_batch * settings.sequence_length
+        tokens = (
+            settings.steps
+            * settings.gradient_accumulation
+            * settings.sequences_per_batch
+            * settings.sequence_length
+        )
         return "\n".join(
             [
                 _head(recipe),

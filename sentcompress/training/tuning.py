@@ -30,7 +30,9 @@ def apply_tune(backbone: Backbone, settings: GraftSettings) -> None:
 
         targets = settings.lora.target_modules
         names = (
-            sorted({n.rsplit(".", 1)[-1] for n, m in backbone.blocks.named_modules() if isinstance(m, nn.Linear)})
+            sorted(
+                {n.rsplit(".", 1)[-1] for n, m in backbone.blocks.named_modules() if isinstance(m, nn.Linear)}
+            )
             if targets == "all-linear"
             else targets
         )

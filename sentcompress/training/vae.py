@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from sentcompress.generation import reconstruct
-from sentcompress.metrics.exact_match import ExactMatch
-from sentcompress.metrics.token_accuracy import TokenAccuracy
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_embeddings, vae_config, wrap_backbone
 from sentcompress.modeling.loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import Recipe
+from sentcompress.registry import get_registry
 from sentcompress.text.sampling import SentenceSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
@@ -63,7 +62,9 @@ class VAEJob:
             latent_noise=self.settings.latent_noise,
         )
         nats = output.nll.sum() / output.targets.sum()
-        return StepOutput(output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats})
+        return StepOutput(
+            output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats}
+        )
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
@@ -79,11 +80,12 @@ class VAEJob:
             sentences += [ids[mask].tolist() for ids, mask in rows]
         # A sample across batches: each batch holds sentences of about one length.
         sample = sentences[:: max(1, len(sentences) // RECONSTRUCTED)][:RECONSTRUCTED]
+        registry = get_registry()
         written = reconstruct(model, self.text.tokenizer, sample)  # type: ignore[arg-type]
         return {
             "perplexity": float(torch.tensor(nats / targets).exp()),
-            "tokens_right": TokenAccuracy().compute(written)["tokens"],
-            "sentences_exact": ExactMatch().compute(written)["sentences"],
+            "tokens_right": registry.create("metric", "token-accuracy").compute(written)["tokens"],
+            "sentences_exact": registry.create("metric", "exact-match").compute(written)["sentences"],
         }
 
     def save(self, folder: Path) -> None:

@@ -28,7 +28,10 @@ def generator(request, tokenizer):
 
 
 def run(generator, prompts, **settings):
-    return generator.generate(prompts, GenerationSettings(**{"max_new_tokens": 40, **settings}))
+    # Untrained, the stop flag says 0.5: never stop unless asked.
+    return generator.generate(
+        prompts, GenerationSettings(**{"max_new_tokens": 40, "stop_threshold": 1, **settings})
+    )
 
 
 def test_batched_equals_alone_and_order_is_kept(generator):
@@ -61,15 +64,17 @@ def test_an_unfinished_prompt_is_finished_first(generator):
 
 
 def test_limits(generator):
-    assert all(len(g.token_ids) == 5 for g in run(generator, PROMPTS, max_new_tokens=5, stop_threshold=1))
-    two = run(generator, PROMPTS, max_new_tokens=None, max_new_sentences=2, stop_threshold=1)
+    assert all(len(g.token_ids) == 5 for g in run(generator, PROMPTS, max_new_tokens=5))
+    two = run(generator, PROMPTS, max_new_tokens=None, max_new_sentences=2)
     assert {g.finish_reason for g in two} == {"length"}
-    short = run(generator, PROMPTS[1:2], max_sentence_tokens=3, max_new_sentences=3, stop_threshold=1)
+    short = run(generator, PROMPTS[1:2], max_sentence_tokens=3, max_new_sentences=3)
     assert len(short[0].token_ids) <= 9
 
 
 def test_forced_lengths_count_exactly(generator):
-    result = run(generator, PROMPTS[1:2], sentence_lengths=(3, 7), max_new_sentences=4, max_new_tokens=None)[0]
+    result = run(generator, PROMPTS[1:2], sentence_lengths=(3, 7), max_new_sentences=4, max_new_tokens=None)[
+        0
+    ]
     assert len(result.token_ids) == 20
 
 
@@ -78,7 +83,7 @@ def test_the_stop_flag_stops(generator):
     try:
         with torch.no_grad():
             bias.copy_(torch.tensor([-50.0, 50.0]))
-        for prompt, result in zip(PROMPTS, run(generator, PROMPTS), strict=True):
+        for prompt, result in zip(PROMPTS, run(generator, PROMPTS, stop_threshold=0.5), strict=True):
             unfinished = not ends_in_sentence(prompt, generator.segmenter)
             assert bool(result.token_ids) == unfinished  # an unfinished sentence is finished all the same
             assert result.finish_reason == "stop"
@@ -89,23 +94,26 @@ def test_the_stop_flag_stops(generator):
 
 def test_sampling_is_reproducible_and_differs_by_seed(generator):
     first, again, other = (
-        run(generator, PROMPTS, do_sample=True, temperature=1.3, top_k=50, top_p=0.9, seed=seed) for seed in (1, 1, 2)
+        run(generator, PROMPTS, do_sample=True, temperature=1.3, top_k=50, top_p=0.9, seed=seed)
+        for seed in (1, 1, 2)
     )
     assert [g.token_ids for g in first] == [g.token_ids for g in again]
     assert [g.token_ids for g in first] != [g.token_ids for g in other]
 
 
 def test_repetition_penalty_changes_greedy_output(generator):
-    plain = run(generator, PROMPTS, stop_threshold=1)
-    penalized = run(generator, PROMPTS, stop_threshold=1, repetition_penalty=5.0)
+    plain = run(generator, PROMPTS)
+    penalized = run(generator, PROMPTS, repetition_penalty=5.0)
     assert [g.token_ids for g in plain] != [g.token_ids for g in penalized]
 
 
 def test_streaming_gives_the_same_text(generator):
-    pieces = list(generator.stream(PROMPTS[0], GenerationSettings(max_new_tokens=40)))
+    pieces = list(generator.stream(PROMPTS[0], GenerationSettings(max_new_tokens=40, stop_threshold=1)))
     seen = []
     result = generator.generate(
-        PROMPTS[:1], GenerationSettings(max_new_tokens=40), on_sentence=lambda number, piece: seen.append(piece)
+        PROMPTS[:1],
+        GenerationSettings(max_new_tokens=40, stop_threshold=1),
+        on_sentence=lambda number, piece: seen.append(piece),
     )[0]
     assert "".join(pieces) == "".join(seen) == result.text
 
@@ -119,14 +127,14 @@ def test_empty_and_overlong_prompts_are_refused(generator):
 
 def test_the_context_filling_up_ends_generation(tokenizer):
     model = tiny_sentence_lm(len(tokenizer), max_position_embeddings=6, vae={"max_sentence_tokens": 8})
-    result = run(SentenceGenerator(model, tokenizer), ["One. Two here it is."], max_new_tokens=None, stop_threshold=1)
+    result = run(SentenceGenerator(model, tokenizer), ["One. Two here it is."], max_new_tokens=None)
     assert result[0].finish_reason == "context"
 
 
 def test_without_a_start_latent_a_lone_fragment_counts_as_a_sentence(tokenizer):
     recipe = Recipe(name="x", graft={"start_latent": False})
     generator = SentenceGenerator(tiny_sentence_lm(len(tokenizer), recipe=recipe), tokenizer)
-    assert run(generator, ["the beginning of"], stop_threshold=1)[0].token_ids
+    assert run(generator, ["the beginning of"])[0].token_ids
 
 
 def test_reconstruction_shows_what_survived(generator, tokenizer):

@@ -33,13 +33,17 @@ def test_opt_adapter_gives_the_librarys_own_hidden_states(shape, implementation)
         "right": (torch.arange(11) < torch.tensor([11, 6, 9])[:, None]).long(),
         "left": (torch.arange(11) >= torch.tensor([0, 5, 2])[:, None]).long(),
     }
-    expected = {name: lm.model(input_ids=ids, attention_mask=mask).last_hidden_state for name, mask in masks.items()}
+    expected = {
+        name: lm.model(input_ids=ids, attention_mask=mask).last_hidden_state for name, mask in masks.items()
+    }
 
     backbone = wrap_backbone(Recipe(name="x").backbone, lm)
     embeddings = backbone.token_embeddings(ids)
     order = torch.arange(11)
     for name, mask in masks.items():
-        allowed = (order[None, :] <= order[:, None]) & mask.bool()[:, None, :] | torch.eye(11, dtype=torch.bool)
+        allowed = (order[None, :] <= order[:, None]) & mask.bool()[:, None, :] | torch.eye(
+            11, dtype=torch.bool
+        )
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         states, _ = backbone(embeddings, allowed[:, None], positions)
         difference = (backbone.project_out(states) - expected[name])[mask.bool()].abs().max()
@@ -48,7 +52,9 @@ def test_opt_adapter_gives_the_librarys_own_hidden_states(shape, implementation)
     cache, parts = None, []
     for begin, end in ((0, 4), (4, 5), (5, 11)):
         allowed = (order[:end][None, :] <= order[begin:end, None])[None, None].expand(3, 1, -1, -1)
-        states, cache = backbone(embeddings[:, begin:end], allowed, order[begin:end].expand(3, -1), cache, True)
+        states, cache = backbone(
+            embeddings[:, begin:end], allowed, order[begin:end].expand(3, -1), cache, True
+        )
         parts.append(backbone.project_out(states))
     assert (torch.cat(parts, 1) - expected["none"]).abs().max() < 1e-5
 
@@ -65,7 +71,11 @@ def test_opt_adapter_gives_the_librarys_own_hidden_states(shape, implementation)
 def test_a_changed_sentence_changes_nothing_before_it_or_beside_it(implementation, vae):
     model, batch = with_attention(tiny_sentence_lm(vae=vae), implementation), tiny_passages()
     before = model(**batch)
-    for sentence, cells in ((2, [(0, 0), (0, 1), (0, 2)]), (4, [(1, 0), (1, 3), (1, 4), (1, 5)]), (8, [(1, 3), (1, 4)])):
+    for sentence, cells in (
+        (2, [(0, 0), (0, 1), (0, 2)]),
+        (4, [(1, 0), (1, 3), (1, 4), (1, 5)]),
+        (8, [(1, 3), (1, 4)]),
+    ):
         changed = {**batch, "input_ids": batch["input_ids"].clone()}
         changed["input_ids"][sentence] = 77
         after = model(**changed)
@@ -150,7 +160,9 @@ def test_a_vae_of_another_width_is_refused():
 
 def test_a_missing_plugin_is_named_when_loading(tmp_path):
     model = tiny_sentence_lm()
-    model.config.plugins = [{"kind": "fusion", "name": "gone", "package": "sentcompress-gone", "version": "1.2"}]
+    model.config.plugins = [
+        {"kind": "fusion", "name": "gone", "package": "sentcompress-gone", "version": "1.2"}
+    ]
     model.save_pretrained(tmp_path)
     with pytest.raises(PluginError, match="sentcompress-gone") as error:
         load_sentence_lm(tmp_path)

@@ -15,7 +15,9 @@ FUSIONS = ["sum-norm", "mean", "last", "weighted-sum", "attention"]
 
 def build(conditioning="cross-attention", fusion="sum-norm", **settings):
     latents = 2 if fusion == "attention" else 1
-    return tiny_vae(conditioning=conditioning, fusion={"name": fusion, "options": {}}, latents=latents, **settings)
+    return tiny_vae(
+        conditioning=conditioning, fusion={"name": fusion, "options": {}}, latents=latents, **settings
+    )
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
