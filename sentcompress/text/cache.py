@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def _code_of(cls: type) -> str:
         return ""
 
 
+@cache
 def _version_of(module: str) -> str:
     """Version of the distribution that has a module; empty when it is in none."""
     top = module.partition(".")[0]

@@ -43,6 +43,8 @@ from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import plain_backend
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_ATTEMPTS = 3
+"""Another process may damage or replace a cache folder between its publication and its opening."""
 _STALE_SECONDS = 24 * 3600.0
 _HISTOGRAM_BINS = 32
 
@@ -182,19 +184,23 @@ def build_corpus(
     key = key_of(key_parts(dataset, segmenter, backend, wanted))
     folder = (cache_dir or cache_root()) / "corpora" / key
     console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
-    try:
-        meta = read_meta(folder, key)
-    except CacheDamage as damage:
-        if folder.exists():
-            console.print(f"token cache {folder}: {damage}; building it again")
-        builder = _Builder(dataset, segmenter, tokenizer, backend, console)
-        meta = builder.build(folder, key, wanted, workers)
-        if meta["segmenter_state"] != segmenter.state():  # another process was faster: its state counts
-            segmenter.load_state(meta["segmenter_state"])
-    else:
-        segmenter.load_state(meta["segmenter_state"])
-        segmenter.prepare(tokenizer)
-    return Corpus(folder, meta, backend)
+    for _ in range(_ATTEMPTS):
+        try:
+            corpus = Corpus(folder, read_meta(folder, key), backend)
+        except (CacheDamage, FileNotFoundError) as damage:
+            if folder.exists():
+                console.print(f"token cache {folder}: {damage}; building it again")
+            _Builder(dataset, segmenter, tokenizer, backend, console).build(folder, key, wanted, workers)
+        else:
+            # The state in the cache counts, even after a build: another process may have been faster.
+            if segmenter.tokenizer is not tokenizer or segmenter.state() != corpus.meta["segmenter_state"]:
+                segmenter.load_state(corpus.meta["segmenter_state"])
+                _prepare(segmenter, tokenizer, None)
+            return corpus
+    raise StorageError(
+        f"the token cache {folder} is damaged again as soon as it is built",
+        fix="check that disk, or set SENTCOMPRESS_CACHE to a folder on another one",
+    )
 
 
 class _Builder:
@@ -210,7 +216,7 @@ class _Builder:
         self.empty = 0
         self.surrogates = 0
 
-    def build(self, folder: Path, key: str, wanted: int, workers: int | None) -> dict[str, Any]:
+    def build(self, folder: Path, key: str, wanted: int, workers: int | None) -> None:
         temporary = folder.with_name(f".{key}.{uuid4().hex[:8]}.tmp")
         try:
             temporary.mkdir(parents=True)
@@ -218,7 +224,6 @@ class _Builder:
             meta = self._fill(temporary, wanted, workers)
             seal(temporary, {"format": FORMAT, "key": key, **meta})
             publish(temporary, folder, key)
-            return read_meta(folder, key)
         except OSError as error:
             raise StorageError(
                 f"cannot write the token cache {folder.parent}: {error.strerror or error}",
@@ -236,11 +241,9 @@ class _Builder:
             self.console.print(
                 f"{len(self.spans)} documents: {len(heldout)} held out, not {wanted} (half of them at most)"
             )
-        if self.segmenter.state():
-            self.segmenter.prepare(self.tokenizer)
-        else:
-            training = (span for i, span in enumerate(self.spans) if i not in heldout)
-            self.segmenter.prepare(self.tokenizer, _texts(text_file, training))
+        learned = bool(self.segmenter.state())  # it came with a model: keep what it knows
+        training = (span for i, span in enumerate(self.spans) if i not in heldout)
+        _prepare(self.segmenter, self.tokenizer, None if learned else _texts(text_file, training))
         total = self.spans[-1].stop
         workers = workers or choose_workers(total)
         dtype = token_dtype(self.backend)
@@ -327,6 +330,17 @@ class _Builder:
             np.save(folder / f"{name}.npy", array)
         sources = [self.spans[index].source for index in kept]
         (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+
+
+def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | None) -> None:
+    try:
+        segmenter.prepare(tokenizer, documents)
+    except SentCompressError:
+        raise
+    except Exception as error:
+        name = f"{type(segmenter).__module__}.{type(segmenter).__qualname__}"
+        message = f"segmenter {name} failed to prepare: {type(error).__name__}: {error}"
+        raise PluginError(message, fix="report this to its author, or use another segmenter") from error
 
 
 def _texts(text_file: Path, spans: Iterator[Span]) -> Iterator[str]:

@@ -25,8 +25,8 @@ from sentcompress.text.segmentation import checked_split, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
 """Text of one task: small enough for a smooth progress bar, large enough to drown the cost of passing it."""
-PARALLEL_BYTES = 4 << 20
-"""Below this, starting worker processes takes longer than the work."""
+BYTES_PER_WORKER = 6 << 20
+"""For less, starting a worker process takes longer than what it saves."""
 MAX_WORKERS = 16
 
 
@@ -122,7 +122,7 @@ def batches_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
 def choose_workers(total_bytes: int) -> int:
     """Worker processes for a text of this size; 1 means none, the work is done here."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MAX_WORKERS) if total_bytes >= PARALLEL_BYTES else 1
+    return max(1, min(available, MAX_WORKERS, total_bytes // BYTES_PER_WORKER))
 
 
 def encode_documents(

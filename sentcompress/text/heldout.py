@@ -22,7 +22,7 @@ def choose_heldout(hashes: Sequence[bytes], wanted: int) -> set[int]:
         raise DataError(
             f"the corpus has {len(hashes)} document(s) with text; at least 2 are needed, one to train on "
             "and one to hold out",
-            fix="add documents, or cut the text into several files",
+            fix="add documents, or name what separates those of one file (data.options.separator of 'text')",
         )
     groups: dict[bytes, list[int]] = {}
     for index, value in enumerate(hashes):

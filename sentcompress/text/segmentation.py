@@ -149,8 +149,8 @@ def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) 
 def _best_cut(text: str, start: int, longest: int) -> int:
     """Where to end a part that begins at ``start`` and has at most ``longest`` characters.
 
-    After punctuation, else before white space, else anywhere between characters; near the place that makes the
-    parts of the rest equally long.
+    After punctuation, else before white space, else anywhere between characters; near the place that
+    makes the parts of the rest equally long.
     """
     rest = len(text) - start
     if rest <= longest:

@@ -1,4 +1,4 @@
-"""Documents tokenized whole, cut nowhere: what a token-level model reads. Cached beside the corpus. No torch."""
+"""Documents tokenized whole, cut nowhere, for token-level models; cached beside the corpus. No torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+"""``text``: plain text files, folders and globs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import ClassVar
+
+from pydantic import Field
+
+from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
+from sentcompress.datasets._files import files_fingerprint, find_files, read_utf8
+
+_SUFFIXES = (".txt", ".md")
+
+
+class TextOptions(DatasetOptions):
+    """Options of ``text``."""
+
+    paths: list[str] = Field(min_length=1)
+    """Files, folders (searched recursively for *.txt and *.md) and globs. The files are UTF-8."""
+    separator: str | None = Field(default=None, min_length=1)
+    """What separates the documents of a file, such as ``<|endoftext|>``; null: a file is one document."""
+
+
+class TextDataset(Dataset):
+    """One document for each file, or several where they are separated."""
+
+    Options: ClassVar[type[Options]] = TextOptions
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents. Raises DataError naming the file and, if it is not UTF-8, the byte."""
+        return islice(self._all(), self.options.max_documents)
+
+    def _all(self) -> Iterator[Document]:
+        for path in find_files(self.options.paths, _SUFFIXES):
+            text = read_utf8(path)
+            if self.options.separator is None:
+                yield Document(text, str(path))
+                continue
+            for number, part in enumerate(text.split(self.options.separator), start=1):
+                yield Document(part, f"{path} (document {number})")
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(super().fingerprint(), find_files(self.options.paths, _SUFFIXES))
