@@ -124,11 +124,12 @@ class SentenceLM(PreTrainedModel):
             allowed = allowed.repeat_interleave(k, 1).repeat_interleave(k, 2)
             order = torch.arange((past + cells) * k, device=latents.device)
             allowed &= order[None, :] <= order[past * k :, None]
-        positions = position_ids[:, :, None] * k + torch.arange(k, device=latents.device)
+        # Padding may be wider than the positions there are; what stands there does not matter.
+        positions = position_ids.masked_fill(~valid, 0)[:, :, None] * k + torch.arange(k, device=latents.device)
         hidden_states, cache = self.backbone(
             inputs_embeds=latents.reshape(rows, cells * k, width),
             attention_mask=allowed[:, None],
-            position_ids=positions.flatten(1).clamp_min(0),
+            position_ids=positions.flatten(1),
             past_key_values=past_key_values,
             use_cache=use_cache,
         )

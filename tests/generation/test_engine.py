@@ -113,7 +113,7 @@ def test_streaming_gives_the_same_text(generator):
     result = generator.generate(
         PROMPTS[:1],
         GenerationSettings(max_new_tokens=40, stop_threshold=1),
-        on_sentence=lambda number, piece: seen.append(piece),
+        on_sentence=lambda _, piece: seen.append(piece),
     )[0]
     assert "".join(pieces) == "".join(seen) == result.text
 

@@ -154,7 +154,7 @@ def test_graft_keeps_the_weights_of_both_and_measures_the_scale():
 
 def test_a_vae_of_another_width_is_refused():
     recipe = Recipe(name="x")
-    with pytest.raises(InputError, match="hidden size 16.*32"):
+    with pytest.raises(InputError, match=r"hidden size 16.*32"):
         graft(recipe, tiny_vae(hidden_size=16), wrap_backbone(recipe.backbone, tiny_opt()))
 
 

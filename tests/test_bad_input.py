@@ -1,0 +1,359 @@
+"""Bad input, as a user meets it: one clear message that names place and fix, the exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sentcompress.cli import main
+from sentcompress.modeling import SentenceVAE
+from sentcompress.registry import Registry
+from sentcompress.testing import tiny_opt
+
+
+class Workshop:
+    """A tiny backbone, a corpus, a recipe and a finished run, all in one folder."""
+
+    def __init__(self, folder: Path, tokenizer, texts: Path) -> None:
+        self.folder = folder
+        self.backbone = folder / "backbone"
+        tiny_opt(len(tokenizer)).save_pretrained(self.backbone)
+        tokenizer.save_pretrained(self.backbone)
+        self.texts = folder / "texts"
+        shutil.copytree(texts, self.texts)
+        self.recipe = folder / "recipe.yaml"
+        self.write(self.recipe)
+        self.run = folder / "run"
+
+    def content(self) -> dict:
+        return {
+            "name": "tiny",
+            "backbone": {"model": str(self.backbone)},
+            "segmenter": {"name": "regex", "options": {"max_tokens": 24}},
+            "data": {"name": "text", "options": {"paths": [str(self.texts)], "heldout_documents": 3}},
+            "train_vae": {"steps": 2, "sentences_per_batch": 8, "eval_batches": 1, "precision": "fp32"},
+            "graft": {
+                "steps": 2,
+                "passages_per_batch": 2,
+                "max_sentences": 8,
+                "eval_batches": 1,
+                "precision": "fp32",
+                "save_every": 1,
+            },
+            "bench": {"metrics": ["causality"]},
+        }
+
+    def write(self, path: Path, **sections) -> Path:
+        content = self.content()
+        for name, fields in sections.items():
+            if isinstance(fields, dict) and isinstance(content.get(name), dict):
+                content[name] = {**content[name], **fields}
+            else:
+                content[name] = fields
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tokenizer, text_files):
+    made = Workshop(tmp_path_factory.mktemp("shop"), tokenizer, text_files)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(made.recipe), "--out", str(made.run)])
+    assert stopped.value.code == 0
+    return made
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command line; check its code, that there is no traceback, and that the message has these parts."""
+
+    def check(arguments: list, *parts: str, code: int = 2) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        said = " ".join(printed.err.split())
+        assert stopped.value.code == code, printed.err
+        assert "Traceback" not in printed.err + printed.out
+        for part in parts:
+            assert part in said, said
+        return said
+
+    return check
+
+
+def train(shop, tmp_path, **sections):
+    recipe = shop.write(tmp_path / "changed.yaml", **sections)
+    return ["train-vae", recipe, "--out", tmp_path / "out"]
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"graft": {"stesp": 3}}, ["changed.yaml", "graft.stesp", "Did you mean 'steps'"]),
+        ({"train_vae": {"steps": "many"}}, ["changed.yaml", "train_vae.steps", "integer", "'many'"]),
+        (
+            {"segmenter": {"options": {"max_tokns": 9}}},
+            ["segmenter.options.max_tokns", "Did you mean 'max_tokens'"],
+        ),
+        ({"vae": {"num_heads": 5}}, ["vae.num_heads", "5", "32"]),
+        ({"graft": {"overlap_sentences": 9}}, ["graft.overlap_sentences", "below"]),
+    ],
+)
+def test_wrong_recipes_name_the_field(shop, tmp_path, refused, sections, parts):
+    refused(train(shop, tmp_path, **sections), *parts)
+    assert not (tmp_path / "out" / "vae").exists()
+
+
+def test_broken_yaml_names_line_and_column(tmp_path, refused):
+    (tmp_path / "bad.yaml").write_text("name: x\nvae: {encoder_layers: 1\ngraft: 2\n")
+    refused(["validate", tmp_path / "bad.yaml"], "bad.yaml:3", "broken YAML")
+
+
+def test_no_such_recipe_suggests_one(refused):
+    refused(["validate", "quickstrat"], "quickstrat", "Did you mean 'quickstart'")
+
+
+# Plugins
+
+
+def test_misspelt_plugin(shop, tmp_path, refused):
+    refused(train(shop, tmp_path, fusion={"name": "sum-nrom"}), "sum-nrom", "Did you mean 'sum-norm'", code=3)
+
+
+@pytest.mark.parametrize("fault", ["broken", "twice"])
+def test_broken_plugins_and_names_claimed_twice(shop, tmp_path, refused, monkeypatch, fault):
+    source = "raise ImportError('libfoo is missing')\n"
+    if fault == "twice":
+        source = (
+            "import sentcompress\n\nclass Mine(sentcompress.Segmenter):\n    pass\n\n"
+            "@sentcompress.hookimpl\ndef register_segmenters(register):\n    register('mine', Mine)\n"
+        )
+    for number in (1, 2):
+        (tmp_path / f"plug{number}.py").write_text(source)
+        info = tmp_path / f"plug{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plug{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[sentcompress]\nplug{number} = plug{number}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fresh = Registry()
+    for module in (
+        "recipe",
+        "modeling.vae",
+        "modeling.grafting",
+        "modeling.configuration",
+        "training.inputs",
+    ):
+        monkeypatch.setattr(f"sentcompress.{module}.get_registry", lambda: fresh)
+    command = train(shop, tmp_path, segmenter={"name": "mine", "options": {}})
+    if fault == "broken":
+        refused(command, "no segmenter is called 'mine'", "plug1", "libfoo is missing", code=3)
+    else:
+        refused(command, "claimed by", "plug1", "plug2", "SENTCOMPRESS_PLUGINS", code=3)
+
+
+# Data
+
+
+def data(shop, tmp_path, files: dict[str, bytes], name="text", **options):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    pattern = str(folder) if name == "text" else str(folder / "*.jsonl")
+    section = {"name": name, "options": {"paths": [pattern], "heldout_documents": 1, **options}}
+    return train(shop, tmp_path, data=section)
+
+
+GOOD = b'{"text": "One sentence stands here. Another stands there."}\n{"text": "A second document. It is short."}\n'
+
+
+def test_empty_corpus(shop, tmp_path, refused):
+    refused(data(shop, tmp_path, {"a.txt": b"", "b.txt": b" \n"}), "corpus")
+
+
+def test_no_such_corpus(shop, tmp_path, refused):
+    refused([*train(shop, tmp_path), "--data", tmp_path / "nothing"], "nothing", "no file")
+
+
+def test_a_file_that_is_not_utf8(shop, tmp_path, refused):
+    files = {"good.txt": b"A good one. It is fine.", "bad.txt": b"caf\xe9 au lait"}
+    refused(data(shop, tmp_path, files), "bad.txt", "UTF-8", "byte")
+
+
+def test_a_broken_json_line_is_named(shop, tmp_path, refused):
+    command = data(shop, tmp_path, {"a.jsonl": GOOD + b'{"text": "cut\n'}, name="jsonl")
+    refused(command, "a.jsonl", "3", "on_bad_line")
+
+
+def test_broken_json_lines_can_be_skipped_and_are_counted(shop, tmp_path, capsys):
+    command = data(
+        shop, tmp_path, {"a.jsonl": GOOD * 2 + b'{"text": "cut\n'}, name="jsonl", on_bad_line="skip"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in command])
+    assert stopped.value.code == 0
+    assert "1" in [
+        word.strip(":,.")
+        for line in capsys.readouterr().err.splitlines()
+        if "skip" in line
+        for word in line.split()
+    ]
+
+
+def test_a_missing_field_lists_those_there_are(shop, tmp_path, refused):
+    command = data(shop, tmp_path, {"a.jsonl": b'{"content": "x"}\n' * 3}, name="jsonl")
+    refused(command, "a.jsonl", "'text'", "content")
+
+
+def test_one_document_leaves_none_to_hold_out(shop, tmp_path, refused):
+    command = data(shop, tmp_path, {"a.jsonl": GOOD.splitlines(keepends=True)[0]}, name="jsonl")
+    refused(command, "held out", "2")
+
+
+def test_documents_of_one_sentence_are_no_error(shop, tmp_path, capsys):
+    lines = b"".join(b'{"text": "Only one sentence, number %d."}\n' % i for i in range(9))
+    command = data(shop, tmp_path, {"a.jsonl": lines}, name="jsonl")
+    recipe, out = command[1], command[3]
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(recipe), "--out", str(out), "--set", "bench.metrics=[causality]"])
+    assert stopped.value.code == 0, capsys.readouterr().err
+
+
+# Models
+
+
+def test_a_hub_name_while_offline(shop, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = [*train(shop, tmp_path), "--backbone", "facebook/opt-999m"]
+    refused(command, "facebook/opt-999m", "offline", "opt-tiny")
+
+
+def test_a_misspelt_alias(shop, tmp_path, refused):
+    refused([*train(shop, tmp_path), "--backbone", "opt-tinny"], "opt-tinny", "Did you mean 'opt-tiny'")
+
+
+def test_a_folder_that_is_not_ours(tmp_path, shop, refused):
+    refused(["generate", tmp_path, "Hello."], str(tmp_path), "config.json")
+    refused(["generate", shop.backbone, "Hello."], "type 'opt'", "SentenceLM")
+    refused(["generate", shop.run, "Hello."], "graft", "vae")
+    refused(["generate", shop.run / "vae", "Hello."], "sentence-vae", "SentenceLM")
+
+
+def test_a_vae_of_another_hidden_size(shop, tmp_path, refused):
+    wide = SentenceVAE.from_pretrained(shop.run / "vae").config
+    wide.hidden_size, wide.feedforward_size = 64, 128
+    SentenceVAE(wide).save_pretrained(tmp_path / "wide")
+    command = ["graft", shop.recipe, "--vae", tmp_path / "wide", "--out", tmp_path / "out"]
+    refused(command, "hidden size 64", "32", "train-vae")
+
+
+def test_a_vae_of_another_tokenizer(shop, tmp_path, refused):
+    config = SentenceVAE.from_pretrained(shop.run / "vae").config
+    config.vocab_size += 7
+    SentenceVAE(config).save_pretrained(tmp_path / "other")
+    command = ["graft", shop.recipe, "--vae", tmp_path / "other", "--out", tmp_path / "out"]
+    refused(command, "tokenizer", "train-vae")
+
+
+def test_weights_cut_short(shop, tmp_path, refused):
+    shutil.copytree(shop.run / "graft", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(["generate", tmp_path / "cut", "Hello."], "weights cannot be loaded", "checkpoints")
+
+
+def test_a_pickle_is_never_loaded(shop, tmp_path, refused):
+    shutil.copytree(shop.run / "graft", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    refused(["generate", tmp_path / "pickled", "Hello."], "weights cannot be loaded")
+
+
+def test_empty_and_overlong_prompts(shop, refused):
+    refused(["generate", shop.run / "graft", "  "], "prompt is empty")
+    refused(["generate", shop.run / "graft", "The people met here. " * 300], "context holds", "shorten")
+    refused(["generate", shop.run / "graft", "Hello.", "--temperature", "0"], "temperature")
+    refused(["reconstruct", shop.run / "vae", ""], "empty")
+
+
+# Runs
+
+
+def test_a_finished_run_says_so(shop, capsys):
+    before = {p: p.stat().st_mtime_ns for p in shop.run.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(shop.recipe), "--out", str(shop.run)])
+    assert stopped.value.code == 0
+    assert "everything is done" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in shop.run.rglob("*") if p.is_file()} == before
+
+
+def test_another_recipe_in_the_same_folder(shop, tmp_path, refused):
+    recipe = shop.write(tmp_path / "other.yaml", train_vae={"learning_rate": 0.5})
+    said = refused(["run", recipe, "--out", shop.run], "train_vae.learning_rate", "0.5 now", "--overwrite")
+    assert "0.001 there" in said
+
+
+def test_resume_with_a_changed_recipe_prints_the_difference(shop, tmp_path, refused):
+    shutil.copytree(shop.run / "vae", tmp_path / "run" / "vae")
+    (tmp_path / "run" / "vae" / "config.json").unlink()
+    command = ["train-vae", shop.recipe, "--out", tmp_path / "run", "--resume", "--set", "seed=7"]
+    refused(command, "seed: 0 there, 7 now")
+
+
+def test_a_folder_with_somebody_elses_files(shop, tmp_path, refused):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "thesis.txt").write_text("years of work")
+    refused(["train-vae", shop.recipe, "--out", tmp_path, "--overwrite"], "nothing was touched")
+    assert (tmp_path / "vae" / "thesis.txt").read_text() == "years of work"
+
+
+def test_disk_full(shop, tmp_path, refused, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sentcompress.training.checkpoints.save_file", full)
+    refused(["train-vae", shop.recipe, "--out", tmp_path / "out"], "full", str(tmp_path / "out"), code=1)
+
+
+def test_out_of_memory_names_the_settings(shop, tmp_path, refused, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SentenceVAE, "forward", full)
+    refused(["train-vae", shop.recipe, "--out", tmp_path / "out"], "train_vae.sentences_per_batch", code=1)
+
+
+def test_not_a_number_stops_the_run_and_names_the_step(shop, tmp_path, refused, monkeypatch):
+    original = SentenceVAE.forward
+
+    def poisoned(self, *arguments, **named):
+        output = original(self, *arguments, **named)
+        output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(SentenceVAE, "forward", poisoned)
+    refused(["train-vae", shop.recipe, "--out", tmp_path / "out"], "step", "batch", code=1)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(shop, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(shop.run, run)
+    (run / "graft" / "config.json").unlink()
+    newest = sorted((run / "graft" / "checkpoints").iterdir())[-1]
+    weights = newest / "training_state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as stopped:
+        main(["graft", str(shop.recipe), "--out", str(run), "--resume"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 0
+    assert newest.name in said
+    assert json.loads((run / "graft" / "config.json").read_text())["model_type"] == "sentence-lm"
