@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -183,7 +184,8 @@ def build_corpus(
     wanted = int(getattr(dataset.options, "heldout_documents", 20))
     key = key_of(key_parts(dataset, segmenter, backend, wanted))
     folder = (cache_dir or cache_root()) / "corpora" / key
-    console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of a distributed run, one speaks
+    console = Console(stderr=True, quiet=not (progress and first), highlight=False, soft_wrap=True)
     for _ in range(_ATTEMPTS):
         try:
             corpus = Corpus(folder, read_meta(folder, key), backend)
