@@ -209,6 +209,10 @@ class BenchSettings(Section):
     """Held-out documents scored; null scores all."""
     max_bytes_per_document: int | None = Field(default=None, ge=200)
     """Score the beginning of each document only, cut at a sentence; null scores all of it."""
+    context_sentences: int | None = Field(default=None, ge=2)
+    """Sentences a scored window of the sentence model holds; null takes ``graft.max_sentences``."""
+    context_tokens: int | None = Field(default=None, ge=2)
+    """Tokens a scored window of a token-level model holds; null takes all its positions."""
     max_sentences: int = Field(default=500, ge=1)
     """Held-out sentences reconstructed."""
     repeats: int = Field(default=5, ge=1)
@@ -219,6 +223,8 @@ class BenchSettings(Section):
     """Tokens generated a speed run."""
     batch_sizes: list[int] = [1]
     """Batch sizes of the speed runs."""
+    memory_budget_bytes: int = Field(default=2**30, ge=1)
+    """Bytes of cache for which the longest context is computed."""
     samples: int = Field(default=3, ge=0)
     """Generated samples in the report."""
 

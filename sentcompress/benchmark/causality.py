@@ -41,7 +41,8 @@ def require_causal(report: CausalityReport) -> None:
         for check in report.failures
     ]
     raise CausalityError(
-        "the model fails the causality check, so its quality figures would be worthless:\n" + "\n".join(lines),
+        "the model fails the causality check, so its quality figures would be worthless:\n"
+        + "\n".join(lines),
         fix="look at the backbone adapter: it must apply the attention mask it is given "
         "('sentcompress bench causality DIR' shows every check)",
     )
@@ -104,7 +105,9 @@ class _Outputs:
 class _Checks:
     """The checks of one model under one attention implementation."""
 
-    def __init__(self, model: SentenceLM, attention: str, sentences: int, seed: int, tolerance: float) -> None:
+    def __init__(
+        self, model: SentenceLM, attention: str, sentences: int, seed: int, tolerance: float
+    ) -> None:
         self.model, self.attention, self.tolerance = model, attention, tolerance
         self.device = next(model.parameters()).device
         self.start = int(model.config.start_latent)
@@ -216,7 +219,9 @@ class _Checks:
         passage_ids = torch.where(sentence_index == PADDING, -1, 0)
         return inputs, passage_ids, (passage_ids >= 0).long().cumsum(1) - 1
 
-    def _states(self, inputs: Tensor, passage_ids: Tensor, positions: Tensor, prefilled: int | None = None) -> Tensor:
+    def _states(
+        self, inputs: Tensor, passage_ids: Tensor, positions: Tensor, prefilled: int | None = None
+    ) -> Tensor:
         """Backbone states ``[R, N, k, H]``: at once, or from a prefill of some cells on, one by one with a cache."""
         valid = passage_ids >= 0
         if prefilled is None:
@@ -344,7 +349,10 @@ class _Checks:
     def generation_cached(self) -> CausalityCheck:
         prompts = [self.passage[:2], self.other[:1]]
         return self._same_tokens(
-            "greedy: cached equals uncached", prompts, self._write(prompts), self._write(prompts, use_cache=False)
+            "greedy: cached equals uncached",
+            prompts,
+            self._write(prompts),
+            self._write(prompts, use_cache=False),
         )
 
     def generation_batched(self) -> CausalityCheck:
@@ -371,7 +379,9 @@ class _Checks:
         detail = ""
         if not effect > 0:
             detail = "changing sentences changed nothing at all, which proves nothing"
-        return self._check(name, "future", delta, 0.0, passed=delta == 0.0 and effect > 0, effect=effect, detail=detail)
+        return self._check(
+            name, "future", delta, 0.0, passed=delta == 0.0 and effect > 0, effect=effect, detail=detail
+        )
 
     def _equal(self, name: str, pairs: list[tuple[Tensor, Tensor]]) -> CausalityCheck:
         delta = max(_delta(a, b) for a, b in pairs)
@@ -389,12 +399,18 @@ class _Checks:
             ties += 1
             gap, scale = self._gap(prompt, one, two)
             delta, allowed = max(delta, gap), max(allowed, self.tolerance * scale)
-        detail = f"{ties} of {len(prompts)} differ after an exact tie of two tokens" if ties and delta <= allowed else ""
+        detail = (
+            f"{ties} of {len(prompts)} differ after an exact tie of two tokens"
+            if ties and delta <= allowed
+            else ""
+        )
         if delta > allowed:
             detail = "other tokens were written"
         return self._check(name, "equality", delta, allowed, passed=delta <= allowed, detail=detail)
 
-    def _gap(self, prompt: list[list[int]], one: list[list[int]], two: list[list[int]]) -> tuple[float, float]:
+    def _gap(
+        self, prompt: list[list[int]], one: list[list[int]], two: list[list[int]]
+    ) -> tuple[float, float]:
         """How far apart the logits of the first differing tokens are, and the size of the logits."""
         eos = self.model.config.eos_token_id
         for n, (x, y) in enumerate(zip(one, two, strict=False)):
@@ -404,7 +420,9 @@ class _Checks:
             hidden = self._states(*self._cells([prompt + one[:n]], "left"))[:, -1]
             vae = self.model.vae
             tokens = torch.tensor([self.model.config.vae_config.bos_token_id, *x[:at]], device=self.device)
-            states = vae.decoder(vae.embed_targets(tokens), Ragged(torch.tensor([at + 1], device=self.device)), hidden)
+            states = vae.decoder(
+                vae.embed_targets(tokens), Ragged(torch.tensor([at + 1], device=self.device)), hidden
+            )
             logits = vae.logits(states[-1]).float()
             pair = [tokens_of[at] if at < len(tokens_of) else eos for tokens_of in (x, y)]
             return float((logits[pair[0]] - logits[pair[1]]).abs()), float(logits.abs().max())

@@ -14,16 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sentcompress.benchmark.causality import require_causal
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, check_bytes
 from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
-from sentcompress.benchmark.causality import require_causal
 from sentcompress.errors import CoverageError
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
+from sentcompress.modeling.sentence_lm import START, SentenceLM
 from sentcompress.text.corpus import Corpus
 
 LOGITS_AT_A_TIME = 2**26
 """Logits of a token-level model held at once: 256 MiB in fp32."""
+UNIGRAM_BYTES = 4_000_000
+"""Training text the unigram's counts are taken from."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def _check_sentences(document: HeldoutDocument, tally: _SentenceTally, counter: 
     what = f"document {document.number} ({document.source})"
     expected_times = np.arange(len(document.sentences)) >= 1
     if not np.array_equal(tally.times, expected_times):
-        raise CoverageError(f"{what}: sentences were charged {sorted(set(tally.times[1:].tolist()))} times, not once")
+        raise CoverageError(
+            f"{what}: sentences were charged {sorted(set(tally.times[1:].tolist()))} times, not once"
+        )
     expected_targets = np.array([len(ids) + 1 for ids in document.sentences]) * expected_times
     if not np.array_equal(tally.targets, expected_targets):
         wrong = int(np.flatnonzero(tally.targets != expected_targets)[0])
@@ -251,10 +255,15 @@ def score_unigram(
     vocab_size: int,
     bos_token_id: int,
 ) -> QualityScore:
-    """Token frequencies of the training documents, with one added to each count: what knowing no context costs."""
+    """Frequencies of the training documents' tokens, one added to each count: what knowing no context costs.
+
+    A sample of ``UNIGRAM_BYTES`` of the training text, spread evenly, is enough for one figure a token.
+    """
     counts = np.ones(vocab_size, dtype=np.float64)
-    for number in corpus.train.tolist():
-        counts += np.bincount(corpus.document_tokens(number), minlength=vocab_size)
+    sizes = np.add.reduceat(corpus.sentence_bytes, corpus.document_offsets[:-1])[corpus.train]
+    step = max(1, round(float(sizes.sum()) / UNIGRAM_BYTES))
+    for number in corpus.train[::step].tolist():
+        counts += np.bincount(counter.encode(corpus.document_text(number)), minlength=vocab_size)
     table = torch.from_numpy(-np.log(counts / counts.sum()))
 
     def nll(ids: Tensor) -> Tensor:
@@ -281,7 +290,9 @@ def _score_tokens(
         losses = nll(torch.tensor([*before, *scored]))
         charged = losses[len(before) - 1 :].double()
         if len(losses) != len(before) + len(scored) - 1 or not bool(torch.isfinite(charged).all()):
-            raise CoverageError(f"document {document.number}: {len(charged)} of {len(scored)} tokens were charged")
+            raise CoverageError(
+                f"document {document.number}: {len(charged)} of {len(scored)} tokens were charged"
+            )
         covered = counter.bytes_of(scored, document.scored_text)
         check_bytes(f"document {document.number} ({document.source})", covered, document.scored_bytes)
         rows.append(
@@ -329,7 +340,9 @@ def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
 # ---- both
 
 
-def _summary(system: str, rows: list[DocumentScore], context: str, breakdown: dict[str, float]) -> QualityScore:
+def _summary(
+    system: str, rows: list[DocumentScore], context: str, breakdown: dict[str, float]
+) -> QualityScore:
     """Totals over documents; figures come from sums, never from averages of averages."""
     nats, size = sum(row.nats for row in rows), sum(row.bytes for row in rows)
     tokens = sum(row.baseline_tokens for row in rows)
@@ -359,4 +372,6 @@ def same_bytes(scores: Sequence[QualityScore]) -> None:
         mine = [(d.document, d.covered_bytes) for d in score.documents]
         theirs = [(d.document, d.covered_bytes) for d in scores[0].documents]
         if mine != theirs:
-            raise CoverageError(f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes")
+            raise CoverageError(
+                f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes"
+            )

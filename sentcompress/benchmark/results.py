@@ -7,7 +7,7 @@ was measured part by part stays true.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,8 +15,8 @@ from sentcompress.errors import InputError, RunError
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data"]
-PARTS: tuple[Part, ...] = ("causality", "quality", "reconstruct", "speed", "memory", "data")
+Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
+PARTS: tuple[Part, ...] = get_args(Part)
 Figure = float | int | str | bool | None
 
 
@@ -285,9 +285,7 @@ def read_results(path: Path) -> Results:
     """
     file = next((p for p in (path, path / FILE, path / "bench" / FILE) if p.is_file()), None)
     if file is None:
-        raise InputError(
-            f"no {FILE} at '{path}'", fix=f"measure it first: sentcompress bench all {path}"
-        )
+        raise InputError(f"no {FILE} at '{path}'", fix=f"measure it first: sentcompress bench all {path}")
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         return parse_results(text)

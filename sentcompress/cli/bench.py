@@ -2,18 +2,128 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sentcompress.cli.common import console, examples
+from sentcompress.cli.common import BackboneOption, SetOption, console, examples
+
+if TYPE_CHECKING:
+    from sentcompress.benchmark.results import Results
 
 bench = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+
+FolderArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="Folder of a run (out/quickstart) or of a model (out/quickstart/graft)."
+    ),
+]
+OptionalFolder = Annotated[
+    Path | None,
+    typer.Argument(metavar="[DIR]", help="Folder of a run or model; not needed with --init random."),
+]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Where results go.", show_default="bench in the folder"),
+]
+InitOption = Annotated[
+    Literal["random"] | None,
+    typer.Option(help="Measure random weights in the shapes of --backbone: no training, no download."),
+]
+RecipeOption = Annotated[
+    str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
+]
 
 
 @bench.callback()
 def options() -> None:
-    """Measure models and parts."""
+    """Measure models beside their token-level twins; writes results.json and report.html.
+
+    What is measured, and how, is in docs/measures.md.
+    """
+
+
+@bench.command(
+    "all",
+    epilog=examples(
+        "sentcompress bench all out/quickstart", "sentcompress bench all out/mine --set bench.repeats=9"
+    ),
+)
+def all_(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+    """Measure every part the recipe names and write the report."""
+    _measure(None, folder, out, set_)
+
+
+@bench.command("quality", epilog=examples("sentcompress bench quality out/quickstart"))
+def quality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+    """Bits per byte and perplexity on held-out documents.
+
+    Refuses a model that sees the future, and a scorer that cannot prove it charged every byte once.
+    """
+    _measure(["causality", "quality"], folder, out, set_)
+
+
+@bench.command("reconstruct", epilog=examples("sentcompress bench reconstruct out/quickstart/vae"))
+def reconstruct(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+    """How much of held-out sentences survives their latents, free-running."""
+    _measure(["reconstruct"], folder, out, set_)
+
+
+@bench.command(
+    "speed",
+    epilog=examples(
+        "sentcompress bench speed out/quickstart",
+        "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
+        "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
+    ),
+)
+def speed(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "quickstart",
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Tokens/s, time to first token and break-even beside the backbone's own generate."""
+    _measure_shapes("speed", folder, backbone, init, recipe, out, set_)
+
+
+@bench.command(
+    "memory",
+    epilog=examples(
+        "sentcompress bench memory out/quickstart",
+        "sentcompress bench memory --backbone opt-1.3b --init random --out out/memory-1.3b",
+    ),
+)
+def memory(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "quickstart",
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Cache bytes a token, slope of allocated memory, longest text in a budget."""
+    _measure_shapes("memory", folder, backbone, init, recipe, out, set_)
+
+
+@bench.command("causality", epilog=examples("sentcompress bench causality out/quickstart/graft"))
+def causality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+    """Prove that later sentences change nothing before them. Fails (code 1) for a model that leaks."""
+    from sentcompress.benchmark.causality import require_causal
+
+    results = _measure(["causality"], folder, out, set_)
+    if results.causality:
+        require_causal(results.causality)
+
+
+@bench.command("data", epilog=examples("sentcompress bench data out/quickstart"))
+def data(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+    """Sentence lengths, padding of the batches, tokens that cutting costs."""
+    _measure(["data"], folder, out, set_)
 
 
 @bench.command(
@@ -23,17 +133,97 @@ def options() -> None:
 def segments(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """Score the segmenters on the labelled hard cases."""
-    from sentcompress.benchmark.segments import render_markdown, score_segmenters
+    """Score the presets of the regex segmenter on the labelled hard cases."""
+    from sentcompress.benchmark.segments import regex_presets, render_markdown, score_segmenters
 
-    scores = score_segmenters()
+    text = render_markdown(score_segmenters(regex_presets()))
     if markdown:
-        typer.echo(render_markdown(scores))
+        typer.echo(text)
         return
     from rich.markdown import Markdown
 
-    console().print(Markdown(render_markdown(scores)))
+    console().print(Markdown(text))
+
+
+@bench.command(
+    "compare",
+    epilog=examples(
+        "sentcompress bench compare out/quickstart out/mine", "sentcompress bench compare a.json b.json"
+    ),
+)
+def compare(
+    results: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Folders or results.json files.")],
+) -> None:
+    """Put several results side by side."""
+    from sentcompress.benchmark.compare import compare as put_side_by_side
+    from sentcompress.benchmark.compare import render_comparison, warnings
+    from sentcompress.benchmark.results import read_results
+
+    names, rows = put_side_by_side(results)
+    render_comparison(names, rows, console())
+    for warning in warnings([read_results(path) for path in results]):
+        typer.echo(f"careful: {warning}")
+
+
+def _measure(parts: list[str] | None, folder: Path, out: Path | None, overrides: list[str] | None) -> Results:
+    from sentcompress.benchmark.parts import Folder
+    from sentcompress.benchmark.runner import run_bench
+
+    place = Folder(folder)
+    target = out or place.path / "bench"
+    results = run_bench(parts, place, place.recipe(overrides), target)
+    show(results, target, parts)
+    return results
+
+
+def _measure_shapes(
+    part: str,
+    folder: Path | None,
+    backbone: str | None,
+    init: str | None,
+    recipe: str,
+    out: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    """Measure a trained model, or random weights where there is none."""
+    from sentcompress.errors import InputError
+
+    if folder is not None:
+        if backbone is not None or init is not None:
+            raise InputError("give either DIR, or --backbone with --init random", fix="leave one of them out")
+        _measure([part], folder, out, overrides)
+        return
+    if init is None:
+        raise InputError(
+            "no folder of a model was given", fix="give DIR, or add --init random to measure random weights"
+        )
+    from sentcompress.benchmark.runner import run_bench
+    from sentcompress.cli.experiment import resolve
+
+    resolved = resolve(recipe, [*(overrides or []), "backbone.init=random"], backbone=backbone)
+    target = out or Path("out") / f"bench-{Path(resolved.backbone.model).name}"
+    show(run_bench([part], None, resolved, target), target, [part])
+
+
+def show(results: Results, target: Path, parts: list[str] | None = None) -> None:
+    """Print the tables (of the parts just measured), then where the report is."""
+    from sentcompress.benchmark.tables import render
+
+    if parts is not None:
+        kept = [row for row in results.rows if row.part in parts]
+        skipped = [entry for entry in results.skipped if entry.part in parts]
+        results = results.model_copy(update={"rows": kept, "skipped": skipped})
+    render(results, console())
+    typer.echo(f"report: {target / 'report.html'}")
 
 
 def add_to(app: typer.Typer) -> None:
-    app.add_typer(bench, name="bench", epilog=examples("sentcompress bench segments"))
+    app.add_typer(
+        bench,
+        name="bench",
+        epilog=examples(
+            "sentcompress bench all out/quickstart",
+            "sentcompress bench speed --backbone opt-125m --init random",
+            "sentcompress bench compare out/quickstart out/mine",
+        ),
+    )

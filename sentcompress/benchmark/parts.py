@@ -1,0 +1,196 @@
+"""What a benchmark is made of: the models of a run folder or a single model folder, the text, what is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sentcompress.errors import InputError, ModelFolderError, SentCompressError
+from sentcompress.io import read_json
+from sentcompress.modeling.loading import (
+    SAFE,
+    load_backbone_tokenizer,
+    load_causal_lm,
+    load_saved_tokenizer,
+    load_sentence_lm,
+    load_vae,
+    read_config,
+)
+from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.registry import get_registry
+from sentcompress.text.corpus import Corpus, build_corpus
+
+STAGES = ("vae", "graft", "baseline")
+
+
+class Missing(Exception):
+    """Something that was asked for is not there; the text says why. Reported, not failed."""
+
+
+class Folder:
+    """A run folder (``OUT`` with ``vae``, ``graft``, ``baseline`` in it) or the folder of one model.
+
+    Raises:
+        ModelFolderError: it holds neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ModelFolderError(f"no folder '{path}'", fix="give a run's folder, or a model's")
+        # OUT/graft was given: what it is compared with lies beside it.
+        if (
+            path.name in STAGES
+            and (path.parent / "recipe.yaml").is_file()
+            and (path / "config.json").is_file()
+        ):
+            path = path.parent
+        self.path = path
+        self._single: str | None = None
+        if (path / "config.json").is_file():
+            self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
+        elif not any((path / stage / "config.json").is_file() for stage in STAGES):
+            raise ModelFolderError(
+                f"'{path}' holds no finished stage ({', '.join(STAGES)}) and no model",
+                fix="give the folder of a finished run, such as out/quickstart, or of a model",
+            )
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage. Raises Missing."""
+        if self._single == name:
+            return self.path
+        folder = self.path / name
+        if self._single is None and (folder / "config.json").is_file():
+            return folder
+        raise Missing(
+            f"'{folder}' is not there or not finished"
+            if self._single is None
+            else f"'{self.path}' is the folder of a single model, without a '{name}' beside it"
+        )
+
+    def stages(self) -> list[Path]:
+        """Folders of the stages that are there."""
+        found = []
+        for name in STAGES:
+            try:
+                found.append(self.stage(name))
+            except Missing:
+                continue
+        return found
+
+    def recipe(self, overrides: list[str] | None = None) -> Recipe:
+        """The recipe saved with the run.
+
+        Raises:
+            InputError: there is none.
+        """
+        for folder in (*reversed(self.stages()), self.path):
+            if (folder / "recipe.yaml").is_file():
+                return load_recipe(str(folder / "recipe.yaml"), overrides)
+        raise InputError(f"no recipe.yaml in '{self.path}'", fix="name a recipe with --recipe")
+
+    def training_tokens(self, *stages: str) -> int | None:
+        """Tokens the stages were trained on, by their ``run.json``; None when one is not known."""
+        total = 0
+        for name in stages:
+            try:
+                about = read_json(self.stage(name) / "run.json")
+            except Missing:
+                return None
+            if not isinstance(about, dict) or not isinstance(about.get("tokens"), int):
+                return None
+            total += about["tokens"]
+        return total
+
+
+class Parts:
+    """Everything the measurements share, loaded when first asked for.
+
+    Args:
+        recipe: of the run.
+        folder: None where there is no trained model (``bench speed --init random``).
+    """
+
+    def __init__(self, recipe: Recipe, folder: Folder | None, device: torch.device | None = None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _stage(self, name: str) -> Path:
+        if self.folder is None:
+            raise Missing("no trained model was given")
+        return self.folder.stage(name)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.folder is not None:
+            for folder in self.folder.stages():
+                return load_saved_tokenizer(folder)
+        try:
+            return load_backbone_tokenizer(self.recipe.backbone)
+        except SentCompressError:
+            if self.recipe.backbone.init != "random":
+                raise
+            # Without weights any text gives the lengths of sentences, with any tokenizer of ours.
+            return load_backbone_tokenizer(self.recipe.backbone.model_copy(update={"model": "opt-tiny"}))
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        registry, recipe = get_registry(), self.recipe
+        dataset = registry.create("dataset", recipe.data.name, recipe.data.options)
+        segmenter = registry.create("segmenter", recipe.segmenter.name, recipe.segmenter.options)
+        return build_corpus(dataset, segmenter, self.tokenizer)
+
+    @cached_property
+    def sentence_lm(self) -> SentenceLM:
+        return load_sentence_lm(self._stage("graft")).to(self.device)
+
+    @cached_property
+    def vae(self) -> tuple[str, SentenceVAE]:
+        """What is reconstructed with: the trained SentenceVAE, else the one inside the grafted model."""
+        try:
+            return "SentenceVAE", load_vae(self._stage("vae")).to(self.device)
+        except Missing:
+            return "encoder and decoder of the grafted model", self.sentence_lm.vae
+
+    @cached_property
+    def backbone(self) -> PreTrainedModel:
+        """The LLM as it came."""
+        try:
+            return load_causal_lm(self.recipe.backbone).eval().to(self.device)
+        except InputError as error:
+            raise Missing(f"the backbone {self.recipe.backbone.model}: {error.message}") from error
+
+    @cached_property
+    def baseline(self) -> PreTrainedModel:
+        """The equal-data twin."""
+        if not self.recipe.baseline.enabled:
+            raise Missing("the recipe has baseline.enabled: false")
+        folder = self._stage("baseline")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, **SAFE
+            )
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ModelFolderError(f"'{folder}' cannot be loaded: {text}", fix="train it again") from error
+        return model.eval().to(self.device)
+
+    def untrained(self) -> SentenceLM:
+        """A SentenceLM of the same shape with weights drawn from the recipe's seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            return SentenceLM(copy.deepcopy(self.sentence_lm.config)).eval().to(self.device)
+
+    @property
+    def bos_token_id(self) -> int:
+        """What stands before a document for a token-level model."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,0 +1,405 @@
+"""Measures the parts of a benchmark and gathers rows, each with its honesty line."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sentcompress.benchmark import rows as make_rows
+from sentcompress.benchmark.causality import check_causality
+from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
+from sentcompress.benchmark.heldout import ByteCounter, heldout_documents
+from sentcompress.benchmark.memory import measure_memory
+from sentcompress.benchmark.parts import STAGES, Folder, Missing, Parts
+from sentcompress.benchmark.provenance import Provenance
+from sentcompress.benchmark.quality import same_bytes, score_sentence_model, score_token_model, score_unigram
+from sentcompress.benchmark.random_models import random_models, random_sentences
+from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
+from sentcompress.benchmark.results import (
+    FILE,
+    PARTS,
+    CausalityReport,
+    Curve,
+    Figure,
+    Part,
+    QualityScore,
+    Results,
+    Row,
+    Sample,
+    Skipped,
+    read_results,
+)
+from sentcompress.benchmark.segments import regex_presets, score_segmenters
+from sentcompress.benchmark.speed import measure_speed
+from sentcompress.errors import InputError
+from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.io import storage_errors, write_atomically
+from sentcompress.recipe import Recipe
+from sentcompress.text.progress import Bar
+
+DRAWN_LENGTHS = 64
+"""Sentence lengths drawn for the speed runs."""
+CURVES = ("loss", "nats_per_token")
+
+
+def run_bench(
+    parts: Sequence[str] | None,
+    folder: Path | Folder | None,
+    recipe: Recipe | None = None,
+    out: Path | None = None,
+    *,
+    quiet: bool = False,
+) -> Results:
+    """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
+
+    Parts that were measured before and are not asked for now are kept, with their own honesty lines.
+
+    Args:
+        parts: names of :data:`PARTS`; None takes the recipe's ``bench.metrics``.
+        folder: a run's folder or a model's; None measures speed and memory with random weights.
+        recipe: None takes the one saved in the folder.
+        out: where results go; None takes ``bench`` in the folder.
+
+    Raises:
+        CausalityError: quality was asked for, and the model sees the future.
+        CoverageError: a scorer could not prove that it charged every byte once.
+        InputError: the folder, the recipe or the data cannot be used.
+    """
+    from sentcompress.benchmark.report import write_report
+
+    place = Folder(folder) if isinstance(folder, Path) else folder
+    if recipe is None:
+        if place is None:
+            raise InputError("neither a folder nor a recipe was given")
+        recipe = place.recipe()
+    wanted = _checked(parts if parts is not None else recipe.bench.metrics)
+    target = out or (place.path / "bench" if place else Path("out") / "bench")
+    bench = _Bench(Parts(recipe, place), quiet)
+    for part in wanted:
+        bench.measure(part)
+    results = bench.results
+    if place is not None:
+        results.curves = read_curves(place)
+        if parts is None or set(wanted) >= {"quality", "speed"}:
+            bench.attempt("samples", "samples", bench.samples)
+    results = _merged(_earlier(target), results, wanted)
+    with storage_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write_report(results, target / "report.html")
+        write_atomically(
+            target / "samples.txt", "\n\n".join(f"{s.prompt}|{s.text}" for s in results.samples) + "\n"
+        )
+        write_atomically(target / FILE, results.model_dump_json(indent=1) + "\n")  # last: it marks the end
+    return results
+
+
+def _checked(parts: Sequence[str]) -> list[Part]:
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"no part of the benchmark is called '{part}'", fix=f"use {', '.join(PARTS)}")
+    return [part for part in PARTS if part in parts]
+
+
+def _earlier(target: Path) -> Results | None:
+    try:
+        return read_results(target / FILE) if (target / FILE).is_file() else None
+    except InputError:
+        return None  # of another version or damaged: replaced
+
+
+def _merged(old: Results | None, new: Results, measured: Sequence[Part]) -> Results:
+    """Keep what an earlier benchmark of the same folder measured and this one did not."""
+    if old is None or old.title != new.title:
+        return new
+    kept = [part for part in PARTS if part not in measured]
+    new.rows = [row for part in PARTS for row in (old if part in kept else new).rows if row.part == part]
+    new.skipped += [skipped for skipped in old.skipped if skipped.part in kept]
+    fields = {
+        "causality": "causality",
+        "quality": "quality",
+        "reconstruct": "reconstruction",
+        "speed": "speed",
+        "memory": "memory",
+        "data": "data",
+    }
+    for part, field in fields.items():
+        # Quality measures causality on its way.
+        if part in kept and not getattr(new, field):
+            setattr(new, field, getattr(old, field))
+    new.samples = new.samples or old.samples
+    return new
+
+
+class _Bench:
+    """One benchmark under way."""
+
+    def __init__(self, parts: Parts, quiet: bool) -> None:
+        self.parts, self.recipe = parts, parts.recipe
+        self.settings = parts.recipe.bench
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.provenance = Provenance(self.recipe, parts.device, "float32")
+        self.results = Results(
+            title=self.recipe.name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            recipe=self.recipe.model_dump(mode="json"),
+        )
+
+    def measure(self, part: Part) -> None:
+        self.console.print(f"bench: {part}", markup=False)
+        self.attempt(part, part, getattr(self, part))
+
+    def attempt(self, part: str, what: str, call: Callable[[], Any]) -> Any:
+        """Measure; what cannot be, because something is not there, is written down instead."""
+        try:
+            return call()
+        except Missing as missing:
+            self.skip(part, what, str(missing))
+            return None
+
+    def skip(self, part: str, what: str, reason: str) -> None:
+        self.results.skipped.append(Skipped(part=part, what=what, reason=reason))
+        self.console.print(f"bench: {part}: {what} not measured: {reason}", markup=False)
+
+    def row(
+        self, part: Part, system: str, figures: dict[str, Figure], stages: Sequence[str] = (), note: str = ""
+    ) -> None:
+        """Add a row; ``stages`` are what the system was trained in."""
+        tokens = None
+        if self.parts.folder is not None and stages:
+            tokens = self.parts.folder.training_tokens(*stages)
+        elif not stages:
+            tokens = 0
+        self.results.rows.append(
+            Row(part=part, system=system, figures=figures, note=note, honesty=self.provenance.honesty(tokens))
+        )
+
+    def know_the_text(self) -> None:
+        """From here on, rows say how long the held-out sentences are."""
+        if self.provenance.mean_sentence_tokens is None:
+            self.provenance.mean_sentence_tokens = float(heldout_lengths(self.parts.corpus).mean())
+
+    @property
+    def trained_in(self) -> tuple[str, ...]:
+        """Stages the sentence model was trained in."""
+        return ("graft",) if self.recipe.graft.vae else ("vae", "graft")
+
+    # ---- parts
+
+    def causality(self) -> CausalityReport:
+        if self.results.causality is None:
+            report = check_causality(self.parts.sentence_lm, seed=self.recipe.seed)
+            self.results.causality = report
+            for check in report.checks:
+                self.row(
+                    "causality",
+                    f"{check.name} ({check.attention})",
+                    make_rows.causality(check),
+                    self.trained_in,
+                )
+        return self.results.causality
+
+    def quality(self) -> None:
+        model = self.parts.sentence_lm
+        causality = self.causality()
+        self.know_the_text()
+        documents = heldout_documents(self.parts.corpus, self.settings)
+        counter = ByteCounter(self.parts.tokenizer)
+        bos = self.parts.bos_token_id
+        # Longer passages than it was trained on would measure something else.
+        context = self.settings.context_sentences or self.recipe.graft.max_sentences
+        scores: list[QualityScore] = []
+
+        def sentence_model(candidate: Any, system: str, advance: Callable[[], None]) -> QualityScore:
+            return score_sentence_model(
+                candidate,
+                documents,
+                counter,
+                causality=causality,
+                context_sentences=context,
+                system=system,
+                progress=advance,
+            )
+
+        def token_model(candidate: Any, system: str, advance: Callable[[], None]) -> QualityScore:
+            return score_token_model(
+                candidate,
+                documents,
+                counter,
+                bos,
+                system=system,
+                context_tokens=self.settings.context_tokens,
+                progress=advance,
+            )
+
+        jobs: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
+            ("sentence model", lambda: model, sentence_model, self.trained_in),
+            ("baseline, equal data", lambda: self.parts.baseline, token_model, ("baseline",)),
+            ("backbone, as it came", lambda: self.parts.backbone, token_model, ()),
+            ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
+        ]
+        for system, load, score, stages in jobs:
+            with Bar(f"bench: quality: {system}", len(documents), enabled=not self.quiet) as bar:
+                found = self.attempt(
+                    "quality",
+                    system,
+                    lambda: score(load(), system, lambda: bar.advance(1)),  # noqa: B023
+                )
+            if found:
+                scores.append(found)
+                self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))
+        unigram = score_unigram(
+            self.parts.corpus, documents, counter, model.config.vae_config.vocab_size, bos
+        )
+        self.row(
+            "quality",
+            "unigram",
+            make_rows.quality(unigram),
+            (),
+            "frequencies of the training documents, add one",
+        )
+        scores.append(unigram)
+        same_bytes(scores)
+        self.results.quality = scores
+
+    def reconstruct(self) -> None:
+        system, vae = self.parts.vae
+        self.know_the_text()
+        report = measure_reconstruction(
+            vae,
+            self.parts.tokenizer,
+            heldout_sentences(self.parts.corpus, self.settings.max_sentences),
+            system=system,
+            extra_metrics=self.settings.extra_metrics,
+        )
+        self.results.reconstruction = report
+        stages = ("vae",) if system == "SentenceVAE" else self.trained_in
+        note = "" if stages == ("vae",) else "the graft trained it for prediction, not for reconstruction"
+        self.row("reconstruct", system, make_rows.reconstruction(report), stages, note)
+
+    def _speed_models(self) -> tuple[Any, Any, list[list[int]], bool]:
+        """Sentence model, backbone, sentences for prompts, and whether the weights are trained."""
+        if self.parts.folder is not None:
+            self.know_the_text()
+            sentences = heldout_text(self.parts.corpus, 2000)
+            return self.parts.sentence_lm, self._token_twin(), sentences, True
+        if not hasattr(self, "_random"):
+            model, backbone = random_models(self.recipe)
+            self.know_the_text()
+            lengths = draw_lengths(self.parts.corpus, 400, self.recipe.seed + 1)
+            longest = model.config.vae_config.max_sentence_tokens
+            sentences = random_sentences(
+                [min(n, longest) for n in lengths], model.config.vae_config.vocab_size, self.recipe.seed
+            )
+            self._random = (model.to(self.parts.device), backbone.to(self.parts.device), sentences, False)
+        return self._random
+
+    def _token_twin(self) -> Any:
+        """The backbone as it came; its fine-tuned twin is as fast, and serves where it cannot be loaded."""
+        try:
+            return self.parts.backbone
+        except Missing:
+            return self.parts.baseline
+
+    def _lengths(self) -> list[int]:
+        return draw_lengths(self.parts.corpus, DRAWN_LENGTHS, self.recipe.seed)
+
+    def speed(self) -> None:
+        model, backbone, sentences, trained = self._speed_models()
+        report = measure_speed(
+            model,
+            backbone,
+            sentences=sentences,
+            sentence_lengths=self._lengths(),
+            settings=self.settings,
+            trained=trained,
+            bos_token_id=int(model.config.vae_config.bos_token_id),
+        )
+        self.results.speed = report
+        self.results.skipped += report.skipped
+        why = "forced lengths drawn from held-out text" + ("" if trained else "; untrained weights")
+        for run in report.runs:
+            ours = run.system == "sentence model"
+            note = "; ".join(filter(None, (why if ours else "", run.note)))
+            self.row(
+                "speed", run.system, make_rows.speed(run), self.trained_in if trained and ours else (), note
+            )
+
+    def memory(self) -> None:
+        model, backbone, sentences, trained = self._speed_models()
+        self.results.memory = measure_memory(
+            model,
+            backbone,
+            sentences=sentences,
+            sentence_lengths=self._lengths(),
+            new_tokens=self.settings.prompt_tokens + self.settings.new_tokens,
+            bos_token_id=int(model.config.vae_config.bos_token_id),
+            budget=self.settings.memory_budget_bytes,
+        )
+        for report in self.results.memory:
+            stages = self.trained_in if trained and report.system == "sentence model" else ()
+            self.row("memory", report.system, make_rows.memory(report), stages)
+
+    def data(self) -> None:
+        self.know_the_text()
+        tokenizer = self.parts.tokenizer
+        self.results.data = measure_data(self.parts.corpus, self.recipe, tokenizer.pad_token_id)
+        self.row("data", self.recipe.data.name, make_rows.data(self.results.data))
+
+    def segments(self) -> None:
+        for scored in score_segmenters(regex_presets()):
+            self.row("segments", scored["segmenter"], make_rows.segments(scored))
+
+    def samples(self) -> None:
+        """What the sentence model writes after the beginnings of held-out documents."""
+        generator = SentenceGenerator(self.parts.sentence_lm, self.parts.tokenizer)
+        settings = GenerationSettings(
+            max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9, seed=self.recipe.seed
+        )
+        documents = heldout_documents(self.parts.corpus, self.settings)[: self.settings.samples]
+        for generation in generator.generate(["".join(d.texts[:3]) for d in documents], settings):
+            self.results.samples.append(
+                Sample(
+                    system="sentence model, temperature 0.7, top-p 0.9",
+                    prompt=generation.prompt,
+                    text=generation.text,
+                    finish_reason=generation.finish_reason,
+                )
+            )
+
+
+def _context_note(system: str, score: QualityScore) -> str:
+    untrained = "weights drawn from the seed; " if system.endswith("untrained") else ""
+    return f"{untrained}left context: up to {score.context}"
+
+
+def read_curves(folder: Folder) -> list[Curve]:
+    """Loss and held-out curves from the stages' ``metrics.jsonl``."""
+    import json
+
+    curves = []
+    for stage in STAGES:
+        try:
+            path = folder.stage(stage) / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (Missing, OSError):
+            continue
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                step = int(entry["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a last line cut short by a kill
+            values = {name: entry[name] for name in CURVES if name in entry}
+            values |= {f"held-out {name}": value for name, value in (entry.get("eval") or {}).items()}
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    points.setdefault(name, []).append((step, float(value)))
+        curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
+    return curves

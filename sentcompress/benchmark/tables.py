@@ -1,0 +1,301 @@
+"""Results as tables: the same cells on the terminal and in the HTML report. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from sentcompress.benchmark.paper import paper_row
+from sentcompress.benchmark.results import CausalityCheck, Figure, Results, Row
+
+TITLES = {
+    "causality": "Causality: what the future may change of the past",
+    "quality": "Quality on held-out documents",
+    "reconstruct": "Reconstruction of held-out sentences",
+    "speed": "Speed",
+    "memory": "Memory",
+    "data": "Data",
+    "segments": "Segmenters on labelled hard cases",
+}
+
+
+@dataclass
+class Plain:
+    """A table as text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def number(value: Figure, digits: int = 3) -> str:
+    """A figure as text; ``-`` for none."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+    return str(value)
+
+
+def percent(value: Figure) -> str:
+    return "-" if not isinstance(value, int | float) else f"{100 * value:.1f}%"
+
+
+def _times(value: Figure) -> str:
+    return f"{value:.2f}x" if isinstance(value, int | float) else "-"
+
+
+def _size(value: Figure) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def tables(results: Results) -> list[Plain]:
+    """One table for each part that was measured."""
+    makers = {
+        "causality": _causality,
+        "quality": _quality,
+        "reconstruct": _reconstruct,
+        "speed": _speed,
+        "memory": _memory,
+        "data": _data,
+        "segments": _segments,
+    }
+    return [makers[part](results, [r for r in results.rows if r.part == part]) for part in results.measured()]
+
+
+def _causality(results: Results, rows: Sequence[Row]) -> Plain:
+    checks = results.causality.checks if results.causality else []
+    names: dict[str, list[CausalityCheck]] = {}
+    for check in checks:
+        names.setdefault(check.name, []).append(check)
+    backends = list(dict.fromkeys(check.attention for check in checks))
+    lines = []
+    for name, group in names.items():
+        by = {check.attention: check for check in group}
+        cells = [f"{by[b].max_delta:.1e}" if by[b].max_delta else "0.0" for b in backends]
+        kind = (
+            "must be 0.0" if group[0].kind == "future" else f"at most {max(c.tolerance for c in group):.0e}"
+        )
+        lines.append([name, kind, *cells, "pass" if all(c.passed for c in group) else "FAIL"])
+    passed = sum(check.passed for check in checks)
+    notes = [f"{passed} of {len(checks)} checks passed. Figures are the largest |difference| seen."]
+    notes += [f"{c.name} ({c.attention}): {c.detail}" for c in checks if c.detail]
+    del rows
+    return Plain(TITLES["causality"], ["check", "allowed", *backends, ""], lines, notes)
+
+
+def _quality(results: Results, rows: Sequence[Row]) -> Plain:
+    lines = [
+        [
+            row.system,
+            number(row.figures["bits_per_byte"], 4),
+            number(row.figures["perplexity"], 2),
+            number(row.figures.get("bits_per_byte_end_marks"), 4),
+            number(row.figures.get("bits_per_byte_stop_decisions"), 4),
+            row.note,
+        ]
+        for row in rows
+    ]
+    notes = []
+    if results.quality:
+        first = results.quality[0]
+        notes.append(
+            f"Every system scored the same {first.bytes:,} bytes of {len(first.documents)} held-out documents: "
+            "everything after the first sentence of each. Coverage proven: each byte charged exactly once, one end "
+            "mark a sentence, no padding. Perplexity is by the baseline's tokens of the uncut text "
+            f"({first.baseline_tokens:,}). The sentence model pays for end marks and stop decisions; their part of "
+            "its bits per byte is shown."
+        )
+    notes += _paper_notes(results, "quality")
+    columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
+    return Plain(TITLES["quality"], columns, lines, notes)
+
+
+def _reconstruct(results: Results, rows: Sequence[Row]) -> Plain:
+    lines = []
+    for row in rows:
+        figures = row.figures
+        lines.append(
+            [
+                row.system,
+                percent(figures["token_accuracy"]),
+                percent(figures["exact_sentences"]),
+                number(figures["teacher_forced_perplexity"]),
+                percent(figures["teacher_forced_exact"]),
+                number(figures["sentences"]),
+                row.note,
+            ]
+        )
+    notes = [
+        "Tokens right by position and whole sentences right are free-running greedy; the rest is teacher-forced."
+    ]
+    if results.reconstruction and results.reconstruction.extra:
+        extra = (f"{name} {number(value, 4)}" for name, value in results.reconstruction.extra.items())
+        notes.append("Metric plugins: " + ", ".join(extra))
+    columns = [
+        "system",
+        "tokens right",
+        "sentences exact",
+        "forced perplexity",
+        "forced exact",
+        "sentences",
+        "note",
+    ]
+    return Plain(TITLES["reconstruct"], columns, lines, notes + _paper_notes(results, "reconstruct"))
+
+
+def _speed(results: Results, rows: Sequence[Row]) -> Plain:
+    lines = [
+        [
+            number(row.figures["batch_size"]),
+            row.system,
+            number(row.figures["prefill_tokens_per_second"], 0),
+            number(row.figures["first_token_ms"], 1),
+            number(row.figures["output_tokens_per_second"], 1),
+            _times(row.figures["ratio"]),
+            _times(row.figures["total_ratio"]),
+            percent(row.figures["roofline_share"]),
+            row.note,
+        ]
+        for row in rows
+    ]
+    notes = []
+    if results.speed:
+        speed = results.speed
+        notes.append(
+            f"{speed.prompt_tokens} prompt tokens and {speed.new_tokens} new ones; median of {speed.repeats} "
+            "alternating runs, ratios taken pair by pair. Output tokens/s is after the first token; the whole run includes the "
+            f"prefill. Roofline: share of what {speed.bandwidth_bytes_per_second / 1e9:.1f} GB/s, measured, allow."
+        )
+        draw = ", ".join(map(str, speed.sentence_lengths[:24]))
+        more = ", ..." if len(speed.sentence_lengths) > 24 else ""
+        notes.append(
+            f"The sentence model was held to sentence lengths drawn from held-out text: {draw}{more}."
+        )
+        notes += speed.advice
+    columns = [
+        "batch",
+        "system",
+        "prefill tok/s",
+        "first token ms",
+        "output tok/s",
+        "ratio",
+        "whole run",
+        "roofline",
+    ]
+    return Plain(TITLES["speed"], [*columns, "note"], lines, notes + _paper_notes(results, "speed"))
+
+
+def _memory(results: Results, rows: Sequence[Row]) -> Plain:
+    lines = [
+        [
+            row.system,
+            number(row.figures["cache_bytes_per_token"], 1),
+            number(row.figures["peak_slope_bytes_per_token"], 1),
+            _size(row.figures["weight_bytes"]),
+            _size(row.figures["transient_bytes"]),
+            number(row.figures["longest_context_tokens"]),
+            number(row.figures["position_limit_tokens"]),
+        ]
+        for row in rows
+    ]
+    notes = []
+    if results.memory:
+        by = {report.system: report.cache_bytes_per_token for report in results.memory}
+        if len(by) == 2:
+            a, b = by.values()
+            notes.append(f"The sentence model's cache is {a / b:.1f} times smaller a token of text.")
+        notes.append(
+            f"Longest text: tokens whose cache fits in {_size(results.memory[0].budget_bytes)}, beside the tokens the "
+            "backbone has positions for. Slope: straight line through the peak of allocated memory against tokens."
+        )
+    columns = [
+        "system",
+        "cache B/token",
+        "slope B/token",
+        "weights",
+        "while writing",
+        "longest text",
+        "positions for",
+    ]
+    return Plain(TITLES["memory"], columns, lines, notes + _paper_notes(results, "memory"))
+
+
+def _data(results: Results, rows: Sequence[Row]) -> Plain:
+    del results
+    lines = []
+    for row in rows:
+        for name, value in row.figures.items():
+            share = name.startswith("padding") or name == "cutting_overhead"
+            lines.append([name.replace("_", " "), percent(value) if share else number(value)])
+    return Plain(TITLES["data"], ["figure", "value"], lines, [])
+
+
+def _segments(results: Results, rows: Sequence[Row]) -> Plain:
+    del results
+    lines = [
+        [
+            row.system,
+            number(row.figures["cases"]),
+            number(row.figures["right"]),
+            percent(row.figures["share"]),
+        ]
+        for row in rows
+    ]
+    return Plain(TITLES["segments"], ["segmenter", "cases", "right", "share"], lines, [])
+
+
+def _paper_notes(results: Results, part: str) -> list[str]:
+    """What the paper printed for this backbone and depth, marked as the paper's."""
+    line = paper_row(results.recipe, part)
+    return (
+        [f"The paper's figures (its own hardware and text, and not causal: see the docs): {line}"]
+        if line
+        else []
+    )
+
+
+def render(results: Results, console: Console) -> None:
+    """Print all tables, what was not measured, and the honesty line."""
+    for table in tables(results):
+        console.print(_rich(table))
+    for skipped in results.skipped:
+        line = f"not measured: {skipped.part}, {skipped.what}: {skipped.reason}"
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+    for line in honesty_lines(results):
+        console.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def honesty_lines(results: Results) -> list[str]:
+    """Each honesty line once, with the parts and systems it stands for."""
+    lines: dict[str, list[str]] = {}
+    for row in results.rows:
+        name = row.part if row.part in ("causality", "data", "segments") else f"{row.part}: {row.system}"
+        names = lines.setdefault(row.honesty.line(), [])
+        if name not in names:
+            names.append(name)
+    return [f"[{'; '.join(names)}] {line}" for line, names in lines.items()]
+
+
+def _rich(table: Plain) -> Group:
+    shown = Table(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        numeric = all(row[index][:1].isdigit() or row[index] in ("-", "") for row in table.rows)
+        shown.add_column(column, justify="right" if numeric else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return Group(shown, *(Text(note, style="dim") for note in table.notes), Text(""))

@@ -1,0 +1,141 @@
+"""The whole benchmark on a run folder of tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from sentcompress.benchmark.compare import compare, compare_results, warnings
+from sentcompress.benchmark.parts import Folder
+from sentcompress.benchmark.provenance import commit
+from sentcompress.benchmark.results import SCHEMA_VERSION, Results, parse_results, read_results
+from sentcompress.benchmark.runner import run_bench
+from sentcompress.errors import InputError, ModelFolderError, RunError
+
+
+@pytest.fixture(scope="module")
+def results(run_folder, tmp_path_factory) -> tuple[Results, object]:
+    out = tmp_path_factory.mktemp("bench")
+    return run_bench(None, run_folder, out=out, quiet=True), out
+
+
+def test_everything_is_measured(results):
+    found, out = results
+    assert found.measured() == ["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
+    assert [score.system for score in found.quality] == [
+        "sentence model",
+        "baseline, equal data",
+        "backbone, as it came",
+        "sentence model, untrained",
+        "unigram",
+    ]
+    assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "samples.txt"}
+    assert read_results(out) == found
+    assert found.samples
+    assert found.reconstruction.extra == {"exact-match.sentences": found.reconstruction.exact_sentences}
+
+
+def test_every_row_is_honest(results):
+    found, _ = results
+    for row in found.rows:
+        honesty = row.honesty
+        assert honesty.command
+        assert re.fullmatch(r"unknown|[0-9a-f]{12}(\+dirty)?", honesty.commit)
+        assert honesty.recipe_digest
+        assert honesty.device.startswith("cpu")
+        assert honesty.dtype == "float32"
+        assert honesty.threads >= 1
+        assert honesty.packages["torch"]
+        if row.part != "causality":
+            assert honesty.mean_sentence_tokens
+    tokens = {row.system: row.honesty.training_tokens for row in found.rows if row.part == "quality"}
+    assert tokens["sentence model"] == 2000
+    assert tokens["baseline, equal data"] == 1000
+    assert tokens["sentence model, untrained"] == 0
+
+
+def test_the_report_is_whole_and_needs_no_network(results):
+    _, out = results
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "tiny &lt;b&gt;run&lt;/b&gt;" in html
+    assert "<b>run</b>" not in html
+    assert html.count("data:image/svg+xml;base64,") == 5
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert "<script" not in html
+    assert "training tokens 2,000" in html
+
+
+def test_one_part_is_measured_again_and_the_others_are_kept(results, run_folder, tmp_path):
+    found, out = results
+    shutil.copytree(out, tmp_path / "bench")
+    again = run_bench(["data"], run_folder, out=tmp_path / "bench", quiet=True)
+    assert again.measured() == found.measured()
+    assert again.quality == found.quality
+    assert again.samples == found.samples
+
+
+def test_a_single_model_folder_says_what_it_lacks(run_folder, tmp_path):
+    shutil.copytree(run_folder / "graft", tmp_path / "lone")
+    found = run_bench(["quality", "reconstruct"], tmp_path / "lone", quiet=True)
+    assert (tmp_path / "lone" / "bench" / "results.json").is_file()
+    reasons = {skipped.what: skipped.reason for skipped in found.skipped}
+    assert "single model" in reasons["baseline, equal data"]
+    assert found.reconstruction.system == "encoder and decoder of the grafted model"
+    assert {score.system for score in found.quality} >= {"sentence model", "backbone, as it came", "unigram"}
+
+
+def test_a_lone_vae_has_no_quality_but_reconstructs(run_folder, tmp_path):
+    shutil.copytree(run_folder / "vae", tmp_path / "lone")
+    found = run_bench(["causality", "quality", "reconstruct"], tmp_path / "lone", quiet=True)
+    assert found.measured() == ["reconstruct"]
+    assert {skipped.part for skipped in found.skipped} == {"causality", "quality"}
+
+
+def test_a_stage_folder_stands_for_its_run(run_folder):
+    assert Folder(run_folder / "graft").path == run_folder
+
+
+def test_folders_that_hold_nothing_are_refused(tmp_path, run_folder):
+    with pytest.raises(ModelFolderError):
+        Folder(tmp_path)
+    with pytest.raises(ModelFolderError):
+        Folder(tmp_path / "absent")
+    with pytest.raises(InputError, match="no part"):
+        run_bench(["speeed"], run_folder)
+
+
+def test_results_of_another_version_or_damaged_are_refused(results, tmp_path):
+    text = results[0].model_dump_json()
+    newer = json.loads(text) | {"schema_version": SCHEMA_VERSION + 1}
+    for broken in (text[:100], json.dumps(newer), json.dumps(json.loads(text) | {"rows": 3}), "[]"):
+        with pytest.raises(RunError):
+            parse_results(broken)
+    (tmp_path / "results.json").write_text(text[:50])
+    with pytest.raises(InputError, match=r"results\.json"):
+        read_results(tmp_path)
+    with pytest.raises(InputError, match="bench all"):
+        read_results(tmp_path / "absent")
+
+
+def test_compare(results):
+    found, out = results
+    names, rows = compare([out, out / "results.json"])
+    assert len(names) == 2
+    assert all(row.values[0] == row.values[1] for row in rows)
+    assert ("quality", "sentence model", "bits_per_byte") in {(r.part, r.system, r.figure) for r in rows}
+    with pytest.raises(InputError):
+        compare([out])
+    changed = found.model_copy(deep=True)
+    changed.rows = [row for row in changed.rows if row.part != "memory"]
+    changed.rows[0].honesty.threads += 1
+    changed.quality[0].documents[0].bytes += 1
+    assert any(row.part == "memory" and row.values[1] is None for row in compare_results([found, changed]))
+    assert len(warnings([found, changed])) == 2
+    assert not warnings([found, found])
+
+
+def test_commit_is_unknown_outside_a_checkout(tmp_path):
+    assert commit(tmp_path) == "unknown"

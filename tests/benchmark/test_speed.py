@@ -1,0 +1,161 @@
+"""Speed: equal work on both sides, honest about what could not be run; the arithmetic of break-even."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sentcompress.benchmark import speed
+from sentcompress.benchmark.random_models import random_models, random_sentences
+from sentcompress.benchmark.roofline import (
+    backbone_bytes_per_token,
+    backbone_cache_bytes,
+    bandwidth,
+    module_bytes,
+    sentence_bytes_per_token,
+)
+from sentcompress.benchmark.speed import BACKBONE, LOOKUP, SENTENCES, STATIC, make_prompts, measure_speed
+from sentcompress.errors import InputError
+from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.recipe import BenchSettings, Recipe, build_recipe
+from sentcompress.testing import tiny_opt, tiny_sentence_lm
+
+LENGTHS = [5, 2, 9, 4]
+SENTENCE_IDS = random_sentences([3, 6, 1, 8, 5], 500, seed=0)
+SETTINGS = BenchSettings(repeats=2, prompt_tokens=10, new_tokens=9, batch_sizes=[1, 3])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return measure_speed(
+        tiny_sentence_lm(),
+        tiny_opt(),
+        sentences=SENTENCE_IDS,
+        sentence_lengths=LENGTHS,
+        settings=SETTINGS,
+        trained=False,
+        bos_token_id=2,
+    )
+
+
+def test_prompts_have_exactly_the_tokens_asked_for():
+    prompts = make_prompts(SENTENCE_IDS, 10, 3)
+    assert [len(prompt.tokens) for prompt in prompts] == [10, 10, 10]
+    assert prompts[0].sentences[:3] == SENTENCE_IDS[:3]
+    assert prompts[0].tokens != prompts[1].tokens
+
+
+def test_every_system_is_measured_at_every_batch_size(report):
+    assert [(run.batch_size, run.system) for run in report.runs] == [
+        (1, BACKBONE),
+        (1, SENTENCES),
+        (1, LOOKUP),
+        (3, BACKBONE),
+        (3, SENTENCES),
+    ]
+    for run in report.runs:
+        assert run.output_tokens_per_second > 0
+        assert run.first_token_seconds > 0
+        assert (run.ratio is None) == (run.system == BACKBONE)
+        assert len(run.ratios) == (0 if run.system == BACKBONE else SETTINGS.repeats)
+        assert (run.roofline_share is not None) == (run.batch_size == 1 and run.system != LOOKUP)
+    assert {(s.what, s.reason) for s in report.skipped} == {
+        (STATIC, "on a CPU, generate does not compile with a static cache"),
+        (LOOKUP, "transformers serves batch 1 only"),
+    }
+    assert report.sentence_lengths == LENGTHS
+
+
+def test_break_even_and_advice_are_given(report):
+    assert len(report.advice) == 4
+    assert "speculative decoding" in report.advice[-1]
+    assert "quantization" in report.advice[-1]
+    assert {
+        "batch_sizes_tested",
+        "sentence_length_faster_from",
+        "text_length_ratios",
+    } <= report.break_even.keys()
+
+
+def test_every_system_writes_as_many_tokens():
+    prompts = make_prompts(SENTENCE_IDS, 10, 2)
+    assert speed.TokenSystem(BACKBONE, tiny_opt(), 2).write(prompts, 9) == 9
+    assert speed.SentenceSystem(tiny_sentence_lm(), LENGTHS).write(prompts, 9) == 9
+
+
+def test_forced_lengths_are_kept_and_end_marks_are_paid_for(monkeypatch):
+    model = tiny_sentence_lm()
+    steps = []
+    plain = type(model.vae.decoder).step
+    monkeypatch.setattr(
+        type(model.vae.decoder), "step", lambda self, *a, **k: steps.append(1) or plain(self, *a, **k)
+    )
+    settings = GenerationSettings(max_new_tokens=20, stop_threshold=1, sentence_lengths=tuple(LENGTHS))
+    generator = SentenceGenerator(model, None)
+    written = [len(ids) for _, ids in generator.continue_sentences([SENTENCE_IDS], settings)]
+    assert written == [*LENGTHS]
+    assert len(steps) == sum(LENGTHS) + 3  # the last sentence was cut by max_new_tokens, the others end
+    steps.clear()
+    rows = list(generator.continue_sentences([SENTENCE_IDS[:2]] * 2, settings))
+    assert [len(ids) for row, ids in rows if row == 1][:3] == LENGTHS[1:]  # rows are uneven, as text is
+
+
+def test_a_setting_that_fails_is_said_not_hidden(monkeypatch):
+    def broken(self, prompts, new_tokens):
+        if self.switches:
+            raise ValueError("no such cache")
+        return plain(self, prompts, new_tokens)
+
+    plain = speed.TokenSystem.write
+    monkeypatch.setattr(speed.TokenSystem, "write", broken)
+    report = measure_speed(
+        tiny_sentence_lm(),
+        tiny_opt(),
+        sentences=SENTENCE_IDS,
+        sentence_lengths=LENGTHS,
+        settings=SETTINGS.model_copy(update={"batch_sizes": [1], "repeats": 1}),
+        trained=False,
+        bos_token_id=2,
+    )
+    assert [run.system for run in report.runs] == [BACKBONE, SENTENCES]
+    assert any("no such cache" in skipped.reason for skipped in report.skipped)
+
+
+def test_too_long_a_run_is_refused():
+    with pytest.raises(InputError, match="positions"):
+        measure_speed(
+            tiny_sentence_lm(),
+            tiny_opt(),
+            sentences=SENTENCE_IDS,
+            sentence_lengths=LENGTHS,
+            settings=BenchSettings(prompt_tokens=100, new_tokens=100),
+            trained=False,
+            bos_token_id=2,
+        )
+
+
+def test_bytes_read_are_counted_from_the_tensors():
+    lm = tiny_opt()
+    everything = sum(p.numel() * 4 for p in lm.parameters())
+    positions = lm.model.decoder.embed_positions.weight.numel() * 4
+    # The token table is tied to the head, so it is read whole; positions are looked up.
+    assert backbone_bytes_per_token(lm, 0) == everything - positions
+    assert backbone_cache_bytes(lm.config, 4) == 2 * 3 * 32 * 4
+    assert backbone_bytes_per_token(lm, 10) == everything - positions + 10 * 2 * 3 * 32 * 4
+    model = tiny_sentence_lm()
+    long, short = (sentence_bytes_per_token(model, 100, n) for n in (20, 2))
+    assert long < short
+    assert module_bytes(torch.nn.Linear(3, 5)) == 20 * 4
+    assert bandwidth(torch.device("cpu"), size=2**20) > 0
+
+
+def test_published_shapes_work_without_weights_or_network():
+    recipe = build_recipe(
+        {"name": "random", "backbone": {"model": "opt-125m", "init": "random"}}, [], "tests"
+    )
+    assert isinstance(recipe, Recipe)
+    with torch.device("meta"):
+        model, backbone = random_models(recipe)
+    assert model.backbone.hidden_size == 768
+    assert backbone.config.num_hidden_layers == 12
+    assert backbone.config.vocab_size == 50272
