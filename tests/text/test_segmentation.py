@@ -29,7 +29,7 @@ def stops(max_tokens: int = 64) -> Stops:
 
 def returning(result: Any) -> Segmenter:
     class Fixed(Segmenter):
-        def split(self, text: str) -> list[str]:  # noqa: ARG002
+        def split(self, text: str) -> list[str]:
             if isinstance(result, Exception):
                 raise result
             return result
