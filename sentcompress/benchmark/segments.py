@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sentcompress.contracts import Segmenter
+from sentcompress.registry import get_registry
 
 LABELS = ("sentence", "clause", "paper")
 
@@ -25,6 +26,12 @@ def load_cases() -> tuple[dict[str, Any], ...]:
             case["clause"] = case["sentence"]
         case["text"] = "".join(case["sentence"])
     return tuple(cases)
+
+
+def regex_presets() -> dict[str, Segmenter]:
+    """The built-in segmenter under each of its presets, by a name for the table."""
+    registry = get_registry()
+    return {f"regex, {name}": registry.create("segmenter", "regex", {"preset": name}) for name in LABELS}
 
 
 def score_segmenters(specs: Mapping[str, Segmenter]) -> list[dict[str, Any]]:

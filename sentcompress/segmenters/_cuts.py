@@ -63,7 +63,7 @@ def pieces(text: str, cuts: Iterable[tuple[int, int]], minimum: Mapping[int, int
         weaker = min(before, strength)
         if weight(text[start:position], minimum[weaker]) < minimum[weaker]:
             # A short line ("}") goes with the lines above it, any other short piece with what follows.
-            if strength < before or (strength == before and strength < LINE):
+            if strength < before or (strength == before and strength != LINE):
                 continue
             kept.pop()
         kept.append((position, strength))

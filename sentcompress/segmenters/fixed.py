@@ -28,7 +28,7 @@ class FixedSegmenter(Segmenter):
         """Keep the tokenizer; it must be a fast one, which knows where its tokens stand in the text."""
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
-                "The fixed segmenter needs a fast tokenizer, which knows where each token stands in the text.",
+                "The fixed segmenter needs a fast tokenizer, which knows where its tokens are in the text.",
                 fix="load it with AutoTokenizer.from_pretrained(..., use_fast=True), or use segmenter regex",
             )
         self.tokenizer = tokenizer

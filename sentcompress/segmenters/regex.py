@@ -9,10 +9,10 @@ import regex
 from pydantic import Field
 
 from sentcompress.contracts import Segmenter, SegmenterOptions
-from sentcompress.segmenters._cuts import BLANK, CLAUSE, LINE, LINE_ENDS, SENTENCE, pieces, settle
+from sentcompress.segmenters._cuts import BLANK, CLAUSE, LINE, LINE_ENDS, SENTENCE, SPACE, pieces, settle
 from sentcompress.segmenters._rules import cuts
 
-_PAPER = regex.compile(rf"[.,!?;:\"。，！？；：＂“”．｡]++[”’'」』»]*+|[{LINE_ENDS}]++")
+_PAPER = regex.compile(rf"[.,!?;:\"。，！？；：＂“”．｡]++[”’'」』»]*+|(?P<line>[{LINE_ENDS}])[{SPACE}]*+")
 _MINIMUM = {"paper": (0, 0), "sentence": (0, 3), "clause": (12, 3)}
 """Least size of a piece by preset: for a cut between clauses, and for any other."""
 
@@ -36,4 +36,5 @@ class RegexSegmenter(Segmenter):
 
 def _paper_cuts(text: str) -> Iterator[tuple[int, int]]:
     for match in _PAPER.finditer(text):
-        yield settle(text, match.end()), SENTENCE
+        # White space is looked over once: from the first of its line ends on.
+        yield settle(text, match.start() if match.lastgroup else match.end()), SENTENCE
