@@ -221,7 +221,7 @@ class BenchSettings(Section):
     """Prompt length of the speed runs."""
     new_tokens: int = Field(default=128, ge=1)
     """Tokens generated a speed run."""
-    batch_sizes: list[int] = [1]
+    batch_sizes: list[int] = Field(default=[1, 8], min_length=1)
     """Batch sizes of the speed runs."""
     memory_budget_bytes: int = Field(default=2**30, ge=1)
     """Bytes of cache for which the longest context is computed."""

@@ -57,9 +57,11 @@ def measure_data(corpus: Corpus, recipe: Recipe, pad_token_id: int) -> DataRepor
         mean_sentence_tokens=float(lengths.mean()),
         histogram=sorted(Counter(lengths.tolist()).items()),
         padding={
-            "sentences of a SentenceVAE batch": _padding(sentences, "attention_mask"),
-            "sentences of a graft batch (skipped but in attention)": _padding(passages, "attention_mask"),
-            "cells of a graft batch": _padding(passages, "passage_ids"),
+            "SentenceVAE batch": _padding(sentences, "attention_mask"),
+            "graft batch as a rectangle (only real tokens are computed)": _padding(
+                passages, "attention_mask"
+            ),
+            "rows of sentences the backbone reads": _padding(passages, "passage_ids"),
         },
         cutting_overhead=float(lengths.sum()) / uncut - 1,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sentcompress.benchmark.results import STAGES
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
 from sentcompress.modeling.loading import (
@@ -27,8 +28,6 @@ from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
-
-STAGES = ("vae", "graft", "baseline")
 
 
 class Missing(Exception):

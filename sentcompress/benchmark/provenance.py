@@ -40,8 +40,12 @@ def commit(folder: Path | None = None) -> str:
 
 
 def command() -> str:
-    """The command line of this process."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process, as one would type it."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    start = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def packages() -> dict[str, str]:

@@ -122,7 +122,12 @@ def score_sentence_model(
 
 def _score_sentences(model: SentenceLM, document: HeldoutDocument, size: int) -> _SentenceTally:
     count = len(document.sentences)
-    tally = _SentenceTally(*(np.zeros(count, dtype=t) for t in (np.float64, np.int64, np.int64, np.int64)))
+    tally = _SentenceTally(
+        nats=np.zeros(count),
+        times=np.zeros(count, dtype=np.int64),
+        targets=np.zeros(count, dtype=np.int64),
+        decisions=np.zeros(count, dtype=np.int64),
+    )
     for window in windows(count, size):
         nats, targets, decided, kinds = _run_window(model, document, window)
         charged = slice(window.charged, window.stop)

@@ -28,7 +28,8 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 p.note { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
-img { display: block; width: 100%; height: auto; margin: 6px 0 14px; }
+img { display: block; width: 100%; max-width: 800px; height: auto; margin: 6px 0 14px; }
+img.wide { max-width: 100%; }
 .sample { border-left: 3px solid var(--line); padding: 2px 0 2px 14px; margin: 14px 0; white-space: pre-wrap; }
 .sample em { color: var(--soft); font-style: normal; } .sample strong { font-weight: 500; color: var(--ours); }
 .bad { color: #b91c1c; }
@@ -53,7 +54,7 @@ def render_report(results: Results) -> str:
     body = [f"<h1>{title}</h1>", f'<p class="sub">sentcompress benchmark, {escape(results.created)}</p>']
     body.append(_tiles(results))
     if "curves" in drawn:
-        body.append(_section("Training", _image(drawn["curves"], "loss curves")))
+        body.append(_section("Training", _image(drawn["curves"], "loss curves", wide=True)))
     titles = {title: part for part, title in TITLES.items()}
     figure_of = {"quality": "quality", "speed": "speed", "memory": "memory", "data": "data"}
     for table in tables(results):
@@ -82,10 +83,11 @@ def _section(title: str, inner: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{inner}</section>"
 
 
-def _image(svg: str, alt: str) -> str:
+def _image(svg: str, alt: str, *, wide: bool = False) -> str:
     # As an image, not inline: nothing in it can act, and ids of two figures cannot collide.
     data = base64.b64encode(svg.encode("utf-8")).decode("ascii")
-    return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+    style = ' class="wide"' if wide else ""
+    return f'<img{style} alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _table(table: Plain) -> str:

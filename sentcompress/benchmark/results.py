@@ -6,15 +6,20 @@ was measured part by part stays true.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sentcompress.errors import InputError, RunError
+from sentcompress.io import folder_digest
+from sentcompress.recipe import Recipe
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
+STAGES = ("vae", "graft", "baseline")
+"""Stages of a run whose models are measured."""
 Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Figure = float | int | str | bool | None
@@ -56,7 +61,7 @@ class Honesty(Record):
         return (
             f"{self.command} | commit {self.commit} | recipe {self.recipe} {self.recipe_digest} | "
             f"{self.device}, {self.dtype}, {self.threads} threads | seed {self.seed} | "
-            f"training tokens {trained} | sentences of {mean} tokens | {versions}"
+            f"training tokens in this run {trained} | sentences of {mean} tokens | {versions}"
         )
 
 
@@ -270,6 +275,8 @@ class Results(Record):
     samples: list[Sample] = []
     recipe: dict[str, Any] = {}
     """The resolved recipe."""
+    models: dict[str, str] = {}
+    """Digests of the weights that were measured, by stage."""
 
     def measured(self) -> list[Part]:
         """Parts that have rows."""
@@ -291,6 +298,31 @@ def read_results(path: Path) -> Results:
         return parse_results(text)
     except RunError as error:
         raise InputError(f"{file}: {error.message}", fix=error.fix) from None
+
+
+def model_digests(stages: Iterable[Path]) -> dict[str, str]:
+    """Digests of the weights of model folders, by the folders' names."""
+    return {folder.name: folder_digest(folder) for folder in stages}
+
+
+def is_current(target: Path, folder: Path, recipe: Recipe) -> bool:
+    """Whether ``target`` holds the results of a whole benchmark of a run's present models and recipe.
+
+    Args:
+        target: folder of the results.
+        folder: of the run.
+    """
+    try:
+        results = read_results(target / FILE)
+    except InputError:
+        return False
+    finished = [folder / name for name in STAGES if (folder / name / "config.json").is_file()]
+    done = {row.part for row in results.rows} | {skipped.part for skipped in results.skipped}
+    return (
+        results.recipe == recipe.model_dump(mode="json")
+        and results.models == model_digests(finished)
+        and done >= set(recipe.bench.metrics)
+    )
 
 
 def parse_results(text: str) -> Results:

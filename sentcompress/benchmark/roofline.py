@@ -62,7 +62,7 @@ def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     """Decoder and output head at each token and end mark; encoder, backbone and its cache once a sentence."""
     head = model.vae.output_weight
     size = head.element_size()
-    decoder = module_bytes(model.vae.decoder) + head.numel() * size
+    decoder = float(module_bytes(model.vae.decoder) + head.numel() * size)
     blocks = model.vae.config.decoder_layers
     decoder += 2 * blocks * model.vae.config.hidden_size * size * sentence_tokens / 2
     cells = text_tokens / sentence_tokens * model.latents

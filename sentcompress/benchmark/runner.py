@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.causality import check_causality
 from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents
 from sentcompress.benchmark.memory import measure_memory
-from sentcompress.benchmark.parts import STAGES, Folder, Missing, Parts
+from sentcompress.benchmark.parts import Folder, Missing, Parts
 from sentcompress.benchmark.provenance import Provenance
 from sentcompress.benchmark.quality import same_bytes, score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.random_models import random_models, random_sentences
@@ -23,6 +24,7 @@ from sentcompress.benchmark.reconstruction import heldout_sentences, measure_rec
 from sentcompress.benchmark.results import (
     FILE,
     PARTS,
+    STAGES,
     CausalityReport,
     Curve,
     Figure,
@@ -32,6 +34,7 @@ from sentcompress.benchmark.results import (
     Row,
     Sample,
     Skipped,
+    model_digests,
     read_results,
 )
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
@@ -79,12 +82,16 @@ def run_bench(
         recipe = place.recipe()
     wanted = _checked(parts if parts is not None else recipe.bench.metrics)
     target = out or (place.path / "bench" if place else Path("out") / "bench")
+    transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
     bench = _Bench(Parts(recipe, place), quiet)
+    if set(wanted) - {"causality", "segments"}:
+        bench.know_the_text()
     for part in wanted:
         bench.measure(part)
     results = bench.results
     if place is not None:
         results.curves = read_curves(place)
+        results.models = model_digests(place.stages())
         if parts is None or set(wanted) >= {"quality", "speed"}:
             bench.attempt("samples", "samples", bench.samples)
     results = _merged(_earlier(target), results, wanted)
@@ -114,7 +121,7 @@ def _earlier(target: Path) -> Results | None:
 
 def _merged(old: Results | None, new: Results, measured: Sequence[Part]) -> Results:
     """Keep what an earlier benchmark of the same folder measured and this one did not."""
-    if old is None or old.title != new.title:
+    if old is None or old.models != new.models or old.title != new.title:
         return new
     kept = [part for part in PARTS if part not in measured]
     new.rows = [row for part in PARTS for row in (old if part in kept else new).rows if row.part == part]
@@ -181,8 +188,7 @@ class _Bench:
 
     def know_the_text(self) -> None:
         """From here on, rows say how long the held-out sentences are."""
-        if self.provenance.mean_sentence_tokens is None:
-            self.provenance.mean_sentence_tokens = float(heldout_lengths(self.parts.corpus).mean())
+        self.provenance.mean_sentence_tokens = float(heldout_lengths(self.parts.corpus).mean())
 
     @property
     def trained_in(self) -> tuple[str, ...]:
@@ -207,7 +213,6 @@ class _Bench:
     def quality(self) -> None:
         model = self.parts.sentence_lm
         causality = self.causality()
-        self.know_the_text()
         documents = heldout_documents(self.parts.corpus, self.settings)
         counter = ByteCounter(self.parts.tokenizer)
         bos = self.parts.bos_token_id
@@ -269,7 +274,6 @@ class _Bench:
 
     def reconstruct(self) -> None:
         system, vae = self.parts.vae
-        self.know_the_text()
         report = measure_reconstruction(
             vae,
             self.parts.tokenizer,
@@ -285,12 +289,10 @@ class _Bench:
     def _speed_models(self) -> tuple[Any, Any, list[list[int]], bool]:
         """Sentence model, backbone, sentences for prompts, and whether the weights are trained."""
         if self.parts.folder is not None:
-            self.know_the_text()
             sentences = heldout_text(self.parts.corpus, 2000)
             return self.parts.sentence_lm, self._token_twin(), sentences, True
         if not hasattr(self, "_random"):
             model, backbone = random_models(self.recipe)
-            self.know_the_text()
             lengths = draw_lengths(self.parts.corpus, 400, self.recipe.seed + 1)
             longest = model.config.vae_config.max_sentence_tokens
             sentences = random_sentences(
@@ -346,7 +348,6 @@ class _Bench:
             self.row("memory", report.system, make_rows.memory(report), stages)
 
     def data(self) -> None:
-        self.know_the_text()
         tokenizer = self.parts.tokenizer
         self.results.data = measure_data(self.parts.corpus, self.recipe, tokenizer.pad_token_id)
         self.row("data", self.recipe.data.name, make_rows.data(self.results.data))

@@ -26,6 +26,8 @@ LOOKUP = "backbone, prompt lookup"
 STATIC = "backbone, static cache, compiled"
 SENTENCES = "sentence model"
 LOOKUP_TOKENS = 10
+OVERHEAD_SHARE = 0.5
+"""Share of the roofline under which a report warns that overhead is what was timed."""
 
 
 @dataclass
@@ -185,6 +187,13 @@ def measure_speed(
             report.runs += runs
         report.break_even, report.advice = _break_even(
             plain, sentence_system, sentences, report, settings, limit
+        )
+    shares = [run.roofline_share for run in report.runs if run.roofline_share is not None]
+    if shares and max(shares) < OVERHEAD_SHARE:
+        report.advice.insert(
+            0,
+            f"Both reach under {OVERHEAD_SHARE:.0%} of the roofline: at this size it is mostly the overhead of calls "
+            "that is timed, not the models' arithmetic, and the ratio says little about larger models.",
         )
     return report
 

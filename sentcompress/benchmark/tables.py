@@ -74,7 +74,15 @@ def tables(results: Results) -> list[Plain]:
         "data": _data,
         "segments": _segments,
     }
-    return [makers[part](results, [r for r in results.rows if r.part == part]) for part in results.measured()]
+    made = [makers[part](results, [r for r in results.rows if r.part == part]) for part in results.measured()]
+    return [_without_empty_notes(table) for table in made]
+
+
+def _without_empty_notes(table: Plain) -> Plain:
+    if table.columns[-1] == "note" and not any(row[-1] for row in table.rows):
+        table.columns.pop()
+        table.rows = [row[:-1] for row in table.rows]
+    return table
 
 
 def _causality(results: Results, rows: Sequence[Row]) -> Plain:
@@ -119,6 +127,13 @@ def _quality(results: Results, rows: Sequence[Row]) -> Plain:
             "mark a sentence, no padding. Perplexity is by the baseline's tokens of the uncut text "
             f"({first.baseline_tokens:,}). The sentence model pays for end marks and stop decisions; their part of "
             "its bits per byte is shown."
+        )
+    tokens = {row.system: row.honesty.training_tokens for row in rows}
+    ours, twin = tokens.get("sentence model"), tokens.get("baseline, equal data")
+    if ours and twin:
+        notes.append(
+            f"Equal data: the baseline was fine-tuned on the graft's passages for as many steps ({twin:,} tokens). "
+            f"The sentence model's {ours:,} tokens include the SentenceVAE's training, which has no counterpart there."
         )
     notes += _paper_notes(results, "quality")
     columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
@@ -178,8 +193,9 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         speed = results.speed
         notes.append(
             f"{speed.prompt_tokens} prompt tokens and {speed.new_tokens} new ones; median of {speed.repeats} "
-            "alternating runs, ratios taken pair by pair. Output tokens/s is after the first token; the whole run includes the "
-            f"prefill. Roofline: share of what {speed.bandwidth_bytes_per_second / 1e9:.1f} GB/s, measured, allow."
+            "alternating runs, ratios taken pair by pair. Output tokens/s is after the first token; the whole run "
+            "includes the prefill. Roofline: share of the speed that the measured memory bandwidth, "
+            f"{speed.bandwidth_bytes_per_second / 1e9:.1f} GB/s, allows."
         )
         draw = ", ".join(map(str, speed.sentence_lengths[:24]))
         more = ", ..." if len(speed.sentence_lengths) > 24 else ""

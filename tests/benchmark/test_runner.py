@@ -11,7 +11,7 @@ import pytest
 from sentcompress.benchmark.compare import compare, compare_results, warnings
 from sentcompress.benchmark.parts import Folder
 from sentcompress.benchmark.provenance import commit
-from sentcompress.benchmark.results import SCHEMA_VERSION, Results, parse_results, read_results
+from sentcompress.benchmark.results import SCHEMA_VERSION, Results, is_current, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 
@@ -49,8 +49,7 @@ def test_every_row_is_honest(results):
         assert honesty.dtype == "float32"
         assert honesty.threads >= 1
         assert honesty.packages["torch"]
-        if row.part != "causality":
-            assert honesty.mean_sentence_tokens
+        assert honesty.mean_sentence_tokens
     tokens = {row.system: row.honesty.training_tokens for row in found.rows if row.part == "quality"}
     assert tokens["sentence model"] == 2000
     assert tokens["baseline, equal data"] == 1000
@@ -65,7 +64,7 @@ def test_the_report_is_whole_and_needs_no_network(results):
     assert html.count("data:image/svg+xml;base64,") == 5
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "<script" not in html
-    assert "training tokens 2,000" in html
+    assert "training tokens in this run 2,000" in html
 
 
 def test_one_part_is_measured_again_and_the_others_are_kept(results, run_folder, tmp_path):
@@ -139,3 +138,27 @@ def test_compare(results):
 
 def test_commit_is_unknown_outside_a_checkout(tmp_path):
     assert commit(tmp_path) == "unknown"
+
+
+def test_results_are_current_until_recipe_or_weights_change(results, run_folder, tmp_path):
+    _, out = results
+    recipe = Folder(run_folder).recipe()
+    assert is_current(out, run_folder, recipe)
+    assert not is_current(tmp_path, run_folder, recipe)
+    assert not is_current(out, run_folder, recipe.model_copy(update={"seed": 5}))
+    changed = tmp_path / "changed"
+    shutil.copytree(run_folder, changed)
+    (changed / "baseline" / "config.json").unlink()
+    assert not is_current(out, changed, recipe)
+    partial = tmp_path / "partial"
+    run_bench(["data"], run_folder, out=partial, quiet=True)
+    assert not is_current(partial, run_folder, recipe)
+
+
+def test_results_of_other_weights_are_not_kept(results, run_folder, tmp_path):
+    _, out = results
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "baseline" / "config.json").unlink()
+    shutil.copytree(out, tmp_path / "bench")
+    found = run_bench(["data"], tmp_path / "run", out=tmp_path / "bench", quiet=True)
+    assert found.measured() == ["data"]

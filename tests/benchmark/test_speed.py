@@ -67,7 +67,8 @@ def test_every_system_is_measured_at_every_batch_size(report):
 
 
 def test_break_even_and_advice_are_given(report):
-    assert len(report.advice) == 4
+    assert len(report.advice) == 5
+    assert "overhead" in report.advice[0]  # a model of hidden size 32
     assert "speculative decoding" in report.advice[-1]
     assert "quantization" in report.advice[-1]
     assert {

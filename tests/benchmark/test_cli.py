@@ -1,0 +1,99 @@
+"""``sentcompress bench`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from sentcompress.cli import main
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments])
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def folder(run_folder, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("cli") / "run"
+    shutil.copytree(run_folder, copy)
+    return copy
+
+
+def test_bench_all_ends_with_the_table_and_the_report(capsys, folder):
+    code, out, _ = call(capsys, "bench", "all", str(folder), "--set", "bench.repeats=1")
+    assert code == 0
+    lines = out.rstrip().splitlines()
+    assert lines[-1] == f"report: {folder / 'bench' / 'report.html'}"
+    for title in ("Causality", "Quality", "Reconstruction", "Speed", "Memory", "Data", "Segmenters"):
+        assert any(line.startswith(title) for line in lines), title
+    assert "22 of 22 checks passed" in out
+    assert "Coverage proven" in out
+    saved = json.loads((folder / "bench" / "results.json").read_text(encoding="utf-8"))
+    assert saved["recipe"]["bench"]["repeats"] == 1
+
+
+def test_single_parts_print_their_own_table_only(capsys, folder, tmp_path):
+    out_folder = str(tmp_path / "out")
+    code, out, _ = call(capsys, "bench", "causality", str(folder / "graft"), "--out", out_folder)
+    assert code == 0
+    assert "Quality" not in out
+    code, out, _ = call(capsys, "bench", "data", str(folder), "--out", out_folder)
+    assert code == 0
+    assert "cutting overhead" in out
+    assert "Causality" not in out
+    code, out, _ = call(capsys, "bench", "compare", out_folder, out_folder)
+    assert code == 0
+    assert "future max delta" in out
+    assert "careful" not in out
+
+
+def test_random_weights_need_no_trained_model(capsys, folder, text_files, tmp_path):
+    backbone = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["backbone"]["model"]
+    settings = (
+        "bench.prompt_tokens=12",
+        "bench.new_tokens=12",
+        "bench.repeats=1",
+        "bench.batch_sizes=[1]",
+        "segmenter.options.max_tokens=24",
+        "data={name: text, options: {paths: ['" + str(text_files) + "']}}",
+    )
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    for part in ("speed", "memory"):
+        arguments = (
+            "bench",
+            part,
+            "--backbone",
+            backbone,
+            "--init",
+            "random",
+            "--out",
+            str(tmp_path / "out"),
+        )
+        code, out, err = call(capsys, *arguments, *overrides)
+        assert code == 0, err
+        assert "training tokens in this run 0" in out
+    saved = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert saved["speed"]["trained"] is False
+    assert {row["part"] for row in saved["rows"]} == {"speed", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "all", "/nowhere"), "no folder"),
+        (("bench", "speed"), "--init random"),
+        (("bench", "speed", "RUN", "--init", "random"), "either DIR"),
+        (("bench", "quality", "RUN", "--set", "bench.repeat=1"), "repeats"),
+        (("bench", "compare", "RUN"), "at least two"),
+    ],
+)
+def test_wrong_use_is_said(capsys, folder, arguments, message):
+    code, _, err = call(capsys, *(str(folder) if word == "RUN" else word for word in arguments))
+    assert code == 2
+    assert message in err
