@@ -215,7 +215,7 @@ def test_a_missing_field_lists_those_there_are(shop, tmp_path, refused):
 
 def test_one_document_leaves_none_to_hold_out(shop, tmp_path, refused):
     command = data(shop, tmp_path, {"a.jsonl": GOOD.splitlines(keepends=True)[0]}, name="jsonl")
-    refused(command, "held out", "2")
+    refused(command, "1 document(s)", "one to hold out")
 
 
 def test_documents_of_one_sentence_are_no_error(shop, tmp_path, capsys):

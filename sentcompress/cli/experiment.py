@@ -58,11 +58,14 @@ def execute(
     resume: bool,
     overwrite: bool,
     dry_run: bool,
-) -> None:
+) -> Path:
     """Run stages of a recipe, or print their plan.
 
     Args:
         stages: names of stages in order; None runs all that the recipe has.
+
+    Returns:
+        the folder of the run.
     """
     if dry_run:
         from sentcompress.training.plan import plan

@@ -34,9 +34,23 @@ def run(
         typer.Option(help="A broken line of a JSON-lines corpus: stop there, or skip and count it."),
     ] = None,
 ) -> None:
-    """Run every stage of a recipe in order. A run that stopped is picked up."""
+    """Run every stage of a recipe in order and measure the result. A run that stopped is picked up."""
     resolved = resolve(recipe, set_, on_bad_line=on_bad_line)
-    execute(resolved, out, stages=None, resume=resume and not overwrite, overwrite=overwrite, dry_run=dry_run)
+    folder = execute(
+        resolved, out, stages=None, resume=resume and not overwrite, overwrite=overwrite, dry_run=dry_run
+    )
+    if dry_run or resolved.pretrain is not None or not resolved.bench.metrics:
+        return
+    from sentcompress.benchmark.results import is_current, read_results
+    from sentcompress.benchmark.runner import run_bench
+    from sentcompress.cli.bench import show
+
+    target = folder / "bench"
+    if is_current(target, folder, resolved):
+        typer.echo(f"bench: already done ({target})", err=True)
+        show(read_results(target), target)
+    else:
+        show(run_bench(None, folder, resolved, target), target)
 
 
 def add_to(app: typer.Typer) -> None:
