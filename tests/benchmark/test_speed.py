@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark import speed
 from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.benchmark.roofline import (
     backbone_bytes_per_token,
@@ -14,7 +13,16 @@ from sentcompress.benchmark.roofline import (
     module_bytes,
     sentence_bytes_per_token,
 )
-from sentcompress.benchmark.speed import BACKBONE, LOOKUP, SENTENCES, STATIC, make_prompts, measure_speed
+from sentcompress.benchmark.speed import measure_speed
+from sentcompress.benchmark.systems import (
+    BACKBONE,
+    LOOKUP,
+    SENTENCES,
+    STATIC,
+    SentenceSystem,
+    TokenSystem,
+    make_prompts,
+)
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.recipe import BenchSettings, Recipe, build_recipe
@@ -68,7 +76,7 @@ def test_every_system_is_measured_at_every_batch_size(report):
 
 def test_break_even_and_advice_are_given(report):
     assert len(report.advice) == 5
-    assert "overhead" in report.advice[0]  # a model of hidden size 32
+    assert "roofline" in report.advice[0]  # a model of hidden size 32
     assert "speculative decoding" in report.advice[-1]
     assert "quantization" in report.advice[-1]
     assert {
@@ -80,8 +88,8 @@ def test_break_even_and_advice_are_given(report):
 
 def test_every_system_writes_as_many_tokens():
     prompts = make_prompts(SENTENCE_IDS, 10, 2)
-    assert speed.TokenSystem(BACKBONE, tiny_opt(), 2).write(prompts, 9) == 9
-    assert speed.SentenceSystem(tiny_sentence_lm(), LENGTHS).write(prompts, 9) == 9
+    assert TokenSystem(BACKBONE, tiny_opt(), 2).write(prompts, 9) == 9
+    assert SentenceSystem(tiny_sentence_lm(), LENGTHS).write(prompts, 9) == 9
 
 
 def test_forced_lengths_are_kept_and_end_marks_are_paid_for(monkeypatch):
@@ -107,8 +115,8 @@ def test_a_setting_that_fails_is_said_not_hidden(monkeypatch):
             raise ValueError("no such cache")
         return plain(self, prompts, new_tokens)
 
-    plain = speed.TokenSystem.write
-    monkeypatch.setattr(speed.TokenSystem, "write", broken)
+    plain = TokenSystem.write
+    monkeypatch.setattr(TokenSystem, "write", broken)
     report = measure_speed(
         tiny_sentence_lm(),
         tiny_opt(),
