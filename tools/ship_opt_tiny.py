@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 TARGET = Path(__file__).resolve().parent.parent / "sentcompress" / "pretrained" / "opt-tiny"
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "recipe.yaml")
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "recipe.yaml",
+)
 
 
 def main(out: Path) -> None:

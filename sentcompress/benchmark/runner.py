@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,10 @@ class _Bench:
         )
 
     def measure(self, part: Part) -> None:
-        self.console.print(f"bench: {part}", markup=False)
+        began = time.monotonic()
+        self.console.print(f"bench: {part} ...", markup=False)
         self.attempt(part, part, getattr(self, part))
+        self.console.print(f"bench: {part}: {time.monotonic() - began:.0f} s", markup=False)
 
     def attempt(self, part: str, what: str, call: Callable[[], Any]) -> Any:
         """Measure; what cannot be, because something is not there, is written down instead."""

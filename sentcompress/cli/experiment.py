@@ -67,15 +67,16 @@ def execute(
     Returns:
         the folder of the run.
     """
+    folder = out or Path("out") / recipe.name.replace("/", "-")
     if dry_run:
         from sentcompress.training.plan import plan
 
         typer.echo(plan(recipe))
-        return
+        return folder
     from sentcompress.training.stages import run_recipe
 
-    folder = out or Path("out") / recipe.name.replace("/", "-")
     run_recipe(recipe, folder, stages=stages, resume=resume, overwrite=overwrite)
+    return folder
 
 
 def backbone_overrides(model: str) -> list[str]:

@@ -121,10 +121,10 @@ class AddedLatents(nn.Module):
     def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
         return (self.proj(latents.flatten(1)),)
 
-    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:
         return prepared[0].index_select(0, layout.sentence_ids)
 
-    def step(self, hidden_states: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002
+    def step(self, hidden_states: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         return prepared[0]
 
 

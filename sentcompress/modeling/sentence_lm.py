@@ -125,7 +125,9 @@ class SentenceLM(PreTrainedModel):
             order = torch.arange((past + cells) * k, device=latents.device)
             allowed &= order[None, :] <= order[past * k :, None]
         # Padding may be wider than the positions there are; what stands there does not matter.
-        positions = position_ids.masked_fill(~valid, 0)[:, :, None] * k + torch.arange(k, device=latents.device)
+        positions = position_ids.masked_fill(~valid, 0)[:, :, None] * k + torch.arange(
+            k, device=latents.device
+        )
         hidden_states, cache = self.backbone(
             inputs_embeds=latents.reshape(rows, cells * k, width),
             attention_mask=allowed[:, None],

@@ -24,7 +24,7 @@ class FixedSegmenter(Segmenter):
                 raise ValueError(f"tokens ({self.tokens}) must not exceed max_tokens ({self.max_tokens})")
             return self
 
-    def prepare(self, tokenizer: Any, documents: Any = None) -> None:  # noqa: ARG002
+    def prepare(self, tokenizer: Any, documents: Any = None) -> None:
         """Keep the tokenizer; it must be a fast one, which knows where its tokens stand in the text."""
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(

@@ -29,6 +29,6 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a handler
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self.__exit__()
