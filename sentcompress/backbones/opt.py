@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 
-from sentcompress.contracts import Backbone, Options
+from sentcompress.contracts import Backbone
 
 
 def _shape(hidden_size: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
@@ -34,7 +34,6 @@ class OPTBackbone(Backbone):
     part of the token embedding, ``project_out`` of the LLM's output head.
     """
 
-    Options = Options
     model_types: ClassVar[tuple[str, ...]] = ("opt",)
     aliases: ClassVar[dict[str, str]] = {
         "opt-tiny": "package:sentcompress/pretrained/opt-tiny",
@@ -57,9 +56,9 @@ class OPTBackbone(Backbone):
         "facebook/opt-30b": _shape(7168, 48, 56),
     }
 
-    def __init__(self, model: OPTModel, options: Options | None = None) -> None:
+    def __init__(self, model: OPTModel, options: Any | None = None) -> None:
         super().__init__()
-        self.options = options or Options()
+        self.options = options or self.Options()
         self.config: OPTConfig = model.config
         self.decoder = model.decoder
         # Held outside the module tree, so that they are not part of a grafted model's weights.
@@ -71,11 +70,11 @@ class OPTBackbone(Backbone):
         self.decoder.project_out = None
 
     @classmethod
-    def from_causal_lm(cls, model: OPTForCausalLM, options: Options | None = None) -> OPTBackbone:
+    def from_causal_lm(cls, model: OPTForCausalLM, options: Any | None = None) -> OPTBackbone:
         return cls(model.model, options)
 
     @classmethod
-    def from_config(cls, config: OPTConfig, options: Options | None = None) -> OPTBackbone:
+    def from_config(cls, config: OPTConfig, options: Any | None = None) -> OPTBackbone:
         backbone = cls(OPTModel(config), options)
         backbone.drop_token_embeddings()
         return backbone

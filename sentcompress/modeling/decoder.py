@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class SentenceDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.num_heads = config.num_heads
 
+    def _decoder_blocks(self) -> list[DecoderBlock]:
+        return cast("list[DecoderBlock]", list(self.blocks))
+
     def forward(self, embeddings: Tensor, layout: Ragged, latents: Tensor) -> Tensor:
         """Teacher-forced pass.
 
@@ -56,7 +60,7 @@ class SentenceDecoder(nn.Module):
             inner = layout.longer_by(self.prefix)
             embeddings = inner.unpad(torch.cat([latents.to(embeddings.dtype), layout.pad(embeddings)], dim=1))
         hidden_states = self.dropout(embeddings + self.embed_positions(inner.positions))
-        for block in self.blocks:
+        for block in self._decoder_blocks():
             hidden_states = block(hidden_states, inner, block.prepare(latents))
         if self.prefix:
             hidden_states = layout.unpad(inner.pad(hidden_states)[:, self.prefix :])
@@ -68,7 +72,7 @@ class SentenceDecoder(nn.Module):
         shape = (batch, self.num_heads, self.capacity, width // self.num_heads)
         cache = DecoderCache(
             layers=[LayerCache(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks],
-            prepared=[block.prepare(latents) for block in self.blocks],
+            prepared=[block.prepare(latents) for block in self._decoder_blocks()],
             positions=torch.zeros(batch, dtype=torch.long, device=latents.device),
         )
         for i in range(self.prefix):
@@ -78,7 +82,7 @@ class SentenceDecoder(nn.Module):
     def step(self, embeddings: Tensor, cache: DecoderCache) -> Tensor:
         """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``."""
         hidden_states = embeddings + self.embed_positions(cache.positions)
-        for block, layer, prepared in zip(self.blocks, cache.layers, cache.prepared, strict=True):
+        for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
             hidden_states = block.step(hidden_states, layer, cache.positions, prepared)
         cache.positions = cache.positions + 1
         return self.norm(hidden_states)

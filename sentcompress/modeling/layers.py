@@ -168,7 +168,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.condition: CrossAttention | AddedLatents | None = None
         if config.conditioning == "cross-attention":
-            self.condition_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.condition_norm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.condition = CrossAttention(config)
         elif config.conditioning == "add":
             self.condition_norm = nn.Identity()

@@ -141,7 +141,7 @@ class SentenceLM(PreTrainedModel):
         """``[..., k, H] -> [..., 2]``: go on, stop."""
         return self.termination(hidden_states.flatten(-2))
 
-    def generate(self, prompts: Sequence[str], tokenizer: Any, **settings: Any) -> list[Any]:  # type: ignore[override]
+    def generate(self, prompts: Sequence[str], tokenizer: Any, **settings: Any) -> list[Any]:
         """Continue texts sentence by sentence.
 
         Args:

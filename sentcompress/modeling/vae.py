@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,13 @@ class SentenceVAE(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters") and type(module).__module__.split(".")[0] != "torch":
-            module.reset_parameters()  # a fusion with parameters of its own
+            cast(Any, module).reset_parameters()  # a fusion with parameters of its own
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = cast(nn.Embedding, value)
 
     @property
     def output_weight(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class GraftJob:
         self._train = self._sampler(corpus.train, shuffle=True)
         self._heldout = self._sampler(corpus.heldout, shuffle=False)
 
-    def _sampler(self, documents: object, *, shuffle: bool) -> PassageSampler:
+    def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:
         return PassageSampler(
             self.text.corpus,
             documents,
