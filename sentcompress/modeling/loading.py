@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import InputError, ModelFolderError, OfflineError, PluginError, did_you_mean
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
@@ -58,9 +60,16 @@ def resolve_backbone(spec: BackboneSpec) -> str:
     return target
 
 
+def _quiet() -> None:
+    """No retries of the hub's around our one message, and no progress bars in a file or pipe."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def _from_hub(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
     """Call a transformers loader; say what to do when the hub cannot be reached or lacks it."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury our one message
+    _quiet()
     try:
         return load(source, revision=revision, **SAFE, **arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -160,6 +169,7 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
 
 
 def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> Any:
+    _quiet()
     config = read_config(folder, model_type)
     check_plugins(config.get("plugins", []))
     try:
