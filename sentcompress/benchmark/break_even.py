@@ -26,7 +26,6 @@ def break_even(
     sentences: Sequence[Sequence[int]],
     report: SpeedReport,
     settings: BenchSettings,
-    limit: int,
 ) -> tuple[dict[str, Any], list[str]]:
     """Where the sentence model stops being faster: batch size, sentence length, text length."""
     sweep = {run.batch_size: run.ratio for run in report.runs if run.system == SENTENCES and run.ratio}
@@ -42,7 +41,7 @@ def break_even(
         else f"Batch size: faster at every batch size tested ({tested})."
     ]
     lines.append(_sentence_length_break_even(plain, sentence_system, sentences, settings, figures))
-    lines.append(_text_length_break_even(plain, sentence_system, sentences, settings, limit, figures))
+    lines.append(_text_length_break_even(plain, sentence_system, sentences, settings, report, figures))
     lookup = [run.ratio for run in report.runs if run.system == LOOKUP and run.ratio]
     lines.append(_elsewhere(max(sweep.values(), default=0.0), lookup))
     return figures, lines
@@ -87,14 +86,18 @@ def _text_length_break_even(
     sentence_system: SentenceSystem,
     sentences: Sequence[Sequence[int]],
     settings: BenchSettings,
-    limit: int,
+    report: SpeedReport,
     figures: dict[str, Any],
 ) -> str:
-    """Whole runs, half prompt and half new text, at growing lengths."""
-    most = min(limit - 1, max(16, settings.prompt_tokens + settings.new_tokens))
-    lengths = sorted({8, 32, 96, most} - {n for n in (8, 32, 96) if n > most})
+    """Whole runs at growing lengths, half prompt and half new text; the longest was measured at batch 1 already."""
+    longest = settings.prompt_tokens + settings.new_tokens
+    measured = [r.total_ratio for r in report.runs if r.system == SENTENCES and r.batch_size == 1]
+    lengths = sorted({n for n in (8, 32, 96) if n < longest} | {longest})
     ratios: dict[int, float] = {}
     for length in lengths:
+        if length == longest and measured and measured[0] is not None:
+            ratios[length] = measured[0]
+            continue
         prompts = make_prompts(sentences, length // 2, 1)
         new = length - length // 2
         rounds = _alternate([plain, sentence_system], prompts, new, settings)
@@ -113,9 +116,7 @@ def _text_length_break_even(
 def _alternate(
     systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, settings: BenchSettings
 ) -> list[list[float]]:
-    """Seconds of each system, by repeat: in turns, after one run each that does not count."""
-    for system in systems:
-        system.write(prompts, new_tokens)
+    """Seconds of each system, by repeat: in turns; the models are warm from the runs before."""
     repeats = min(3, settings.repeats)
     return [[seconds(s, lambda s: s.write(prompts, new_tokens)) for s in systems] for _ in range(repeats)]
 

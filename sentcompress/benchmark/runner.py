@@ -342,7 +342,7 @@ class _Bench:
             backbone,
             sentences=sentences,
             sentence_lengths=self._lengths(),
-            new_tokens=self.settings.prompt_tokens + self.settings.new_tokens,
+            new_tokens=self.settings.new_tokens,
             bos_token_id=int(model.config.vae_config.bos_token_id),
             budget=self.settings.memory_budget_bytes,
         )

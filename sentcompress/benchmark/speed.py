@@ -98,9 +98,7 @@ def measure_speed(
             if batch_size == 1:
                 _add_roofline(runs, model, backbone, lengths, report)
             report.runs += runs
-        report.break_even, report.advice = break_even(
-            plain, sentence_system, sentences, report, settings, limit
-        )
+        report.break_even, report.advice = break_even(plain, sentence_system, sentences, report, settings)
     shares = [run.roofline_share for run in report.runs if run.roofline_share is not None]
     if shares and max(shares) < OVERHEAD_SHARE:
         report.advice.insert(
