@@ -77,8 +77,12 @@ class GraftJob:
         output = model(**batch, token_loss=self.token_loss, stop_weight=self.settings.stop_weight)
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
+        # The encoder's and decoder's linear layers run on real tokens only: the padding is in the backbone's rows.
         return StepOutput(
-            output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats}
+            output.loss,
+            tokens=int(batch["attention_mask"].sum()),
+            metrics={"nats_per_token": nats},
+            rows=batch["passage_ids"] >= 0,
         )
 
     @torch.no_grad()

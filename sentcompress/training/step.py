@@ -31,11 +31,14 @@ class StepOutput:
         loss: scalar to minimize; the micro-batches of a step count equally.
         tokens: real tokens in it, for tokens/s.
         metrics: further scalars, averaged over the micro-batches between two log lines.
+        rows: ``[R, N]`` bool, True at cells that hold something, of the rows the model computes with their
+            padding; None takes the batch's ``attention_mask``.
     """
 
     loss: Tensor
     tokens: int
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -99,9 +102,6 @@ class Stepper:
         tokens = cells = real = 0
         for micro in range(settings.gradient_accumulation):
             batch = next(batches)
-            if "attention_mask" in batch:
-                cells += batch["attention_mask"].numel()
-                real += int(batch["attention_mask"].sum())
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             last = micro == settings.gradient_accumulation - 1
             # Gradients are exchanged once a step, with the last micro-batch.
@@ -109,6 +109,10 @@ class Stepper:
                 with accelerator.autocast():
                     output = self.loss(self.model, batch)
                 accelerator.backward(output.loss / settings.gradient_accumulation)
+            rows = batch.get("attention_mask") if output.rows is None else output.rows
+            if rows is not None:
+                cells += rows.numel()
+                real += int(rows.sum())
             losses.append(output.loss.detach().float())
             metrics.append(output.metrics)
             tokens += output.tokens
