@@ -136,12 +136,14 @@ def test_broken_plugins_and_names_claimed_twice(shop, tmp_path, refused, monkeyp
             "import sentcompress\n\nclass Mine(sentcompress.Segmenter):\n    pass\n\n"
             "@sentcompress.hookimpl\ndef register_segmenters(register):\n    register('mine', Mine)\n"
         )
-    for number in (1, 2):
-        (tmp_path / f"plug{number}.py").write_text(source)
-        info = tmp_path / f"plug{number}-1.0.dist-info"
+    # Names of this case alone: a module that another case imported stays in sys.modules.
+    plugins = [f"{fault}{number}" for number in (1, 2)]
+    for plugin in plugins:
+        (tmp_path / f"{plugin}.py").write_text(source)
+        info = tmp_path / f"{plugin}-1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plug{number}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[sentcompress]\nplug{number} = plug{number}\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {plugin}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[sentcompress]\n{plugin} = {plugin}\n")
     monkeypatch.syspath_prepend(tmp_path)
     fresh = Registry()
     for module in (
@@ -154,9 +156,9 @@ def test_broken_plugins_and_names_claimed_twice(shop, tmp_path, refused, monkeyp
         monkeypatch.setattr(f"sentcompress.{module}.get_registry", lambda: fresh)
     command = train(shop, tmp_path, segmenter={"name": "mine", "options": {}})
     if fault == "broken":
-        refused(command, "no segmenter is called 'mine'", "plug1", "libfoo is missing", code=3)
+        refused(command, "no segmenter is called 'mine'", *plugins, "libfoo is missing", code=3)
     else:
-        refused(command, "claimed by", "plug1", "plug2", "SENTCOMPRESS_PLUGINS", code=3)
+        refused(command, "claimed by", *plugins, "SENTCOMPRESS_PLUGINS", code=3)
 
 
 # Data
