@@ -103,7 +103,9 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tokenizer: PreTra
         (["One. ", "two."], r"at character 5 the text has 'Two\.', the sentence is 'two\.'"),
         (["One. ", "Two.", "!"], "not lossless"),
         (["One. ", "", "Two."], r"empty sentence \(number 1\)"),
-        ("One. Two.", "must return a list of strings"),
+        ("One. Two.", "must return a list of strings, not str"),
+        (("One. ", "Two."), "must return a list of strings, not tuple"),
+        (["One. ", b"Two."], "must return a list of strings; number 1 is bytes"),
         (ValueError("oh"), "failed: ValueError: oh"),
     ],
 )
