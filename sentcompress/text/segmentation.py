@@ -109,9 +109,21 @@ def _first_difference(text: str, pieces: list[str]) -> str:
     at = 0
     for piece in pieces:
         if not text.startswith(piece, at):
-            return f"at character {at} the text has {text[at : at + 40]!r}, the sentence is {piece[:40]!r}"
+            rest = text[at : at + len(piece)]
+            same = next((n for n, (a, b) in enumerate(zip(rest, piece, strict=False)) if a != b), len(rest))
+            had, got = text[at + same :], piece[same:]
+            return f"at character {at + same} the text has {_start(had)}, the sentence {_start(got)}"
         at += len(piece)
-    return f"the text from character {at} on is missing: {text[at : at + 40]!r}"
+    return f"the text from character {at} on is missing: {_start(text[at:])}"
+
+
+def _start(text: str) -> str:
+    """The beginning of a text for a message; a mark that would vanish into the quotes is spelt out."""
+    return (
+        ascii(text[:1])[:-1] + repr(text[1:40])[1:]
+        if unicodedata.combining(text[:1] or " ")
+        else repr(text[:40])
+    )
 
 
 def tokenize_pieces(pieces: Sequence[str], backend: Tokenizer, max_tokens: int) -> tuple[list[Sentence], int]:
