@@ -170,7 +170,7 @@ def check_each(named: Sequence[tuple[str, T]], check: Callable[[T], R]) -> list[
         return results
     lines = []
     for message, cells in failed.items():
-        others = f" and {len(cells) - 1} more cells" if len(cells) > 1 else ""
+        others = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         who = "every cell" if len(cells) == len(named) else f"cell {cells[0]}{others}"
         lines.append(f"{who}: {message}")
     fix = first.fix

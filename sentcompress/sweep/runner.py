@@ -38,6 +38,7 @@ from sentcompress.training.interruption import Interruption
 from sentcompress.training.plan import count
 from sentcompress.training.stages import check_folder
 
+PROGRAM = (sys.executable, "-m", "sentcompress")
 LOG = "log.txt"
 """In a cell's folder: all that its run printed."""
 POLL_SECONDS = 0.2
@@ -173,13 +174,7 @@ class _Sweep:
         with open(folder / LOG, "a+b") as log, Interruption() as interruption:
             _lock(log, folder)
             start = log.seek(0, os.SEEK_END)
-            child = subprocess.Popen(
-                [sys.executable, "-m", "sentcompress", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes through us, exactly once: a second one would not save
-            )
+            child = _start(arguments, log)
             asked = False
             try:
                 with _Live(self.console, title, folder / LOG) as live:
@@ -194,7 +189,7 @@ class _Sweep:
                 _interrupt(child)
                 child.wait()
                 raise
-            if asked:
+            if interruption.asked:
                 raise KeyboardInterrupt
             if child.returncode == 0:
                 return None
@@ -213,6 +208,16 @@ class _Sweep:
             self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / "sweep.md", markdown(self.sweep))
         write_atomically(self.out / FILE, self.sweep.model_dump_json(indent=1) + "\n")
+
+
+def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*PROGRAM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C comes through us, exactly once: a second one would not save
+    )
 
 
 def _row(cell: Cell) -> CellRow:
