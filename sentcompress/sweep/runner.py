@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from rich.console import Console
+from rich.text import Text
 
 from sentcompress.benchmark.provenance import command
 from sentcompress.benchmark.results import Results, is_current
@@ -268,7 +269,7 @@ class _Live:
         self.console, self.log = console, log
         self._title = title
         self._shown, self._last = time.monotonic(), ""
-        self._status = console.status(title) if console.is_terminal else None
+        self._status = console.status(_one_row(title)) if console.is_terminal else None
 
     def __enter__(self) -> _Live:
         if self._status:
@@ -284,10 +285,14 @@ class _Live:
             return
         line = _last_line(self.log)
         if self._status:
-            self._status.update(f"{self._title}  {line}")
+            self._status.update(_one_row(f"{self._title}  {line}"))
         elif line != self._last:
             self.console.print(f"  {line}")
         self._shown, self._last = time.monotonic(), line
+
+
+def _one_row(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _last_line(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sentcompress.errors import RunError
 from sentcompress.sweep import runner
@@ -94,6 +96,21 @@ def test_ctrl_c_lets_the_cell_save(tmp_path, monkeypatch, capfd, cells, number: 
     assert not (tmp_path / "seed-1").exists()
     written = SweepResults.model_validate_json((tmp_path / "sweep.json").read_text())
     assert [row.state for row in written.cells] == ["waiting", "waiting"]
+
+
+def test_what_a_cell_says_is_shown_as_it_is(tmp_path):
+    log, screen = tmp_path / "log.txt", io.StringIO()
+    log.write_text("first\nvae: [/bold] step 1\n\n")
+    with runner._Live(Console(file=screen, force_terminal=True, width=60), "[1/2] seed-0", log) as live:
+        live.update()
+    assert "[1/2] seed-0  vae: [/bold] step 1" in screen.getvalue()
+    plain = io.StringIO()
+    with runner._Live(Console(file=plain, markup=False, width=60), "[1/2] seed-0", log) as live:
+        live.update()
+        assert plain.getvalue() == ""
+        live._shown -= runner.LINE_SECONDS
+        live.update()
+    assert plain.getvalue() == "  vae: [/bold] step 1\n"
 
 
 def test_two_sweeps_do_not_share_a_cell(tmp_path, monkeypatch, cells):
