@@ -82,11 +82,16 @@ class SweepResults(Record):
     notes: list[str]
     """Why figures may not be comparable."""
 
-    def ranked(self) -> list[CellRow]:
-        """Rows, best first: by the ratio to the baseline where all finished cells have it, else by bits per
-        byte. What has no such figure stands behind, in the order of the grid."""
+    @property
+    def order(self) -> Literal["ratio to the baseline", "bits per byte"]:
+        """What rows are ranked by: the first where every finished cell has it."""
         done = [cell.figures for cell in self.cells if cell.figures is not None]
         by_ratio = bool(done) and all(figures.baseline_ratio is not None for figures in done)
+        return "ratio to the baseline" if by_ratio else "bits per byte"
+
+    def ranked(self) -> list[CellRow]:
+        """Rows, best first; what has no such figure stands behind, in the order of the grid."""
+        by_ratio = self.order == "ratio to the baseline"
 
         def key(cell: CellRow) -> float:
             figures = cell.figures or CellFigures()

@@ -50,7 +50,8 @@ def render(sweep: SweepResults, console: Console) -> None:
     """Print the table and the notes."""
     columns, rows = table_of(sweep)
     fields = len(sweep.axes)
-    shown = Table(title=sweep.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    title = f"{sweep.title}, best first by {sweep.order}"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         words = 1 <= index <= fields or column == "state"
         shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
@@ -65,7 +66,8 @@ def markdown(sweep: SweepResults) -> str:
     """The table with what has to stand beside it: command, and where each row comes from."""
     columns, rows = table_of(sweep)
     ranked = sweep.ranked()
-    lines = [f"# {sweep.title}: sweep", "", "```bash", sweep.command, "```", "", f"{sweep.created}.", ""]
+    lines = [f"# {sweep.title}: sweep", "", "```bash", sweep.command, "```", ""]
+    lines += [f"{sweep.created}. Best first, by {sweep.order}.", ""]
     lines += _table(columns, rows)
     lines += [*(f"\nCareful: {note}." for note in sweep.notes), ""]
     lines.append(
