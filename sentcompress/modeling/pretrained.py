@@ -157,7 +157,11 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
         )
     try:
         return load(source.path, revision=spec.revision, **source.arguments, **SAFE, **arguments)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+    except Exception as error:
+        # The GGUF reader trusts its file: a torn one may raise anything.
+        known = isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError)
+        if not known and not source.gguf_file:
+            raise
         text = " ".join(str(error).split())
         if Path(source.path).is_dir():
             what = source.gguf_file or source.path
