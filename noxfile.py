@@ -1,4 +1,4 @@
-"""Sessions: tests, lowest, lint, typing, docs, plugins. ``nox`` runs what is quick; ``nox -s NAME`` runs one.
+"""Sessions: tests, lowest, lint, typing, docs, plugins, wheel. ``nox`` runs what is quick; ``nox -s NAME`` runs one.
 
 An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
 constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
@@ -59,9 +59,9 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", *session.posargs)
 
 
-@nox.session(python=PYTHONS[0])
+@nox.session(python=PYTHONS)
 def lowest(session: nox.Session) -> None:
-    """The test suite with the lowest direct versions."""
+    """The test suite with the lowest direct versions, on each supported Python."""
     constraints = Path(session.create_tmp()) / "lowest.txt"
     constraints.write_text(lowest_constraints(), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".[dev]")
@@ -89,6 +89,23 @@ def docs(session: nox.Session) -> None:
     session.install(*CONSTRAINED, "-e", ".", "mkdocs-material")
     session.run("python", "tools/generate_docs.py", "--check")
     session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp())
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The built wheel, installed where there is no repository: the first steps of the quickstart."""
+    place = Path(session.create_tmp()).resolve()
+    session.install(*CONSTRAINED, "build", "hatchling")
+    session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place / "dist"))
+    built = max((place / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install(*CONSTRAINED, "--force-reinstall", "--no-deps", str(built))
+    session.install(*CONSTRAINED, f"{built}[bench,data]")
+    session.chdir(place)
+    session.run("sentcompress", "validate", "quickstart")
+    few = ["train_vae.steps=4", "graft.steps=2", "bench.max_documents=1", "bench.max_bytes_per_document=1000"]
+    few += ["bench.max_sentences=8", "bench.repeats=1", "bench.prompt_tokens=16", "bench.new_tokens=16"]
+    changes = [word for setting in few for word in ("--set", setting)]
+    session.run("sentcompress", "run", "quickstart", "--out", "out", "--overwrite", *changes)
 
 
 @nox.session

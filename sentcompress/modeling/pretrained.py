@@ -153,7 +153,7 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
     if source.gguf_file and find_spec("gguf") is None:
         raise InputError(
             f"backbone.model: '{spec.model}' is a GGUF file, and the package 'gguf' that reads it is not installed",
-            fix="pip install gguf",
+            fix="pip install 'sentcompress[gguf]'",
         )
     try:
         return load(source.path, revision=spec.revision, **source.arguments, **SAFE, **arguments)
