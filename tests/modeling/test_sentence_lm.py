@@ -167,3 +167,13 @@ def test_a_missing_plugin_is_named_when_loading(tmp_path):
     with pytest.raises(PluginError, match="sentcompress-gone") as error:
         load_sentence_lm(tmp_path)
     assert "pip install sentcompress-gone==1.2" in str(error.value)
+
+
+def test_another_version_of_a_plugin_is_warned_about(tmp_path):
+    model = tiny_sentence_lm()
+    model.config.plugins = [
+        {"kind": "fusion", "name": "sum-norm", "package": "sentcompress-sums", "version": "1.2"}
+    ]
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"fusion 'sum-norm' of sentcompress-sums 1.2, this is sentcompress"):
+        load_sentence_lm(tmp_path)
