@@ -158,7 +158,9 @@ def _check_free(name: str, kind: str, registry: Registry) -> None:
 def _class_name(name: str, kind: str) -> str:
     """``max-pool`` to ``MaxPoolFusion``, and ``max-fusion`` to ``MaxFusion``."""
     words = [word.capitalize() for word in name.split("-")]
-    return "".join(words if words[-1] == kind.capitalize() and len(words) > 1 else [*words, kind.capitalize()])
+    return "".join(
+        words if words[-1] == kind.capitalize() and len(words) > 1 else [*words, kind.capitalize()]
+    )
 
 
 def _own_python() -> str:
