@@ -9,6 +9,7 @@ from pydantic import Field
 import sentcompress
 
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+WIDE_SPACES = re.compile(r"[^\S\t\n\v\f\r ]")
 WINDOW = 200
 """Characters a piece may be away from where the one before it ended."""
 
@@ -22,17 +23,27 @@ class SentencexSegmenter(sentcompress.Segmenter):
 
     def split(self, text: str) -> list[str]:
         """Cut before each sentence; the white space around it stays with the sentence before."""
-        # sentencex encodes to UTF-8, which lone surrogates refuse; any one character keeps the places.
-        plain = LONE_SURROGATES.sub("\ufffd", text)
-        places, end = [0], 0
-        for piece in sentencex.segment(self.options.language, plain):
+        # What sentencex fails on: lone surrogates are no UTF-8, and an initial before a space of several bytes
+        # ("A\u3000.") makes it panic. Characters are replaced one by one, so that the places are those of the text.
+        plain = WIDE_SPACES.sub(" ", LONE_SURROGATES.sub("\ufffd", text))
+        places, end, begun = [0], 0, False
+        for piece in self._pieces(plain):
             # Its pieces are looked up in the text: were one altered or left out, there would be no cut, and no loss.
             start = plain.find(piece, end, end + len(piece) + WINDOW)
-            if start < 0:
-                continue
-            end = start + len(piece)
-            sentence = end - len(piece.lstrip())
-            if places[-1] < sentence < end and plain[: places[-1] + 1].strip():
-                places.append(sentence)
+            if start >= 0:
+                end = start + len(piece)
+                if begun and piece.strip():
+                    places.append(end - len(piece.lstrip()))
+            begun = begun or bool(piece.strip())
         places.append(len(text))
         return [text[a:b] for a, b in itertools.pairwise(places) if a < b]
+
+    def _pieces(self, text: str) -> list[str]:
+        try:
+            return list(sentencex.segment(self.options.language, text))
+        except BaseException as error:  # a panic in Rust is no Exception, and its class cannot be imported
+            if type(error).__name__ != "PanicException":
+                raise
+        # Should there be more that it panics on, only the paragraph that holds it stays in one piece.
+        paragraphs = re.findall(r"(?s).+?(?:\n\n+|\Z)", text)
+        return paragraphs if len(paragraphs) < 2 else [p for part in paragraphs for p in self._pieces(part)]

@@ -33,7 +33,9 @@ def test_the_language_decides():
         split(text, language="German!")
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\n\n", "\n One. Two.", "a\ud800. B.", "One.\r\n\r\nTwo.\x00"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\n\n", "\n One. Two.", "a\ud800. B.", "One.\r\n\r\nTwo.\x00", "A\u3000."]
+)
 def test_odd_texts_come_back_whole(text):
     pieces = split(text)
     assert "".join(pieces) == text
@@ -50,3 +52,19 @@ def test_pieces_that_are_not_in_the_text_cost_nothing(monkeypatch):
     altered = ["One is here.", "Two is here.", "Four."]
     monkeypatch.setattr(sentencex, "segment", lambda *_: altered)
     assert split(text) == ["One is  here. ", "Two is here. Three is."]
+
+
+def test_a_panic_costs_one_paragraph(monkeypatch):
+    class PanicException(BaseException):
+        """Named as the one that Rust's panics become."""
+
+    def fragile(language, text, segment=sentencex.segment):
+        if "!" in text:
+            raise PanicException
+        return segment(language, text)
+
+    monkeypatch.setattr(sentencex, "segment", fragile)
+    assert split("One. Two.\n\nOh! No.\n\nThree.") == ["One. ", "Two.\n\n", "Oh! No.\n\n", "Three."]
+    monkeypatch.setattr(sentencex, "segment", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        split("One.")
