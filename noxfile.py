@@ -104,7 +104,7 @@ def plugins(session: nox.Session) -> None:
     packages = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
     folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder, ignore_errors=True)
-    for kind in ("segmenter", "fusion", "backbone", "dataset", "metric"):
+    for kind in sorted(p.name for p in (ROOT / "sentcompress" / "cli" / "templates").iterdir() if p.is_dir()):
         packages.append(folder / "new" / f"sentcompress-my-{kind}")
         new = ("plugins", "new", f"my-{kind}", "--kind", kind, "--out", str(packages[-1]))
         session.run("sentcompress", *new, silent=True)
