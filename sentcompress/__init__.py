@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sentcompress.contracts import (
         Backbone,
+        CausalLMBackbone,
         Dataset,
         DatasetOptions,
         Document,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _CONTRACTS = (
     "Backbone",
+    "CausalLMBackbone",
     "Dataset",
     "DatasetOptions",
     "Document",
@@ -48,6 +50,7 @@ _EXPORTS = dict.fromkeys(_CONTRACTS, "sentcompress.contracts") | {
 
 __all__ = [
     "Backbone",
+    "CausalLMBackbone",
     "Dataset",
     "DatasetOptions",
     "Document",

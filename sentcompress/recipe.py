@@ -32,15 +32,17 @@ class ComponentSpec(Section):
     """Options of the component, checked by its own ``Options`` class."""
 
 
-class BackboneSpec(ComponentSpec):
+class BackboneSpec(Section):
     """The decoder LLM."""
 
-    name: str = "opt"
-    """Backbone adapter."""
+    name: str | None = None
+    """Adapter; null finds it by the alias or the model's type, and takes ``auto`` where none is made for it."""
     model: str = "opt-tiny"
-    """Alias, hub name or local folder of the LLM."""
+    """Alias, hub name, local folder or GGUF file of the LLM."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    options: dict[str, Any] = {}
+    """Options of the adapter, checked by its own ``Options`` class."""
     init: Literal["pretrained", "random"] = "pretrained"
     """``random`` keeps only the configuration and tokenizer: for speed and memory work without weights."""
 
@@ -293,6 +295,8 @@ class Recipe(Section):
             ("backbone", self.backbone),
         ):
             where = "data.options" if kind == "dataset" else f"{kind}.options"
+            if spec.name is None:
+                continue  # found when the model is: it may have to be asked of the hub
             if not spec.options and kind in ("fusion", "backbone"):
                 registry.owner(kind, spec.name)  # defaults are valid; loading the class would import torch
             else:

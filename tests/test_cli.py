@@ -258,11 +258,17 @@ def test_data_may_be_a_folder_or_a_glob(tmp_path: Path):
 
 
 def test_the_backbone_brings_its_adapter(tmp_path: Path):
-    for alias in ("opt-125m", "facebook/opt-125m"):
-        assert experiment.backbone_overrides(alias) == ['backbone.name="opt"', f'backbone.model="{alias}"']
-    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    assert experiment.backbone_overrides(str(tmp_path))[0] == 'backbone.name="opt"'
-    assert experiment.backbone_overrides("some/thing") == ['backbone.model="some/thing"']
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nbackbone: {name: opt, model: opt-125m, options: {}, init: random}\n")
+    backbone = experiment.resolve(str(recipe), None, backbone="gpt2", revision="v1").backbone
+    assert (backbone.name, backbone.model, backbone.revision, backbone.init) == (
+        None,
+        "gpt2",
+        "v1",
+        "pretrained",
+    )
+    backbone = experiment.resolve(str(recipe), None, revision="v1").backbone
+    assert (backbone.name, backbone.model, backbone.revision) == ("opt", "opt-125m", "v1")
 
 
 def test_options_change_the_recipe_and_set_has_the_last_word(tmp_path: Path):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM, OPTModel
+from transformers import OPTConfig, OPTForCausalLM, OPTModel, PreTrainedModel
 
-from sentcompress.contracts import Backbone
+from sentcompress.contracts.causal_lm import CausalLMBackbone
 
 
 def _shape(hidden_size: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def _shape(hidden_size: int, layers: int, heads: int, **changes: Any) -> dict[st
     }
 
 
-class OPTBackbone(Backbone):
+class OPTBackbone(CausalLMBackbone):
     """Feeds an OPT decoder with latents.
 
     OPT-350M reads token embeddings of 512 through ``project_in`` into blocks of 1,024 and returns through
@@ -56,11 +55,16 @@ class OPTBackbone(Backbone):
         "facebook/opt-30b": _shape(7168, 48, 56),
     }
 
-    def __init__(self, model: OPTModel, options: Any | None = None) -> None:
-        super().__init__()
-        self.options = options or self.Options()
-        self.config: OPTConfig = model.config
-        self.decoder = model.decoder
+    tiny_configs: ClassVar[tuple[dict[str, Any], ...]] = tuple(
+        {**_shape(32, 3, 4), "vocab_size": 500, "ffn_dim": 64, "max_position_embeddings": 128, **more}
+        for more in (
+            {"init_std": 0.1},
+            {"init_std": 0.1, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        )
+    )
+
+    def __init__(self, decoder: PreTrainedModel, options: Any | None = None) -> None:
+        super().__init__(decoder, options)
         # Held outside the module tree, so that they are not part of a grafted model's weights.
         self._projections: tuple[nn.Module | None, nn.Module | None] = (
             self.decoder.project_in,
@@ -71,55 +75,23 @@ class OPTBackbone(Backbone):
 
     @classmethod
     def from_causal_lm(cls, model: OPTForCausalLM, options: Any | None = None) -> OPTBackbone:
-        return cls(model.model, options)
+        return cls(model.model.decoder, options)
 
     @classmethod
     def from_config(cls, config: OPTConfig, options: Any | None = None) -> OPTBackbone:
-        backbone = cls(OPTModel(config), options)
+        backbone = cls(OPTModel(config).decoder, options)
         backbone.drop_token_embeddings()
         return backbone
 
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.decoder.layers
-
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
-        if self.decoder.embed_tokens is None:
-            raise RuntimeError("the token embeddings were dropped")
-        embeddings = self.decoder.embed_tokens(input_ids)
+        embeddings = super().token_embeddings(input_ids)
         project_in = self._projections[0]
         return embeddings if project_in is None else project_in(embeddings)
 
     def project_out(self, hidden_states: Tensor) -> Tensor:
-        """What the LLM's own output head reads: ``[..., H] -> [..., word_embed_proj_dim]``."""
         project_out = self._projections[1]
         return hidden_states if project_out is None else project_out(hidden_states)
 
     def drop_token_embeddings(self) -> None:
-        self.decoder.embed_tokens = None
+        super().drop_token_embeddings()
         self._projections = (None, None)
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past_key_values: Any | None = None,
-        use_cache: bool = False,
-    ) -> tuple[Tensor, Any | None]:
-        # Additive and explicit, so that eager and SDPA mean the same by it and neither decides on causality.
-        dtype = inputs_embeds.dtype
-        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=inputs_embeds.device)
-        mask = mask.masked_fill(~attention_mask, torch.finfo(dtype).min)
-        output = self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        )
-        return output.last_hidden_state, output.past_key_values if use_cache else None

@@ -15,14 +15,12 @@ from sentcompress.benchmark.results import STAGES
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
 from sentcompress.modeling.loading import (
-    SAFE,
-    load_backbone_tokenizer,
-    load_causal_lm,
     load_saved_tokenizer,
     load_sentence_lm,
     load_vae,
     read_config,
 )
+from sentcompress.modeling.pretrained import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import Recipe, load_recipe

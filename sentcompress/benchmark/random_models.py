@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sentcompress.modeling.configuration import SentenceLMConfig
 from sentcompress.modeling.grafting import plain_config, vae_config
-from sentcompress.modeling.loading import load_backbone_config, load_causal_lm
+from sentcompress.modeling.pretrained import adapter_name, load_backbone_config, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
@@ -35,12 +35,13 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         backbone = load_causal_lm(spec).eval()
-        heads = int(config.num_attention_heads)
-        vae = vae_config(recipe, int(config.hidden_size), heads, _Tokens(config), segmenter)
+        vae = vae_config(
+            recipe, int(config.hidden_size), int(config.num_attention_heads), _Tokens(config), segmenter
+        )
         model = SentenceLM(
             SentenceLMConfig(
                 vae=vae.to_dict(),
-                backbone_name=spec.name,
+                backbone_name=adapter_name(spec),
                 backbone_options=spec.options,
                 backbone_config=plain_config(config),
                 start_latent=recipe.graft.start_latent,

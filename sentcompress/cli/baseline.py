@@ -12,6 +12,7 @@ from sentcompress.cli.common import (
     OverwriteOption,
     RecipeArgument,
     ResumeOption,
+    RevisionOption,
     SetOption,
     examples,
 )
@@ -21,6 +22,7 @@ from sentcompress.cli.experiment import execute, resolve
 def baseline(
     recipe: RecipeArgument = "quickstart",
     backbone: BackboneOption = None,
+    revision: RevisionOption = None,
     data: DataOption = None,
     out: OutOption = None,
     set_: SetOption = None,
@@ -32,7 +34,7 @@ def baseline(
 
     It reads the graft's passages for as many steps: equal data.
     """
-    resolved = resolve(recipe, set_, backbone=backbone, data=data)
+    resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
     execute(resolved, out, stages=["baseline"], resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 

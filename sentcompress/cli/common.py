@@ -30,7 +30,10 @@ OutOption = Annotated[
 ]
 BackboneOption = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="The LLM: an alias (opt-125m), hub name or local folder."),
+    typer.Option(metavar="MODEL", help="The LLM: an alias (opt-125m), hub name, local folder or GGUF file."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of the LLM on the hub.")
 ]
 DataOption = Annotated[
     str | None,

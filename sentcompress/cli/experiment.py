@@ -23,6 +23,7 @@ def resolve(
     overrides: list[str] | None,
     *,
     backbone: str | None = None,
+    revision: str | None = None,
     data: str | None = None,
     vae: Path | None = None,
     on_bad_line: str | None = None,
@@ -38,7 +39,9 @@ def resolve(
 
     changes: list[str] = []
     if backbone is not None:
-        changes += backbone_overrides(backbone)
+        changes += backbone_overrides(backbone, revision)
+    elif revision is not None:
+        changes.append(_override("backbone.revision", revision))
     if data is not None:
         changes.append(_override("data", data_section(data)))
     if vae is not None:
@@ -79,28 +82,12 @@ def execute(
     return folder
 
 
-def backbone_overrides(model: str) -> list[str]:
-    """Overrides for ``--backbone``: the model, and the adapter that knows its alias or its model type.
+def backbone_overrides(model: str, revision: str | None = None) -> list[str]:
+    """Overrides for ``--backbone`` and ``--revision``; the adapter is found anew, by the model."""
+    from sentcompress.recipe import BackboneSpec
 
-    A model that no adapter knows keeps the recipe's adapter, which says what it cannot load.
-    """
-    from sentcompress.registry import get_registry
-
-    registry = get_registry()
-    model_type = _local_model_type(Path(model))
-    for name in registry.names("backbone"):
-        adapter: Any = registry.get("backbone", name)
-        known = {*adapter.aliases, *adapter.aliases.values()}
-        if model in known or model_type in adapter.model_types:
-            return [_override("backbone.name", name), _override("backbone.model", model)]
-    return [_override("backbone.model", model)]
-
-
-def _local_model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+    spec = BackboneSpec(model=model, revision=revision)
+    return [_override("backbone", spec.model_dump(exclude_defaults=True) | {"model": model})]
 
 
 def data_section(path: str) -> dict[str, Any]:

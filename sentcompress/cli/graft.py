@@ -15,6 +15,7 @@ from sentcompress.cli.common import (
     OverwriteOption,
     RecipeArgument,
     ResumeOption,
+    RevisionOption,
     SetOption,
     examples,
 )
@@ -24,6 +25,7 @@ from sentcompress.cli.experiment import execute, resolve
 def graft(
     recipe: RecipeArgument = "quickstart",
     backbone: BackboneOption = None,
+    revision: RevisionOption = None,
     vae: Annotated[
         Path | None, typer.Option(help="Folder of a trained SentenceVAE.", show_default="OUT/vae")
     ] = None,
@@ -35,7 +37,7 @@ def graft(
     dry_run: DryRunOption = False,
 ) -> None:
     """Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft."""
-    resolved = resolve(recipe, set_, backbone=backbone, data=data, vae=vae)
+    resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data, vae=vae)
     execute(resolved, out, stages=["graft"], resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 

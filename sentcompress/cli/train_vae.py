@@ -12,6 +12,7 @@ from sentcompress.cli.common import (
     OverwriteOption,
     RecipeArgument,
     ResumeOption,
+    RevisionOption,
     SetOption,
     examples,
 )
@@ -21,6 +22,7 @@ from sentcompress.cli.experiment import execute, resolve
 def train_vae(
     recipe: RecipeArgument = "quickstart",
     backbone: BackboneOption = None,
+    revision: RevisionOption = None,
     data: DataOption = None,
     out: OutOption = None,
     set_: SetOption = None,
@@ -29,7 +31,7 @@ def train_vae(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train a SentenceVAE: sentences to latents and back. Writes OUT/vae."""
-    resolved = resolve(recipe, set_, backbone=backbone, data=data)
+    resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
     execute(resolved, out, stages=["vae"], resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 

@@ -12,12 +12,18 @@ from sentcompress.contracts.segmenter import Segmenter, SegmenterOptions
 
 if TYPE_CHECKING:
     from sentcompress.contracts.backbone import Backbone
+    from sentcompress.contracts.causal_lm import CausalLMBackbone
     from sentcompress.contracts.fusion import Fusion
 
-_NEED_TORCH = {"Fusion": "sentcompress.contracts.fusion", "Backbone": "sentcompress.contracts.backbone"}
+_NEED_TORCH = {
+    "Fusion": "sentcompress.contracts.fusion",
+    "Backbone": "sentcompress.contracts.backbone",
+    "CausalLMBackbone": "sentcompress.contracts.causal_lm",
+}
 
 __all__ = [
     "Backbone",
+    "CausalLMBackbone",
     "Component",
     "Dataset",
     "DatasetOptions",

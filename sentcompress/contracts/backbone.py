@@ -24,9 +24,20 @@ class Backbone(nn.Module):
 
     published_configs: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published shapes by hub name: for plans, and for speed work with random weights, without the hub."""
+    tiny_configs: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Configurations (``model_type`` and fields) that have every part of the family on a tiny scale: what
+    ``sentcompress.testing.check_backbone`` builds and tries."""
 
     config: Any
     """The transformers configuration of the LLM."""
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse a configuration this adapter cannot serve, before weights are loaded.
+
+        Raises:
+            InputError: naming what is wrong with it.
+        """
 
     @classmethod
     def from_causal_lm(cls, model: Any, options: Any | None = None) -> Backbone:
@@ -37,6 +48,11 @@ class Backbone(nn.Module):
     def from_config(cls, config: Any, options: Any | None = None) -> Backbone:
         """Build with random weights and no token embeddings, from a transformers configuration."""
         raise NotImplementedError(f"{cls.__name__} must implement from_config(config, options)")
+
+    @classmethod
+    def attention_implementations(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003
+        """What computes this LLM's attention right among ``sdpa`` and ``eager``; the first is used unless asked."""
+        return ("sdpa", "eager")
 
     @property
     def hidden_size(self) -> int:
@@ -58,8 +74,12 @@ class Backbone(nn.Module):
         """The LLM's decoder blocks, first to last."""
         raise NotImplementedError(f"{type(self).__name__} must implement blocks")
 
+    def project_out(self, hidden_states: Tensor) -> Tensor:
+        """What the LLM's own output head reads: ``[..., H] -> [..., width of the head]``."""
+        return hidden_states
+
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens as the blocks would read them: ``[..., T] -> [..., T, H]``.
+        """Embed tokens as :meth:`forward` takes them: ``[..., T] -> [..., T, H]``.
 
         Raises:
             RuntimeError: the token embeddings were dropped.

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.backbone import Backbone
+from sentcompress.contracts.proof import prove_backbone, reference_of
 from sentcompress.errors import InputError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig, plugin_record
+from sentcompress.modeling.pretrained import adapter_name
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import BackboneSpec, Recipe
@@ -20,10 +22,29 @@ from sentcompress.registry import get_registry
 
 
 def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
-    """The adapter around a loaded LLM."""
+    """The adapter around a loaded LLM, proven on random input (:mod:`sentcompress.contracts.proof`).
+
+    Raises:
+        InputError: the LLM cannot be a backbone, or its adapter is wrong: what fails is named.
+    """
     registry = get_registry()
-    options = registry.options("backbone", spec.name, spec.options, "backbone.options")
-    return registry.get("backbone", spec.name).from_causal_lm(causal_lm, options)  # type: ignore[attr-defined]
+    name = adapter_name(spec)
+    options = registry.options("backbone", name, spec.options, "backbone.options")
+    try:
+        reference = reference_of(causal_lm)
+        backbone: Backbone = registry.get("backbone", name).from_causal_lm(causal_lm, options)  # type: ignore[attr-defined]
+        problems = [finding.problem for finding in prove_backbone(backbone, reference) if not finding.passed]
+    except (ValueError, AttributeError) as error:
+        problems = [str(error)]
+    if problems:
+        package = registry.owner("backbone", name).package
+        raise InputError(
+            f"backbone.model: '{spec.model}' (type '{causal_lm.config.model_type}') cannot be grafted with the "
+            f"adapter '{name}' of package '{package}':\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            fix="use another LLM, or an adapter made for this one (docs/plugins-guide.md)",
+        )
+    return backbone
 
 
 def vae_config(
@@ -55,7 +76,7 @@ def vae_config(
         tie_embeddings=recipe.vae.tie_embeddings,
         variational=recipe.train_vae.kl_weight > 0,
         segmenter={**recipe.segmenter.model_dump(), "state": segmenter.state()},
-        backbone={"name": recipe.backbone.name, "model": recipe.backbone.model},
+        backbone={"name": adapter_name(recipe.backbone), "model": recipe.backbone.model},
         plugins=[
             plugin_record("fusion", recipe.fusion.name),
             plugin_record("segmenter", recipe.segmenter.name),
@@ -105,13 +126,13 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     backbone.drop_token_embeddings()
     config = SentenceLMConfig(
         vae=vae.config.to_dict(),
-        backbone_name=recipe.backbone.name,
+        backbone_name=adapter_name(recipe.backbone),
         backbone_options=recipe.backbone.options,
         backbone_config=plain_config(backbone.config),
         # A latent leaves the fusion's LayerNorm with a root mean square near 1.
         latent_scale=scale if math.isfinite(scale) and scale > 0 else 1.0,
         start_latent=recipe.graft.start_latent,
-        plugins=[*vae.config.plugins, plugin_record("backbone", recipe.backbone.name)],
+        plugins=[*vae.config.plugins, plugin_record("backbone", adapter_name(recipe.backbone))],
     )
     model = SentenceLM(config)
     model.vae.load_state_dict(vae.state_dict())

@@ -1,140 +1,20 @@
-"""Finding and loading what a run starts from: the LLM, its tokenizer, and our own model folders.
-
-Weights are read from safetensors only and remote code is never run, whatever a folder says.
-"""
+"""Loading our own model folders: from safetensors only, and never with code from the folder."""
 
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from importlib.util import find_spec
+import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer
 
-from sentcompress.errors import InputError, ModelFolderError, OfflineError, PluginError, did_you_mean
+from sentcompress.errors import ModelFolderError, PluginError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
+from sentcompress.modeling.pretrained import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
-from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
-
-SAFE = {"trust_remote_code": False}
-
-
-def resolve_backbone(spec: BackboneSpec) -> str:
-    """The folder or hub name behind an alias; a folder or hub name comes back as it is.
-
-    Raises:
-        InputError: it can be neither.
-    """
-    aliases = get_registry().get("backbone", spec.name).aliases  # type: ignore[attr-defined]
-    target = aliases.get(spec.model, spec.model)
-    if target.startswith("package:"):
-        package, _, inner = target.removeprefix("package:").partition("/")
-        found = find_spec(package)
-        folder = (
-            Path(found.submodule_search_locations[0]) / inner
-            if found and found.submodule_search_locations
-            else None
-        )
-        if folder is None or not (folder / "config.json").is_file():
-            raise InputError(f"backbone.model: '{spec.model}' is not in the installed package '{package}'")
-        return str(folder)
-    if Path(target).is_dir():
-        if not (Path(target) / "config.json").is_file():
-            raise ModelFolderError(
-                f"backbone.model: folder '{target}' has no config.json",
-                fix="give a folder written by save_pretrained",
-            )
-        return target
-    if "/" not in target or target.startswith((".", "/", "~")):
-        raise InputError(
-            f"backbone.model: '{spec.model}' is no alias of the '{spec.name}' adapter and no folder."
-            f"{did_you_mean(spec.model, aliases)}",
-            fix=f"use an alias ({', '.join(aliases)}), a hub name such as facebook/opt-125m, or a local folder",
-        )
-    return target
-
-
-def _quiet() -> None:
-    """No retries of the hub's around our one message, and no progress bars in a file or pipe."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
-def _from_hub(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
-    """Call a transformers loader; say what to do when the hub cannot be reached or lacks it."""
-    _quiet()
-    try:
-        return load(source, revision=revision, **SAFE, **arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        text = " ".join(str(error).split())
-        if Path(source).is_dir():
-            raise ModelFolderError(f"'{source}' cannot be loaded: {text[:300]}") from error
-        raise OfflineError(
-            f"backbone.model: '{source}' is not in the local cache and could not be fetched from the hub: "
-            f"{text[:200]}",
-            fix="check the name and the network; offline, download it elsewhere, copy the folder here and give "
-            "its path, or use the alias opt-tiny, which is part of this package",
-        ) from error
-
-
-def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
-    """The LLM's transformers configuration, refused when the adapter does not serve its type.
-
-    Args:
-        weights: False where only the shape matters: then a published shape that the adapter knows is enough.
-    """
-    source = resolve_backbone(spec)
-    adapter: Any = get_registry().get("backbone", spec.name)
-    types = adapter.model_types
-    if not weights and source in adapter.published_configs:
-        shape = dict(adapter.published_configs[source])
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    else:
-        config = _from_hub(source, spec.revision, AutoConfig.from_pretrained)
-    if config.model_type not in types:
-        raise InputError(
-            f"backbone.name: adapter '{spec.name}' serves {', '.join(types)}, but '{spec.model}' is of type "
-            f"'{config.model_type}'",
-            fix="choose the adapter for that type ('sentcompress plugins' lists them)",
-        )
-    return config
-
-
-def load_causal_lm(spec: BackboneSpec, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The LLM in fp32, pretrained or (``init: random``) with random weights."""
-    config = load_backbone_config(spec, weights=spec.init == "pretrained")
-    if spec.init == "random":
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).float()
-    model = _from_hub(
-        resolve_backbone(spec),
-        spec.revision,
-        AutoModelForCausalLM.from_pretrained,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-    )
-    return model.float()
-
-
-def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
-    """The LLM's tokenizer.
-
-    Raises:
-        InputError: it has no end or padding token we could use.
-    """
-    tokenizer = _from_hub(resolve_backbone(spec), spec.revision, AutoTokenizer.from_pretrained)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"backbone.model: the tokenizer of '{spec.model}' has no end token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = int(1e30)  # we measure lengths ourselves; its warning would only mislead
-    return tokenizer
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
@@ -169,7 +49,7 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
 
 
 def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> Any:
-    _quiet()
+    quiet()
     config = read_config(folder, model_type)
     check_plugins(config.get("plugins", []))
     try:
@@ -218,10 +98,18 @@ def check_plugins(records: list[dict[str, str]]) -> None:
     registry = get_registry()
     for record in records:
         try:
-            registry.owner(record["kind"], record["name"])
+            owner = registry.owner(record["kind"], record["name"])
         except PluginError as error:
             raise PluginError(
                 f"the model needs {record['kind']} '{record['name']}' of package '{record['package']}' "
                 f"{record['version']}, which is not there ({error.message.splitlines()[0]})",
                 fix=f"pip install {record['package']}=={record['version']}",
             ) from None
+        if owner.package == record["package"] == "sentcompress":
+            continue
+        if (owner.package, owner.version) != (record["package"], record["version"]):
+            warnings.warn(
+                f"the model was made with {record['kind']} '{record['name']}' of {record['package']} "
+                f"{record['version']}, this is {owner.package} {owner.version}: results may differ",
+                stacklevel=3,
+            )

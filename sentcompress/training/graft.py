@@ -12,8 +12,9 @@ from torch import Tensor
 from sentcompress.errors import InputError
 from sentcompress.io import folder_digest
 from sentcompress.modeling.grafting import graft, wrap_backbone
-from sentcompress.modeling.loading import load_causal_lm, load_vae
+from sentcompress.modeling.loading import load_vae
 from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card

@@ -9,7 +9,7 @@ import torch
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.backbone import Backbone
-from sentcompress.modeling.loading import load_backbone_config, load_backbone_tokenizer
+from sentcompress.modeling.pretrained import adapter_name, load_backbone_config, load_backbone_tokenizer
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
@@ -54,6 +54,7 @@ def backbone_shape(recipe: Recipe) -> Backbone:
     """The recipe's backbone without weights (on the meta device): for its width, heads and parameter counts."""
     config = load_backbone_config(recipe.backbone, weights=False)
     registry = get_registry()
-    options = registry.options("backbone", recipe.backbone.name, recipe.backbone.options, "backbone.options")
+    name = adapter_name(recipe.backbone)
+    options = registry.options("backbone", name, recipe.backbone.options, "backbone.options")
     with torch.device("meta"):
-        return registry.get("backbone", recipe.backbone.name).from_config(config, options)  # type: ignore[attr-defined]
+        return registry.get("backbone", name).from_config(config, options)  # type: ignore[attr-defined]

