@@ -166,8 +166,8 @@ def _class_name(name: str, kind: str) -> str:
 def _own_python() -> str:
     """The Pythons we support are those a plugin can promise."""
     try:
-        return metadata.metadata("sentcompress").get("Requires-Python") or ">=3.11"
-    except metadata.PackageNotFoundError:  # run from a folder, not installed
+        return metadata.metadata("sentcompress")["Requires-Python"]
+    except (metadata.PackageNotFoundError, KeyError):  # run from a folder, not installed
         return ">=3.11"
 
 
