@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -134,6 +135,18 @@ class Registry:
                 fix=f"install what it needs, or reinstall it: pip install --upgrade {plugin.package}",
             ) from error
 
+    def find(self, kind: str, cls: type) -> tuple[str, Plugin] | None:
+        """The name a class is registered under and its plugin, or None."""
+        for (claimed, name), claims in self._claims.items():
+            for claim in claims if claimed == kind else ():
+                target = claim.target
+                if isinstance(target, str):  # never imported here: an unused component has no class yet
+                    module, _, attribute = target.partition(":")
+                    target = getattr(sys.modules.get(module), attribute, None)
+                if target is cls:
+                    return name, claim.plugin
+        return None
+
     def _claim(self, kind: str, name: str) -> Claim:
         claims = self.claims(kind, name)
         if len(claims) > 1:
@@ -175,6 +188,17 @@ class Registry:
 def get_registry() -> Registry:
     """The registry of this process, built on first use."""
     return Registry()
+
+
+def describe_component(kind: str, component: object) -> str:
+    """A component or its class in messages, e.g. ``segmenter 'x' (its.module.Class, package 'its' 1.2)``."""
+    cls = component if isinstance(component, type) else type(component)
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    found = get_registry().find(kind, cls)
+    if found is None:
+        return f"{kind} {where}"
+    name, plugin = found
+    return f"{kind} '{name}' ({where}, package '{plugin.package}' {plugin.version})"
 
 
 def _selected_entry_points() -> list[metadata.EntryPoint]:

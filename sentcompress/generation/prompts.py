@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sentcompress.contracts import Segmenter
+from sentcompress.text.segmentation import checked_split
 
 PROBE = "The next sentence stands here."
 
@@ -11,7 +12,7 @@ def ends_in_sentence(text: str, segmenter: Segmenter) -> bool:
     """Whether the segmenter would cut right behind ``text`` if another sentence followed."""
     follow = PROBE if text[-1:].isspace() else f" {PROBE}"
     end = 0
-    for piece in segmenter.split(text + follow):
+    for piece in checked_split(text + follow, segmenter):
         end += len(piece)
         if end == len(text):
             return True

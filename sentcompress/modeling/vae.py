@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from sentcompress.errors import PluginError
 from sentcompress.modeling.configuration import SentenceVAEConfig
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
 from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal
 from sentcompress.modeling.ragged import Ragged
-from sentcompress.registry import get_registry
+from sentcompress.registry import describe_component, get_registry
 
 
 @dataclass
@@ -98,10 +99,20 @@ class SentenceVAE(PreTrainedModel):
 
         Raises:
             ValueError: a sentence is empty, or longer than ``max_sentence_tokens``.
+            PluginError: the fusion's result has a wrong shape.
         """
         layout, tokens = self._layout(input_ids, attention_mask)
         hidden_states = self.encoder(self.embed_tokens(tokens), layout)
-        return self.fusion(layout.pad(hidden_states), layout.mask)
+        latents = self.fusion(layout.pad(hidden_states), layout.mask)
+        expected = (layout.num_sentences, self.config.latents, self.config.hidden_size)
+        if not isinstance(latents, Tensor) or latents.shape != expected:
+            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise PluginError(
+                f"{describe_component('fusion', self.fusion)} returned {got} where [sentences, latents, width] "
+                f"{list(expected)} is expected",
+                fix="report this to the fusion's author, or use another fusion",
+            )
+        return latents
 
     def decode_nll(
         self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor, token_loss: TokenLoss

@@ -1,5 +1,55 @@
-"""For tests, ours and plugin authors': tiny real models, built in milliseconds without any download."""
+"""What plugin authors run: a check for each kind of component, and tiny real models built without a download.
 
-from sentcompress.testing.tiny import OPT_TWINS, tiny_opt, tiny_passages, tiny_sentence_lm, tiny_vae
+Importing this package is cheap: the pytest plugin does so whenever pytest starts. Names are imported when used.
+"""
 
-__all__ = ["OPT_TWINS", "tiny_opt", "tiny_passages", "tiny_sentence_lm", "tiny_vae"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sentcompress.testing.datasets import check_dataset
+    from sentcompress.testing.failures import CheckFailed
+    from sentcompress.testing.fusions import check_fusion
+    from sentcompress.testing.metrics import check_metric
+    from sentcompress.testing.plugins import check_plugin
+    from sentcompress.testing.segmenters import check_segmenter
+    from sentcompress.testing.texts import tiny_tokenizer
+    from sentcompress.testing.tiny import OPT_TWINS, tiny_opt, tiny_passages, tiny_sentence_lm, tiny_vae
+
+_MODULES = {
+    "CheckFailed": "failures",
+    "OPT_TWINS": "tiny",
+    "check_dataset": "datasets",
+    "check_fusion": "fusions",
+    "check_metric": "metrics",
+    "check_plugin": "plugins",
+    "check_segmenter": "segmenters",
+    "tiny_opt": "tiny",
+    "tiny_passages": "tiny",
+    "tiny_sentence_lm": "tiny",
+    "tiny_tokenizer": "texts",
+    "tiny_vae": "tiny",
+}
+
+__all__ = [
+    "OPT_TWINS",
+    "CheckFailed",
+    "check_dataset",
+    "check_fusion",
+    "check_metric",
+    "check_plugin",
+    "check_segmenter",
+    "tiny_opt",
+    "tiny_passages",
+    "tiny_sentence_lm",
+    "tiny_tokenizer",
+    "tiny_vae",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

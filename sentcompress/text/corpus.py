@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Document, Segmenter
 from sentcompress.errors import DataError, PluginError, SentCompressError, StorageError
+from sentcompress.registry import describe_component
 from sentcompress.text.cache import (
     FORMAT,
     CacheDamage,
@@ -177,7 +178,7 @@ def build_corpus(
 
     Raises:
         DataError: documents cannot be read, or are too few.
-        PluginError: the segmenter or dataset failed, or the segmenter loses text.
+        PluginError: the segmenter or dataset failed, or the segmenter loses text or does not return.
         StorageError: the cache cannot be written.
     """
     backend = plain_backend(tokenizer)
@@ -297,12 +298,19 @@ class _Builder:
 
     def _documents(self) -> Iterator[Document]:
         try:
-            yield from self.dataset.documents()
+            for document in self.dataset.documents():
+                if not isinstance(document, Document) or not isinstance(document.text, str):
+                    raise PluginError(
+                        f"{describe_component('dataset', self.dataset)} must yield Document(text, source) "
+                        f"with strings, not {repr(document)[:80]}",
+                        fix="report this to its author",
+                    )
+                yield document
         except SentCompressError:
             raise
         except Exception as error:
-            name = f"{type(self.dataset).__module__}.{type(self.dataset).__qualname__}"
-            raise PluginError(f"dataset {name} failed: {type(error).__name__}: {error}") from error
+            name = describe_component("dataset", self.dataset)
+            raise PluginError(f"{name} failed: {type(error).__name__}: {error}") from error
 
     def _write_arrays(self, folder: Path, parts: list[Encoded], heldout: set[int]) -> None:
         sentences = np.concatenate([part.sentences for part in parts])
@@ -340,8 +348,8 @@ def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | No
     except SentCompressError:
         raise
     except Exception as error:
-        name = f"{type(segmenter).__module__}.{type(segmenter).__qualname__}"
-        message = f"segmenter {name} failed to prepare: {type(error).__name__}: {error}"
+        name = describe_component("segmenter", segmenter)
+        message = f"{name} failed to prepare: {type(error).__name__}: {error}"
         raise PluginError(message, fix="report this to its author, or use another segmenter") from error
 
 

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import DataError, PluginError
+from sentcompress.registry import describe_component
+from sentcompress.text.time_limit import VARIABLE, Overtime, TimeLimit, split_seconds
 
 Sentence = tuple[str, list[int]]
 """A sentence's text and its tokens, without special tokens."""
@@ -54,41 +56,74 @@ def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Se
         ``(text, ids)`` of each sentence; joined, the texts are ``text``. Empty when ``text`` has no tokens.
 
     Raises:
-        PluginError: the segmenter failed or lost text.
+        PluginError: the segmenter failed, lost text, or did not return.
         DataError: ``max_tokens`` is too small for a character of the text.
     """
     pieces = checked_split(text, segmenter)
     return tokenize_pieces(pieces, plain_backend(tokenizer), segmenter.max_tokens)[0]
 
 
-def checked_split(text: str, segmenter: Segmenter) -> list[str]:
-    """``segmenter.split(text)``, proven lossless.
+def checked_split(text: str, segmenter: Segmenter, seconds: float | None = None) -> list[str]:
+    """``segmenter.split(text)``, proven lossless, and ended when it does not return (see ``TimeLimit``).
+
+    Args:
+        seconds: time limit, 0 for none; by default :func:`split_seconds`.
 
     Raises:
-        PluginError: naming the segmenter and the place where it lost, changed or invented text.
+        PluginError: naming the segmenter, its package, and the place where it lost, changed or invented text.
     """
-    name = f"{type(segmenter).__module__}.{type(segmenter).__qualname__}"
-    fix = "report this to the segmenter's author, or use another segmenter"
+    seconds = split_seconds(len(text)) if seconds is None else seconds
     try:
-        pieces = segmenter.split(text)
+        with TimeLimit(seconds):
+            pieces = segmenter.split(text)
+    except Overtime:
+        raise PluginError(
+            f"{describe_component('segmenter', segmenter)} did not return within {seconds:.3g} s for "
+            f"{len(text):,} characters that begin with {text[:40]!r}",
+            fix=f"report this to its author, use another segmenter, or allow more: {VARIABLE}=600",
+        ) from None
     except Exception as error:
-        raise PluginError(f"segmenter {name} failed: {type(error).__name__}: {error}", fix=fix) from error
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise PluginError(f"segmenter {name} must return a list of strings", fix=fix)
+        raise _blamed(segmenter, f"failed: {type(error).__name__}: {error}") from error
+    if not isinstance(pieces, list):
+        raise _blamed(segmenter, f"must return a list of strings, not {type(pieces).__name__}")
+    for number, piece in enumerate(pieces):
+        if not isinstance(piece, str):
+            raise _blamed(
+                segmenter, f"must return a list of strings; number {number} is {type(piece).__name__}"
+            )
     if "".join(pieces) != text:
-        raise PluginError(f"segmenter {name} is not lossless: {_first_difference(text, pieces)}", fix=fix)
+        raise _blamed(segmenter, f"is not lossless: {_first_difference(text, pieces)}")
     if "" in pieces:
-        raise PluginError(f"segmenter {name} returned an empty sentence (number {pieces.index('')})", fix=fix)
+        raise _blamed(segmenter, f"returned an empty sentence (number {pieces.index('')}) for {text[:40]!r}")
     return pieces
+
+
+def _blamed(segmenter: Segmenter, problem: str) -> PluginError:
+    return PluginError(
+        f"{describe_component('segmenter', segmenter)} {problem}",
+        fix="report this to the segmenter's author, or use another segmenter",
+    )
 
 
 def _first_difference(text: str, pieces: list[str]) -> str:
     at = 0
     for piece in pieces:
         if not text.startswith(piece, at):
-            return f"at character {at} the text has {text[at : at + 40]!r}, the sentence is {piece[:40]!r}"
+            rest = text[at : at + len(piece)]
+            same = next((n for n, (a, b) in enumerate(zip(rest, piece, strict=False)) if a != b), len(rest))
+            had, got = text[at + same :], piece[same:]
+            return f"at character {at + same} the text has {_start(had)}, the sentence {_start(got)}"
         at += len(piece)
-    return f"the text from character {at} on is missing: {text[at : at + 40]!r}"
+    return f"the text from character {at} on is missing: {_start(text[at:])}"
+
+
+def _start(text: str) -> str:
+    """The beginning of a text for a message; a mark that would vanish into the quotes is spelt out."""
+    return (
+        ascii(text[:1])[:-1] + repr(text[1:40])[1:]
+        if unicodedata.combining(text[:1] or " ")
+        else repr(text[:40])
+    )
 
 
 def tokenize_pieces(pieces: Sequence[str], backend: Tokenizer, max_tokens: int) -> tuple[list[Sentence], int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from sentcompress.errors import PluginError
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.registry import get_registry
@@ -31,6 +32,18 @@ def test_padding_changes_nothing(fusion):
     assert torch.equal(vae.encode(*left), expected)
     noisy = ids.masked_fill(mask == 0, 123)
     assert torch.equal(vae.encode(noisy, mask), expected)
+
+
+def test_a_fusion_of_a_wrong_shape_is_named():
+    vae, batch = build(), tiny_passages()
+    arguments = batch["input_ids"], batch["attention_mask"]
+    name = r"fusion 'sum-norm' \(sentcompress.fusions.sum_norm.SumNorm, package 'sentcompress' \S+\)"
+    vae.fusion.forward = lambda states, _: states.sum(1)
+    with pytest.raises(PluginError, match=rf"{name} returned \[9, 32\] where .* \[9, 1, 32\] is expected"):
+        vae.encode(*arguments)
+    vae.fusion.forward = lambda states, _: (states,)
+    with pytest.raises(PluginError, match=rf"{name} returned tuple where"):
+        vae.encode(*arguments)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

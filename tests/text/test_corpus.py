@@ -327,6 +327,14 @@ class TestSegmenters:
         with pytest.raises(PluginError, match=r"text 1: segmenter .*Lossy is not lossless: .*missing: 'two'"):
             build(Given(["one.", "one.two"]), Lossy())
 
+    def test_a_dataset_of_plain_strings_is_named(self, build: Build) -> None:
+        class Plain(Given):
+            def documents(self) -> Iterator[Any]:
+                return iter(self.texts)
+
+        with pytest.raises(PluginError, match=r"dataset .*Plain must yield Document\(text, source\).* 'one'"):
+            build(Plain(["one", "two"]), Stops())
+
     def test_one_that_cannot_prepare(self, build: Build) -> None:
         class Broken(Stops):
             def prepare(self, *_: Any) -> None:

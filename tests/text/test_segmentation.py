@@ -100,10 +100,15 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tokenizer: PreTra
     ("result", "message"),
     [
         (["One. "], r"the text from character 5 on is missing: 'Two\.'"),
-        (["One. ", "two."], r"at character 5 the text has 'Two\.', the sentence is 'two\.'"),
-        (["One. ", "Two.", "!"], "not lossless"),
+        (["One. ", "two."], r"at character 5 the text has 'Two\.', the sentence 'two\.'"),
+        (["One. ", "Tw"], r"from character 7 on is missing: 'o\.'"),
+        (["One. ", "Two.", "!"], r"not lossless: at character 9 the text has '', the sentence '!'"),
+        (["One. Twö."], r"at character 7 the text has 'o\.', the sentence 'ö\.'"),
+        (["One. Two\u0301."], r"at character 8 the text has '\.', the sentence '\\u0301\.'"),
         (["One. ", "", "Two."], r"empty sentence \(number 1\)"),
-        ("One. Two.", "must return a list of strings"),
+        ("One. Two.", "must return a list of strings, not str"),
+        (("One. ", "Two."), "must return a list of strings, not tuple"),
+        (["One. ", b"Two."], "must return a list of strings; number 1 is bytes"),
         (ValueError("oh"), "failed: ValueError: oh"),
     ],
 )
