@@ -64,8 +64,19 @@ class VAESpec(Section):
     """How the decoder is told what to write: cross-attention (the paper), an added vector, or a prefix."""
     tie_embeddings: bool = False
     """One matrix for encoder embedding, decoder embedding and output head (the paper: three)."""
-    init: Literal["random", "embeddings"] = "random"
-    """``embeddings`` starts the token embeddings (and head) from the backbone's, where widths agree."""
+    init: Literal["random", "embeddings", "backbone"] = "random"
+    """``embeddings`` starts the token embeddings and output head from the backbone's; ``backbone`` also makes encoder
+    and decoder of the backbone's own first and last blocks (with ``conditioning: prefix``)."""
+    freeze: Literal["nothing", "embeddings"] = "nothing"
+    """``embeddings`` keeps the token embeddings and output head as they begin, in all stages."""
+
+    @model_validator(mode="after")
+    def _blocks_of_the_backbone_take_a_prefix(self) -> VAESpec:
+        if self.init == "backbone" and self.conditioning != "prefix":
+            raise ValueError(
+                "init: backbone needs conditioning: prefix, all that the LLM's own blocks can be told by"
+            )
+        return self
 
 
 class TrainingSettings(Section):
@@ -152,17 +163,22 @@ class LoraSettings(Section):
     """Linear modules of the backbone to adapt."""
 
 
-class GraftSettings(TrainingSettings):
-    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+class TuneSettings(Section):
+    """What of the LLM learns."""
 
-    vae: str | None = None
-    """Folder of a trained SentenceVAE; null takes the one of this run."""
     tune: Literal["full", "lora", "frozen", "last-n"] = "full"
-    """What of the backbone learns."""
+    """All of it, low-rank adapters, nothing, or its last blocks."""
     last_n: int = Field(default=2, ge=1)
     """Blocks that learn with ``tune: last-n``."""
     lora: LoraSettings = LoraSettings()
     """Adapters for ``tune: lora``."""
+
+
+class GraftSettings(TrainingSettings, TuneSettings):
+    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+
+    vae: str | None = None
+    """Folder of a trained SentenceVAE; null takes the one of this run."""
     passages_per_batch: int = Field(default=8, ge=1)
     """Passages a micro-batch (the paper: 1)."""
     max_sentences: int = Field(default=64, ge=2)
@@ -184,8 +200,11 @@ class GraftSettings(TrainingSettings):
     """Weight of the stop decisions' loss."""
 
 
-class BaselineSettings(Section):
-    """The equal-data twin: the same backbone, token by token, on the graft's passages for as many steps."""
+class BaselineSettings(TuneSettings):
+    """The equal-data twin: the same backbone, token by token, on the graft's passages for as many steps.
+
+    All of it learns unless it is told otherwise, whatever the graft does: the stronger twin is the honest one.
+    """
 
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; null takes the graft's."""

@@ -24,7 +24,6 @@ from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
 
 TOLERANCE = 1e-4
 """Largest difference of two equal computations, as a share of the largest state (at least 1)."""
-ATTENTION = ("eager", "sdpa")
 
 
 def require_causal(report: CausalityReport) -> None:
@@ -52,7 +51,7 @@ def require_causal(report: CausalityReport) -> None:
 def check_causality(
     model: SentenceLM,
     *,
-    attention: Sequence[str] = ATTENTION,
+    attention: Sequence[str] | None = None,
     sentences: int = 7,
     seed: int = 0,
     tolerance: float = TOLERANCE,
@@ -60,7 +59,7 @@ def check_causality(
     """Run all checks on a model, in eval mode, on sentences of random tokens.
 
     Args:
-        attention: implementations of the backbone's attention to check.
+        attention: implementations of the backbone's attention to check; None takes all that are right for it.
         sentences: sentences a passage, shortened to what the backbone has positions for.
         tolerance: for equality where shapes differ; what must not see the future gets none.
     """
@@ -68,7 +67,7 @@ def check_causality(
     model.eval()
     try:
         checks = []
-        for name in attention:
+        for name in attention or sorted(model.backbone.attention_implementations(model.backbone.config)):
             with attention_of(model, name):
                 checks += _Checks(model, name, sentences, seed, tolerance).run()
         return CausalityReport(checks=checks)

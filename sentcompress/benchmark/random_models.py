@@ -36,7 +36,12 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
         torch.manual_seed(recipe.seed)
         backbone = load_causal_lm(spec).eval()
         vae = vae_config(
-            recipe, int(config.hidden_size), int(config.num_attention_heads), _Tokens(config), segmenter
+            recipe,
+            int(config.hidden_size),
+            int(config.num_attention_heads),
+            _Tokens(config),
+            segmenter,
+            config,
         )
         model = SentenceLM(
             SentenceLMConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def write_sentences(
     written: list[list[int]] = [[] for _ in plans]
     ended = [False] * len(plans)
     open_rows = list(range(len(plans)))
-    cache = vae.decoder.start(latents) if use_cache else None
+    cache: Any = vae.decoder.start(latents) if use_cache else None
     current = torch.full((len(plans),), vae.config.bos_token_id, device=device)
     while open_rows:
         hidden = (

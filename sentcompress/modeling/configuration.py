@@ -33,7 +33,9 @@ class SentenceVAEConfig(PretrainedConfig):
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
         variational: predict a variance beside the latent (trained with a KL term).
         segmenter: name, options and learned state of the segmenter plugin.
-        backbone: name of the adapter and model the tokenizer came from.
+        backbone: name of the adapter and model the tokenizer came from, and with ``blocks: backbone`` the options
+            and configuration the blocks are built from.
+        blocks: ``own``, or ``backbone`` for the LLM's first and last blocks.
         plugins: records of the plugins in use.
     """
 
@@ -58,6 +60,7 @@ class SentenceVAEConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         segmenter: dict[str, Any] | None = None,
         backbone: dict[str, Any] | None = None,
+        blocks: str = "own",
         plugins: list[dict[str, str]] | None = None,
         sentcompress_version: str = __version__,
         bos_token_id: int = 2,
@@ -84,6 +87,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.segmenter = segmenter or {"name": "regex", "options": {}, "state": {}}
         self.backbone = backbone or {}
+        self.blocks = blocks
         self.plugins = plugins or []
         self.sentcompress_version = sentcompress_version
         kwargs["tie_word_embeddings"] = False  # tying is by construction here, not by transformers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.proof import prove_backbone, reference_of
 from sentcompress.errors import InputError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig, plugin_record
+from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder, copy_blocks
 from sentcompress.modeling.pretrained import adapter_name
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
@@ -48,16 +49,40 @@ def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
 
 
 def vae_config(
-    recipe: Recipe, hidden_size: int, num_heads: int, tokenizer: Any, segmenter: Segmenter
+    recipe: Recipe,
+    hidden_size: int,
+    num_heads: int,
+    tokenizer: Any,
+    segmenter: Segmenter,
+    backbone_config: Any = None,
 ) -> SentenceVAEConfig:
     """The configuration of a recipe's SentenceVAE for a backbone of the given width and heads.
 
+    Args:
+        backbone_config: the LLM's transformers configuration; needed for ``vae.init: backbone``.
+
     Raises:
-        InputError: the heads do not divide the width.
+        InputError: the heads do not divide the width, or more blocks are asked for than the LLM has.
     """
-    heads = recipe.vae.num_heads or num_heads
+    heads = recipe.vae.num_heads or _heads_for(hidden_size, num_heads)
     if hidden_size % heads:
-        raise InputError(f"vae.num_heads: {heads} does not divide the backbone's hidden size {hidden_size}")
+        raise InputError(
+            f"vae.num_heads: {heads} does not divide the backbone's hidden size {hidden_size}",
+            fix=f"use a divisor, such as {_heads_for(hidden_size, heads)}",
+        )
+    name = adapter_name(recipe.backbone)
+    backbone: dict[str, Any] = {"name": name, "model": recipe.backbone.model}
+    plugins = [plugin_record("fusion", recipe.fusion.name), plugin_record("segmenter", recipe.segmenter.name)]
+    own = recipe.vae.init != "backbone"
+    if not own:
+        backbone |= {"options": recipe.backbone.options, "config": plain_config(backbone_config)}
+        plugins.append(plugin_record("backbone", name))
+        for field in ("encoder_layers", "decoder_layers"):
+            if getattr(recipe.vae, field) > backbone_config.num_hidden_layers:
+                raise InputError(
+                    f"vae.{field}: {getattr(recipe.vae, field)}, but the backbone {recipe.backbone.model} has "
+                    f"{backbone_config.num_hidden_layers} blocks to start from"
+                )
     fusion = get_registry().create(
         "fusion", recipe.fusion.name, recipe.fusion.options, hidden_size=hidden_size
     )
@@ -76,31 +101,65 @@ def vae_config(
         tie_embeddings=recipe.vae.tie_embeddings,
         variational=recipe.train_vae.kl_weight > 0,
         segmenter={**recipe.segmenter.model_dump(), "state": segmenter.state()},
-        backbone={"name": adapter_name(recipe.backbone), "model": recipe.backbone.model},
-        plugins=[
-            plugin_record("fusion", recipe.fusion.name),
-            plugin_record("segmenter", recipe.segmenter.name),
-        ],
+        backbone=backbone,
+        blocks="own" if own else "backbone",
+        plugins=plugins,
         bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
+def _heads_for(hidden_size: int, most: int) -> int:
+    """The largest number of heads up to ``most`` that divides the width: some LLMs' own do not."""
+    return next(heads for heads in range(min(most, hidden_size), 0, -1) if hidden_size % heads == 0)
+
+
 @torch.no_grad()
-def start_from_embeddings(vae: SentenceVAE, backbone: Backbone) -> None:
-    """``vae.init: embeddings``: begin with the backbone's token embeddings instead of random ones."""
+def start_from_backbone(vae: SentenceVAE, causal_lm: PreTrainedModel, spec: BackboneSpec) -> None:
+    """``vae.init: embeddings`` or ``backbone``: begin with what the LLM has learned instead of random weights.
+
+    The token embeddings come from the LLM's, the output head from its output head (from the embeddings where tied
+    or of another width), and with ``blocks: backbone`` the encoder and decoder from its first and last blocks.
+    """
+    output = causal_lm.get_output_embeddings()
+    head = None if output is None else output.weight.detach().float()
+    backbone = wrap_backbone(spec, causal_lm)
     table = token_table(backbone, vae.config.vocab_size)
     vae.embed_tokens.weight.copy_(table)
     if not vae.config.tie_embeddings:
         vae.decoder_embed_tokens.weight.copy_(table)
-        vae.lm_head.weight.copy_(table)
+        fits = head is not None and head.shape[1] == table.shape[1] and len(head) >= len(table)
+        vae.lm_head.weight.copy_(head[: len(table)] if head is not None and fits else table)
+    if vae.config.blocks == "backbone":
+        encoder, decoder = cast(LLMEncoder, vae.encoder), cast(LLMDecoder, vae.decoder)
+        copy_blocks(backbone, encoder.llm, last=False)
+        copy_blocks(backbone, decoder.llm, last=True)
+        decoder.latent_gain.fill_(table.square().mean().sqrt())
+
+
+def freeze_embeddings(vae: SentenceVAE) -> None:
+    """``vae.freeze: embeddings``: token embeddings and output head learn no more."""
+    vae.embed_tokens.requires_grad_(False)
+    if not vae.config.tie_embeddings:
+        vae.decoder_embed_tokens.requires_grad_(False)
+        vae.lm_head.requires_grad_(False)
 
 
 @torch.no_grad()
 def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
-    """``[V, H]``: every token's embedding as the backbone's blocks read it."""
+    """``[V, H]``: every token's embedding as the backbone's blocks read it.
+
+    Raises:
+        InputError: the tokenizer has more tokens than the LLM has embeddings.
+    """
     device = next(backbone.parameters()).device
+    known = backbone.config.vocab_size
+    if vocab_size > known:
+        raise InputError(
+            f"the tokenizer has {vocab_size} tokens, the LLM has embeddings for {known}",
+            fix="resize the LLM's embeddings (resize_token_embeddings) and save it, or use its own tokenizer",
+        )
     return backbone.token_embeddings(torch.arange(vocab_size, device=device)).float()
 
 

@@ -15,6 +15,7 @@ from sentcompress.errors import PluginError
 from sentcompress.modeling.configuration import SentenceVAEConfig
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
+from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
 from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.registry import describe_component, get_registry
@@ -51,13 +52,13 @@ class SentenceVAE(PreTrainedModel):
         if not config.tie_embeddings:
             self.decoder_embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.encoder = SentenceEncoder(config)
+        self.encoder = LLMEncoder(config) if config.blocks == "backbone" else SentenceEncoder(config)
         self.fusion = get_registry().create(
             "fusion", config.fusion["name"], config.fusion.get("options"), hidden_size=config.hidden_size
         )
         if config.variational:
             self.gaussian = GaussianHead(config.hidden_size)
-        self.decoder = SentenceDecoder(config)
+        self.decoder = LLMDecoder(config) if config.blocks == "backbone" else SentenceDecoder(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

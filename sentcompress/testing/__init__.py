@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sentcompress.testing.backbones import check_backbone
     from sentcompress.testing.datasets import check_dataset
     from sentcompress.testing.failures import CheckFailed
     from sentcompress.testing.fusions import check_fusion
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CheckFailed": "failures",
     "OPT_TWINS": "tiny",
+    "check_backbone": "backbones",
     "check_dataset": "datasets",
     "check_fusion": "fusions",
     "check_metric": "metrics",
@@ -36,6 +38,7 @@ _MODULES = {
 __all__ = [
     "OPT_TWINS",
     "CheckFailed",
+    "check_backbone",
     "check_dataset",
     "check_fusion",
     "check_metric",

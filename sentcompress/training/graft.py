@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sentcompress.errors import InputError
 from sentcompress.io import folder_digest
-from sentcompress.modeling.grafting import graft, wrap_backbone
+from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbone
 from sentcompress.modeling.loading import load_vae
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm
@@ -50,7 +50,10 @@ class GraftJob:
             raise InputError(
                 f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {cells}"
             )
-        apply_tune(self.model.backbone, self.settings)
+        if recipe.vae.freeze == "embeddings":
+            freeze_embeddings(self.model.vae)
+        backbone = self.model.backbone
+        apply_tune(backbone, backbone.blocks, self.settings, "graft")
         self.token_loss = TokenLoss(
             gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
             label_smoothing=self.settings.label_smoothing,

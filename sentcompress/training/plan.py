@@ -45,7 +45,7 @@ def count(recipe: Recipe) -> Plan:
     # Only numbers are needed of the tokenizer, and the backbone's configuration has them.
     tokens = _Vocabulary(shape.config)
     segmenter = get_registry().create("segmenter", recipe.segmenter.name, recipe.segmenter.options)
-    config = vae_config(recipe, shape.hidden_size, shape.num_heads, tokens, segmenter)
+    config = vae_config(recipe, shape.hidden_size, shape.num_heads, tokens, segmenter, shape.config)
     with torch.device("meta"):
         vae = SentenceVAE(config)
     vocabulary = _size(vae.embed_tokens)

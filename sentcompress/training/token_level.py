@@ -22,6 +22,7 @@ from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.memory import recompute_activations
 from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
+from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
 
 IGNORED = -100
 """Label of a position that is no target."""
@@ -97,7 +98,7 @@ class TokenLevelJob:
         return figures | {"nats_per_token": nats / max(1, targets)}
 
     def save(self, folder: Path) -> None:
-        self.model.lm.save_pretrained(folder)
+        self.model.lm.save_pretrained(folder, state_dict=merged_state(self.model.lm))
         self.text.tokenizer.save_pretrained(folder)
 
     @property
@@ -204,10 +205,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
 
 
 class BaselineJob(TokenLevelJob):
-    """The equal-data twin: the backbone, token by token, on the graft's passages, order and number of steps.
-
-    All of it learns, whatever ``graft.tune`` says: the stronger twin is the honest one.
-    """
+    """The equal-data twin: the backbone, token by token, on the graft's passages, order and number of steps."""
 
     stage = "baseline"
     batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
@@ -219,6 +217,11 @@ class BaselineJob(TokenLevelJob):
         self.text = text or load_inputs(recipe)
         self.inputs = {"corpus": self.text.corpus.key}
         lm = load_causal_lm(recipe.backbone).train()
+        if recipe.baseline.tune == "frozen":
+            raise InputError(
+                "baseline.tune: frozen leaves nothing to learn", fix="use baseline.enabled: false"
+            )
+        apply_tune(lm, blocks_of(lm), recipe.baseline, "baseline")
         self.model = TokenLM(lm)
         self.width = int(lm.config.hidden_size)
         self._train = self._sampler(self.text.corpus.train, shuffle=True)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sentcompress.contracts.backbone import Backbone
 from sentcompress.errors import InputError
-from sentcompress.recipe import GraftSettings
+from sentcompress.recipe import TuneSettings
 
 
-def apply_tune(backbone: Backbone, settings: GraftSettings) -> None:
-    """Freeze, or add adapters to, a backbone in place (``tune``: full, lora, frozen, last-n).
+def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, where: str) -> None:
+    """Freeze, or add adapters to, an LLM in place (``tune``: full, lora, frozen, last-n).
+
+    Args:
+        llm: the backbone adapter or causal LM.
+        blocks: its blocks, first to last.
+        where: the section of the recipe, for messages.
 
     Raises:
         InputError: ``last_n`` is more than there are blocks, or no module matches the adapters' targets.
     """
     if settings.tune == "full":
         return
-    backbone.requires_grad_(False)
+    llm.requires_grad_(False)
     if settings.tune == "last-n":
-        if settings.last_n > len(backbone.blocks):
-            raise InputError(
-                f"graft.last_n: {settings.last_n}, but the backbone has {len(backbone.blocks)} blocks"
-            )
-        for block in list(backbone.blocks)[-settings.last_n :]:
+        if settings.last_n > len(blocks):
+            raise InputError(f"{where}.last_n: {settings.last_n}, but the backbone has {len(blocks)} blocks")
+        for block in list(blocks)[-settings.last_n :]:
             block.requires_grad_(True)
     elif settings.tune == "lora":
         from peft import LoraConfig, inject_adapter_in_model  # slow to import, rarely needed
@@ -31,7 +35,7 @@ def apply_tune(backbone: Backbone, settings: GraftSettings) -> None:
         targets = settings.lora.target_modules
         names = (
             sorted(
-                {n.rsplit(".", 1)[-1] for n, m in backbone.blocks.named_modules() if isinstance(m, nn.Linear)}
+                {n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)}
             )
             if targets == "all-linear"
             else targets
@@ -43,9 +47,15 @@ def apply_tune(backbone: Backbone, settings: GraftSettings) -> None:
             target_modules=names,
         )
         try:
-            inject_adapter_in_model(config, backbone)
+            inject_adapter_in_model(config, llm)
         except ValueError as error:
-            raise InputError(f"graft.lora.target_modules: {error}") from None
+            raise InputError(f"{where}.lora.target_modules: {error}") from None
+
+
+def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a transformers causal LM, by structure: its list of as many as the configuration says."""
+    number = causal_lm.config.num_hidden_layers
+    return next(m for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sentcompress.generation import reconstruct
 from sentcompress.modeling import SentenceVAE
-from sentcompress.modeling.grafting import start_from_embeddings, vae_config, wrap_backbone
+from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe
@@ -37,10 +37,19 @@ class VAEJob:
         shape = backbone_shape(recipe)
         self.width = shape.hidden_size
         self.model = SentenceVAE(
-            vae_config(recipe, shape.hidden_size, shape.num_heads, self.text.tokenizer, self.text.segmenter)
+            vae_config(
+                recipe,
+                shape.hidden_size,
+                shape.num_heads,
+                self.text.tokenizer,
+                self.text.segmenter,
+                shape.config,
+            )
         )
-        if recipe.vae.init == "embeddings":
-            start_from_embeddings(self.model, wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone)))
+        if recipe.vae.init != "random":
+            start_from_backbone(self.model, load_causal_lm(recipe.backbone), recipe.backbone)
+        if recipe.vae.freeze == "embeddings":
+            freeze_embeddings(self.model)
         self.token_loss = TokenLoss(
             gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
             label_smoothing=self.settings.label_smoothing,

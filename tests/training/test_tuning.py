@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sentcompress.errors import InputError
 from sentcompress.modeling import SentenceLM
-from sentcompress.recipe import GraftSettings
-from sentcompress.testing import tiny_passages, tiny_sentence_lm
-from sentcompress.training.tuning import apply_tune, merged_state
+from sentcompress.recipe import BaselineSettings, GraftSettings
+from sentcompress.testing import tiny_opt, tiny_passages, tiny_sentence_lm
+from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
 
 
 def tuned(**settings):
     model = tiny_sentence_lm()
-    apply_tune(model.backbone, GraftSettings(**settings))
+    apply_tune(model.backbone, model.backbone.blocks, GraftSettings(**settings), "graft")
     return model
 
 
@@ -47,8 +48,24 @@ def test_adapters_are_folded_in_and_the_folder_is_a_plain_model(tmp_path):
     assert not torch.allclose(plain(**batch).loss, tiny_sentence_lm()(**batch).loss, atol=1e-3)
 
 
+@pytest.mark.parametrize("settings", [{"tune": "last-n", "last_n": 1}, {"tune": "lora"}], ids=lambda s: s["tune"])
+def test_the_twin_is_tuned_likewise_and_saved_as_a_plain_model(tmp_path, settings):
+    lm = tiny_opt()
+    apply_tune(lm, blocks_of(lm), BaselineSettings(**settings), "baseline")
+    learns = [name for name, p in lm.named_parameters() if p.requires_grad]
+    assert learns
+    assert all(".layers.2." in name or ".lora_" in name for name in learns)
+    for name, parameter in lm.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lm.save_pretrained(tmp_path, state_dict=merged_state(lm))
+    ids = torch.arange(5)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(plain(ids).logits, lm(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_settings_are_refused():
-    with pytest.raises(InputError, match=r"last_n: 9.*3 blocks"):
+    with pytest.raises(InputError, match=r"graft.last_n: 9.*3 blocks"):
         tuned(tune="last-n", last_n=9)
     with pytest.raises(InputError, match=r"target_modules"):
         tuned(tune="lora", lora={"target_modules": ["no_such_layer"]})
