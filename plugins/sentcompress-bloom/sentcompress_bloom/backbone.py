@@ -10,6 +10,17 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 import sentcompress
 
 
+def _shape(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
+    """As published (arXiv 2211.05100, table 3)."""
+    return {
+        "model_type": "bloom",
+        "vocab_size": 250880,
+        "hidden_size": hidden_size,
+        "n_layer": layers,
+        "n_head": heads,
+    }
+
+
 class BloomBackbone(sentcompress.CausalLMBackbone):
     """BLOOM: no position ids but ALiBi, a penalty on distance, which transformers computes from a mask of rows."""
 
@@ -21,6 +32,14 @@ class BloomBackbone(sentcompress.CausalLMBackbone):
         "bloom-3b": "bigscience/bloom-3b",
         "bloom-7.1b": "bigscience/bloom-7b1",
         "bloomz-560m": "bigscience/bloomz-560m",
+    }
+    published_configs: ClassVar[dict[str, dict[str, Any]]] = {
+        "bigscience/bloom-560m": _shape(1024, 24, 16),
+        "bigscience/bloom-1b1": _shape(1536, 24, 16),
+        "bigscience/bloom-1b7": _shape(2048, 24, 16),
+        "bigscience/bloom-3b": _shape(2560, 30, 32),
+        "bigscience/bloom-7b1": _shape(4096, 30, 32),
+        "bigscience/bloomz-560m": _shape(1024, 24, 16),
     }
     tiny_configs: ClassVar[tuple[dict[str, Any], ...]] = tuple(
         {

@@ -61,6 +61,16 @@ def test_the_auto_adapter_would_not_do(model):
         fresh.transformer(inputs_embeds=torch.randn(1, 3, 48), attention_mask=torch.zeros(1, 1, 3, 3))
 
 
+@pytest.mark.parametrize(
+    ("alias", "millions"), [("bloom-560m", 559), ("bloom-1.7b", 1722), ("bloom-7.1b", 7069)]
+)
+def test_published_shapes_have_as_many_parameters(alias, millions):
+    with torch.device("meta"):
+        shape = ADAPTER.published_configs[ADAPTER.aliases[alias]]
+        size = BloomForCausalLM(AutoConfig.for_model(**shape)).num_parameters()
+    assert round(size / 1e6) == millions
+
+
 def test_aliases_are_names_on_the_hub():
     assert ADAPTER.aliases["bloom-560m"] == "bigscience/bloom-560m"
-    assert all(target.startswith("bigscience/") for target in ADAPTER.aliases.values())
+    assert set(ADAPTER.aliases.values()) == set(ADAPTER.published_configs)
