@@ -241,7 +241,7 @@ def describe_validation_error(error: ValidationError, model: type, where: str) -
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             near = did_you_mean(path[-1], known)
-            lines.append(f"{field_name}: unknown key.{near} Known keys: {', '.join(sorted(known))}")
+            lines.append(f"{field_name}: unknown key.{near} Known keys: {', '.join(sorted(known)) or 'none'}")
         elif item["type"] == "missing":
             lines.append(f"{field_name}: required, but missing")
         else:

@@ -21,6 +21,7 @@ from sentcompress.errors import InputError, PluginError, RecipeError, SentCompre
 
 LISTED = (
     "run",
+    "sweep",
     "train-vae",
     "graft",
     "baseline",

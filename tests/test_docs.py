@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sentcompress
 import sentcompress.testing
 from sentcompress.errors import DataError
 from sentcompress.registry import KINDS, Registry
-from sentcompress.testing import check_dataset, check_plugin
+from sentcompress.testing import check_backbone, check_dataset, check_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "plugins-guide.md").read_text(encoding="utf-8")
@@ -269,34 +268,5 @@ def test_the_guides_metric_computes(registry: Registry):
     assert registry.create("metric", "length-ratio").compute([pair]) == {"characters": 0.5}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_guides_backbone_equals_the_library(registry: Registry, attention: str):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=attention,
-    )
-    model = LlamaForCausalLM(config).eval()
-    adapter = registry.get("backbone", "llama").from_causal_lm(model)
-    ids = torch.randint(0, 50, (2, 7))
-    with torch.no_grad():
-        expected = model.model(input_ids=ids).last_hidden_state
-        causal = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7)
-        positions = torch.arange(7).expand(2, 7)
-        embeddings = adapter.token_embeddings(ids)
-        hidden, cache = adapter(embeddings, causal, positions)
-        assert cache is None
-        assert (hidden - expected).abs().max() < 1e-5
-        # In two pieces, with the cache
-        first, cache = adapter(embeddings[:, :4], causal[:, :, :4, :4], positions[:, :4], use_cache=True)
-        rest, _ = adapter(embeddings[:, 4:], causal[:, :, 4:], positions[:, 4:], cache, use_cache=True)
-    assert (torch.cat([first, rest], 1) - expected).abs().max() < 1e-5
-    assert (adapter.hidden_size, len(adapter.blocks), adapter.num_heads) == (16, 2, 4)
-    bare = registry.get("backbone", "llama").from_config(config)
-    with pytest.raises(RuntimeError, match="dropped"):
-        bare.token_embeddings(ids)
+def test_the_guides_backbone_passes_the_kit(registry: Registry):
+    check_backbone(registry.get("backbone", "stablelm"))

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "benchmark": FOUNDATION | {"text", "modeling", "generation"},
     "training": FOUNDATION | {"text", "modeling", "generation", "benchmark"},
     "testing": FOUNDATION | {"text", "modeling", "generation"},
-    "cli": FOUNDATION | {"text", "modeling", "generation", "benchmark", "training"},
+    "sweep": FOUNDATION | {"benchmark", "training"},
+    "cli": FOUNDATION | {"text", "modeling", "generation", "benchmark", "training", "sweep"},
     "__main__": {"cli"},
 }
 """What each part of the package may import besides itself. ``training`` runs ``benchmark`` as the last stage

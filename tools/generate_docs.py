@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: docs/help.md and docs/recipes.md.
+"""Writes the pages that are made from the code: docs/help.md, docs/recipes.md and docs/backbones.md.
 
 ``python tools/generate_docs.py`` writes them; ``--check`` fails if one is stale (so does tests/test_docs.py).
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -79,6 +80,35 @@ def recipes_page() -> str:
     return "\n".join(parts)
 
 
+def backbones_page() -> str:
+    """Every alias of the built-in adapters, and what ``auto`` takes and refuses."""
+    os.environ["SENTCOMPRESS_PLUGINS"] = ""
+    from sentcompress.registry import get_registry
+
+    registry = get_registry()
+    adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in registry.names("backbone")}
+    tried = yaml.safe_load((ROOT / "tools" / "auto_architectures.yaml").read_text(encoding="utf-8"))
+    intro = (ROOT / "tools" / "backbones.md").read_text(encoding="utf-8")
+    parts = [NOTE, intro, "## Adapters and aliases\n", "| adapter | serves | aliases |\n|---|---|---|"]
+    for name, adapter in adapters.items():
+        types = ", ".join(f"`{t}`" for t in adapter.model_types) or "any other type that proves right"
+        aliases = ", ".join(f"`{alias}`" for alias in adapter.aliases) or "-"
+        parts.append(f"| `{name}` | {types} | {aliases} |")
+    parts += [
+        "",
+        "## What `auto` takes\n",
+        f"Tried on {len(tried['passes']) + len(tried['refused'])} further architectures, built tiny from their "
+        "configurations with random weights (`tests/backbones/test_auto.py`). These pass every proof, are grafted, "
+        "saved and loaded:\n",
+        ", ".join(f"`{name}`" for name in tried["passes"]) + ".\n",
+        "These are refused:\n",
+        "| type | why |\n|---|---|",
+        *(f"| `{name}` | {_cell(case['why'])} |" for name, case in tried["refused"].items()),
+        "",
+    ]
+    return "\n".join(parts)
+
+
 def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
     yield f"### {f'`{path}`' if path else 'Top level'}\n"
     yield (model.__doc__ or "").strip().replace("``", "`") + "\n"
@@ -103,7 +133,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-PAGES = {"docs/help.md": help_page, "docs/recipes.md": recipes_page}
+PAGES = {
+    "docs/help.md": help_page,
+    "docs/recipes.md": recipes_page,
+    "docs/backbones.md": backbones_page,
+}
 
 
 def main() -> None:

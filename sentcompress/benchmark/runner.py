@@ -366,6 +366,8 @@ class _Bench:
             max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9, seed=self.recipe.seed
         )
         documents = heldout_documents(self.parts.corpus, self.settings)[: self.settings.samples]
+        if not documents:
+            return
         for generation in generator.generate(["".join(d.texts[:3]) for d in documents], settings):
             self.results.samples.append(
                 Sample(

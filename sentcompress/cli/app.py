@@ -19,6 +19,7 @@ from sentcompress.cli import (
     recipes,
     reconstruct,
     run,
+    sweep,
     train_vae,
     validate,
 )
@@ -62,6 +63,7 @@ def options(
 
 # The order here is the order of --help.
 run.add_to(app)
+sweep.add_to(app)
 train_vae.add_to(app)
 graft.add_to(app)
 baseline.add_to(app)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from sentcompress.contracts.backbone import Backbone
 
@@ -39,6 +40,11 @@ class CausalLMBackbone(Backbone):
         self.decoder = decoder
         self._takes = frozenset(inspect.signature(decoder.forward).parameters)
         self._windows = _windows(decoder.config)
+
+    @classmethod
+    def attention_implementations(cls, config: Any) -> tuple[str, ...]:
+        model = MODEL_MAPPING.get(type(config), None)
+        return ("sdpa", "eager") if getattr(model, "_supports_sdpa", True) else ("eager",)
 
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, options: Any | None = None) -> CausalLMBackbone:

@@ -55,7 +55,9 @@ def check_backbone(
         for attention in cls.attention_implementations(config):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+                lm = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), attn_implementation=attention
+                ).eval()
                 _check(subject, lm, f"on a tiny {model_type} with {attention} attention")
 
 
@@ -126,7 +128,9 @@ def _saving(
         pass
     else:
         subject.fail(f"{where} still embeds tokens after drop_token_embeddings", "a RuntimeError is expected")
-    bare: Backbone = subject.call("from_config", lambda: subject.cls.from_config(config, subject.options)).eval()
+    bare: Backbone = subject.call(
+        "from_config", lambda: subject.cls.from_config(config, subject.options)
+    ).eval()
     state = backbone.state_dict()
     if (there := set(bare.state_dict())) != set(state):
         subject.fail(
@@ -135,7 +139,9 @@ def _saving(
         )
     bare.load_state_dict(state)
     if not torch.equal(_states(bare, inputs), expected):
-        subject.fail(f"{where} gives other states after from_config and load_state_dict", "they must be equal")
+        subject.fail(
+            f"{where} gives other states after from_config and load_state_dict", "they must be equal"
+        )
     if (found := get_registry().find("backbone", subject.cls)) is not None:
         _saved_graft(subject, whole, found[0], where)
 

@@ -80,8 +80,7 @@ def plan(recipe: Recipe) -> str:
         )
     parts = count(recipe)
     vae, graft = recipe.train_vae, recipe.graft
-    sentences = vae.steps * vae.gradient_accumulation * vae.sentences_per_batch
-    passages = graft.steps * graft.gradient_accumulation * graft.passages_per_batch
+    sentences, passages = _sentences(recipe), _passages(recipe)
     most = passages * graft.max_sentences
     lines = [
         _head(recipe),
@@ -105,6 +104,23 @@ def plan(recipe: Recipe) -> str:
         "nothing was downloaded, built or written",
     ]
     return "\n".join(lines)
+
+
+def budget(recipe: Recipe) -> dict[str, int]:
+    """Tokens that each stage of a grafting recipe trains on at most, by its name."""
+    tokens = {} if recipe.graft.vae else {"vae": _sentences(recipe) * TOKENS_A_SENTENCE}
+    tokens["graft"] = _passages(recipe) * recipe.graft.max_sentences * TOKENS_A_SENTENCE
+    return tokens | ({"baseline": tokens["graft"]} if recipe.baseline.enabled else {})
+
+
+def _sentences(recipe: Recipe) -> int:
+    vae = recipe.train_vae
+    return vae.steps * vae.gradient_accumulation * vae.sentences_per_batch
+
+
+def _passages(recipe: Recipe) -> int:
+    graft = recipe.graft
+    return graft.steps * graft.gradient_accumulation * graft.passages_per_batch
 
 
 def _graft_bytes(recipe: Recipe, parts: Plan) -> int:

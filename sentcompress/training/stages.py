@@ -139,6 +139,17 @@ def run_recipe(
     return results
 
 
+def check_folder(recipe: Recipe, out: Path) -> None:
+    """Refuse a folder in which some stage of the recipe could not be run or gone on with. Reads only.
+
+    Raises:
+        InputError: a stage's folder holds something else, or the same stage made of something else.
+    """
+    for stage in _chosen(recipe, None):
+        folder = StageFolder(out / stage.name, stage.name, stage_record(stage.name, recipe, {}))
+        folder.check(resume=True, overwrite=False, partial=True)
+
+
 def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
     if names is None:
         return [stage for stage in STAGES if stage.wanted(recipe)]

@@ -48,7 +48,9 @@ def test_adapters_are_folded_in_and_the_folder_is_a_plain_model(tmp_path):
     assert not torch.allclose(plain(**batch).loss, tiny_sentence_lm()(**batch).loss, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"tune": "last-n", "last_n": 1}, {"tune": "lora"}], ids=lambda s: s["tune"])
+@pytest.mark.parametrize(
+    "settings", [{"tune": "last-n", "last_n": 1}, {"tune": "lora"}], ids=lambda s: s["tune"]
+)
 def test_the_twin_is_tuned_likewise_and_saved_as_a_plain_model(tmp_path, settings):
     lm = tiny_opt()
     apply_tune(lm, blocks_of(lm), BaselineSettings(**settings), "baseline")

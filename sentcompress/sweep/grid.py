@@ -1,0 +1,238 @@
+"""``--grid FIELD=VALUE,VALUE``: how it is read, and the cells it makes. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import yaml
+
+from sentcompress.errors import RecipeError, SentCompressError
+from sentcompress.recipe import Recipe, load_recipe
+
+NAME_LENGTH = 120
+"""Characters of a cell's name, so that the files below its folder stay within every file system's limits."""
+EXAMPLE = "--grid vae.conditioning=add,prefix"
+T = TypeVar("T")
+R = TypeVar("R")
+_PLAIN_VALUE = re.compile(r"[a-z0-9_.+-]+(?: [a-z0-9_]+=[a-z0-9_.+-]+)*")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One ``--grid``: a field of the recipe and the values it takes, as YAML."""
+
+    field: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        name: of its folder; depends on its own fields and values only, not on the order of the grid.
+        values: what it has on each axis, as shown in tables.
+        overrides: ``field=value`` for each axis.
+        recipe: resolved and checked.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+
+def parse_grid(texts: Sequence[str], overrides: Sequence[str] = ()) -> list[Axis]:
+    """Read the ``--grid`` options.
+
+    Args:
+        overrides: the ``--set`` options, which come before the grid and must not be undone by it.
+
+    Raises:
+        RecipeError: an option cannot be read, or two of them are about the same field.
+    """
+    axes = [_axis(text) for text in texts]
+    for one, other in itertools.combinations(axes, 2):
+        if one.field == other.field:
+            raise RecipeError(f"--grid {one.field}: given twice", fix="put all its values into one")
+        if _covers(one.field, other.field) or _covers(other.field, one.field):
+            raise RecipeError(
+                f"--grid {one.field} and --grid {other.field}: one is a part of the other",
+                fix="write each combination that you want as a whole value: "
+                "--grid 'fusion={name: mean},{name: attention, options: {latents: 4}}'",
+            )
+    for axis in axes:
+        for override in overrides:
+            if _covers(axis.field, override.partition("=")[0]):
+                raise RecipeError(
+                    f"--set {override}: --grid {axis.field} would undo it", fix="leave one of them out"
+                )
+    return axes
+
+
+def _covers(field: str, other: str) -> bool:
+    """Whether setting ``field`` replaces ``other``."""
+    return other == field or other.startswith(f"{field}.")
+
+
+def _axis(text: str) -> Axis:
+    field, equals, rest = text.partition("=")
+    if not equals or not all(field.split(".")):
+        raise RecipeError(f"--grid {text}: write FIELD=VALUE,VALUE, such as {EXAMPLE}")
+    values = [value.strip() for value in split_values(rest)]
+    seen: list[Any] = []
+    for value in values:
+        if not value:
+            raise RecipeError(f"--grid {text}: an empty value", fix="write null for none, '' for empty text")
+        try:
+            parsed = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            raise RecipeError(
+                f"--grid {text}: '{value}' is not valid YAML", fix="close its brackets, or quote it"
+            ) from None
+        if repr(parsed) in seen:
+            raise RecipeError(f"--grid {text}: '{value}' is there twice", fix="leave one of them out")
+        seen.append(repr(parsed))
+    return Axis(field, tuple(values))
+
+
+def split_values(text: str) -> list[str]:
+    """Split at commas that are not within brackets, braces or quotes."""
+    pieces, start, depth, quote, i = [], 0, 0, "", 0
+    while i < len(text):
+        character = text[i]
+        if quote:
+            # YAML writes a quote within quotes as '' or \".
+            if (quote == "'" and text.startswith("''", i)) or (quote == '"' and character == "\\"):
+                i += 1
+            elif character == quote:
+                quote = ""
+        elif character in "'\"" and (not text[start:i].strip() or text[:i].rstrip()[-1] in ",[{:"):
+            quote = character  # elsewhere it is an apostrophe
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth = max(depth - 1, 0)
+        elif character == "," and depth == 0:
+            pieces.append(text[start:i])
+            start = i + 1
+        i += 1
+    return [*pieces, text[start:]]
+
+
+def build_cells(recipe: str, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Cell]:
+    """Every combination, resolved and checked.
+
+    Args:
+        recipe: a file, or a shipped name.
+        overrides: ``--set`` options, the same for all cells.
+
+    Raises:
+        RecipeError: naming each cell that cannot be run, and the field.
+        PluginError: the same, where a component is missing or broken.
+    """
+    labels = _labels([axis.field for axis in axes])
+    combinations = list(itertools.product(*(axis.values for axis in axes)))
+
+    def cell(values: tuple[str, ...]) -> Cell:
+        own = tuple(f"{axis.field}={value}" for axis, value in zip(axes, values, strict=True))
+        resolved = load_recipe(recipe, [*overrides, *own])
+        resolved.check_components()
+        return Cell(cell_name(labels, values), tuple(map(value_text, values)), own, resolved)
+
+    cells = check_each([(cell_name(labels, values), values) for values in combinations], cell)
+    _refuse_twins(cells)
+    first = cells[0].recipe
+    if first.pretrain is not None:
+        raise RecipeError(f"{recipe}: it pretrains a backbone, and a sweep compares grafted models")
+    if not first.bench.metrics:
+        raise RecipeError(f"{recipe}: bench.metrics is empty: the cells could not be compared")
+    return cells
+
+
+def check_each(named: Sequence[tuple[str, T]], check: Callable[[T], R]) -> list[R]:
+    """Call a check for each cell, given with its name; what they return, or one error about all that failed."""
+    results: list[R] = []
+    failed: dict[str, list[str]] = {}
+    first: SentCompressError | None = None
+    for name, cell in named:
+        try:
+            results.append(check(cell))
+        except SentCompressError as error:
+            first = first or error
+            failed.setdefault(error.message, []).append(name)
+    if first is None:
+        return results
+    lines = []
+    for message, cells in failed.items():
+        others = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        who = "every cell" if len(cells) == len(named) else f"cell {cells[0]}{others}"
+        lines.append(f"{who}: {message}")
+    fix = first.fix
+    if any(".options." in message and "unknown key" in message for message in failed):
+        fix = (
+            "an option belongs to its component: give both as one value, "
+            "--grid 'fusion={name: mean},{name: attention, options: {latents: 4}}', "
+            "or drop the recipe's with --set 'fusion.options={}'"
+        )
+    raise type(first)("\n".join(lines) + "\nno cell was started", fix=fix)
+
+
+def _refuse_twins(cells: Sequence[Cell]) -> None:
+    """Two cells that are the same experiment, or that would share a folder."""
+    experiments: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for cell in cells:
+        for kind, table, key in (
+            ("are the same experiment", experiments, cell.recipe.digest()),
+            ("would share a folder", folders, cell.name.lower()),
+        ):
+            if key in table:
+                raise RecipeError(
+                    f"cells {table[key]} and {cell.name} {kind}", fix="leave one of the values out"
+                )
+            table[key] = cell.name
+
+
+def value_text(value: str) -> str:
+    """A value as a table shows it: ``{name: attention, options: {latents: 4}}`` is ``attention latents=4``."""
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, dict) and isinstance(parsed.get("name"), str):
+        options = parsed.get("options") or {}
+        if set(parsed) <= {"name", "options"} and isinstance(options, dict):
+            return " ".join([parsed["name"], *(f"{key}={inner}" for key, inner in options.items())])
+    return str(parsed) if isinstance(parsed, str) else value
+
+
+def _labels(fields: Sequence[str]) -> dict[str, str]:
+    """A short word for each field: its last part, or the component's where that is ``name``."""
+    words = {field: _label(field) for field in fields}
+    clash = len(set(words.values())) < len(words)
+    return {field: field if clash else word for field, word in words.items()}
+
+
+def _label(field: str) -> str:
+    parts = field.split(".")
+    return parts[-2] if parts[-1] == "name" and len(parts) > 1 else parts[-1]
+
+
+def cell_name(labels: dict[str, str], values: Sequence[str]) -> str:
+    """A folder name such as ``conditioning-prefix_fusion-attention-latents-4``.
+
+    Values that such a name cannot tell apart get a digest behind it.
+    """
+    # Sorted, so that the order of the options on the command line does not matter.
+    pairs = sorted(zip(labels, values, strict=True))
+    texts = [(labels[field], value_text(value)) for field, value in pairs]
+    name = "_".join(
+        re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{label}-{text.replace('=', '-')}") for label, text in texts
+    )
+    if len(name) <= NAME_LENGTH and all(_PLAIN_VALUE.fullmatch(text) for _, text in texts):
+        return name
+    digest = hashlib.blake2b(repr(pairs).encode(), digest_size=4).hexdigest()
+    return f"{name[:NAME_LENGTH].rstrip('-.')}-{digest}"

@@ -1,0 +1,91 @@
+"""Order, table, page and picture of a sweep, from figures made up here."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from sentcompress.sweep.plots import draw
+from sentcompress.sweep.results import CellFigures, CellRow, SweepResults
+from sentcompress.sweep.tables import markdown, render, table_of
+
+
+def row(name: str, *, state: str = "done", error: str | None = None, **figures: float) -> CellRow:
+    return CellRow(
+        name=name,
+        values=[name],
+        overrides=[f"seed={name}"],
+        recipe_digest="0" * 12,
+        state=state,
+        error=error,
+        figures=CellFigures(**figures) if figures else None,
+    )
+
+
+def sweep(*rows: CellRow, notes: tuple[str, ...] = ()) -> SweepResults:
+    values = [row.name for row in rows]
+    return SweepResults(
+        title="t",
+        command="c",
+        created="now",
+        overrides=[],
+        axes={"seed": values},
+        cells=list(rows),
+        notes=list(notes),
+    )
+
+
+def names(found: SweepResults) -> str:
+    return "".join(row.name for row in found.ranked())
+
+
+def test_best_first_and_what_is_missing_last():
+    a, b = row("a", bits_per_byte=2.0), row("b", bits_per_byte=1.0)
+    assert names(sweep(row("x", state="failed", error="no"), a, row("w", state="waiting"), b)) == "baxw"
+    assert names(sweep()) == ""
+
+
+def test_ratio_to_the_baseline_decides_where_all_have_one():
+    a = row("a", bits_per_byte=2.0, baseline_ratio=1.1)
+    b = row("b", bits_per_byte=1.0, baseline_ratio=1.2)
+    assert names(sweep(b, a)) == "ab"
+    assert names(sweep(row("c", bits_per_byte=1.5), b, a)) == "bca"
+
+
+def test_columns_that_nobody_has_are_left_out():
+    columns, lines = table_of(
+        sweep(row("a", bits_per_byte=2.0), row("b", bits_per_byte=1.0, parameters=2.5e6))
+    )
+    assert columns == ["#", "seed", "bits/byte", "parameters"]
+    assert lines == [["1", "b", "1.0000", "2.50 M"], ["2", "a", "2.0000", "-"]]
+    columns, lines = table_of(sweep(row("a", state="failed", error="one\ntwo"), row("b", state="waiting")))
+    assert columns == ["#", "seed", "state"]
+    assert [line[-1] for line in lines] == ["failed: one two", "waiting"]
+
+
+def test_every_figure_has_a_column():
+    figures = dict.fromkeys(CellFigures.model_fields, 1)
+    columns, lines = table_of(sweep(row("a", **figures)))
+    unshown = {"batch_size"}  # said in the text below the table
+    assert len(columns) == 2 + len(figures) - len(unshown)
+    assert "-" not in lines[0]
+
+
+def test_the_page_keeps_its_columns_whatever_a_value_holds(capsys):
+    found = sweep(row("a|b", bits_per_byte=1.0), notes=("they differ in commit: x; y",))
+    page = markdown(found)
+    assert "| 1 | a\\|b | 1.0000 |" in page
+    assert "Careful: they differ in commit: x; y." in page
+    assert f"| 1 | a\\|b | {'0' * 12} | - |" in page
+    render(found, Console(width=120))
+    shown = capsys.readouterr().out
+    assert "a|b" in shown
+    assert "careful: they differ in commit" in shown
+
+
+@pytest.mark.parametrize("points", [0, 1, 9])
+def test_the_picture_is_drawn_when_there_are_points(tmp_path, points: int):
+    rows = [row(str(i), bits_per_byte=1 + i, token_accuracy=0.5) for i in range(points)]
+    path = tmp_path / "sweep.png"
+    assert draw(sweep(*rows, row("x", state="failed", error="no")), path) is (points > 0)
+    assert path.is_file() is (points > 0)
