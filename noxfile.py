@@ -130,7 +130,8 @@ def plugin_alone(session: nox.Session, package: Path, venv: Path) -> None:
     install = ("-m", "pip", "install", "-q", *CONSTRAINED, "-e", f"{package}[test]")
     session.run(python, *install, external=True)
     with session.chdir(package):
-        session.run(python, "-m", "pytest", "-q", external=True)
+        # One thread: the models are tiny, and threads that wait for each other are slow on a busy machine.
+        session.run(python, "-m", "pytest", "-q", external=True, env={"OMP_NUM_THREADS": "1"})
     listed = session.run(python, "-m", "sentcompress", "plugins", "--json", silent=True, external=True)
     plugins = json.loads(listed)
     others = [
