@@ -6,7 +6,9 @@ constraints.txt, except ``lowest``, which takes the lowest versions that pyproje
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -110,16 +112,50 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def plugins(session: nox.Session) -> None:
-    """Each package in plugins/ alone: it installs beside sentcompress and passes its own tests."""
+    """Each package in plugins/, and a new one of each kind, alone: it installs, passes its tests and is listed.
+
+    ``nox -s plugins -- spans metric`` tries those whose folder or kind is named.
+    """
+    # Built, not editable: the templates must be in the wheel.
+    session.install(*CONSTRAINED, str(ROOT))
     packages = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-    if not packages:
-        session.skip("there is no package in plugins/ yet")
-    for package in packages:
-        # A venv of its own, so that one plugin's dependencies cannot hide another's missing ones.
-        venv = Path(session.create_tmp()) / package.name
-        session.run(sys.executable, "-m", "venv", "--clear", str(venv), external=True)
-        python = str(venv / ("Scripts" if sys.platform == "win32" else "bin") / "python")
-        requirements = ["-e", str(ROOT), "-e", str(package), "pytest", "pytest-timeout"]
-        session.run(python, "-m", "pip", "install", "-q", *CONSTRAINED, *requirements, external=True)
-        with session.chdir(package):
-            session.run(python, "-m", "pytest", *session.posargs, external=True)
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    for kind in sorted(p.name for p in (ROOT / "sentcompress" / "cli" / "templates").iterdir() if p.is_dir()):
+        packages.append(folder / "new" / f"sentcompress-my-{kind}")
+        new = ("plugins", "new", f"my-{kind}", "--kind", kind, "--out", str(packages[-1]))
+        session.run("sentcompress", *new, silent=True)
+    wanted = [p for p in packages if not session.posargs or any(word in p.name for word in session.posargs)]
+    if not wanted:
+        session.error(f"no package is called so: {' '.join(session.posargs)}")
+    for package in wanted:
+        plugin_alone(session, package, folder / "environments" / package.name)
+
+
+def plugin_alone(session: nox.Session, package: Path, venv: Path) -> None:
+    """One plugin in an environment that has nothing else but sentcompress and what that needs."""
+    session.log(f"{package.name}, alone")
+    session.run("python", "-m", "venv", "--clear", str(venv), silent=True)
+    windows = sys.platform == "win32"
+    python = str(venv / ("Scripts/python.exe" if windows else "bin/python"))
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    shared, own = (
+        session.run(p, "-c", purelib, silent=True, external=True).strip() for p in ("python", python)
+    )
+    # torch is large: sentcompress is seen through a path, and only the plugin and its needs are installed here.
+    (Path(own) / "sentcompress-and-its-needs.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+    install = ("-m", "pip", "install", "-q", *CONSTRAINED, "-e", f"{package}[test]")
+    session.run(python, *install, external=True)
+    with session.chdir(package):
+        # One thread: the models are tiny, and threads that wait for each other are slow on a busy machine.
+        session.run(python, "-m", "pytest", "-q", external=True, env={"OMP_NUM_THREADS": "1"})
+    listed = session.run(python, "-m", "sentcompress", "plugins", "--json", silent=True, external=True)
+    plugins = json.loads(listed)
+    others = [
+        name for name, plugin in plugins.items() if plugin["package"] not in ("sentcompress", package.name)
+    ]
+    mine = [plugin for plugin in plugins.values() if plugin["package"] == package.name]
+    if others or not mine or any(p["status"] != "ok" or not p["components"] for p in mine):
+        session.error(f"'{package.name}' should be listed, alone and ok: {listed}")
+    for plugin in mine:
+        session.log("; ".join(f"{c['kind']} {c['name']}: {c['help']}" for c in plugin["components"]))

@@ -107,6 +107,10 @@ class Registry:
         """Names that more than one plugin claims."""
         return {key: [c.plugin for c in claims] for key, claims in self._claims.items() if len(claims) > 1}
 
+    def claims(self, kind: str, name: str) -> list[Claim]:
+        """Who says that this component is theirs: nobody, one plugin, or several that collide."""
+        return list(self._claims.get((kind, name), []))
+
     def owner(self, kind: str, name: str) -> Plugin:
         """The plugin that provides a component. Raises PluginError as :meth:`get` does."""
         return self._claim(kind, name).plugin
@@ -144,7 +148,7 @@ class Registry:
         return None
 
     def _claim(self, kind: str, name: str) -> Claim:
-        claims = self._claims.get((kind, name), [])
+        claims = self.claims(kind, name)
         if len(claims) > 1:
             both = " and ".join(f"'{c.plugin.package}' (plugin '{c.plugin.name}')" for c in claims)
             raise PluginError(

@@ -56,7 +56,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
 def shown_commands() -> list[str]:
     """Every ``sentcompress ...`` in the examples of the help texts and in the shell blocks of the pages."""
     lines = []
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    pages = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "plugins").glob("**/README.md"))
+    for page in pages:
         for block in re.findall(
             r"^```(?:bash|text)\n(.+?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
         ):

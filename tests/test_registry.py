@@ -230,12 +230,15 @@ def test_the_command_line_lives_with_broken_and_colliding_plugins(site: Site):
     assert table.returncode == 0, table.stderr
     rows = [line.split() for line in table.stdout.splitlines()]
     assert ["plugin", "bad_plugin", "bad-plugin", "0.3", "broken:", "SystemExit:", "7"] in rows
-    assert ["segmenter", "lines", "one", "1.2", "collides", "with", "two", "(segmenters)"] in rows
+    collides = ["segmenter", "lines", "one", "1.2", "collides", "with", "two", "(segmenters)"]
+    assert [*collides, "Cut", "at", "line", "ends."] in rows
 
     listed = json.loads(site.run("plugins", "--json").stdout)
     assert listed["bad_plugin"]["error"] == "SystemExit: 7"
     assert listed["segmenters"]["package"] == "sentcompress"
-    assert listed["segmenters (two)"]["components"][0]["collides_with"] == ["one (one)"]
+    (component,) = listed["segmenters (two)"]["components"]
+    assert component["collides_with"] == ["one (one)"]
+    assert component["help"] == "Cut at line ends."
 
     assert site.run("--help").returncode == 0
     (site.folder / "r.yaml").write_text("name: x\nsegmenter: {name: lines}\n")

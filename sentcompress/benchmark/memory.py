@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from sentcompress.benchmark.results import MemoryReport
+from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.sentence_lm import SentenceLM
 
+UNLIMITED_TEXT = 2048
+"""Tokens of the text where the backbone names no limit, as with ALiBi."""
 BUDGET = 2**30
 """Bytes of cache the longest context is computed for unless told otherwise."""
 
@@ -95,7 +98,9 @@ def measure_memory(
         sentence_lengths: lengths the sentence model writes in the slope's run.
         new_tokens: tokens generated there.
     """
-    limit = int(backbone.config.max_position_embeddings)
+    limit = position_limit(backbone.config)
+    if limit == UNLIMITED_POSITIONS:
+        limit = UNLIMITED_TEXT
     text = _take(sentences, limit - 1, model.backbone.max_positions // model.latents - 1)
     tokens = sum(map(len, text))
     new_tokens = min(new_tokens, limit - 2)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sentcompress.benchmark.causality import require_causal
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, check_bytes
 from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
+from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import START, SentenceLM
@@ -244,7 +245,7 @@ def score_token_model(
         CoverageError: a byte was charged twice or never.
     """
     model.eval()
-    room = int(model.config.max_position_embeddings)
+    room = position_limit(model.config)
     size = max(2, min(context_tokens or room, room))
 
     def nll(ids: Tensor) -> Tensor:

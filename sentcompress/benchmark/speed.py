@@ -25,6 +25,7 @@ from sentcompress.benchmark.systems import (
     make_prompts,
     seconds,
 )
+from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
@@ -63,7 +64,7 @@ def measure_speed(
     Raises:
         InputError: prompt and new tokens do not fit in the backbone's positions.
     """
-    limit = int(backbone.config.max_position_embeddings)
+    limit = position_limit(backbone.config)
     wanted = settings.prompt_tokens + settings.new_tokens + 1
     if wanted > limit:
         raise InputError(

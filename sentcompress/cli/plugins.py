@@ -1,13 +1,16 @@
-"""``sentcompress plugins``: what is installed, what is broken, what options a component has."""
+"""``sentcompress plugins``: what is installed, what is broken, what options a component has; a new one."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sentcompress.cli.common import console, examples
+from sentcompress.cli.summaries import summary
 from sentcompress.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,13 +63,52 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a com
         component: Any = registry.get(kind, name)
         owner = registry.owner(kind, name)
         typer.echo(f"{kind} {name} ({owner.package} {owner.version})")
-        typer.echo(_summary(component))
+        typer.echo(summary(component) or "(no description)")
         _print_options(component.Options)
+
+
+@plugins.command(
+    "new",
+    epilog=examples(
+        "sentcompress plugins new verses --kind segmenter",
+        "sentcompress plugins new max-pool --kind fusion --out ~/src/max-pool",
+        "sentcompress plugins new olmo --kind backbone",
+    ),
+)
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the component, as recipes will use it.")
+    ],
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="One of segmenter, fusion, backbone, dataset, metric.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; new or empty.", show_default="sentcompress-NAME")
+    ] = None,
+) -> None:
+    """Write a package with a small component that works, for you to change.
+
+    It installs with pip, passes its own tests, and shows up in 'sentcompress plugins'.
+    """
+    from sentcompress.cli import scaffold
+    from sentcompress.registry import get_registry
+
+    planned = scaffold.plan(name, kind, get_registry())
+    folder = Path(planned.package) if out is None else out.expanduser()
+    scaffold.write(planned, folder)
+    typer.echo(f"{folder}: the {kind} '{planned.name}' in {len(planned.files)} files. Next:\n")
+    typer.echo(f"  pip install -e {shlex.quote(f'{folder}[test]')}")
+    typer.echo(f"  pytest {shlex.quote(str(folder))}")
+    typer.echo(f"  {planned.command}")
 
 
 def _rivals(registry: Registry, plugin: Plugin, key: tuple[str, str]) -> list[str]:
     """Packages of the other plugins that claim the same name."""
     return [f"{p.package} ({p.name})" for p in registry.collisions().get(key, []) if p is not plugin]
+
+
+def _help(registry: Registry, plugin: Plugin, key: tuple[str, str]) -> str:
+    return next((summary(c.target) for c in registry.claims(*key) if c.plugin is plugin), "")
 
 
 def _as_dict(registry: Registry) -> dict[str, dict[str, Any]]:
@@ -81,7 +123,12 @@ def _as_dict(registry: Registry) -> dict[str, dict[str, Any]]:
             "status": plugin.status,
             "error": plugin.error,
             "components": [
-                {"kind": kind, "name": name, "collides_with": _rivals(registry, plugin, (kind, name))}
+                {
+                    "kind": kind,
+                    "name": name,
+                    "help": _help(registry, plugin, (kind, name)),
+                    "collides_with": _rivals(registry, plugin, (kind, name)),
+                }
                 for kind, name in plugin.components
             ],
         }
@@ -92,22 +139,21 @@ def _print_table(registry: Registry) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("kind", "name", "package", "version", "status", box=None, pad_edge=False)
+    table = Table("kind", "name", "package", "version", "status", "what", box=None, pad_edge=False)
+
+    def add(*cells: str) -> None:
+        table.add_row(*(Text(cell) for cell in cells))
+
     for plugin in registry.plugins:
         for kind, name in plugin.components:
             rivals = _rivals(registry, plugin, (kind, name))
             status = f"collides with {', '.join(rivals)}" if rivals else plugin.status
-            table.add_row(kind, Text(name), Text(plugin.package), Text(plugin.version), Text(status))
+            what = _help(registry, plugin, (kind, name))
+            add(kind, name, plugin.package, plugin.version, status, what)
         if not plugin.components:
             status = f"broken: {plugin.error}" if plugin.error else "registers nothing"
-            table.add_row(
-                "plugin", Text(plugin.name), Text(plugin.package), Text(plugin.version), Text(status)
-            )
+            add("plugin", plugin.name, plugin.package, plugin.version, status, "")
     console().print(table)
-
-
-def _summary(component: type) -> str:
-    return (component.__doc__ or "").strip().partition("\n")[0] or "(no description)"
 
 
 def _print_options(options: type[BaseModel]) -> None:
@@ -131,6 +177,9 @@ def add_to(app: typer.Typer) -> None:
         plugins,
         name="plugins",
         epilog=examples(
-            "sentcompress plugins", "sentcompress plugins --json", "sentcompress plugins show regex"
+            "sentcompress plugins",
+            "sentcompress plugins --json",
+            "sentcompress plugins show regex",
+            "sentcompress plugins new verses --kind segmenter",
         ),
     )

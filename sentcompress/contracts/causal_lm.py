@@ -65,8 +65,7 @@ class CausalLMBackbone(Backbone):
 
     @property
     def max_positions(self) -> int:
-        limits = (getattr(self.config, name, None) for name in _POSITION_LIMITS)
-        return next((int(limit) for limit in limits if limit), UNLIMITED_POSITIONS)
+        return position_limit(self.config)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -112,6 +111,12 @@ class CausalLMBackbone(Backbone):
             kind: additive_mask(_within(allowed, window), dtype) for kind, window in self._windows.items()
         }
         return next(iter(masks.values())) if len(masks) == 1 else masks
+
+
+def position_limit(config: Any) -> int:
+    """Positions an LLM has by its configuration, whatever its family calls them."""
+    limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
+    return next((int(limit) for limit in limits if limit), UNLIMITED_POSITIONS)
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError, did_you_mean
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm
@@ -239,7 +240,7 @@ class BaselineJob(TokenLevelJob):
             shuffle=shuffle,
         )
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        longest = int(self.model.lm.config.max_position_embeddings)
+        longest = position_limit(self.model.lm.config)
         return PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
 
     def card(self) -> Card:

@@ -1,0 +1,9 @@
+"""Registers the dataset ``parquet`` with sentcompress."""
+
+import sentcompress
+
+
+@sentcompress.hookimpl
+def register_datasets(register):
+    # As text, so that the module is imported only when the dataset is used.
+    register("parquet", "sentcompress_parquet.dataset:ParquetDataset")

@@ -1,0 +1,9 @@
+"""Registers the fusion ``spans`` with sentcompress."""
+
+import sentcompress
+
+
+@sentcompress.hookimpl
+def register_fusions(register):
+    # As text, so that the module is imported only when the fusion is used.
+    register("spans", "sentcompress_spans.fusion:SpanPooling")
