@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sentcompress.contracts.backbone import Backbone
+from sentcompress.contracts.causal_lm import position_limit
 
-CELLS, CUT = 8, 5
-"""Positions of the random input, and where it is changed or divided."""
+CELLS = 8
+"""Positions of the random input, where the LLM has as many."""
 TOLERANCE = 1e-5
 """Largest difference of what must be equal, as a share of the largest state (at least 1)."""
 
@@ -46,9 +47,9 @@ class Reference:
     """What the library's own forward gives for random tokens, taken before an adapter changes the LLM.
 
     Attributes:
-        input_ids: ``[2, CELLS]``.
-        hidden_states: ``[2, CELLS, width of the head]``.
-        leak: how much the states before ``CUT`` move when the tokens from there on are others.
+        input_ids: ``[2, cells]``.
+        hidden_states: ``[2, cells, width of the head]``.
+        leak: how much the states of the first part move when the tokens of the rest are others.
     """
 
     input_ids: Tensor
@@ -65,8 +66,10 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
     """
     generator = torch.Generator().manual_seed(seed)
     vocab = int(causal_lm.get_input_embeddings().weight.shape[0])
-    ids = torch.randint(0, vocab, (2, CELLS), generator=generator)
-    changed = torch.cat([ids[:, :CUT], (ids[:, CUT:] + 1) % vocab], 1)
+    cells = min(CELLS, position_limit(causal_lm.config))
+    cut = _cut(cells)
+    ids = torch.randint(0, vocab, (2, cells), generator=generator)
+    changed = torch.cat([ids[:, :cut], (ids[:, cut:] + 1) % vocab], 1)
     device = causal_lm.get_input_embeddings().weight.device
     states = []
     was_training = causal_lm.training
@@ -81,7 +84,7 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
         raise ValueError(f"its own forward failed: {_short(error)}") from error
     finally:
         causal_lm.train(was_training)
-    leak = float((states[0] - states[1])[:, :CUT].abs().max())
+    leak = float((states[0] - states[1])[:, :cut].abs().max())
     return Reference(ids.to(device), states[0], leak)
 
 
@@ -107,11 +110,13 @@ class _Proof:
     def __init__(self, backbone: Backbone, reference: Reference) -> None:
         self.backbone, self.reference = backbone, reference
         self.device = reference.input_ids.device
+        self.cells = reference.input_ids.shape[1]
+        self.cut = _cut(self.cells)
         self.scale = max(1.0, float(reference.hidden_states.abs().max()))
         self.allowed = TOLERANCE * self.scale
         self.embeddings = backbone.token_embeddings(reference.input_ids)
-        self.causal = torch.ones(CELLS, CELLS, dtype=torch.bool, device=self.device).tril()
-        self.positions = torch.arange(CELLS, device=self.device)
+        self.causal = torch.ones(self.cells, self.cells, dtype=torch.bool, device=self.device).tril()
+        self.positions = torch.arange(self.cells, device=self.device)
 
     def findings(self) -> Iterator[Finding]:
         first = self._try("equivalence", self.equivalence)
@@ -173,22 +178,22 @@ class _Proof:
     def causality(self) -> tuple[float, float, str]:
         """Also that attention is there at all: what comes before must matter."""
         before = self._plain()
-        changed = torch.cat([self.embeddings[:, :CUT], self.embeddings[:, CUT:].flip(1) * 2], 1)
-        leak = _delta(before[:, :CUT], self._plain(changed)[:, :CUT])
+        changed = torch.cat([self.embeddings[:, : self.cut], self.embeddings[:, self.cut :].flip(1) * 2], 1)
+        leak = _delta(before[:, : self.cut], self._plain(changed)[:, : self.cut])
         first = torch.cat([self.embeddings[:, :1] * 2 + 1, self.embeddings[:, 1:]], 1)
-        if _delta(before[:, 2], self._plain(first)[:, 2]) == 0:
+        if _delta(before[:, -1], self._plain(first)[:, -1]) == 0:
             return float("inf"), 0.0, "earlier positions have no effect on later ones"
         return leak, 1e-6 * self.scale, "later positions change earlier states: it leaks the future"
 
     def _packed(self, embeddings: Tensor) -> Tensor:
         """Two passages in a row, apart by the mask, each with positions from 0."""
-        passage = (self.positions >= CUT).long()
+        passage = (self.positions >= self.cut).long()
         allowed = self.causal & (passage[:, None] == passage[None, :])
-        return self._run(embeddings, allowed, self.positions - CUT * passage)[0]
+        return self._run(embeddings, allowed, self.positions - self.cut * passage)[0]
 
     def mask(self) -> tuple[float, float, str]:
-        changed = torch.cat([self.embeddings[:, :CUT].flip(1) * 2, self.embeddings[:, CUT:]], 1)
-        delta = _delta(self._packed(self.embeddings)[:, CUT:], self._packed(changed)[:, CUT:])
+        changed = torch.cat([self.embeddings[:, : self.cut].flip(1) * 2, self.embeddings[:, self.cut :]], 1)
+        delta = _delta(self._packed(self.embeddings)[:, self.cut :], self._packed(changed)[:, self.cut :])
         return (
             delta,
             1e-6 * self.scale,
@@ -196,16 +201,16 @@ class _Proof:
         )
 
     def packing(self) -> tuple[float, float, str]:
-        rest = self.embeddings[:, CUT:]
-        number = CELLS - CUT
+        rest = self.embeddings[:, self.cut :]
+        number = self.cells - self.cut
         alone = self._run(rest, self.causal[:number, :number], self.positions[:number])[0]
         problem = "a document packed behind another differs from the same alone: positions are not honoured"
-        return _delta(self._packed(self.embeddings)[:, CUT:], alone), self.allowed, problem
+        return _delta(self._packed(self.embeddings)[:, self.cut :], alone), self.allowed, problem
 
     def padding(self) -> tuple[float, float, str]:
         pad = 3
         embeddings = torch.cat([self.embeddings[:, :pad] * 3, self.embeddings], 1)
-        columns = torch.arange(CELLS + pad, device=self.device)
+        columns = torch.arange(self.cells + pad, device=self.device)
         real = columns >= pad
         allowed = (columns[:, None] >= columns[None, :]) & real[None, :] & real[:, None]
         allowed |= columns[:, None] == columns[None, :]
@@ -214,7 +219,7 @@ class _Proof:
 
     def cache(self) -> tuple[float, float, str]:
         parts, past = [], None
-        for begin, end in ((0, CUT), *((i, i + 1) for i in range(CUT, CELLS))):
+        for begin, end in ((0, self.cut), *((i, i + 1) for i in range(self.cut, self.cells))):
             states, past = self._run(
                 self.embeddings[:, begin:end],
                 self.causal[begin:end, :end],
@@ -230,6 +235,11 @@ class _Proof:
             self.allowed,
             "with a cache it gives other states than without",
         )
+
+
+def _cut(cells: int) -> int:
+    """Where the input is changed or divided: at least one position behind, as many as may be before."""
+    return max(1, min(cells - 1, cells * 5 // 8))
 
 
 def _delta(a: Tensor, b: Tensor) -> float:

@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF only and remote code is never run, wha
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -139,6 +143,21 @@ def _find_adapter(model: str, revision: str | None) -> str:
     return serves[-1] if serves else FALLBACK
 
 
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be connected to at all. If not, the loaders' own retries would take most of a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True  # then only the proxy knows
+    target = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((target.hostname or "", target.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 def quiet() -> None:
     """No retries of the hub's around our one message, and no progress bars in a file or pipe."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -155,8 +174,16 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
             f"backbone.model: '{spec.model}' is a GGUF file, and the package 'gguf' that reads it is not installed",
             fix="pip install 'sentcompress[gguf]'",
         )
+    cached_only = not Path(source.path).is_dir() and not hub_answers()
     try:
-        return load(source.path, revision=spec.revision, **source.arguments, **SAFE, **arguments)
+        return load(
+            source.path,
+            revision=spec.revision,
+            local_files_only=cached_only,
+            **source.arguments,
+            **SAFE,
+            **arguments,
+        )
     except Exception as error:
         # The GGUF reader trusts its file: a torn one may raise anything.
         known = isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.cli import main
@@ -215,7 +216,7 @@ def test_gguf_files_that_cannot_be_read(refused, tmp_path):
     [("opt-125", "opt-125m"), ("facebok/opt-125m", "opt-125m"), ("qwen/qwen2.5-0.5", "qwen2.5-0.5b")],
 )
 def test_a_name_with_a_typo_offers_near_aliases(refused, name, near, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(name, f"Did you mean '{near}'")
 
 
