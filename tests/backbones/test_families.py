@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import InputError
 from sentcompress.modeling.grafting import wrap_backbone
 from sentcompress.recipe import BackboneSpec
@@ -116,3 +117,17 @@ def test_every_published_shape_has_an_alias_or_is_a_size_of_one():
             assert shape["model_type"] in cls.model_types
             config = AutoConfig.for_model(**shape)
             assert config.hidden_size % config.num_attention_heads == 0 or config.head_dim, hub
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "limit"),
+    [
+        ("opt", "max_position_embeddings", 77),
+        ("gpt2", "n_positions", 77),
+        ("mpt", "max_seq_len", 77),
+        ("bloom", None, UNLIMITED_POSITIONS),
+    ],
+)
+def test_the_position_limit_is_found_whatever_it_is_called(model_type, field, limit):
+    config = AutoConfig.for_model(model_type, **({field: limit} if field else {}))
+    assert position_limit(config) == limit
