@@ -224,6 +224,8 @@ class BenchSettings(Section):
         "data",
     ]
     """Parts of the benchmark."""
+    by: list[Literal["position", "length", "index"]] = []
+    """Break quality down by token position in the sentence, sentence length, sentence index in the document."""
     extra_metrics: list[ComponentSpec] = []
     """Metric plugins run on the reconstructions."""
     max_documents: int | None = Field(default=None, ge=1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from sentcompress.benchmark.results import QualityScore
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus
@@ -82,6 +85,29 @@ def heldout_documents(corpus: Corpus, settings: BenchSettings) -> list[HeldoutDo
     return documents
 
 
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document a model reads at once: ``start`` to ``stop``, charged from ``charged`` on."""
+
+    start: int
+    stop: int
+    charged: int
+
+
+def windows(length: int, size: int) -> list[Window]:
+    """Cover positions 1 to ``length - 1`` (0 is context) with windows of at most ``size`` positions.
+
+    The first charges all it has behind its first position; each later one carries at least half a window of
+    context over, so no position but the earliest is predicted from little context.
+    """
+    found = [Window(0, min(size, length), 1)]
+    while found[-1].stop < length:
+        charged = found[-1].stop
+        stop = min(length, charged + max(1, size // 2))
+        found.append(Window(max(0, stop - size), stop, charged))
+    return found
+
+
 class ByteCounter:
     """How many bytes of text tokens stand for, so that a scorer can show that it charged them all.
 
@@ -103,17 +129,50 @@ class ByteCounter:
         Raises:
             CoverageError: they do not spell ``text``.
         """
-        if self._byte_level:
-            # In a byte-level vocabulary, every character of a token's name is one byte.
-            size = sum(len(self.backend.id_to_token(token) or "") for token in ids)
-        else:
-            size = len(text.encode("utf-8"))
+        size = sum(self._name_sizes(ids)) if self._byte_level else len(text.encode("utf-8"))
         if self.backend.decode(list(ids), skip_special_tokens=False) != text:
             raise CoverageError(
                 f"the {len(ids)} charged tokens do not spell the text they are charged for: {text[:60]!r}",
                 fix="bits per byte cannot be measured with a tokenizer that changes the text",
             )
         return size
+
+    def sizes_of(self, ids: Sequence[int], text: str) -> list[int]:
+        """Bytes each token stands for; with a byte-level tokenizer exactly.
+
+        Others say where tokens begin in characters: bytes go to the last token that begins before them, and tokens
+        that begin together (a character spelt by several tokens) share theirs evenly.
+
+        Raises:
+            CoverageError: they do not spell ``text``.
+        """
+        size = self.bytes_of(ids, text)
+        if self._byte_level:
+            return self._name_sizes(ids)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        if encoding.ids == list(ids):
+            before = np.cumsum([0, *(len(character.encode("utf-8")) for character in text)])
+            starts = [int(before[begin]) for begin, _ in encoding.offsets]
+        else:  # cut out of a longer text, whose borders the tokenizer would not choose again
+            starts = [
+                len(self.backend.decode(list(ids[:n])).rstrip("\ufffd").encode("utf-8"))
+                for n in range(len(ids))
+            ]
+        return _shares(starts, size)
+
+    def _name_sizes(self, ids: Sequence[int]) -> list[int]:
+        # In a byte-level vocabulary, every character of a token's name is one byte.
+        return [len(self.backend.id_to_token(token) or "") for token in ids]
+
+
+def _shares(starts: Sequence[int], total: int) -> list[int]:
+    """First bytes of tokens to their numbers of bytes, which add up to ``total``."""
+    rising = np.minimum(np.maximum.accumulate(np.array(starts)), total)
+    rising[rising == rising[0]] = 0
+    begins, counts = np.unique(rising, return_counts=True)
+    widths = np.diff([*begins, total])
+    cuts = [width * np.arange(count + 1) // count for width, count in zip(widths, counts, strict=True)]
+    return np.concatenate([np.diff(cut) for cut in cuts]).tolist()
 
 
 def _decoder_part(serialized: str) -> str:
@@ -133,3 +192,18 @@ def check_bytes(what: str, charged: int, expected: int) -> None:
             f"{what}: {charged} bytes were charged, the text has {expected}",
             fix="this is a defect of the scorer or of a plugin; no figure was printed",
         )
+
+
+def same_bytes(scores: Sequence[QualityScore]) -> None:
+    """Refuse a table whose rows are about different text.
+
+    Raises:
+        CoverageError: naming the two systems.
+    """
+    for score in scores[1:]:
+        mine = [(d.document, d.covered_bytes) for d in score.documents]
+        theirs = [(d.document, d.covered_bytes) for d in scores[0].documents]
+        if mine != theirs:
+            raise CoverageError(
+                f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes"
+            )

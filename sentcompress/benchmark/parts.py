@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sentcompress.benchmark.results import STAGES
+from sentcompress.benchmark.results import STAGES, Curve
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
 from sentcompress.modeling.loading import (
@@ -26,6 +27,8 @@ from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
+
+CURVES = ("loss", "nats_per_token")
 
 
 class Missing(Exception):
@@ -191,3 +194,28 @@ class Parts:
         """What stands before a document for a token-level model."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def read_curves(folder: Folder) -> list[Curve]:
+    """Loss and held-out curves from the stages' ``metrics.jsonl``."""
+    curves = []
+    for stage in STAGES:
+        try:
+            path = folder.stage(stage) / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (Missing, OSError):
+            continue
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                step = int(entry["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a last line cut short by a kill
+            values = {name: entry[name] for name in CURVES if name in entry}
+            values |= {f"held-out {name}": value for name, value in (entry.get("eval") or {}).items()}
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    points.setdefault(name, []).append((step, float(value)))
+        curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
+    return curves

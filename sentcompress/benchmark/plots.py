@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sentcompress.benchmark.results import Results
+from sentcompress.benchmark.results import BY, By, Results
+from sentcompress.benchmark.rows import breakdown
 from sentcompress.errors import InputError
 
 OURS, TWIN, BACKBONE, GREY = "#2563eb", "#d97706", "#64748b", "#cbd5e1"
@@ -90,6 +91,45 @@ def _quality(results: Results, figure: Any) -> None:
     axes.set_xlabel("bits per byte")
 
 
+def _by(by: By) -> Any:
+    """Draws a breakdown: bits per byte by bucket for each system, and where the gap to the twin is."""
+
+    def draw(results: Results, figure: Any) -> None:
+        twin, rows = breakdown(results.quality, by)
+        buckets = [row for row in rows[:-1] if row.bytes]
+        places = np.arange(len(buckets))
+        left, *right = figure.subplots(
+            1, 2 if twin else 1, squeeze=False, width_ratios=[3, 2][: 2 if twin else 1]
+        )[0]
+        styles = iter([":", "--", "-."])  # of the systems that have no colour of their own
+        for depth, system in enumerate(rows[-1].bits):
+            color = COLORS.get(system, GREY)
+            left.plot(
+                places,
+                [row.bits[system] for row in buckets],
+                color=color,
+                linestyle="-" if color != GREY else next(styles, ":"),
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                label=system,
+                zorder=10 - depth,
+            )
+        left.set_xticks(places, [row.label for row in buckets], rotation=45)
+        left.set_title(f"Bits per byte by {by}")
+        left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+        for axes in right:
+            names = [row.label for row in rows[:-1]]
+            gaps = [row.gap for row in rows[:-1]]
+            axes.bar(np.arange(len(names)), gaps, color=OURS, width=0.7)
+            axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right")
+            axes.axhline(0, color="#94a3b8", linewidth=0.8)
+            axes.set_title("Where the gap is (bits over all bytes)")
+            axes.grid(axis="x", visible=False)
+
+    return draw
+
+
 def _curves(results: Results, figure: Any) -> None:
     stages = list(dict.fromkeys(curve.stage for curve in results.curves if curve.name == "loss"))
     all_axes = figure.subplots(1, len(stages), squeeze=False)[0]
@@ -166,4 +206,8 @@ _FIGURES: dict[str, tuple[Any, Any, tuple[float, float]]] = {
     "speed": (lambda r: r.speed is not None and bool(r.speed.runs), _speed, (7.6, 2.6)),
     "memory": (lambda r: any(m.series for m in r.memory), _memory, (7.6, 3.1)),
     "data": (lambda r: r.data is not None, _histogram, (7.6, 2.7)),
+    **{
+        f"by {by}": (lambda r, by=by: any(by in score.by for score in r.quality), _by(by), (10.4, 3.2))
+        for by in BY
+    },
 }

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sentcompress.benchmark.breakdown import Charges, Places, sentence_charges
 from sentcompress.benchmark.causality import require_causal
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, check_bytes
+from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, Window, check_bytes, windows
 from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError
@@ -27,29 +28,6 @@ LOGITS_AT_A_TIME = 2**26
 """Logits of a token-level model held at once: 256 MiB in fp32."""
 UNIGRAM_BYTES = 4_000_000
 """Training text the unigram's counts are taken from."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a document a model reads at once: ``start`` to ``stop``, charged from ``charged`` on."""
-
-    start: int
-    stop: int
-    charged: int
-
-
-def windows(length: int, size: int) -> list[Window]:
-    """Cover positions 1 to ``length - 1`` (0 is context) with windows of at most ``size`` positions.
-
-    The first charges all it has behind its first position; each later one carries at least half a window of
-    context over, so no position but the earliest is predicted from little context.
-    """
-    found = [Window(0, min(size, length), 1)]
-    while found[-1].stop < length:
-        charged = found[-1].stop
-        stop = min(length, charged + max(1, size // 2))
-        found.append(Window(max(0, stop - size), stop, charged))
-    return found
 
 
 # ---- the sentence model
@@ -65,15 +43,20 @@ class _SentenceTally:
     targets: np.ndarray
     decisions: np.ndarray
     """How often the decision after each sentence was."""
+    decision_nats: np.ndarray
+    """Of the decisions charged with each sentence: to go on before it, to stop after the last one."""
     kinds: Counter[str] = field(default_factory=Counter)
+    paid: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Targets and their nats, in the order in which they were charged."""
 
 
 class _Recorder(TokenLoss):
-    """Cross-entropy that keeps apart what end marks cost, and counts targets that are padding."""
+    """Cross-entropy that keeps what each target cost and end marks apart, and counts targets that are padding."""
 
     def __init__(self, eos: int, pad: int) -> None:
         super().__init__(gamma=0.0)
-        object.__setattr__(self, "seen", {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0})
+        seen = {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0, "paid": []}
+        object.__setattr__(self, "seen", seen)
 
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss, nll = super().__call__(hidden_states, weight, targets)
@@ -83,6 +66,7 @@ class _Recorder(TokenLoss):
         seen["ends"] += int(ends.sum())
         if seen["pad"] != seen["eos"]:
             seen["padding"] += int((targets == seen["pad"]).sum())
+        seen["paid"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
         return loss, nll
 
 
@@ -95,6 +79,7 @@ def score_sentence_model(
     causality: CausalityReport,
     context_sentences: int | None = None,
     system: str = "sentence model",
+    places: Places | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> QualityScore:
     """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
@@ -102,6 +87,7 @@ def score_sentence_model(
     Args:
         causality: of this model; one that failed is refused.
         context_sentences: sentences a window holds; None takes all the backbone has positions for.
+        places: splits the total by where it was paid; None leaves that out.
         progress: called after each document.
 
     Raises:
@@ -112,13 +98,17 @@ def score_sentence_model(
     model.eval()
     room = model.backbone.max_positions // model.latents - int(model.config.start_latent)
     size = max(2, min(context_sentences or room, room))
-    rows, kinds = [], Counter[str]()
+    rows, kinds, charges = [], Counter[str](), list[Charges]()
     for document in documents:
         tally = _score_sentences(model, document, size)
         rows.append(_check_sentences(document, tally, counter))
         kinds.update(tally.kinds)
+        if places:
+            nats = tally.nats - tally.decision_nats
+            eos = model.config.eos_token_id
+            charges.append(sentence_charges(document, counter, eos, tally.paid, nats, tally.decision_nats))
         progress()
-    return _summary(system, rows, f"{size} sentences", dict(kinds))
+    return _summary(system, rows, f"{size} sentences", dict(kinds), charges, places)
 
 
 def _score_sentences(model: SentenceLM, document: HeldoutDocument, size: int) -> _SentenceTally:
@@ -128,24 +118,15 @@ def _score_sentences(model: SentenceLM, document: HeldoutDocument, size: int) ->
         times=np.zeros(count, dtype=np.int64),
         targets=np.zeros(count, dtype=np.int64),
         decisions=np.zeros(count, dtype=np.int64),
+        decision_nats=np.zeros(count),
     )
     for window in windows(count, size):
-        nats, targets, decided, kinds = _run_window(model, document, window)
-        charged = slice(window.charged, window.stop)
-        tally.nats[charged] += nats[charged.start - window.start :]
-        tally.targets[charged] += targets[charged.start - window.start :]
-        tally.times[charged] += 1
-        # The decision after sentence t comes with predicting sentence t + 1; the last one decides to stop.
-        first = window.charged - 1
-        tally.decisions[first : window.stop] += decided[first - window.start :]
-        tally.kinds.update(kinds)
+        _run_window(model, document, window, tally)
     return tally
 
 
-def _run_window(
-    model: SentenceLM, document: HeldoutDocument, window: Window
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
-    """Nats (sentence and the decision before it), targets and decisions of each sentence of a window."""
+def _run_window(model: SentenceLM, document: HeldoutDocument, window: Window, tally: _SentenceTally) -> None:
+    """Add to the tally what each sentence of a window, and the decision before it, was charged."""
     device = next(model.parameters()).device
     sentences = document.sentences[window.start : window.stop]
     count = len(sentences)
@@ -176,17 +157,27 @@ def _run_window(
             f"document {document.number}: {seen['ends']} end marks were charged for {int(scored.sum())} sentences"
         )
     nll, stop = output.sentence_nll.double().cpu(), output.stop_nll.double().cpu()
-    nats = nll.clone()
-    nats[1:] += stop[:-1]
-    nats[-1] += stop[-1] * last[-1]
-    kinds = Counter(
+    decided = torch.zeros_like(nll)
+    decided[1:] = stop[:-1]
+    nats = nll + decided
+    for total in (nats, decided):
+        total[-1] += stop[-1] * last[-1]
+    charged, inside = slice(window.charged, window.stop), slice(window.charged - window.start, None)
+    tally.nats[charged] += nats.numpy()[inside]
+    tally.decision_nats[charged] += decided.numpy()[inside]
+    tally.targets[charged] += output.targets.cpu().numpy()[inside]
+    tally.times[charged] += 1
+    # The decision after sentence t comes with predicting sentence t + 1; the last one decides to stop.
+    first = window.charged - 1
+    tally.decisions[first : window.stop] += output.decisions.cpu().numpy()[first - window.start :]
+    tally.paid += seen["paid"]
+    tally.kinds.update(
         {
             "tokens": float(nll.sum()) - seen["end_nats"],
             "end marks": seen["end_nats"],
             "stop decisions": float(stop.sum()),
         }
     )
-    return nats.numpy(), output.targets.cpu().numpy(), output.decisions.cpu().numpy().astype(np.int64), kinds
 
 
 def _check_sentences(document: HeldoutDocument, tally: _SentenceTally, counter: ByteCounter) -> DocumentScore:
@@ -233,6 +224,7 @@ def score_token_model(
     *,
     system: str,
     context_tokens: int | None = None,
+    places: Places | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> QualityScore:
     """Score the same bytes with a token-level model: the first sentence is its context too.
@@ -240,6 +232,7 @@ def score_token_model(
     Args:
         bos_token_id: stands before each document, as in training.
         context_tokens: positions a window holds; None takes all the model has.
+        places: splits the total by where it was paid; None leaves that out.
 
     Raises:
         CoverageError: a byte was charged twice or never.
@@ -251,7 +244,7 @@ def score_token_model(
     def nll(ids: Tensor) -> Tensor:
         return _token_nll(model, ids, size)
 
-    return _score_tokens(nll, documents, counter, bos_token_id, system, f"{size} tokens", progress)
+    return _score_tokens(nll, documents, counter, bos_token_id, system, f"{size} tokens", progress, places)
 
 
 def score_unigram(
@@ -260,6 +253,7 @@ def score_unigram(
     counter: ByteCounter,
     vocab_size: int,
     bos_token_id: int,
+    places: Places | None = None,
 ) -> QualityScore:
     """Frequencies of the training documents' tokens, one added to each count: what knowing no context costs.
 
@@ -275,7 +269,7 @@ def score_unigram(
     def nll(ids: Tensor) -> Tensor:
         return table[ids[1:]]
 
-    return _score_tokens(nll, documents, counter, bos_token_id, "unigram", "none", lambda: None)
+    return _score_tokens(nll, documents, counter, bos_token_id, "unigram", "none", lambda: None, places)
 
 
 def _score_tokens(
@@ -286,9 +280,10 @@ def _score_tokens(
     system: str,
     context: str,
     progress: Callable[[], None],
+    places: Places | None = None,
 ) -> QualityScore:
     """Score with a function from ``[T]`` tokens to the NLL ``[T - 1]`` of all but the first."""
-    rows = []
+    rows, charges = [], list[Charges]()
     for document in documents:
         # Apart, so that no token reaches from the context into the scored text: the bytes must match exactly.
         before = [bos_token_id, *counter.encode(document.context_text)]
@@ -312,8 +307,10 @@ def _score_tokens(
                 baseline_tokens=len(scored),
             )
         )
+        if places:
+            charges.append(Charges(charged.numpy(), np.array(counter.sizes_of(scored, document.scored_text))))
         progress()
-    return _summary(system, rows, context, {})
+    return _summary(system, rows, context, {}, charges, places)
 
 
 @torch.no_grad()
@@ -347,7 +344,12 @@ def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
 
 
 def _summary(
-    system: str, rows: list[DocumentScore], context: str, breakdown: dict[str, float]
+    system: str,
+    rows: list[DocumentScore],
+    context: str,
+    breakdown: dict[str, float],
+    charges: list[Charges],
+    places: Places | None,
 ) -> QualityScore:
     """Totals over documents; figures come from sums, never from averages of averages."""
     nats, size = sum(row.nats for row in rows), sum(row.bytes for row in rows)
@@ -364,20 +366,6 @@ def _summary(
         baseline_tokens=tokens,
         context=context,
         breakdown=breakdown,
+        by=places.split(system, charges, nats) if places else {},
         documents=rows,
     )
-
-
-def same_bytes(scores: Sequence[QualityScore]) -> None:
-    """Refuse a table whose rows are about different text.
-
-    Raises:
-        CoverageError: naming the two systems.
-    """
-    for score in scores[1:]:
-        mine = [(d.document, d.covered_bytes) for d in score.documents]
-        theirs = [(d.document, d.covered_bytes) for d in scores[0].documents]
-        if mine != theirs:
-            raise CoverageError(
-                f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes"
-            )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sentcompress.benchmark.plots import figures
 from sentcompress.benchmark.results import Results
-from sentcompress.benchmark.tables import TITLES, Plain, honesty_lines, number, percent, tables
+from sentcompress.benchmark.tables import BY_TITLES, TITLES, Plain, honesty_lines, number, percent, tables
 from sentcompress.io import write_atomically
 
 STYLE = """
@@ -56,11 +56,11 @@ def render_report(results: Results) -> str:
     if "curves" in drawn:
         body.append(_section("Training", _image(drawn["curves"], "loss curves", wide=True)))
     titles = {title: part for part, title in TITLES.items()}
-    figure_of = {"quality": "quality", "speed": "speed", "memory": "memory", "data": "data"}
+    titles |= {title: f"by {by}" for by, title in BY_TITLES.items()}
     for table in tables(results):
         part = titles[table.title]
-        image = drawn.get(figure_of.get(part, ""))
-        body.append(_section(table.title, (_image(image, table.title) if image else "") + _table(table)))
+        image = _image(drawn[part], table.title, wide=part.startswith("by ")) if part in drawn else ""
+        body.append(_section(table.title, image + _table(table)))
         if part == "reconstruct" and results.reconstruction:
             body.append(_examples(results.reconstruction.examples))
     body.append(_samples(results))

@@ -22,6 +22,8 @@ STAGES = ("vae", "graft", "baseline")
 """Stages of a run whose models are measured."""
 Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
 PARTS: tuple[Part, ...] = get_args(Part)
+By = Literal["position", "length", "index"]
+BY: tuple[By, ...] = get_args(By)
 Figure = float | int | str | bool | None
 
 
@@ -130,6 +132,18 @@ class DocumentScore(Record):
     """Tokens of the same text, cut nowhere, by the baseline's tokenizer."""
 
 
+class Bucket(Record):
+    """A part of what one system paid on all held-out documents; a breakdown's buckets add up to the whole."""
+
+    label: str
+    """Range of what it is broken down by; or ``end marks`` or ``stop decisions``, which stand for no bytes."""
+    bytes: int
+    nats: float
+    """Of its bytes alone."""
+    mark_nats: float = 0.0
+    """End marks and decisions of its sentences, once more: they are counted in the buckets of those names."""
+
+
 class QualityScore(Record):
     """One model on all held-out documents."""
 
@@ -145,6 +159,8 @@ class QualityScore(Record):
     """What a prediction may look back on."""
     breakdown: dict[str, float] = {}
     """Nats by kind: tokens, end marks, stop decisions."""
+    by: dict[By, list[Bucket]] = {}
+    """Where they were paid; only what was asked for."""
     documents: list[DocumentScore]
 
 

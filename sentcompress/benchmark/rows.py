@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sentcompress.benchmark.results import (
+    Bucket,
+    By,
     CausalityCheck,
     DataReport,
     Figure,
@@ -38,6 +42,63 @@ def quality(score: QualityScore) -> dict[str, Figure]:
     for kind, nats in score.breakdown.items():
         figures[f"bits_per_byte_{kind.replace(' ', '_')}"] = nats / math.log(2) / score.bytes
     return figures
+
+
+OURS = "sentence model"
+TWINS = ("baseline, equal data", "backbone, as it came")
+"""What the sentence model is compared with: the first that was measured."""
+
+
+@dataclass
+class BucketRow:
+    """One bucket under all systems.
+
+    Attributes:
+        bytes: 0 for end marks and stop decisions, whose bits are over all bytes.
+        bits: bits per byte by system; only the systems that pay here.
+        ratio: of the sentence model's to the twin's.
+        with_marks: the same, end marks and decisions of the bucket's sentences included; None by position.
+        gap: nats the sentence model pays here and the twin does not, as bits over all bytes: these add up.
+        share: of the whole gap.
+    """
+
+    label: str
+    bytes: int
+    bits: dict[str, float]
+    ratio: float | None = None
+    with_marks: float | None = None
+    gap: float | None = None
+    share: float | None = None
+
+
+def breakdown(scores: Sequence[QualityScore], by: By) -> tuple[str | None, list[BucketRow]]:
+    """The twin's name (None where there is nothing to compare), and a row a bucket with the whole at the end."""
+    broken = {score.system: score for score in scores if by in score.by}
+    if not broken:
+        return None, []
+    twin = next((name for name in TWINS if name in broken and OURS in broken), None)
+    size = next(iter(broken.values())).bytes
+    labels = list(dict.fromkeys(bucket.label for score in broken.values() for bucket in score.by[by]))
+    at = {name: {bucket.label: bucket for bucket in score.by[by]} for name, score in broken.items()}
+    for name, score in broken.items():
+        marks = sum(bucket.mark_nats for bucket in score.by[by])
+        at[name]["all"] = Bucket(label="all", bytes=size, nats=score.nats - marks, mark_nats=marks)
+    rows = []
+    for label in [*labels, "all"]:
+        found = {name: buckets[label] for name, buckets in at.items() if label in buckets}
+        row = BucketRow(label, max(bucket.bytes for bucket in found.values()), {})
+        paid = {name: b.nats + (b.mark_nats if label == "all" else 0.0) for name, b in found.items()}
+        row.bits = {name: nats / math.log(2) / (row.bytes or size) for name, nats in paid.items()}
+        if twin:
+            over = broken[OURS].nats - broken[twin].nats
+            ours, theirs = paid.get(OURS, 0.0), paid.get(twin, 0.0)
+            row.gap = (ours - theirs) / math.log(2) / size
+            row.share = (ours - theirs) / over if over else None
+            row.ratio = ours / theirs if theirs else None
+            if theirs and by != "position":
+                row.with_marks = (found[OURS].nats + found[OURS].mark_nats) / theirs
+        rows.append(row)
+    return twin, rows
 
 
 def reconstruction(report: ReconstructionReport) -> dict[str, Figure]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,21 +12,21 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark import rows as make_rows
+from sentcompress.benchmark.breakdown import Places, chosen
 from sentcompress.benchmark.causality import check_causality
 from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
-from sentcompress.benchmark.heldout import ByteCounter, heldout_documents
+from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.memory import measure_memory
-from sentcompress.benchmark.parts import Folder, Missing, Parts
+from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
-from sentcompress.benchmark.quality import same_bytes, score_sentence_model, score_token_model, score_unigram
+from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
 from sentcompress.benchmark.results import (
     FILE,
     PARTS,
-    STAGES,
+    By,
     CausalityReport,
-    Curve,
     Figure,
     Part,
     QualityScore,
@@ -48,7 +47,6 @@ from sentcompress.text.progress import Bar
 
 DRAWN_LENGTHS = 64
 """Sentence lengths drawn for the speed runs."""
-CURVES = ("loss", "nats_per_token")
 
 
 def run_bench(
@@ -57,6 +55,7 @@ def run_bench(
     recipe: Recipe | None = None,
     out: Path | None = None,
     *,
+    by: Sequence[str] | None = None,
     quiet: bool = False,
 ) -> Results:
     """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
@@ -68,6 +67,7 @@ def run_bench(
         folder: a run's folder or a model's; None measures speed and memory with random weights.
         recipe: None takes the one saved in the folder.
         out: where results go; None takes ``bench`` in the folder.
+        by: what quality is broken down by; None takes the recipe's ``bench.by``.
 
     Raises:
         CausalityError: quality was asked for, and the model sees the future.
@@ -82,9 +82,11 @@ def run_bench(
             raise InputError("neither a folder nor a recipe was given")
         recipe = place.recipe()
     wanted = _checked(parts if parts is not None else recipe.bench.metrics)
+    if by and "quality" not in wanted:
+        raise InputError("only quality is broken down, and it is not measured", fix="add it to bench.metrics")
     target = out or (place.path / "bench" if place else Path("out") / "bench")
     transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
-    bench = _Bench(Parts(recipe, place), quiet)
+    bench = _Bench(Parts(recipe, place), quiet, chosen(recipe.bench.by if by is None else by))
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
     for part in wanted:
@@ -146,8 +148,8 @@ def _merged(old: Results | None, new: Results, measured: Sequence[Part]) -> Resu
 class _Bench:
     """One benchmark under way."""
 
-    def __init__(self, parts: Parts, quiet: bool) -> None:
-        self.parts, self.recipe = parts, parts.recipe
+    def __init__(self, parts: Parts, quiet: bool, by: Sequence[By]) -> None:
+        self.parts, self.recipe, self.by = parts, parts.recipe, by
         self.settings = parts.recipe.bench
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
@@ -218,6 +220,7 @@ class _Bench:
         causality = self.causality()
         documents = heldout_documents(self.parts.corpus, self.settings)
         counter = ByteCounter(self.parts.tokenizer)
+        places = Places(self.by, documents, counter) if self.by else None
         bos = self.parts.bos_token_id
         # Longer passages than it was trained on would measure something else.
         context = self.settings.context_sentences or self.recipe.graft.max_sentences
@@ -231,6 +234,7 @@ class _Bench:
                 causality=causality,
                 context_sentences=context,
                 system=system,
+                places=places,
                 progress=advance,
             )
 
@@ -242,6 +246,7 @@ class _Bench:
                 bos,
                 system=system,
                 context_tokens=self.settings.context_tokens,
+                places=places,
                 progress=advance,
             )
 
@@ -261,16 +266,10 @@ class _Bench:
             if found:
                 scores.append(found)
                 self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))
-        unigram = score_unigram(
-            self.parts.corpus, documents, counter, model.config.vae_config.vocab_size, bos
-        )
-        self.row(
-            "quality",
-            "unigram",
-            make_rows.quality(unigram),
-            (),
-            "frequencies of the training documents, add one",
-        )
+        vocab_size = model.config.vae_config.vocab_size
+        unigram = score_unigram(self.parts.corpus, documents, counter, vocab_size, bos, places)
+        note = "frequencies of the training documents, add one"
+        self.row("quality", "unigram", make_rows.quality(unigram), (), note)
         scores.append(unigram)
         same_bytes(scores)
         self.results.quality = scores
@@ -382,30 +381,3 @@ class _Bench:
 def _context_note(system: str, score: QualityScore) -> str:
     untrained = "weights drawn from the seed; " if system.endswith("untrained") else ""
     return f"{untrained}left context: up to {score.context}"
-
-
-def read_curves(folder: Folder) -> list[Curve]:
-    """Loss and held-out curves from the stages' ``metrics.jsonl``."""
-    import json
-
-    curves = []
-    for stage in STAGES:
-        try:
-            path = folder.stage(stage) / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (Missing, OSError):
-            continue
-        points: dict[str, list[tuple[int, float]]] = {}
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                step = int(entry["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a last line cut short by a kill
-            values = {name: entry[name] for name in CURVES if name in entry}
-            values |= {f"held-out {name}": value for name, value in (entry.get("eval") or {}).items()}
-            for name, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    points.setdefault(name, []).append((step, float(value)))
-        curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
-    return curves

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sentcompress.benchmark.paper import paper_row
-from sentcompress.benchmark.results import CausalityCheck, Figure, Results, Row
+from sentcompress.benchmark.results import BY, By, CausalityCheck, Figure, Results, Row
+from sentcompress.benchmark.rows import OURS, TWINS, breakdown
 
 TITLES = {
     "causality": "Causality: what the future may change of the past",
@@ -20,6 +21,12 @@ TITLES = {
     "memory": "Memory",
     "data": "Data",
     "segments": "Segmenters on labelled hard cases",
+}
+
+BY_TITLES: dict[By, str] = {
+    "position": "Quality by position of the token in its sentence",
+    "length": "Quality by tokens of the sentence",
+    "index": "Quality by sentence of the document (0 is context)",
 }
 
 
@@ -64,7 +71,7 @@ def _size(value: Figure) -> str:
 
 
 def tables(results: Results) -> list[Plain]:
-    """One table for each part that was measured."""
+    """One table for each part that was measured, and for each breakdown."""
     makers = {
         "causality": _causality,
         "quality": _quality,
@@ -74,7 +81,12 @@ def tables(results: Results) -> list[Plain]:
         "data": _data,
         "segments": _segments,
     }
-    made = [makers[part](results, [r for r in results.rows if r.part == part]) for part in results.measured()]
+    made = []
+    for part in results.measured():
+        made.append(makers[part](results, [r for r in results.rows if r.part == part]))
+        if part == "quality":
+            broken = [by for by in BY if any(by in score.by for score in results.quality)]
+            made += [_by(results, by, explain=by == broken[0]) for by in broken]
     return [_without_empty_notes(table) for table in made]
 
 
@@ -138,6 +150,38 @@ def _quality(results: Results, rows: Sequence[Row]) -> Plain:
     notes += _paper_notes(results, "quality")
     columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
     return Plain(TITLES["quality"], columns, lines, notes)
+
+
+def _by(results: Results, by: By, *, explain: bool) -> Plain:
+    twin, rows = breakdown(results.quality, by)
+    systems = [name for name in (OURS, *TWINS) if any(name in row.bits for row in rows)]
+    marks = any(row.with_marks is not None for row in rows)
+    lines = []
+    for row in rows:
+        cells = [row.label, number(row.bytes or None)]
+        cells += [number(row.bits.get(name), 4) for name in systems]
+        if twin:
+            cells.append(number(row.ratio))
+            cells += [number(row.with_marks)] if marks else []
+            cells += [number(row.gap, 4), percent(row.share)]
+        lines.append(cells)
+    columns = [by, "bytes", *systems]
+    notes = []
+    if explain:
+        notes.append(
+            "Bits per byte of the bucket's bytes; of end marks and stop decisions, over all bytes. For every system, a "
+            "byte belongs to the token of the sentence model it lies in, and a token's nats are spread evenly over its "
+            "bytes. The buckets' bytes and nats were proven to add up to the whole."
+        )
+    if twin:
+        columns += ["ratio", *(["with marks"] if marks else []), "gap", "share of gap"]
+    if twin and explain:
+        notes.append(
+            f"Ratio to '{twin}'. Gap: what the sentence model pays more, as bits over all bytes; gaps add up."
+        )
+    if marks:
+        notes.append("With marks: the ratio with the end marks and decisions of these sentences.")
+    return Plain(BY_TITLES[by], columns, lines, notes)
 
 
 def _reconstruct(results: Results, rows: Sequence[Row]) -> Plain:
@@ -310,7 +354,7 @@ def honesty_lines(results: Results) -> list[str]:
 def _rich(table: Plain) -> Group:
     shown = Table(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(table.columns):
-        numeric = all(row[index][:1].isdigit() or row[index] in ("-", "") for row in table.rows)
+        numeric = all(row[index].lstrip("-")[:1].isdigit() or row[index] in ("-", "") for row in table.rows)
         shown.add_column(column, justify="right" if numeric else "left")
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))

@@ -35,6 +35,14 @@ InitOption = Annotated[
 RecipeOption = Annotated[
     str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
 ]
+ByOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--by",
+        metavar="NAMES",
+        help="Break quality down by position, length, index (commas between them); else the recipe's bench.by.",
+    ),
+]
 
 
 @bench.callback()
@@ -51,18 +59,29 @@ def options() -> None:
         "sentcompress bench all out/quickstart", "sentcompress bench all out/mine --set bench.repeats=9"
     ),
 )
-def all_(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+def all_(
+    folder: FolderArgument, by: ByOption = None, out: ResultsOption = None, set_: SetOption = None
+) -> None:
     """Measure every part the recipe names and write the report."""
-    _measure(None, folder, out, set_)
+    _measure(None, folder, out, set_, by)
 
 
-@bench.command("quality", epilog=examples("sentcompress bench quality out/quickstart"))
-def quality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
+@bench.command(
+    "quality",
+    epilog=examples(
+        "sentcompress bench quality out/quickstart",
+        "sentcompress bench quality out/quickstart --by position,length,index",
+    ),
+)
+def quality(
+    folder: FolderArgument, by: ByOption = None, out: ResultsOption = None, set_: SetOption = None
+) -> None:
     """Bits per byte and perplexity on held-out documents.
 
-    Refuses a model that sees the future, and a scorer that cannot prove it charged every byte once.
+    Refuses a model that sees the future, and a scorer that cannot prove it charged every byte once. --by shows where
+    the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document.
     """
-    _measure(["causality", "quality"], folder, out, set_)
+    _measure(["causality", "quality"], folder, out, set_, by)
 
 
 @bench.command("reconstruct", epilog=examples("sentcompress bench reconstruct out/quickstart/vae"))
@@ -165,13 +184,19 @@ def compare(
         typer.echo(f"careful: {warning}")
 
 
-def _measure(parts: list[str] | None, folder: Path, out: Path | None, overrides: list[str] | None) -> Results:
+def _measure(
+    parts: list[str] | None,
+    folder: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    by: list[str] | None = None,
+) -> Results:
     from sentcompress.benchmark.parts import Folder
     from sentcompress.benchmark.runner import run_bench
 
     place = Folder(folder)
     target = out or place.path / "bench"
-    results = run_bench(parts, place, place.recipe(overrides), target)
+    results = run_bench(parts, place, place.recipe(overrides), target, by=by)
     show(results, target, parts)
     return results
 

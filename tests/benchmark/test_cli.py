@@ -91,6 +91,9 @@ def test_random_weights_need_no_trained_model(capsys, folder, text_files, tmp_pa
         (("bench", "speed", "RUN", "--init", "random"), "either DIR"),
         (("bench", "quality", "RUN", "--set", "bench.repeat=1"), "repeats"),
         (("bench", "compare", "RUN"), "at least two"),
+        (("bench", "quality", "RUN", "--by", "length,positon"), "Did you mean 'position'?"),
+        (("bench", "all", "RUN", "--by", "index", "--set", "bench.metrics=[data]"), "only quality"),
+        (("bench", "quality", "RUN", "--set", "bench.by=[lenght]"), "bench.by.0: Input should be 'position'"),
     ],
 )
 def test_wrong_use_is_said(capsys, folder, arguments, message):

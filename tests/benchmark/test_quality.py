@@ -11,9 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from sentcompress.benchmark import quality
-from sentcompress.benchmark.heldout import ByteCounter, check_bytes, heldout_documents
+from sentcompress.benchmark.heldout import ByteCounter, check_bytes, heldout_documents, same_bytes
 from sentcompress.benchmark.quality import (
-    same_bytes,
     score_sentence_model,
     score_token_model,
     score_unigram,
