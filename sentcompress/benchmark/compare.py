@@ -80,16 +80,22 @@ def compare_results(results: Sequence[Results]) -> list[ComparedRow]:
 
 def warnings(results: Sequence[Results]) -> list[str]:
     """Why figures of these results may not be comparable."""
-    found = []
-    for name in ("device", "dtype", "threads", "commit", "packages"):
-        values = {str(getattr(row.honesty, name)) for result in results for row in result.rows}
-        if len(values) > 1:
-            found.append(f"they differ in {name}: {'; '.join(sorted(values))}")
+    found = setting_warnings(results)
     texts = {tuple((d.source, d.bytes) for d in r.quality[0].documents) for r in results if r.quality}
     if len(texts) > 1:
         found.append(
             "they were scored on different held-out text: bits per byte and perplexity cannot be compared"
         )
+    return found
+
+
+def setting_warnings(results: Sequence[Results]) -> list[str]:
+    """In what their machines and programs differ."""
+    found = []
+    for name in ("device", "dtype", "threads", "commit", "packages"):
+        values = {str(getattr(row.honesty, name)) for result in results for row in result.rows}
+        if len(values) > 1:
+            found.append(f"they differ in {name}: {'; '.join(sorted(values))}")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from sentcompress.benchmark.compare import warnings
+from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.results import Honesty, Record, Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.io import read_json
@@ -163,15 +163,21 @@ def count_parameters(folder: Path) -> int | None:
 
 def comparison_notes(done: list[tuple[CellRow, Results]]) -> list[str]:
     """Why the figures of these cells may not be comparable, and by how much."""
-    notes = warnings([results for _, results in done])
-    scored = {sum(d.bytes for d in r.quality[0].documents) for _, r in done if r.quality}
-    reference = [c.figures.backbone_bits_per_byte for c, _ in done if c.figures]
-    known = [value for value in reference if value is not None]
-    if len(scored) > 1 and known:
+    notes = setting_warnings([results for _, results in done])
+    texts = {tuple((d.source, d.bytes) for d in r.quality[0].documents) for _, r in done if r.quality}
+    known = [c.figures.backbone_bits_per_byte for c, _ in done if c.figures]
+    reference = [value for value in known if value is not None]
+    if len(texts) > 1:
+        sizes = sorted(sum(size for _, size in text) for text in texts)
+        found = (
+            f": on them the backbone as it came has {min(reference):.4f} to {max(reference):.4f}"
+            if reference
+            else ""
+        )
         notes.append(
-            "where a document's first sentence and its last one end depends on the segmenter, so the scored bytes "
-            f"differ ({min(scored):,} to {max(scored):,}); on them the backbone as it came has {min(known):.4f} to "
-            f"{max(known):.4f} bits per byte, and its ratio is on each cell's own bytes"
+            f"the cells were not scored on the same bytes ({sizes[0]:,} to {sizes[-1]:,}), since it depends on the "
+            "segmenter where a document's first sentence ends, and the last one that is scored. Compare ratios before "
+            f"bits per byte{found}"
         )
     return notes
 

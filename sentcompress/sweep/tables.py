@@ -54,7 +54,10 @@ def render(sweep: SweepResults, console: Console) -> None:
     shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         words = 1 <= index <= fields or column == "state"
-        shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
+        # What is numeric gives way first: its titles break between words.
+        shown.add_column(
+            Text(column), justify="left" if words else "right", overflow="fold", no_wrap=1 <= index <= fields
+        )
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     console.print(shown)

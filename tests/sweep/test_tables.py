@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from sentcompress.benchmark.results import DocumentScore, QualityScore, Results
 from sentcompress.sweep.plots import draw
-from sentcompress.sweep.results import CellFigures, CellRow, SweepResults
+from sentcompress.sweep.results import CellFigures, CellRow, SweepResults, comparison_notes
 from sentcompress.sweep.tables import markdown, render, table_of
 
 
@@ -81,6 +82,38 @@ def test_the_page_keeps_its_columns_whatever_a_value_holds(capsys):
     shown = capsys.readouterr().out
     assert "a|b" in shown
     assert "careful: they differ in commit" in shown
+
+
+def scored(sizes: tuple[int, ...]) -> Results:
+    documents = [
+        DocumentScore(
+            document=i, source=str(i), bytes=n, covered_bytes=n, nats=1, targets=1, baseline_tokens=1
+        )
+        for i, n in enumerate(sizes)
+    ]
+    score = QualityScore(
+        system="sentence model",
+        bits_per_byte=1,
+        perplexity=1,
+        nats=1,
+        bytes=sum(sizes),
+        targets=1,
+        baseline_tokens=1,
+        context="",
+        documents=documents,
+    )
+    return Results(title="t", created="now", quality=[score])
+
+
+def test_other_bytes_are_said():
+    a, b = row("a", backbone_bits_per_byte=1.5), row("b", backbone_bits_per_byte=1.25)
+    assert comparison_notes([(a, scored((700, 300))), (b, scored((700, 300)))]) == []
+    (note,) = comparison_notes([(a, scored((700, 300))), (b, scored((1000, 500)))])
+    assert "not scored on the same bytes (1,000 to 1,500)" in note
+    assert note.endswith("the backbone as it came has 1.2500 to 1.5000")
+    # The same sum is not the same text.
+    (note,) = comparison_notes([(row("a"), scored((700, 300))), (row("b"), scored((300, 700)))])
+    assert note.endswith("before bits per byte")
 
 
 @pytest.mark.parametrize("points", [0, 1, 9])
