@@ -101,6 +101,8 @@ def backbones_page() -> str:
         "configurations with random weights (`tests/backbones/test_auto.py`). These pass every proof, are grafted, "
         "saved and loaded:\n",
         ", ".join(f"`{name}`" for name in tried["passes"]) + ".\n",
+        f"{' and '.join(f'`{name}`' for name in tried['since'])} do so with transformers "
+        f"{min(tried['since'].values())}; with the oldest version we support they are refused.\n",
         "These are refused:\n",
         "| type | why |\n|---|---|",
         *(f"| `{name}` | {_cell(case['why'])} |" for name, case in tried["refused"].items()),

@@ -48,7 +48,7 @@ class GPTNeoXBackbone(CausalLMBackbone):
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
-            "rotary_pct": 0.5,
+            "rotary_pct": 0.25,
             "initializer_range": 0.1,
             "use_parallel_residual": parallel,
         }

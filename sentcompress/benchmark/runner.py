@@ -89,23 +89,30 @@ def run_bench(
     bench = _Bench(Parts(recipe, place), quiet, chosen(recipe.bench.by if by is None else by))
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
-    for part in wanted:
-        bench.measure(part)
-    results = bench.results
+    earlier, results = _earlier(target), bench.results
     if place is not None:
         results.curves = read_curves(place)
         results.models = model_digests(place.stages())
-        if parts is None or set(wanted) >= {"quality", "speed"}:
-            bench.attempt("samples", "samples", bench.samples)
-    results = _merged(_earlier(target), results, wanted)
+    for number, part in enumerate(wanted, 1):
+        bench.measure(part)
+        # What is measured is kept, should a later part be killed; it is not taken for the whole.
+        _write(_merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
+    if place is not None and (parts is None or set(wanted) >= {"quality", "speed"}):
+        bench.attempt("samples", "samples", bench.samples)
+    results = _merged(earlier, results, wanted)
     with storage_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
         write_report(results, target / "report.html")
         write_atomically(
             target / "samples.txt", "\n\n".join(f"{s.prompt}|{s.text}" for s in results.samples) + "\n"
         )
-        write_atomically(target / FILE, results.model_dump_json(indent=1) + "\n")  # last: it marks the end
+    _write(results, target)  # last: it marks the end
     return results
+
+
+def _write(results: Results, target: Path) -> None:
+    with storage_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / FILE, results.model_dump_json(indent=1) + "\n")
 
 
 def _checked(parts: Sequence[str]) -> list[Part]:

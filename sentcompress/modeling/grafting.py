@@ -180,6 +180,7 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
             fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
         )
     table = token_table(backbone, vae.config.vocab_size)
+    expected = _probe(backbone)
     scale = float(table.square().mean().sqrt()) if recipe.graft.match_scale else 1.0
     start = table[vae.config.bos_token_id]
     backbone.drop_token_embeddings()
@@ -196,9 +197,30 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     model = SentenceLM(config)
     model.vae.load_state_dict(vae.state_dict())
     model.backbone.load_state_dict(backbone.state_dict())
+    # What the blocks compute may depend on the configuration alone, and not every library version saves it whole.
+    if not torch.allclose(_probe(model.backbone), expected, atol=1e-4, rtol=1e-4):
+        raise InputError(
+            f"backbone.model: {recipe.backbone.model} (type '{config.backbone_config['model_type']}') computes "
+            "something else when it is built again from its saved configuration: transformers loses a field of it",
+            fix="use a newer transformers",
+        )
     if config.start_latent:
         model.start.copy_(start.expand_as(model.start))
     return model
+
+
+def _probe(backbone: Backbone) -> Tensor:
+    """``[1, 3, H]``: a backbone's states for a fixed input, in eval mode."""
+    reference = next(backbone.parameters())
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 3, backbone.hidden_size, generator=generator).to(reference)
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=reference.device).tril()
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    states, _ = backbone(inputs, causal, torch.arange(3, device=reference.device)[None])
+    for module, training in modes:
+        module.training = training
+    return states
 
 
 def plain_config(config: Any) -> dict[str, Any]:
