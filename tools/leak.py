@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sentcompress.backbones.opt import OPTBackbone
@@ -33,10 +34,10 @@ class SeesEverything(OPTBackbone):
     """Attends to all cells of its passage. Wrong on purpose."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, *rest: Any, **more: Any) -> Any:
-        # What may see whom, both ways: the causal mask and its mirror image.
-        return super().forward(
-            inputs_embeds, attention_mask | attention_mask.transpose(-1, -2), *rest, **more
-        )
+        # What may see whom, both ways: the causal mask and its mirror image, as far as the cells are new.
+        past, own = attention_mask.tensor_split([-inputs_embeds.shape[1]], -1)
+        both = torch.cat([past, own | own.transpose(-1, -2)], -1)
+        return super().forward(inputs_embeds, both, *rest, **more)
 
 
 def train(recipe: Recipe, vae: Path, text: Inputs, out: Path, *, leaky: bool) -> None:
