@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, and for the processes that tests start: the models are tiny, and as many threads as cores in
+# each of several workers only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
