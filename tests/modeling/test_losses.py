@@ -67,3 +67,14 @@ def test_kl_floor_stops_pushing():
     assert kl.item() == pytest.approx(4 * 0.5)
     kl.backward()
     assert mean.grad.abs().max() == 0
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_states_theirs():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(300, 16)
+    targets = torch.randint(0, 300, (5,))
+    (frozen,) = torch.autograd.grad(TokenLoss()(hidden, weight, targets)[0].sum(), hidden)
+    learning, _ = torch.autograd.grad(
+        TokenLoss()(hidden, weight.requires_grad_(), targets)[0].sum(), (hidden, weight)
+    )
+    torch.testing.assert_close(frozen, learning)
