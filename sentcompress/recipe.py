@@ -44,7 +44,15 @@ class BackboneSpec(Section):
     options: dict[str, Any] = {}
     """Options of the adapter, checked by its own ``Options`` class."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """``random`` keeps only the configuration and tokenizer: for speed and memory work without weights."""
+    """``random`` keeps only the configuration and tokenizer: to learn from nothing, or for speed and memory work."""
+    config: dict[str, Any] = {}
+    """With ``init: random``: fields of the LLM's configuration to change, such as hidden_size: another shape of it."""
+
+    @model_validator(mode="after")
+    def _weights_fit_their_own_shape_only(self) -> BackboneSpec:
+        if self.config and self.init != "random":
+            raise ValueError("config changes the LLM's shape, which its weights do not fit: use init: random")
+        return self
 
 
 class VAESpec(Section):
@@ -62,6 +70,8 @@ class VAESpec(Section):
     """Dropout in the blocks (the paper: 0.1)."""
     conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
     """How the decoder is told what to write: cross-attention (the paper), an added vector, or a prefix."""
+    decoder_context: int = Field(default=0, ge=0, le=4096)
+    """Positions before the sentence that the decoder sees too, across sentence borders; 0 is the paper's."""
     tie_embeddings: bool = False
     """One matrix for encoder embedding, decoder embedding and output head (the paper: three)."""
     init: Literal["random", "embeddings", "backbone"] = "random"
@@ -76,6 +86,8 @@ class VAESpec(Section):
             raise ValueError(
                 "init: backbone needs conditioning: prefix, all that the LLM's own blocks can be told by"
             )
+        if self.init == "backbone" and self.decoder_context:
+            raise ValueError("decoder_context goes with blocks of our own: use init: embeddings or random")
         return self
 
 

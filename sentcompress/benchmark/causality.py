@@ -18,6 +18,7 @@ from torch import Tensor
 from sentcompress.benchmark.results import CausalityCheck, CausalityReport
 from sentcompress.errors import CausalityError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.generation.decoding import Sampler, SentenceWriter, Told
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
@@ -416,13 +417,15 @@ class _Checks:
             if x == y:
                 continue
             at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
-            hidden = self._states(*self._cells([prompt + one[:n]], "left"))[:, -1]
-            vae = self.model.vae
-            tokens = torch.tensor([self.model.config.vae_config.bos_token_id, *x[:at]], device=self.device)
-            states = vae.decoder(
-                vae.embed_targets(tokens), Ragged(torch.tensor([at + 1], device=self.device)), hidden
+            before = prompt + one[:n]
+            states = self._states(*self._cells([before], "left"))[0]
+            nothing = states.new_zeros(1 - self.start, *states.shape[1:])
+            writer = SentenceWriter(
+                self.model.vae, Sampler(GenerationSettings(), self.device), use_cache=False
             )
-            logits = vae.logits(states[-1]).float()
+            writer.read([Told(before, torch.cat([nothing, states[:-1]]))])
+            vae = self.model.vae
+            logits = vae.logits(writer.last_hidden(states[-1:], [x[:at]])[0]).float()
             pair = [tokens_of[at] if at < len(tokens_of) else eos for tokens_of in (x, y)]
             return float((logits[pair[0]] - logits[pair[1]]).abs()), float(logits.abs().max())
         return float("inf"), 1.0  # one wrote more sentences than the other

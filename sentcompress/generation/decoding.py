@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,65 +80,152 @@ class Sampler:
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
 
 
-@torch.no_grad()
-def write_sentences(
-    vae: SentenceVAE, latents: Tensor, plans: Sequence[RowPlan], sampler: Sampler, *, use_cache: bool = True
-) -> tuple[list[list[int]], list[bool]]:
-    """Write one sentence a row.
+@dataclass
+class Told:
+    """Sentences of one text, and what the decoder was told when it wrote (or would have written) each.
+
+    Attributes:
+        sentences: tokens of each, end marks left out.
+        latents: ``[n, k, H]``; zeros where nothing predicted a sentence.
+    """
+
+    sentences: list[list[int]]
+    latents: Tensor
+
+
+class SentenceWriter:
+    """Writes one sentence after the other for each of a batch of texts.
 
     Args:
         vae: the model whose decoder writes.
-        latents: ``[B, k, H]``.
-        plans: one a row.
-        use_cache: False runs the decoder over the whole sentence again for each token.
-
-    Returns:
-        the tokens of each sentence, prefix included and end mark left out, and whether the end mark was written.
+        use_cache: False runs the decoder over everything again for each token.
     """
-    eos, device = vae.config.eos_token_id, latents.device
-    written: list[list[int]] = [[] for _ in plans]
-    ended = [False] * len(plans)
-    open_rows = list(range(len(plans)))
-    cache: Any = vae.decoder.start(latents) if use_cache else None
-    current = torch.full((len(plans),), vae.config.bos_token_id, device=device)
-    while open_rows:
-        hidden = (
-            vae.decoder.step(vae.embed_targets(current), cache)
-            if cache is not None
-            else _last_hidden(vae, latents, written)
+
+    def __init__(self, vae: SentenceVAE, sampler: Sampler, *, use_cache: bool = True) -> None:
+        self.vae = vae
+        self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
+        self.sampler = sampler
+        self.use_cache = use_cache
+        self.context: Any = None
+        """What a decoder with ``decoder_context`` keeps of the texts so far."""
+        self.past: list[Told] = []
+        """The same for a decoder that may keep nothing."""
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[Told]) -> None:
+        """Begin with texts that stand before what is to be written; only a ``decoder_context`` looks at them."""
+        if not self.decoder.context:
+            return
+        tails = [self._tail(text) for text in texts]
+        if not self.use_cache:
+            self.past = tails
+        elif any(tail.sentences for tail in tails):
+            embeddings, layout, latents = self._inputs(tails)
+            self.context = self.decoder.read(embeddings, layout, latents, len(tails))
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other texts."""
+        if self.context is not None:
+            self.context = self.context.keep(
+                torch.tensor(rows, dtype=torch.long, device=self.context.filled.device)
+            )
+        if self.past:
+            self.past = [self.past[row] for row in rows]
+
+    @torch.no_grad()
+    def write(self, latents: Tensor, plans: Sequence[RowPlan]) -> tuple[list[list[int]], list[bool]]:
+        """Write the next sentence of each text.
+
+        Args:
+            latents: ``[B, k, H]``.
+            plans: one a text.
+
+        Returns:
+            the tokens of each sentence, prefix included and end mark left out, and whether the end mark was written.
+        """
+        vae, device = self.vae, latents.device
+        eos = vae.config.eos_token_id
+        written: list[list[int]] = [[] for _ in plans]
+        ended = [False] * len(plans)
+        open_rows = list(range(len(plans)))
+        cache: Any = self.decoder.start(latents, self.context) if self.use_cache else None
+        current = torch.full((len(plans),), vae.config.bos_token_id, device=device)
+        steps = 0
+        while open_rows:
+            hidden = (
+                self.decoder.step(vae.embed_targets(current), cache)
+                if cache is not None
+                else self.last_hidden(latents, written)
+            )
+            steps += 1
+            # The prefix is known, so its logits are not needed.
+            if all(len(written[i]) < len(plans[i].prefix) for i in open_rows):
+                chosen = [0] * len(plans)
+            else:
+                logits = vae.logits(hidden).float()
+                for i in open_rows:
+                    length = plans[i].length
+                    if length is not None or not written[i]:
+                        logits[i, eos] = float("-inf")  # an empty sentence is no sentence
+                chosen = self.sampler.pick(
+                    logits, [p.history + w for p, w in zip(plans, written, strict=True)]
+                ).tolist()
+            for i in tuple(open_rows):
+                plan, at = plans[i], len(written[i])
+                token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]
+                if at == plan.length:
+                    token = eos  # a forced sentence pays for the step of its end mark like any other
+                if token == eos and at >= len(plan.prefix):
+                    ended[i] = True
+                    open_rows.remove(i)
+                    continue
+                written[i].append(int(token))
+                if len(written[i]) >= plan.limit:
+                    open_rows.remove(i)
+            current = torch.tensor([w[-1] if w else eos for w in written], device=device)
+        if self.decoder.context:
+            if cache is not None:
+                if steps <= max(map(len, written)):  # one that was cut short: its last token is still unread
+                    self.decoder.step(vae.embed_targets(current), cache)
+                lengths = torch.tensor([len(tokens) for tokens in written], device=device)
+                self.context = self.decoder.finish(cache, lengths)
+            else:
+                self.past = [self._tail(text) for text in self._with(latents, written)]
+        return written, ended
+
+    @torch.no_grad()
+    def last_hidden(self, latents: Tensor, written: Sequence[Sequence[int]]) -> Tensor:
+        """The decoder's last hidden state of each text with a sentence so far, computed from nothing: ``[B, H]``."""
+        texts = self._with(latents, written)
+        embeddings, layout, told = self._inputs(texts)
+        hidden = self.decoder(embeddings, layout, told)
+        ends = torch.tensor([len(text.sentences) for text in texts], device=hidden.device).cumsum(0) - 1
+        return hidden[layout.lengths.cumsum(0)[ends] - 1]
+
+    def _with(self, latents: Tensor, written: Sequence[Sequence[int]]) -> list[Told]:
+        """The past of each text with one more sentence."""
+        new = [Told([list(tokens)], told[None]) for tokens, told in zip(written, latents, strict=True)]
+        if not self.past:
+            return new
+        return [
+            Told(a.sentences + b.sentences, torch.cat([a.latents, b.latents]))
+            for a, b in zip(self.past, new, strict=True)
+        ]
+
+    def _tail(self, text: Told) -> Told:
+        """What the next sentence depends on."""
+        first = len(text.sentences) - self.decoder.sentences_read([len(ids) for ids in text.sentences])
+        return Told(text.sentences[first:], text.latents[first:])
+
+    def _inputs(self, texts: Sequence[Told]) -> tuple[Tensor, Ragged, Tensor]:
+        """What the decoder reads of the sentences of all texts: embeddings, layout, latents."""
+        latents = torch.cat([text.latents for text in texts])
+        sentences = [ids for text in texts for ids in text.sentences]
+        streams = [number for number, text in enumerate(texts) for _ in text.sentences]
+        layout = Ragged(
+            torch.tensor([1 + len(ids) for ids in sentences], device=latents.device),
+            torch.tensor(streams, device=latents.device),
         )
-        # The prefix is known, so its logits are not needed.
-        if all(len(written[i]) < len(plans[i].prefix) for i in open_rows):
-            chosen = [0] * len(plans)
-        else:
-            logits = vae.logits(hidden).float()
-            for i in open_rows:
-                length = plans[i].length
-                if length is not None or not written[i]:
-                    logits[i, eos] = float("-inf")  # an empty sentence is no sentence
-            chosen = sampler.pick(
-                logits, [p.history + w for p, w in zip(plans, written, strict=True)]
-            ).tolist()
-        for i in tuple(open_rows):
-            plan, at = plans[i], len(written[i])
-            token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]
-            if at == plan.length:
-                token = eos  # a forced sentence pays for the step of its end mark like any other
-            if token == eos and at >= len(plan.prefix):
-                ended[i] = True
-                open_rows.remove(i)
-                continue
-            written[i].append(int(token))
-            if len(written[i]) >= plan.limit:
-                open_rows.remove(i)
-        current = torch.tensor([w[-1] if w else eos for w in written], device=device)
-    return written, ended
-
-
-def _last_hidden(vae: SentenceVAE, latents: Tensor, written: list[list[int]]) -> Tensor:
-    """The decoder's last hidden state of each row, computed from nothing: ``[B, H]``."""
-    rows = [[vae.config.bos_token_id, *tokens] for tokens in written]
-    layout = Ragged(torch.tensor([len(row) for row in rows], device=latents.device))
-    tokens = torch.tensor([token for row in rows for token in row], device=latents.device)
-    hidden = vae.decoder(vae.embed_targets(tokens), layout, latents)
-    return hidden[layout.lengths.cumsum(0) - 1]
+        bos = self.vae.config.bos_token_id
+        tokens = torch.tensor([token for ids in sentences for token in (bos, *ids)], device=latents.device)
+        return self.vae.embed_targets(tokens), layout, latents

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
-from sentcompress.generation.decoding import RowPlan, Sampler, write_sentences
+from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
@@ -136,6 +136,8 @@ class SentenceGenerator:
         model = self.model.eval()
         sampler = Sampler(settings, self.device)
         state = _Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
+        writer = SentenceWriter(model.vae, sampler, use_cache=settings.use_cache)
+        writer.read([Told(row.context, state.told(i, len(row.context))) for i, row in enumerate(rows)])
         while rows:
             hidden = state.hidden_states
             stop = model.stop_logits(hidden).float().softmax(-1)[:, 1].tolist()
@@ -145,18 +147,20 @@ class SentenceGenerator:
                     if row.result.finish_reason and (rest := self._new_text(row)):
                         yield row.number, [], rest  # half a character that waited for its other half
                 rows = [rows[i] for i in going]
-                state.keep(going)
                 if not rows:
                     return
+                state.keep(going)
+                writer.keep(going)
                 hidden = state.hidden_states
             plans = [self._plan(row, settings) for row in rows]
-            written, _ = write_sentences(model.vae, hidden, plans, sampler, use_cache=settings.use_cache)
+            written, _ = writer.write(hidden, plans)
             for row, tokens in zip(rows, written, strict=True):
                 yield row.number, tokens, self._take(row, tokens, settings)
             going = [i for i, row in enumerate(rows) if not row.result.finish_reason]
             if len(going) < len(rows):
                 rows = [rows[i] for i in going]
                 state.keep(going)
+                writer.keep(going)
             if rows:
                 state.append(self.encode([row.context[-1] for row in rows]))
 
@@ -317,8 +321,17 @@ class _Cells:
             past_passage_ids=self.passage_ids[:, :past] if past else None,
             use_cache=self.use_cache,
         )
+        self.states = states
+        """``[B, N, k, H]`` of the cells that were run last."""
         self.hidden_states = states[:, -1]
         """``[B, k, H]``: what the decoder is told for the next sentence."""
+
+    def told(self, row: int, sentences: int) -> Tensor:
+        """What predicted the last ``sentences`` of a row: ``[sentences, k, H]``, zeros where nothing did."""
+        start = int(self.model.config.start_latent)
+        real = self.states[row, self.states.shape[1] - sentences - start : -1]
+        nothing = real.new_zeros(1 - start, *real.shape[1:])
+        return torch.cat([nothing, real])[:sentences]
 
     def append(self, latents: Tensor) -> None:
         """One more sentence in every row: ``[B, k, H]``."""

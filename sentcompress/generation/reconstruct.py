@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sentcompress.contracts import Reconstruction
-from sentcompress.generation.decoding import RowPlan, Sampler, write_sentences
+from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.vae import SentenceVAE
 
@@ -40,7 +40,7 @@ def reconstruct(
         input_ids[mask] = torch.tensor([token for ids in block for token in ids])
         latents = vae.encode(input_ids.to(device), mask.to(device))
         plans = [RowPlan(limit=vae.config.max_sentence_tokens) for _ in block]
-        written, _ = write_sentences(vae, latents, plans, sampler)
+        written, _ = SentenceWriter(vae, sampler).write(latents, plans)
         for ids, new in zip(block, written, strict=True):
             results.append(
                 Reconstruction(

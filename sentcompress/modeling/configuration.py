@@ -29,6 +29,7 @@ class SentenceVAEConfig(PretrainedConfig):
         conditioning: ``cross-attention``, ``add`` or ``prefix``.
         fusion: name and options of the fusion plugin.
         latents: vectors a sentence, ``k``; given by the fusion.
+        decoder_context: positions before the sentence that the decoder sees too; 0 is the paper's.
         max_sentence_tokens: longest sentence.
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
         variational: predict a variance beside the latent (trained with a KL term).
@@ -53,6 +54,7 @@ class SentenceVAEConfig(PretrainedConfig):
         conditioning: str = "cross-attention",
         fusion: dict[str, Any] | None = None,
         latents: int = 1,
+        decoder_context: int = 0,
         max_sentence_tokens: int = 64,
         tie_embeddings: bool = False,
         variational: bool = False,
@@ -70,6 +72,10 @@ class SentenceVAEConfig(PretrainedConfig):
     ) -> None:
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide hidden_size {hidden_size}")
+        if decoder_context and hidden_size // num_heads % 2:
+            raise ValueError(
+                f"decoder_context: rotary positions need heads of even width, not {hidden_size // num_heads}"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -80,6 +86,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.conditioning = conditioning
         self.fusion = fusion or {"name": "sum-norm", "options": {}}
         self.latents = latents
+        self.decoder_context = decoder_context
         self.max_sentence_tokens = max_sentence_tokens
         self.tie_embeddings = tie_embeddings
         self.variational = variational

@@ -83,6 +83,12 @@ def vae_config(
                     f"vae.{field}: {getattr(recipe.vae, field)}, but the backbone {recipe.backbone.model} has "
                     f"{backbone_config.num_hidden_layers} blocks to start from"
                 )
+    if recipe.vae.decoder_context and hidden_size // heads % 2:
+        raise InputError(
+            f"vae.decoder_context: its rotary positions need heads of even width, {heads} heads of "
+            f"{hidden_size // heads} are not",
+            fix="set vae.num_heads",
+        )
     fusion = get_registry().create(
         "fusion", recipe.fusion.name, recipe.fusion.options, hidden_size=hidden_size
     )
@@ -97,6 +103,7 @@ def vae_config(
         conditioning=recipe.vae.conditioning,
         fusion=recipe.fusion.model_dump(),
         latents=fusion.latents,
+        decoder_context=recipe.vae.decoder_context,
         max_sentence_tokens=segmenter.max_tokens,
         tie_embeddings=recipe.vae.tie_embeddings,
         variational=recipe.train_vae.kl_weight > 0,

@@ -22,12 +22,27 @@ def join_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
+def rotate(states: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position encoding (arXiv 2104.09864), halves paired.
+
+    Args:
+        states: ``[N, heads, d]``, ``d`` even.
+        positions: ``[N]``; attention then depends on their differences alone.
+    """
+    half = states.shape[-1] // 2
+    frequencies = 10_000.0 ** (-torch.arange(half, device=states.device) / half)
+    angles = (positions[:, None] * frequencies)[:, None, :]
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states[..., :half], states[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
 @dataclass
 class LayerCache:
-    """Keys and values of one decoder block, allocated once for a whole sentence.
+    """Keys and values of one decoder block: the context before a sentence, then the sentence.
 
     Attributes:
-        keys, values: ``[B, heads, capacity, d]``.
+        keys, values: ``[B, heads, context + capacity, d]``.
     """
 
     keys: Tensor
@@ -57,16 +72,57 @@ class SelfAttention(nn.Module):
         )
         return self.out_proj(layout.unpad(join_heads(attended)))
 
-    def step(self, hidden_states: Tensor, cache: LayerCache, positions: Tensor) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``, writing keys and values at ``positions [B]``."""
+    def forward_across(
+        self, hidden_states: Tensor, layout: Ragged, context: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Causal attention that also sees the ``context`` positions before the sentence, in its own text.
+
+        Returns:
+            ``[T, H]``, and the keys and values ``[T, heads, d]`` it was made of.
+        """
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv_proj(hidden_states).chunk(3, -1))
+        q, k = rotate(q, layout.stream_positions), rotate(k, layout.stream_positions)
+        # Nothing stands before a text of one sentence.
+        seen = context if layout.streams is not None else 0
+        attended = F.scaled_dot_product_attention(
+            layout.pad(q).transpose(1, 2),
+            layout.with_context(k, seen).transpose(1, 2),
+            layout.with_context(v, seen).transpose(1, 2),
+            attn_mask=layout.context_mask(seen)[:, None],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(layout.unpad(join_heads(attended))), (k, v)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        cache: LayerCache,
+        positions: Tensor,
+        stream_positions: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """One position a row: ``[B, H] -> [B, H]``, writing keys and values at ``positions [B]``.
+
+        Args:
+            stream_positions: ``[B]`` in the text, with ``context [B, n]`` bool: which of the cache's first ``n``
+                places hold something; None where only the sentence is seen.
+        """
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv_proj(hidden_states).chunk(3, -1))
         rows = torch.arange(len(positions), device=positions.device)
-        cache.keys[rows, :, positions] = k
-        cache.values[rows, :, positions] = v
+        before = 0
         used = int(positions.max()) + 1
-        mask = (torch.arange(used, device=positions.device) <= positions[:, None])[:, None, None, :]
+        mask = torch.arange(used, device=positions.device) <= positions[:, None]
+        if stream_positions is not None and context is not None:
+            q, k = rotate(q, stream_positions), rotate(k, stream_positions)
+            before = context.shape[1]
+            mask = torch.cat([context, mask], 1)
+        cache.keys[rows, :, before + positions] = k
+        cache.values[rows, :, before + positions] = v
         attended = F.scaled_dot_product_attention(
-            q[:, :, None], cache.keys[:, :, :used], cache.values[:, :, :used], attn_mask=mask
+            q[:, :, None],
+            cache.keys[:, :, : before + used],
+            cache.values[:, :, : before + used],
+            attn_mask=mask[:, None, None, :],
         )
         return self.out_proj(attended.squeeze(2).flatten(1))
 
@@ -161,6 +217,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__()
+        self.context = config.decoder_context
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = SelfAttention(config)
         self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -178,8 +235,21 @@ class DecoderBlock(nn.Module):
         """What the block needs of the latents, computed once a sentence."""
         return () if self.condition is None else self.condition.prepare(latents)
 
-    def forward(self, hidden_states: Tensor, layout: Ragged, prepared: tuple[Tensor, ...]) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden_states), layout, causal=True)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: Ragged,
+        prepared: tuple[Tensor, ...],
+        kept: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """``[T, H] -> [T, H]``; keys and values ``[T, heads, d]`` are added to ``kept`` where there is context."""
+        normed = self.attention_norm(hidden_states)
+        if self.context:
+            attended, states = self.attention.forward_across(normed, layout, self.context)
+            if kept is not None:
+                kept.append(states)
+        else:
+            attended = self.attention(normed, layout, causal=True)
         hidden_states = hidden_states + self.dropout(attended)
         if self.condition is not None:
             told = self.condition(self.condition_norm(hidden_states), layout, prepared)
@@ -187,11 +257,17 @@ class DecoderBlock(nn.Module):
         return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
 
     def step(
-        self, hidden_states: Tensor, cache: LayerCache, positions: Tensor, prepared: tuple[Tensor, ...]
+        self,
+        hidden_states: Tensor,
+        cache: LayerCache,
+        positions: Tensor,
+        prepared: tuple[Tensor, ...],
+        stream_positions: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``."""
+        """One position a row: ``[B, H] -> [B, H]``; the last two as :meth:`SelfAttention.step` says."""
         hidden_states = hidden_states + self.attention.step(
-            self.attention_norm(hidden_states), cache, positions
+            self.attention_norm(hidden_states), cache, positions, stream_positions, context
         )
         if self.condition is not None:
             hidden_states = hidden_states + self.condition.step(self.condition_norm(hidden_states), prepared)

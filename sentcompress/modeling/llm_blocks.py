@@ -109,6 +109,7 @@ class LLMDecoder(nn.Module):
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__()
         self.prefix = config.latents
+        self.context = 0
         self.llm = short_backbone(config, config.decoder_layers, last=True)
         # Latents leave the fusion with a root mean square of 1, token embeddings have the LLM's own.
         self.latent_gain = nn.Parameter(torch.ones(()))
@@ -120,8 +121,8 @@ class LLMDecoder(nn.Module):
         hidden_states = _run(self.llm, inputs, layout.lengths + self.prefix)
         return layout.unpad(hidden_states[:, self.prefix :])
 
-    def start(self, latents: Tensor) -> LLMDecoderCache:
-        """Begin ``B`` sentences from ``latents [B, k, H]``."""
+    def start(self, latents: Tensor, context: None = None) -> LLMDecoderCache:
+        """Begin ``B`` sentences from ``latents [B, k, H]``; they see nothing before them."""
         state = LLMDecoderCache(None, 0)
         self._extend(latents * self.latent_gain, state)
         return state

@@ -28,6 +28,8 @@ from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
 
 SAFE = {"trust_remote_code": False}
+FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
+"""Fields of a configuration that a recipe may not set."""
 FALLBACK = "auto"
 """The adapter of model types that no other one claims."""
 
@@ -226,7 +228,39 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
             f"type '{config.model_type}'",
             fix="leave backbone.name out, or choose the adapter for that type ('sentcompress plugins' lists them)",
         )
+    if spec.config:
+        base = {**config.to_diff_dict(), "model_type": config.model_type}
+        config = shaped_config(base, spec.config, "backbone.config")
     adapter.check_config(config)
+    return config
+
+
+def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
+    """A transformers configuration with the fields that a recipe gives under ``where``.
+
+    Args:
+        base: what it has already, ``model_type`` among it.
+
+    Raises:
+        InputError: it has no such field, the field follows from the tokenizer, or a value does not fit.
+    """
+    rest = dict(base)
+    model_type = rest.pop("model_type")
+    known = AutoConfig.for_model(model_type).to_dict()
+    for name in fields:
+        if name in FROM_TOKENIZER:
+            raise InputError(f"{where}.{name}: follows from the tokenizer or adapter", fix="remove it")
+        if name not in known:
+            raise InputError(f"{where}.{name}: no field of a '{model_type}'.{did_you_mean(name, known)}")
+    try:
+        config = AutoConfig.for_model(model_type, **{**rest, **fields})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"{where}.num_attention_heads: {config.num_attention_heads} does not divide hidden_size "
+            f"{config.hidden_size}"
+        )
     return config
 
 

@@ -198,8 +198,8 @@ class SentenceLM(PreTrainedModel):
         )
 
         following = sentence_index[:, 1:]
-        goes_on = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
-        goes_on &= scored[following.clamp_min(0)]
+        predicted = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
+        goes_on = predicted & scored[following.clamp_min(0)]
         predictors, targets_at = hidden_states[:, :-1][goes_on], following[goes_on]
         ends = (sentence_index >= 0) & last[sentence_index.clamp_min(0)]
 
@@ -208,12 +208,21 @@ class SentenceLM(PreTrainedModel):
         targets = torch.zeros(size, dtype=torch.long, device=latents.device)
         token_part = latents.sum() * 0.0
         if len(targets_at):
+            written, told, streams, charged = targets_at, predictors, None, None
+            if self.vae.decoder.context:
+                # All sentences in the order of their texts: those that are no targets are read all the same.
+                cells = sentence_index >= 0
+                rows = torch.arange(len(passage_ids), device=passage_ids.device)[:, None]
+                written, streams = sentence_index[cells], (rows * size + passage_ids)[cells]
+                told = hidden_states.new_zeros(size, *latents.shape[1:])
+                told = told.index_copy(0, following[predicted], hidden_states[:, :-1][predicted])[written]
+                charged = torch.zeros_like(scored).index_fill(0, targets_at, True)[written]
             token_losses, nll, counts = self.vae.decode_nll(
-                predictors, input_ids[targets_at], attention_mask[targets_at], token_loss
+                told, input_ids[written], attention_mask[written], token_loss, streams, charged
             )
             token_part = token_losses.mean()
-            sentence_nll = sentence_nll.index_copy(0, targets_at, nll)
-            targets = targets.index_copy(0, targets_at, counts)
+            sentence_nll = sentence_nll.index_copy(0, written, nll)
+            targets = targets.index_copy(0, written, counts)
 
         deciders = torch.cat([predictors, hidden_states[ends]])
         before = torch.cat([sentence_index[:, :-1][goes_on], sentence_index[ends]])

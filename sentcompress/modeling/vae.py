@@ -116,30 +116,52 @@ class SentenceVAE(PreTrainedModel):
         return latents
 
     def decode_nll(
-        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor, token_loss: TokenLoss
+        self,
+        latents: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_loss: TokenLoss,
+        streams: Tensor | None = None,
+        scored: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced loss of writing sentences from latents.
 
         Args:
-            latents: ``[S, k, H]``.
+            latents: ``[S, k, H]``; zeros for a sentence that only stands before others.
             input_ids, attention_mask: the sentences, ``[S, L]``.
             token_loss: the loss.
+            streams: ``[S]`` int64, the text each belongs to, those of one text together and in order; with
+                ``decoder_context`` they see each other. None: each is alone.
+            scored: ``[S]`` bool, what is charged; None charges all.
 
         Returns:
-            loss ``[T]`` of every target, NLL ``[S]`` in nats and number of targets ``[S]`` of each sentence.
+            loss ``[T]`` of every target charged, NLL ``[S]`` in nats and number of targets ``[S]`` of each
+            sentence, 0 where it is not charged.
         """
-        layout, tokens = self._layout(input_ids, attention_mask)
-        longer = layout.longer_by(1)
-        first = longer.positions == 0
-        inputs = tokens.new_full((len(longer.index),), self.config.bos_token_id)
-        inputs[~first] = tokens
+        layout, inputs = self.decoder_inputs(input_ids, attention_mask, streams)
+        first = layout.positions == 0
         ends = torch.cat([first[1:], first.new_ones(1)])
         targets = torch.full_like(inputs, self.config.eos_token_id)
-        targets[~ends] = tokens
-        hidden_states = self.decoder(self.embed_targets(inputs), longer, latents)
+        targets[~ends] = inputs[~first]
+        hidden_states = self.decoder(self.embed_targets(inputs), layout, latents)
+        sentence_ids, lengths = layout.sentence_ids, layout.lengths
+        if scored is not None:
+            charged = scored[sentence_ids]
+            hidden_states, targets = hidden_states[charged], targets[charged]
+            sentence_ids, lengths = sentence_ids[charged], lengths * scored
         loss, nll = token_loss(hidden_states, self.output_weight, targets)
-        sums = nll.new_zeros(longer.num_sentences).index_add(0, longer.sentence_ids, nll)
-        return loss, sums, longer.lengths
+        sums = nll.new_zeros(layout.num_sentences).index_add(0, sentence_ids, nll)
+        return loss, sums, lengths
+
+    def decoder_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor, streams: Tensor | None = None
+    ) -> tuple[Ragged, Tensor]:
+        """What the decoder reads of sentences ``[S, L]``: the layout, and ``[T]`` start token and tokens of each."""
+        layout, tokens = self._layout(input_ids, attention_mask, streams)
+        longer = layout.longer_by(1)
+        inputs = tokens.new_full((len(longer.index),), self.config.bos_token_id)
+        inputs[longer.positions != 0] = tokens
+        return longer, inputs
 
     def forward(
         self,
@@ -171,12 +193,14 @@ class SentenceVAE(PreTrainedModel):
         loss, nll, targets = self.decode_nll(told, input_ids, attention_mask, token_loss or TokenLoss())
         return SentenceVAEOutput(loss=loss.mean() + extra, nll=nll, targets=targets, latents=latents)
 
-    def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Ragged, Tensor]:
+    def _layout(
+        self, input_ids: Tensor, attention_mask: Tensor, streams: Tensor | None = None
+    ) -> tuple[Ragged, Tensor]:
         mask = attention_mask.bool()
         lengths = mask.sum(1)
         if len(lengths) and int(lengths.min()) == 0:
             raise ValueError("attention_mask: a sentence has no token")
-        layout = Ragged(lengths)
+        layout = Ragged(lengths, streams)
         if layout.max_length > self.config.max_sentence_tokens:
             raise ValueError(
                 f"input_ids: a sentence of {layout.max_length} tokens is over max_sentence_tokens "

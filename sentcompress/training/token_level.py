@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError, did_you_mean
+from sentcompress.errors import InputError
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.pretrained import load_causal_lm
+from sentcompress.modeling.pretrained import load_causal_lm, shaped_config
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, TokenSampler
@@ -168,34 +168,14 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     settings = recipe.pretrain
     assert settings is not None
     adapter: Any = get_registry().get("backbone", recipe.backbone.name or "opt")
-    model_type = adapter.model_types[0]
-    known = AutoConfig.for_model(model_type).to_dict()
-    given = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"}
-    for name in settings.config:
-        if name in given:
-            raise InputError(
-                f"pretrain.config.{name}: follows from the tokenizer or adapter", fix="remove it"
-            )
-        if name not in known:
-            raise InputError(
-                f"pretrain.config.{name}: no field of a '{model_type}'.{did_you_mean(name, known)}"
-            )
-    try:
-        config = AutoConfig.for_model(
-            model_type,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **settings.config,
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"pretrain.config: {' '.join(str(error).split())}") from None
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"pretrain.config.num_attention_heads: {config.num_attention_heads} does not divide hidden_size "
-            f"{config.hidden_size}"
-        )
+    from_tokenizer = {
+        "model_type": adapter.model_types[0],
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config: PretrainedConfig = shaped_config(from_tokenizer, settings.config, "pretrain.config")
     if settings.sequence_length > config.max_position_embeddings:
         raise InputError(
             f"pretrain.sequence_length: {settings.sequence_length} is over max_position_embeddings "

@@ -30,6 +30,22 @@ def test_several_latents_and_every_conditioning_pass(conditioning):
     assert check_causality(model).passed
 
 
+@pytest.mark.parametrize("conditioning", ["cross-attention", "add", "prefix"])
+@pytest.mark.parametrize("start", [True, False])
+def test_a_decoder_that_sees_the_text_before_the_sentence_passes(conditioning, start):
+    model = tiny_sentence_lm(
+        vae={
+            **ATTENTION_LATENTS,
+            "conditioning": conditioning,
+            "decoder_context": 9,
+            "decoder_layers": 2,
+        }
+    )
+    model.config.start_latent = start
+    report = check_causality(model)
+    assert report.passed, report.failures
+
+
 def test_a_model_without_start_latent_and_with_few_positions_passes():
     model = tiny_sentence_lm(max_position_embeddings=9)
     model.config.start_latent = False

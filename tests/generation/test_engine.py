@@ -18,10 +18,12 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["k1", "k2-prefix"])
+@pytest.fixture(scope="module", params=["k1", "k2-prefix", "k1-context", "k2-prefix-context"])
 def generator(request, tokenizer):
     vae = {"max_sentence_tokens": 16}
-    if request.param == "k2-prefix":
+    if "context" in request.param:
+        vae |= {"decoder_context": 11, "decoder_layers": 2}
+    if "k2-prefix" in request.param:
         vae |= {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": "prefix"}
     model = tiny_sentence_lm(len(tokenizer), vae=vae)
     return SentenceGenerator(model, tokenizer)

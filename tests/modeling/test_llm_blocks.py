@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
-from sentcompress.generation.decoding import RowPlan, Sampler, write_sentences
+from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_backbone, vae_config
 from sentcompress.recipe import Recipe
@@ -70,9 +70,8 @@ def test_with_all_blocks_the_encoder_is_the_llm(name, shape, tmp_path):
     latents = vae.encode(ids, mask)
     plans = [RowPlan(limit=8), RowPlan(limit=6, prefix=[5, 6])]
     sampler = Sampler(GenerationSettings(max_new_tokens=8), torch.device("cpu"))
-    assert write_sentences(vae, latents, plans, sampler) == write_sentences(
-        vae, latents, plans, sampler, use_cache=False
-    )
+    plain = SentenceWriter(vae, sampler, use_cache=False).write(latents, plans)
+    assert SentenceWriter(vae, sampler).write(latents, plans) == plain
     vae.save_pretrained(tmp_path)
     loaded = SentenceVAE.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids, mask).nll, vae(ids, mask).nll)
