@@ -58,8 +58,8 @@ class BackboneSpec(Section):
 class VAESpec(Section):
     """Shape of the sentence encoder and decoder (paper section 3.1)."""
 
-    encoder_layers: int = Field(default=1, ge=1)
-    """Self-attention blocks of the sentence encoder."""
+    encoder_layers: int = Field(default=1, ge=0)
+    """Self-attention blocks of the sentence encoder; 0 leaves the fusion of embeddings with their positions."""
     decoder_layers: int = Field(default=1, ge=1)
     """Blocks of the sentence decoder."""
     num_heads: int | None = Field(default=None, ge=1)
@@ -86,6 +86,8 @@ class VAESpec(Section):
             raise ValueError(
                 "init: backbone needs conditioning: prefix, all that the LLM's own blocks can be told by"
             )
+        if self.init == "backbone" and not self.encoder_layers:
+            raise ValueError("init: backbone makes the encoder of the LLM's first blocks: encoder_layers is 0")
         if self.init == "backbone" and self.decoder_context:
             raise ValueError("decoder_context goes with blocks of our own: use init: embeddings or random")
         return self
@@ -146,6 +148,8 @@ class PretrainSettings(TrainingSettings):
 class TrainVAESettings(TrainingSettings):
     """Self-supervised training of the SentenceVAE (paper section 3.1)."""
 
+    steps: int = Field(default=1000, ge=0)
+    """Optimizer steps; 0 leaves the SentenceVAE as it begins, for a graft that learns all of it."""
     sentences_per_batch: int = Field(default=128, ge=1)
     """Sentences a micro-batch (the paper: 128)."""
     loss: Literal["focal", "cross-entropy"] = "focal"
