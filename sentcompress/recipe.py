@@ -87,7 +87,9 @@ class VAESpec(Section):
                 "init: backbone needs conditioning: prefix, all that the LLM's own blocks can be told by"
             )
         if self.init == "backbone" and not self.encoder_layers:
-            raise ValueError("init: backbone makes the encoder of the LLM's first blocks: encoder_layers is 0")
+            raise ValueError(
+                "init: backbone makes the encoder of the LLM's first blocks: encoder_layers is 0"
+            )
         if self.init == "backbone" and self.decoder_context:
             raise ValueError("decoder_context goes with blocks of our own: use init: embeddings or random")
         return self

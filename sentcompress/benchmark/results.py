@@ -161,7 +161,22 @@ class QualityScore(Record):
     """Nats by kind: tokens, end marks, stop decisions."""
     by: dict[By, list[Bucket]] = {}
     """Where they were paid; only what was asked for."""
+    cost: DecodingCost | None = None
+    """What it takes to write such text; None for what is no model."""
     documents: list[DocumentScore]
+
+
+class DecodingCost(Record):
+    """Computed from shapes: what one more token of text costs at batch 1, in the middle of a document."""
+
+    flops: float
+    """Floating-point operations."""
+    bytes: float
+    """Of weights and caches that have to be read."""
+    text_tokens: float
+    """Tokens of the text before it."""
+    sentence_tokens: float
+    """Mean length of a sentence."""
 
 
 class ReconstructionReport(Record):

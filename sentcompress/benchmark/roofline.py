@@ -1,4 +1,4 @@
-"""How many bytes a token has to be read for, and how fast this machine reads."""
+"""What a token of text costs to decode: operations, bytes that have to be read; and how fast this machine reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sentcompress.benchmark.results import DecodingCost
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 COPY_BYTES = 2**28
@@ -34,13 +35,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def module_bytes(module: nn.Module, *, embeddings: bool = False) -> int:
-    """Bytes of a module's weights that are read whole at each call: lookup tables are not."""
-    tables = (
-        {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)} if not embeddings else set()
-    )
-    unique = {id(p): p for p in module.parameters() if id(p) not in tables}
-    return sum(p.numel() * p.element_size() for p in unique.values())
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """A module's weights that are read whole at each call, a shared one once: lookup tables are not."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return list({id(p): p for p in module.parameters() if id(p) not in tables}.values())
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights that are read whole at each call."""
+    return sum(p.numel() * p.element_size() for p in _weights(module))
 
 
 def backbone_cache_bytes(config: Any, element_size: int) -> int:
@@ -60,13 +63,95 @@ def backbone_bytes_per_token(backbone: PreTrainedModel, text_tokens: float) -> f
 
 def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tokens: float) -> float:
     """Decoder and output head at each token and end mark; encoder, backbone and its cache once a sentence."""
-    head = model.vae.output_weight
+    vae, head = model.vae, model.vae.output_weight
     size = head.element_size()
-    decoder = float(module_bytes(model.vae.decoder) + head.numel() * size)
-    blocks = model.vae.config.decoder_layers
-    decoder += 2 * blocks * model.vae.config.hidden_size * size * sentence_tokens / 2
+    each, once = _told(model)
+    told = sum(_products(condition) for condition in _conditions(model))
+    decoder = module_bytes(vae.decoder) + (each - told + head.numel()) * size
+    decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * _seen(model, sentence_tokens)
     cells = text_tokens / sentence_tokens * model.latents
     cache = backbone_cache_bytes(model.backbone.config, size)
-    once = module_bytes(model.vae.encoder) + module_bytes(model.backbone) + module_bytes(model.termination)
+    parts = (vae.encoder, vae.fusion, model.backbone, model.termination)
+    sentence = sum(module_bytes(part) for part in parts) + once * size
     steps = (sentence_tokens + 1) / sentence_tokens
-    return decoder * steps + (once + cells * cache) / sentence_tokens
+    return decoder * steps + (sentence + cells * cache) / sentence_tokens
+
+
+def _conditions(model: SentenceLM) -> list[nn.Module]:
+    """What tells each block of the decoder about the latents: nothing with a prefix."""
+    blocks: Any = getattr(model.vae.decoder, "blocks", ())
+    return [block.condition for block in blocks if block.condition is not None]
+
+
+def _told(model: SentenceLM) -> tuple[float, float]:
+    """Weights of the decoder's conditions that are used at each token, and those used once a latent."""
+    told = sum(_products(condition) for condition in _conditions(model))
+    if model.vae.config.conditioning != "cross-attention":
+        return 0, told / model.latents
+    # Queries and output, keys and values; with one latent, values and output once, and nothing else.
+    return (told / 2, told / 2) if model.latents > 1 else (0, told / 2)
+
+
+def _seen(model: SentenceLM, sentence_tokens: float) -> float:
+    """Positions a token of the decoder looks back on, on average."""
+    prefix = getattr(model.vae.decoder, "prefix", 0)
+    return sentence_tokens / 2 + prefix + model.vae.config.decoder_context
+
+
+def _products(module: nn.Module) -> int:
+    """Multiplications a position costs in a module's matrices."""
+    return sum(p.numel() for p in _weights(module) if p.ndim > 1)
+
+
+def backbone_flops_per_token(backbone: PreTrainedModel, text_tokens: float) -> float:
+    """Floating-point operations of one decoding step: two for each weight, and attention to the text before it."""
+    config: Any = backbone.config
+    head = backbone.get_output_embeddings()
+    blocks = _products(backbone.base_model)
+    attention = 4 * config.num_hidden_layers * config.hidden_size * text_tokens
+    return 2 * (blocks + head.weight.numel()) + attention
+
+
+def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tokens: float) -> float:
+    """The same for the sentence model.
+
+    Decoder and head run at each token and end mark (the decoder at the prefix of a sentence too), encoder and fusion
+    at each token, the backbone ``k`` times a sentence.
+    """
+    config, vae, k = model.vae.config, model.vae, model.latents
+    width = config.hidden_size
+    prefix = getattr(vae.decoder, "prefix", 0)
+    each, once = _told(model)
+    told = sum(_products(condition) for condition in _conditions(model))
+    decoder = 2 * (_products(vae.decoder) - told + each)
+    decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
+    encoder = 2 * (_products(vae.encoder) + _products(vae.fusion))
+    encoder += 4 * config.encoder_layers * width * sentence_tokens
+    cells = text_tokens / sentence_tokens * k
+    backbone = 2 * _products(model.backbone) + 4 * model.backbone.config.num_hidden_layers * width * cells
+    sentence = (
+        decoder * (sentence_tokens + 1 + prefix)
+        + 2 * vae.output_weight.numel() * (sentence_tokens + 1)
+        + encoder * sentence_tokens
+        + backbone * k
+        + 2 * once * k
+    )
+    return sentence / sentence_tokens
+
+
+def decoding_cost(
+    model: SentenceLM | PreTrainedModel, text_tokens: float, sentence_tokens: float
+) -> DecodingCost:
+    """What one more token costs at batch 1.
+
+    Args:
+        text_tokens: tokens of the text before it.
+        sentence_tokens: mean length of a sentence.
+    """
+    if isinstance(model, SentenceLM):
+        flops = sentence_flops_per_token(model, text_tokens, sentence_tokens)
+        size = sentence_bytes_per_token(model, text_tokens, sentence_tokens)
+    else:
+        flops = backbone_flops_per_token(model, text_tokens)
+        size = backbone_bytes_per_token(model, text_tokens)
+    return DecodingCost(flops=flops, bytes=size, text_tokens=text_tokens, sentence_tokens=sentence_tokens)

@@ -39,6 +39,11 @@ def quality(score: QualityScore) -> dict[str, Figure]:
         "baseline_tokens": score.baseline_tokens,
         "targets": score.targets,
     }
+    if score.cost:
+        figures |= {
+            "decoding_flops_per_token": score.cost.flops,
+            "decoding_bytes_per_token": score.cost.bytes,
+        }
     for kind, nats in score.breakdown.items():
         figures[f"bits_per_byte_{kind.replace(' ', '_')}"] = nats / math.log(2) / score.bytes
     return figures

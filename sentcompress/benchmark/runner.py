@@ -37,6 +37,7 @@ from sentcompress.benchmark.results import (
     model_digests,
     read_results,
 )
+from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
 from sentcompress.errors import InputError
@@ -257,10 +258,15 @@ class _Bench:
                 progress=advance,
             )
 
+        def backbone() -> Any:
+            if self.recipe.backbone.init == "random":
+                raise Missing("its weights are random: both models began from nothing")
+            return self.parts.backbone
+
         jobs: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
             ("sentence model", lambda: model, sentence_model, self.trained_in),
             ("baseline, equal data", lambda: self.parts.baseline, token_model, ("baseline",)),
-            ("backbone, as it came", lambda: self.parts.backbone, token_model, ()),
+            ("backbone, as it came", backbone, token_model, ()),
             ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
         ]
         for system, load, score, stages in jobs:
@@ -268,7 +274,7 @@ class _Bench:
                 found = self.attempt(
                     "quality",
                     system,
-                    lambda: score(load(), system, lambda: bar.advance(1)),  # noqa: B023
+                    lambda: self._costed(load(), lambda model: score(model, system, lambda: bar.advance(1))),  # noqa: B023
                 )
             if found:
                 scores.append(found)
@@ -280,6 +286,14 @@ class _Bench:
         scores.append(unigram)
         same_bytes(scores)
         self.results.quality = scores
+
+    def _costed(self, model: Any, score: Callable[[Any], QualityScore]) -> QualityScore:
+        """A score, with what it takes to write such text: in the middle of a scored document."""
+        found = score(model)
+        sentence = self.provenance.mean_sentence_tokens
+        if sentence:
+            found.cost = decoding_cost(model, found.baseline_tokens / len(found.documents) / 2, sentence)
+        return found
 
     def reconstruct(self) -> None:
         system, vae = self.parts.vae

@@ -143,13 +143,32 @@ def _quality(results: Results, rows: Sequence[Row]) -> Plain:
     tokens = {row.system: row.honesty.training_tokens for row in rows}
     ours, twin = tokens.get("sentence model"), tokens.get("baseline, equal data")
     if ours and twin:
+        before = "include the SentenceVAE's training, which has no counterpart there"
+        if not results.recipe["train_vae"]["steps"]:
+            before = "are the same text, a sentence at a time: its SentenceVAE was not trained before"
         notes.append(
-            f"Equal data: the baseline was fine-tuned on the graft's passages for as many steps ({twin:,} tokens). "
-            f"The sentence model's {ours:,} tokens include the SentenceVAE's training, which has no counterpart there."
+            f"Equal data: the baseline was trained on the graft's passages for as many steps ({twin:,} tokens). "
+            f"The sentence model's {ours:,} tokens {before}."
         )
+    notes += _cost_note(results)
     notes += _paper_notes(results, "quality")
     columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
     return Plain(TITLES["quality"], columns, lines, notes)
+
+
+def _cost_note(results: Results) -> list[str]:
+    """What a token of text costs the sentence model, as a share of its twin's."""
+    costs = {score.system: score.cost for score in results.quality if score.cost}
+    twin = next((name for name in TWINS if name in costs), None)
+    if twin is None or OURS not in costs:
+        return []
+    ours, theirs = costs[OURS], costs[twin]
+    return [
+        f"To write a token of such text at batch 1 (computed from shapes, {theirs.text_tokens:,.0f} tokens into the "
+        f"text, sentences of {ours.sentence_tokens:.1f} tokens) the sentence model takes {ours.flops / 1e6:,.2f} MFLOP "
+        f"and reads {_size(ours.bytes)}, the {twin.partition(',')[0]} {theirs.flops / 1e6:,.2f} MFLOP and "
+        f"{_size(theirs.bytes)}: {ours.flops / theirs.flops:.0%} and {ours.bytes / theirs.bytes:.0%}."
+    ]
 
 
 def _by(results: Results, by: By, *, explain: bool) -> Plain:
