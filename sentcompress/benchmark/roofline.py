@@ -67,7 +67,7 @@ def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     size = head.element_size()
     each, once = _told(model)
     told = sum(_products(condition) for condition in _conditions(model))
-    decoder = module_bytes(vae.decoder) + (each - told + head.numel()) * size
+    decoder = float(module_bytes(vae.decoder) + (each - told + head.numel()) * size)
     decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * _seen(model, sentence_tokens)
     cells = text_tokens / sentence_tokens * model.latents
     cache = backbone_cache_bytes(model.backbone.config, size)
@@ -123,7 +123,7 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     prefix = getattr(vae.decoder, "prefix", 0)
     each, once = _told(model)
     told = sum(_products(condition) for condition in _conditions(model))
-    decoder = 2 * (_products(vae.decoder) - told + each)
+    decoder = 2.0 * (_products(vae.decoder) - told + each)
     decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
     encoder = 2 * (_products(vae.encoder) + _products(vae.fusion))
     encoder += 4 * config.encoder_layers * width * sentence_tokens
