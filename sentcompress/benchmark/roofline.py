@@ -125,7 +125,7 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     told = sum(_products(condition) for condition in _conditions(model))
     decoder = 2.0 * (_products(vae.decoder) - told + each)
     decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
-    encoder = 2 * (_products(vae.encoder) + _products(vae.fusion))
+    encoder = 2.0 * (_products(vae.encoder) + _products(vae.fusion))
     encoder += 4 * config.encoder_layers * width * sentence_tokens
     cells = text_tokens / sentence_tokens * k
     backbone = 2 * _products(model.backbone) + 4 * model.backbone.config.num_hidden_layers * width * cells
