@@ -102,10 +102,10 @@ def quality(
 def text(
     folder: FolderArgument, judge: JudgeOption = None, out: ResultsOption = None, set_: SetOption = None
 ) -> None:
-    """Repetition, variety and a judge's bits of what the models write after held-out prompts.
+    """Repetition and variety of what the models write, and a judge's bits.
 
-    The sentence model, its equal-data baseline and the backbone continue the same beginnings by as many tokens, drawn
-    alike; the human's own continuation stands beside them. Refuses a model that sees the future.
+    The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
+    as many tokens, drawn alike; the human's own continuation stands beside them. Refuses a model that sees the future.
     """
     _measure(["causality", "text"], folder, out, set_, judge=judge)
 

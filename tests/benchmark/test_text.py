@@ -81,7 +81,8 @@ def test_text_is_cut_at_a_token_and_never_inside_a_character(counter):
     for count in range(1, len(counter.encode(text)) + 2):
         cut = first_tokens(text, counter, count)
         assert text.startswith(cut)
-        assert counter.encode(cut)[: count - 4] == counter.encode(text)[: count - 4]
+        sure = max(0, count - 4)  # the last character may be spelt by several
+        assert counter.encode(cut)[:sure] == counter.encode(text)[:sure]
     assert first_tokens(text, counter, 10**6) == text
 
 
