@@ -233,7 +233,9 @@ class BaselineSettings(TuneSettings):
 class BenchSettings(Section):
     """What ``bench all`` measures."""
 
-    metrics: list[Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]] = [
+    metrics: list[
+        Literal["causality", "quality", "text", "reconstruct", "speed", "memory", "data", "segments"]
+    ] = [
         "causality",
         "quality",
         "reconstruct",
@@ -259,7 +261,7 @@ class BenchSettings(Section):
     repeats: int = Field(default=5, ge=1)
     """Alternating speed runs; medians are reported."""
     prompt_tokens: int = Field(default=128, ge=1)
-    """Prompt length of the speed runs."""
+    """Prompt length of the speed runs; ``text`` takes whole sentences of as many tokens or a little more."""
     new_tokens: int = Field(default=128, ge=1)
     """Tokens generated a speed run."""
     batch_sizes: list[int] = Field(default=[1, 8], min_length=1)
@@ -268,6 +270,16 @@ class BenchSettings(Section):
     """Bytes of cache for which the longest context is computed."""
     samples: int = Field(default=3, ge=0)
     """Generated samples in the report."""
+    text_prompts: int = Field(default=32, ge=1)
+    """Held-out documents whose beginnings are continued for ``text``."""
+    text_new_tokens: int = Field(default=128, ge=1)
+    """Tokens each system writes after a prompt for ``text``."""
+    text_temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits when ``text`` is drawn."""
+    text_top_p: float = Field(default=0.95, gt=0, le=1)
+    """``text`` is drawn from the likeliest tokens of this probability."""
+    text_judge: str | None = Field(default=None, min_length=1)
+    """LLM that scores ``text``: an alias, hub name, folder or GGUF file; null has none."""
 
 
 class Recipe(Section):

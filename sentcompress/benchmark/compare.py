@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sentcompress.benchmark.cells import number
 from sentcompress.benchmark.results import Figure, Record, Results, read_results
-from sentcompress.benchmark.tables import number
 from sentcompress.errors import InputError
 
 SHOWN = {
     "quality": ("bits_per_byte", "perplexity", "bytes"),
+    "text": ("judge_bits_per_byte", "repeated_4_grams", "loops", "distinct_2", "words"),
     "reconstruct": ("token_accuracy", "exact_sentences", "teacher_forced_perplexity"),
     "speed": (
         "prefill_tokens_per_second",
@@ -86,6 +87,11 @@ def warnings(results: Sequence[Results]) -> list[str]:
         found.append(
             "they were scored on different held-out text: bits per byte and perplexity cannot be compared"
         )
+    if len({tuple(r.text.prompts) for r in results if r.text}) > 1:
+        found.append("their models continued different prompts: figures of the text cannot be compared")
+    judges = {r.text.judge or "none" for r in results if r.text}
+    if len(judges) > 1:
+        found.append(f"their text was scored by different judges: {', '.join(sorted(judges))}")
     return found
 
 

@@ -6,9 +6,11 @@ import base64
 from html import escape
 from pathlib import Path
 
+from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.plots import figures
 from sentcompress.benchmark.results import Results
-from sentcompress.benchmark.tables import BY_TITLES, TITLES, Plain, honesty_lines, number, percent, tables
+from sentcompress.benchmark.tables import BY_TITLES, TITLES, honesty_lines, tables
+from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE
 from sentcompress.io import write_atomically
 
 STYLE = """
@@ -36,6 +38,9 @@ img.wide { max-width: 100%; }
 .honesty { font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; color: var(--soft); }
 """
 
+TEXTS = 2
+"""Prompts whose continuations the report shows."""
+
 
 def write_report(results: Results, path: Path) -> None:
     """Write the report.
@@ -56,14 +61,14 @@ def render_report(results: Results) -> str:
     if "curves" in drawn:
         body.append(_section("Training", _image(drawn["curves"], "loss curves", wide=True)))
     titles = {title: part for part, title in TITLES.items()}
-    titles |= {title: f"by {by}" for by, title in BY_TITLES.items()}
+    titles |= {title: f"by {by}" for by, title in BY_TITLES.items()} | {DIFFERENCES_TITLE: "differences"}
     for table in tables(results):
         part = titles[table.title]
         image = _image(drawn[part], table.title, wide=part.startswith("by ")) if part in drawn else ""
         body.append(_section(table.title, image + _table(table)))
         if part == "reconstruct" and results.reconstruction:
             body.append(_examples(results.reconstruction.examples))
-    body.append(_samples(results))
+    body += [_texts(results), _samples(results)]
     if results.skipped:
         items = "".join(
             f"<li>{escape(s.part)}: {escape(s.what)}: {escape(s.reason)}</li>" for s in results.skipped
@@ -139,6 +144,21 @@ def _examples(examples: list[tuple[str, str]]) -> str:
     return _section(
         "Reconstructed sentences", _table(Plain("", ["held-out sentence", "what came back"], rows, []))
     )
+
+
+def _texts(results: Results) -> str:
+    """What every system wrote after the first prompts."""
+    if not results.text:
+        return ""
+    items = ""
+    for index, prompt in enumerate(results.text.prompts[:TEXTS]):
+        items += f'<div class="sample"><em>{escape(prompt)}</em></div>'
+        for score in results.text.scores:
+            text = escape(score.texts[index])
+            items += (
+                f'<p class="note">{escape(score.system)}</p><div class="sample"><strong>{text}</strong></div>'
+            )
+    return _section("Texts after the same prompts", items)
 
 
 def _samples(results: Results) -> str:

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 FILE = "results.json"
 STAGES = ("vae", "graft", "baseline")
 """Stages of a run whose models are measured."""
-Part = Literal["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
+Part = Literal["causality", "quality", "text", "reconstruct", "speed", "memory", "data", "segments"]
 PARTS: tuple[Part, ...] = get_args(Part)
 By = Literal["position", "length", "index"]
 BY: tuple[By, ...] = get_args(By)
@@ -287,6 +287,42 @@ class Sample(Record):
     finish_reason: str
 
 
+class Interval(Record):
+    """A figure with its 95% bootstrap interval over prompts; no interval where one prompt is all there is."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class TextScore(Record):
+    """What one system wrote after the prompts."""
+
+    system: str
+    texts: list[str]
+    """One a prompt."""
+    measures: dict[str, Interval]
+    differences: dict[str, Interval] = {}
+    """To the equal-data baseline's, prompt by prompt; empty for itself and where there is none."""
+
+
+class TextReport(Record):
+    """What the systems wrote after the same prompts."""
+
+    prompts: list[str]
+    prompts_asked: int
+    prompt_tokens: float
+    """Mean, by the baseline's tokenizer, as all tokens here."""
+    new_tokens: int
+    """Of each text."""
+    temperature: float
+    top_p: float
+    judge: str | None
+    judge_is_backbone: bool
+    """The LLM the run started from is no outsider."""
+    scores: list[TextScore]
+
+
 class Results(Record):
     """Everything measured on one folder."""
 
@@ -298,6 +334,7 @@ class Results(Record):
     skipped: list[Skipped] = []
     causality: CausalityReport | None = None
     quality: list[QualityScore] = []
+    text: TextReport | None = None
     reconstruction: ReconstructionReport | None = None
     speed: SpeedReport | None = None
     memory: list[MemoryReport] = []

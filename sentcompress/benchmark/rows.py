@@ -17,6 +17,8 @@ from sentcompress.benchmark.results import (
     QualityScore,
     ReconstructionReport,
     SpeedRun,
+    TextReport,
+    TextScore,
 )
 
 
@@ -104,6 +106,19 @@ def breakdown(scores: Sequence[QualityScore], by: By) -> tuple[str | None, list[
                 row.with_marks = (found[OURS].nats + found[OURS].mark_nats) / theirs
         rows.append(row)
     return twin, rows
+
+
+def text(score: TextScore, report: TextReport) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {
+        "prompts": len(report.prompts),
+        "new_tokens": report.new_tokens,
+        "judge": report.judge or "no judge",
+    }
+    for suffix, intervals in (("", score.measures), ("_vs_baseline", score.differences)):
+        for name, found in intervals.items():
+            figures[f"{name}{suffix}"] = found.value
+            figures |= {f"{name}{suffix}_low": found.low, f"{name}{suffix}_high": found.high}
+    return figures
 
 
 def reconstruction(report: ReconstructionReport) -> dict[str, Figure]:

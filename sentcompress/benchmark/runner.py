@@ -13,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.breakdown import Places, chosen
-from sentcompress.benchmark.causality import check_causality
+from sentcompress.benchmark.causality import check_causality, require_causal
 from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
+from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.memory import measure_memory
 from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
@@ -40,6 +41,7 @@ from sentcompress.benchmark.results import (
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
+from sentcompress.benchmark.text import measure_text
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.io import storage_errors, write_atomically
@@ -57,6 +59,7 @@ def run_bench(
     out: Path | None = None,
     *,
     by: Sequence[str] | None = None,
+    judge: str | None = None,
     quiet: bool = False,
 ) -> Results:
     """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
@@ -69,11 +72,12 @@ def run_bench(
         recipe: None takes the one saved in the folder.
         out: where results go; None takes ``bench`` in the folder.
         by: what quality is broken down by; None takes the recipe's ``bench.by``.
+        judge: the LLM that scores generated text; None takes the recipe's ``bench.text_judge``.
 
     Raises:
-        CausalityError: quality was asked for, and the model sees the future.
+        CausalityError: quality or text was asked for, and the model sees the future.
         CoverageError: a scorer could not prove that it charged every byte once.
-        InputError: the folder, the recipe or the data cannot be used.
+        InputError: the folder, the recipe, the data or the judge cannot be used.
     """
     from sentcompress.benchmark.report import write_report
 
@@ -88,6 +92,8 @@ def run_bench(
     target = out or (place.path / "bench" if place else Path("out") / "bench")
     transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
     bench = _Bench(Parts(recipe, place), quiet, chosen(recipe.bench.by if by is None else by))
+    if "text" in wanted and (judge := judge or recipe.bench.text_judge):
+        bench.judge = Judge(judge, bench.parts.device)  # one that does not exist is said now, not in an hour
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
     earlier, results = _earlier(target), bench.results
@@ -140,6 +146,7 @@ def _merged(old: Results | None, new: Results, measured: Sequence[Part]) -> Resu
     fields = {
         "causality": "causality",
         "quality": "quality",
+        "text": "text",
         "reconstruct": "reconstruction",
         "speed": "speed",
         "memory": "memory",
@@ -159,6 +166,7 @@ class _Bench:
     def __init__(self, parts: Parts, quiet: bool, by: Sequence[By]) -> None:
         self.parts, self.recipe, self.by = parts, parts.recipe, by
         self.settings = parts.recipe.bench
+        self.judge: Judge | None = None
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self.provenance = Provenance(self.recipe, parts.device, "float32")
@@ -294,6 +302,14 @@ class _Bench:
         if sentence:
             found.cost = decoding_cost(model, found.baseline_tokens / len(found.documents) / 2, sentence)
         return found
+
+    def text(self) -> None:
+        require_causal(self.causality())
+        report = measure_text(self.parts, self.judge, self.attempt, quiet=self.quiet)
+        self.results.text = report
+        stages = {"sentence model": self.trained_in, "baseline, equal data": ("baseline",)}
+        for score in report.scores:
+            self.row("text", score.system, make_rows.text(score, report), stages.get(score.system, ()))
 
     def reconstruct(self) -> None:
         system, vae = self.parts.vae

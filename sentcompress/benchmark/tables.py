@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.paper import paper_row
 from sentcompress.benchmark.results import BY, By, CausalityCheck, Figure, Results, Row
 from sentcompress.benchmark.rows import OURS, TWINS, breakdown
+from sentcompress.benchmark.text_tables import TEXT_TITLE, text_differences, text_table
 
 TITLES = {
     "causality": "Causality: what the future may change of the past",
     "quality": "Quality on held-out documents",
+    "text": TEXT_TITLE,
     "reconstruct": "Reconstruction of held-out sentences",
     "speed": "Speed",
     "memory": "Memory",
@@ -28,33 +30,6 @@ BY_TITLES: dict[By, str] = {
     "length": "Quality by tokens of the sentence",
     "index": "Quality by sentence of the document (0 is context)",
 }
-
-
-@dataclass
-class Plain:
-    """A table as text."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-
-
-def number(value: Figure, digits: int = 3) -> str:
-    """A figure as text; ``-`` for none."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
-    return str(value)
-
-
-def percent(value: Figure) -> str:
-    return "-" if not isinstance(value, int | float) else f"{100 * value:.1f}%"
 
 
 def _times(value: Figure) -> str:
@@ -75,6 +50,7 @@ def tables(results: Results) -> list[Plain]:
     makers = {
         "causality": _causality,
         "quality": _quality,
+        "text": text_table,
         "reconstruct": _reconstruct,
         "speed": _speed,
         "memory": _memory,
@@ -87,6 +63,8 @@ def tables(results: Results) -> list[Plain]:
         if part == "quality":
             broken = [by for by in BY if any(by in score.by for score in results.quality)]
             made += [_by(results, by, explain=by == broken[0]) for by in broken]
+        if part == "text" and results.text and any(score.differences for score in results.text.scores):
+            made.append(text_differences(results.text))
     return [_without_empty_notes(table) for table in made]
 
 

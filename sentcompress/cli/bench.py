@@ -43,6 +43,14 @@ ByOption = Annotated[
         help="Break quality down by position, length, index (commas between them); else the recipe's bench.by.",
     ),
 ]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="LLM that scores the text: an alias (smollm2-135m), hub name, folder or GGUF file; else the recipe's "
+        "bench.text_judge.",
+    ),
+]
 
 
 @bench.callback()
@@ -82,6 +90,24 @@ def quality(
     the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document.
     """
     _measure(["causality", "quality"], folder, out, set_, by)
+
+
+@bench.command(
+    "text",
+    epilog=examples(
+        "sentcompress bench text out/quickstart --judge smollm2-135m",
+        "sentcompress bench text out/quickstart --set bench.text_prompts=8 --set bench.text_top_p=0.9",
+    ),
+)
+def text(
+    folder: FolderArgument, judge: JudgeOption = None, out: ResultsOption = None, set_: SetOption = None
+) -> None:
+    """Repetition and variety of what the models write, and a judge's bits.
+
+    The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
+    as many tokens, drawn alike; the human's own continuation stands beside them. Refuses a model that sees the future.
+    """
+    _measure(["causality", "text"], folder, out, set_, judge=judge)
 
 
 @bench.command("reconstruct", epilog=examples("sentcompress bench reconstruct out/quickstart/vae"))
@@ -190,13 +216,14 @@ def _measure(
     out: Path | None,
     overrides: list[str] | None,
     by: list[str] | None = None,
+    judge: str | None = None,
 ) -> Results:
     from sentcompress.benchmark.parts import Folder
     from sentcompress.benchmark.runner import run_bench
 
     place = Folder(folder)
     target = out or place.path / "bench"
-    results = run_bench(parts, place, place.recipe(overrides), target, by=by)
+    results = run_bench(parts, place, place.recipe(overrides), target, by=by, judge=judge)
     show(results, target, parts)
     return results
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sentcompress.benchmark.tables import number, percent
+from sentcompress.benchmark.cells import number, percent
 from sentcompress.sweep.results import CellFigures, CellRow, SweepResults
 
 

@@ -16,7 +16,7 @@ from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_opt
 
 BENCH = {
-    "metrics": ["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"],
+    "metrics": ["causality", "quality", "text", "reconstruct", "speed", "memory", "data", "segments"],
     "max_documents": 3,
     "max_bytes_per_document": 1500,
     "max_sentences": 24,
@@ -25,6 +25,7 @@ BENCH = {
     "new_tokens": 12,
     "batch_sizes": [1, 2],
     "samples": 1,
+    "text_new_tokens": 40,
     "extra_metrics": [{"name": "exact-match"}],
 }
 

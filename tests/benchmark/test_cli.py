@@ -30,7 +30,16 @@ def test_bench_all_ends_with_the_table_and_the_report(capsys, folder):
     assert code == 0
     lines = out.rstrip().splitlines()
     assert lines[-1] == f"report: {folder / 'bench' / 'report.html'}"
-    for title in ("Causality", "Quality", "Reconstruction", "Speed", "Memory", "Data", "Segmenters"):
+    for title in (
+        "Causality",
+        "Quality",
+        "Generated text",
+        "Reconstruction",
+        "Speed",
+        "Memory",
+        "Data",
+        "Segmenters",
+    ):
         assert any(line.startswith(title) for line in lines), title
     assert "22 of 22 checks passed" in out
     assert "Coverage proven" in out
@@ -51,6 +60,18 @@ def test_single_parts_print_their_own_table_only(capsys, folder, tmp_path):
     assert code == 0
     assert "future max delta" in out
     assert "careful" not in out
+
+
+def test_bench_text_prints_its_tables_beside_the_causality_it_rests_on(capsys, folder, tmp_path):
+    backbone = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["backbone"]["model"]
+    arguments = ("bench", "text", str(folder), "--judge", backbone, "--out", str(tmp_path))
+    code, out, err = call(capsys, *arguments, "--set", "bench.text_new_tokens=12")
+    assert code == 0, err
+    assert "Generated text after the same prompts" in out
+    assert "difference to the baseline" in out
+    assert "human, the text itself" in out
+    assert f"Judge: {backbone}" in out
+    assert "Quality" not in out
 
 
 def test_random_weights_need_no_trained_model(capsys, folder, text_files, tmp_path):
@@ -93,6 +114,8 @@ def test_random_weights_need_no_trained_model(capsys, folder, text_files, tmp_pa
         (("bench", "compare", "RUN"), "at least two"),
         (("bench", "quality", "RUN", "--by", "length,positon"), "Did you mean 'position'?"),
         (("bench", "all", "RUN", "--by", "index", "--set", "bench.metrics=[data]"), "only quality"),
+        (("bench", "text", "RUN", "--judge", "smollm2-135n"), "Did you mean 'smollm2-135m'?"),
+        (("bench", "text", "RUN", "--set", "bench.text_top_p=0"), "bench.text_top_p"),
         (("bench", "quality", "RUN", "--set", "bench.by=[lenght]"), "bench.by.0: Input should be 'position'"),
     ],
 )

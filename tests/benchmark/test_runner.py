@@ -11,7 +11,14 @@ import pytest
 from sentcompress.benchmark.compare import compare, compare_results, warnings
 from sentcompress.benchmark.parts import Folder
 from sentcompress.benchmark.provenance import commit
-from sentcompress.benchmark.results import SCHEMA_VERSION, Results, is_current, parse_results, read_results
+from sentcompress.benchmark.results import (
+    PARTS,
+    SCHEMA_VERSION,
+    Results,
+    is_current,
+    parse_results,
+    read_results,
+)
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 
@@ -24,7 +31,7 @@ def results(run_folder, tmp_path_factory) -> tuple[Results, object]:
 
 def test_everything_is_measured(results):
     found, out = results
-    assert found.measured() == ["causality", "quality", "reconstruct", "speed", "memory", "data", "segments"]
+    assert found.measured() == list(PARTS)
     assert [score.system for score in found.quality] == [
         "sentence model",
         "baseline, equal data",
@@ -73,6 +80,7 @@ def test_one_part_is_measured_again_and_the_others_are_kept(results, run_folder,
     again = run_bench(["data"], run_folder, out=tmp_path / "bench", quiet=True)
     assert again.measured() == found.measured()
     assert again.quality == found.quality
+    assert again.text == found.text
     assert again.samples == found.samples
 
 
@@ -132,7 +140,9 @@ def test_compare(results):
     changed.rows[0].honesty.threads += 1
     changed.quality[0].documents[0].bytes += 1
     assert any(row.part == "memory" and row.values[1] is None for row in compare_results([found, changed]))
-    assert len(warnings([found, changed])) == 2
+    changed.text.prompts[0] += " and more"
+    changed.text.judge = "another"
+    assert len(warnings([found, changed])) == 4
     assert not warnings([found, found])
 
 

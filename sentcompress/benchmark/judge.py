@@ -1,0 +1,113 @@
+"""An LLM outside the comparison that says how likely a text is after its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
+from sentcompress.benchmark.quality import score_token_model
+from sentcompress.benchmark.results import QualityScore
+from sentcompress.contracts.proof import TOLERANCE, reference_of
+from sentcompress.errors import InputError, SentCompressError
+from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm, resolve_backbone
+from sentcompress.recipe import BackboneSpec
+
+WHERE = "bench.text_judge (--judge)"
+
+
+class Judge:
+    """A causal LM, loaded when it is first asked.
+
+    Args:
+        model: an alias, hub name, local folder or GGUF file.
+        device: where it runs.
+
+    Raises:
+        InputError: there is no such model.
+    """
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        self.name, self.device = model, device
+        self._spec = BackboneSpec(model=model)
+        with _named_in_errors():
+            self._source = resolve_backbone(self._spec)
+
+    def is_backbone(self, backbone: BackboneSpec) -> bool:
+        """Whether it is the LLM a run started from, and so no outsider."""
+        try:
+            return backbone.init == "pretrained" and resolve_backbone(backbone) == self._source
+        except InputError:
+            return False  # of a run that was made elsewhere
+
+    def load(self) -> None:
+        """Load it now.
+
+        Raises:
+            InputError: it cannot be loaded, or is no causal LM.
+        """
+        _ = self.model, self.tokenizer
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        with _named_in_errors():
+            model = load_causal_lm(self._spec).eval().to(self.device)
+            try:
+                reference = reference_of(model)
+            except ValueError as error:
+                raise InputError(f"backbone.model: '{self.name}' cannot judge: {error}") from error
+        if reference.leak > TOLERANCE * max(1.0, float(reference.hidden_states.abs().max())):
+            raise InputError(
+                f"{WHERE}: '{self.name}' sees later tokens, so its likelihoods mean nothing",
+                fix="take a causal LM, such as smollm2-135m",
+            )
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        with _named_in_errors():
+            return load_backbone_tokenizer(self._spec)
+
+    def score(
+        self,
+        system: str,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        progress: Callable[[], None] = lambda: None,
+    ) -> QualityScore:
+        """Score texts given their prompts: the texts' bytes are charged, each once, and none of the prompts'.
+
+        Args:
+            system: who wrote them.
+
+        Raises:
+            CoverageError: the judge's tokenizer does not give a text back.
+        """
+        documents = [
+            HeldoutDocument(number, f"text of '{system}'", [], [prompt, text], whole=False)
+            for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]
+        bos = self.tokenizer.bos_token_id
+        return score_token_model(
+            self.model,
+            documents,
+            ByteCounter(self.tokenizer),
+            self.tokenizer.eos_token_id if bos is None else bos,
+            system=system,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _named_in_errors() -> Iterator[None]:
+    """The loaders speak of the backbone, whose field this is not."""
+    try:
+        yield
+    except SentCompressError as error:
+        message = error.message.replace("backbone.model", WHERE, 1)
+        raise type(error)(message, fix=error.fix) from error
