@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from rich.console import Console
 
 from sentcompress.benchmark import rows as make_rows
+from sentcompress.benchmark.counts import count
 from sentcompress.benchmark.results import (
     DocumentScore,
     Honesty,
@@ -32,6 +35,7 @@ from sentcompress.benchmark.scaling.law import (
     scaling_law,
 )
 from sentcompress.benchmark.scaling.points import OURS, TWIN, flops
+from sentcompress.benchmark.scaling.tables import markdown, render
 from sentcompress.cli import main
 from sentcompress.errors import InputError
 from sentcompress.recipe import build_recipe
@@ -76,9 +80,8 @@ def write_run(
     **recipe: object,
 ) -> Path:
     """A finished run's ``bench/results.json``, as far as quality goes."""
-    made = build_recipe(
-        {"name": "law", "seed": seed, "graft": {"steps": int(tokens / 100)}, **recipe}, [], ""
-    )
+    raw = {"name": "law", "seed": seed, "graft": {"steps": int(tokens / 100)}, "backbone": {"init": "random"}}
+    made = build_recipe(raw | recipe, [], "")
     shape = {"trainable_parameters": int(size), "backbone_parameters": int(size)}
     counts = {
         OURS: ModelCounts(
@@ -283,17 +286,17 @@ RISING, FALLING = (lambda n, d: 2 * (d / 1e5) ** 0.01), (lambda n, d: 2 * (d / 1
 )
 def test_where_the_gap_closes(tmp_path, capsys, ours, twin, at, said):
     write_grid(tmp_path / "runs", ours, twin, sizes=SIZES[:1])
-    (gap,) = scaling_law([tmp_path / "runs"]).gaps
-    assert said in gap.verdict
+    law = scaling_law([tmp_path / "runs"])
+    (gap,) = law.gaps
     assert gap.crossing == (None if at is None else pytest.approx(at, rel=1e-6))
     beyond = at is not None and at > BUDGETS[-1]
     assert gap.times_beyond == (pytest.approx(at / BUDGETS[-1], rel=1e-6) if beyond else None)
-    code, out, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
-    assert code == 0, err
-    assert said in out
-    assert ("WARNING: An extrapolation" in out) is beyond
-    page = (tmp_path / "out" / "scaling-law.md").read_text(encoding="utf-8")
+    render(law, Console(width=200))
+    shown = capsys.readouterr().out
+    page = markdown(law, "law.png")
+    assert said in shown
     assert said in page
+    assert ("WARNING: An extrapolation" in shown) is beyond
     assert ("**Warning. An extrapolation" in page) is beyond
     if beyond:
         assert f"the largest measured ({BUDGETS[-1]:,.0f})" in page
@@ -344,6 +347,13 @@ def test_what_is_written_and_printed(tmp_path, capsys):
         assert any(line.startswith(title) for line in shown.splitlines()), title
         assert f"## {title}" in page
     assert shown.rstrip().endswith(f"scaling law: {out / 'scaling-law.md'}")
+
+
+def test_pretrained_backbones_are_said(tmp_path):
+    for d in BUDGETS[:2]:
+        write_run(tmp_path / str(d), 1e6, d, 2.0, 2.0, backbone={"model": "opt-tiny"})
+    (note,) = scaling_law([tmp_path]).notes
+    assert note.startswith("the backbones were pretrained")
 
 
 def test_too_few_points_for_a_line_are_said(tmp_path, capsys):
@@ -469,8 +479,6 @@ def test_folders_that_make_no_law_are_refused(tmp_path, capsys):
 
 def test_two_trained_runs(tmp_path, capsys, run_folder):
     """Trained, measured and fitted by the real program: counts and tokens are those of the models."""
-    import yaml
-
     raw = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
     tiny = {"precision": "fp32", "eval_batches": 1}
     raw |= {"train_vae": {"steps": 2, "sentences_per_batch": 8, **tiny}}
@@ -507,8 +515,6 @@ def test_two_trained_runs(tmp_path, capsys, run_folder):
 
 
 def test_shared_weights_are_counted_once(parts):
-    from sentcompress.benchmark.counts import count
-
     total, tables = count(parts.baseline)  # OPT: its token table is its head, its positions are looked up
     assert total == sum(p.numel() for p in parts.baseline.parameters())
     assert tables == parts.baseline.model.decoder.embed_positions.weight.numel()

@@ -124,6 +124,10 @@ def gather(folders: Sequence[Path]) -> Gathered:
             "sentcompress sweep RECIPE --grid graft.steps=100,300,900",
         )
     notes += _differences([results.recipe for _, results in read])
+    if any(results.recipe.get("backbone", {}).get("init") != "random" for _, results in read):
+        notes.append(
+            "the backbones were pretrained: tokens do not contain that, and exponents are those of fine-tuning"
+        )
     notes += setting_warnings([_quality_only(results) for _, results in read])
     return Gathered(runs, points, heldout, notes)
 
