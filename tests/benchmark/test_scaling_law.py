@@ -146,6 +146,14 @@ def write_grid(
     return folder
 
 
+def by_tokens(bits: float, alpha: float) -> Law:
+    """So many bits per byte at 100,000 tokens, whatever the size."""
+    return lambda _, d: bits * (d / 1e5) ** -alpha
+
+
+FALLING, RISING = by_tokens(2, 0.01), by_tokens(2, -0.01)
+
+
 def fitted(law: ScalingLaw, curve: str, against: str) -> list[Fit]:
     return [fit for fit in law.fits if fit.curve == curve and fit.against == against]
 
@@ -188,8 +196,8 @@ def test_the_joint_law_is_found_again_and_its_intervals_hold():
     n, d = (a.ravel() for a in np.meshgrid([1e6, 3e6, 1e7, 3e7], [1e6, 4e6, 16e6, 64e6]))
     loss = 0.7 + 50 * n**-0.3 + 30 * d**-0.25
     exact = fit_surface(n, d, loss)
-    assert (exact.E, exact.alpha, exact.beta) == pytest.approx((0.7, 0.3, 0.25), rel=1e-4)
-    assert (exact.A, exact.B) == pytest.approx((50, 30), rel=1e-3)
+    for name, truth in {"E": 0.7, "A": 50, "alpha": 0.3, "B": 30, "beta": 0.25}.items():
+        assert getattr(exact, name) == pytest.approx(truth, rel=1e-3)
     noisy = fit_surface(n, d, loss * np.exp(0.003 * draw.standard_normal(16)))
     for name, truth in (("E", 0.7), ("alpha", 0.3), ("beta", 0.25)):
         assert noisy.intervals[name][0] < truth < noisy.intervals[name][1]
@@ -244,14 +252,7 @@ def test_a_joint_law_comes_back_for_both(tmp_path):
 
 
 def test_seeds_of_a_point_are_averaged_with_their_spread(tmp_path):
-    write_grid(
-        tmp_path,
-        lambda n, d: 4 * d**-0.1,
-        lambda n, d: 4 * d**-0.1,
-        sizes=SIZES[:1],
-        seeds=3,
-        noise=0.01,
-    )
+    write_grid(tmp_path, by_tokens(2, 0.1), by_tokens(2, 0.1), sizes=SIZES[:1], seeds=3, noise=0.01)
     law = scaling_law([tmp_path])
     assert len(law.points) == 4
     for point in law.points:
@@ -265,27 +266,19 @@ def test_seeds_of_a_point_are_averaged_with_their_spread(tmp_path):
     assert "1 sizes" in next(s.reason for s in law.skipped if "joint" in s.what)
 
 
-RISING, FALLING = (lambda n, d: 2 * (d / 1e5) ** 0.01), (lambda n, d: 2 * (d / 1e5) ** -0.01)
-
-
 @pytest.mark.parametrize(
-    ("ours", "twin", "at", "said"),
+    ("ours", "at", "said"),
     [
         # 1.1 falls by 0.02: to 1.00 at 1e5 * 1.1^50.
-        (
-            lambda n, d: 2.2 * (d / 1e5) ** -0.02,
-            lambda n, d: 2.0,
-            1e5 * 1.1**50,
-            "EXTRAPOLATION: 1.00 would be",
-        ),
-        (lambda n, d: 2.2 * (d / 1e5) ** -0.05, lambda n, d: 2.0, 1e5 * 1.1**20, "within what was measured"),
-        (lambda n, d: 2.2 * (d / 1e5) ** 0.02, lambda n, d: 2.0, None, "not reached by this fit"),
-        (lambda n, d: 1.9 * (d / 1e5) ** -0.02, lambda n, d: 2.0, None, "below 1.00 at the largest"),
-        (lambda n, d: 1.5 * (d / 1e5) ** 0.02, lambda n, d: 2.0, 1e5 * (4 / 3) ** 50, "the lead shrinks"),
+        (by_tokens(2.2, 0.02), 1e5 * 1.1**50, "EXTRAPOLATION: 1.00 would be"),
+        (by_tokens(2.2, 0.05), 1e5 * 1.1**20, "within what was measured"),
+        (by_tokens(2.2, -0.02), None, "not reached by this fit"),
+        (by_tokens(1.9, 0.02), None, "below 1.00 at the largest"),
+        (by_tokens(1.5, -0.02), 1e5 * (4 / 3) ** 50, "the lead shrinks"),
     ],
 )
-def test_where_the_gap_closes(tmp_path, capsys, ours, twin, at, said):
-    write_grid(tmp_path / "runs", ours, twin, sizes=SIZES[:1])
+def test_where_the_gap_closes(tmp_path, capsys, ours, at, said):
+    write_grid(tmp_path / "runs", ours, by_tokens(2, 0), sizes=SIZES[:1])
     law = scaling_law([tmp_path / "runs"])
     (gap,) = law.gaps
     assert gap.crossing == (None if at is None else pytest.approx(at, rel=1e-6))
@@ -303,7 +296,7 @@ def test_where_the_gap_closes(tmp_path, capsys, ours, twin, at, said):
 
 
 def test_a_ratio_lost_in_noise_is_not_called_a_trend(tmp_path):
-    write_grid(tmp_path, lambda n, d: 2.2, lambda n, d: 2.0, sizes=SIZES[:1], noise=0.02)
+    write_grid(tmp_path, by_tokens(2.2, 0), by_tokens(2, 0), sizes=SIZES[:1], noise=0.02)
     (gap,) = scaling_law([tmp_path]).gaps
     assert "do not show whether it moves" in gap.verdict
 
@@ -493,7 +486,7 @@ def test_two_trained_runs(tmp_path, capsys, run_folder):
         recipe = build_recipe(raw, [], "tests")
         run_recipe(recipe, tmp_path / "runs" / str(steps))
         run_bench(["quality"], tmp_path / "runs" / str(steps), quiet=True)
-    code, out, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
+    code, _, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
     assert code == 0, err
     law = ScalingLaw.model_validate_json((tmp_path / "out" / "scaling-law.json").read_text(encoding="utf-8"))
     first, second = law.runs
