@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sentcompress.errors import InputError, RunError
-from sentcompress.io import folder_digest
+from sentcompress.io import folder_digest, storage_errors, write_atomically
 from sentcompress.recipe import Recipe
 
 SCHEMA_VERSION = 1
@@ -144,6 +144,23 @@ class Bucket(Record):
     """End marks and decisions of its sentences, once more: they are counted in the buckets of those names."""
 
 
+class ModelCounts(Record):
+    """How large a model is, and what it was trained on: the abscissas of a scaling law."""
+
+    parameters: int
+    """All weights, shared ones once."""
+    trainable_parameters: int | None
+    """What learned in the model's last stage, adapters included; None when that is not known."""
+    backbone_parameters: int
+    """Weights of the LLM's blocks, without embedding tables: the same for the sentence model and its twin."""
+    table_parameters: int
+    """Weights of embedding tables that are only looked up, so that they cost no multiplication."""
+    tokens_per_position: float
+    """Tokens of text that one position of the backbone stands for; 1 for a token-level model."""
+    training_tokens: dict[str, int]
+    """By stage; a stage whose tokens are not known is left out."""
+
+
 class QualityScore(Record):
     """One model on all held-out documents."""
 
@@ -163,6 +180,8 @@ class QualityScore(Record):
     """Where they were paid; only what was asked for."""
     cost: DecodingCost | None = None
     """What it takes to write such text; None for what is no model."""
+    counts: ModelCounts | None = None
+    """None for the unigram model, and in files of versions that did not count."""
     documents: list[DocumentScore]
 
 
@@ -366,6 +385,17 @@ def read_results(path: Path) -> Results:
         return parse_results(text)
     except RunError as error:
         raise InputError(f"{file}: {error.message}", fix=error.fix) from None
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Write ``results.json`` into a folder, which is made.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / FILE, results.model_dump_json(indent=1) + "\n")
 
 
 def model_digests(stages: Iterable[Path]) -> dict[str, str]:

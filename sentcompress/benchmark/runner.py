@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.breakdown import Places, chosen
 from sentcompress.benchmark.causality import check_causality, require_causal
+from sentcompress.benchmark.counts import model_counts
 from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.judge import Judge
@@ -37,6 +39,7 @@ from sentcompress.benchmark.results import (
     Skipped,
     model_digests,
     read_results,
+    write_results,
 )
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
@@ -103,7 +106,7 @@ def run_bench(
     for number, part in enumerate(wanted, 1):
         bench.measure(part)
         # What is measured is kept, should a later part be killed; it is not taken for the whole.
-        _write(_merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
+        write_results(_merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
     if place is not None and (parts is None or set(wanted) >= {"quality", "speed"}):
         bench.attempt("samples", "samples", bench.samples)
     results = _merged(earlier, results, wanted)
@@ -112,14 +115,8 @@ def run_bench(
         write_atomically(
             target / "samples.txt", "\n\n".join(f"{s.prompt}|{s.text}" for s in results.samples) + "\n"
         )
-    _write(results, target)  # last: it marks the end
+    write_results(results, target)  # last: it marks the end
     return results
-
-
-def _write(results: Results, target: Path) -> None:
-    with storage_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / FILE, results.model_dump_json(indent=1) + "\n")
 
 
 def _checked(parts: Sequence[str]) -> list[Part]:
@@ -279,14 +276,15 @@ class _Bench:
         ]
         for system, load, score, stages in jobs:
             with Bar(f"bench: quality: {system}", len(documents), enabled=not self.quiet) as bar:
-                found = self.attempt(
-                    "quality",
-                    system,
-                    lambda: self._costed(load(), lambda model: score(model, system, lambda: bar.advance(1))),  # noqa: B023
-                )
-            if found:
-                scores.append(found)
-                self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))
+                if (candidate := self.attempt("quality", system, load)) is None:
+                    continue
+                found = score(candidate, system, partial(bar.advance, 1))
+            sentence = self.provenance.mean_sentence_tokens or 1.0
+            middle = found.baseline_tokens / len(found.documents) / 2
+            found.cost = decoding_cost(candidate, middle, sentence)
+            found.counts = model_counts(candidate, self.parts, stages, sentence)
+            scores.append(found)
+            self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))
         vocab_size = model.config.vae_config.vocab_size
         unigram = score_unigram(self.parts.corpus, documents, counter, vocab_size, bos, places)
         note = "frequencies of the training documents, add one"
@@ -294,14 +292,6 @@ class _Bench:
         scores.append(unigram)
         same_bytes(scores)
         self.results.quality = scores
-
-    def _costed(self, model: Any, score: Callable[[Any], QualityScore]) -> QualityScore:
-        """A score, with what it takes to write such text: in the middle of a scored document."""
-        found = score(model)
-        sentence = self.provenance.mean_sentence_tokens
-        if sentence:
-            found.cost = decoding_cost(model, found.baseline_tokens / len(found.documents) / 2, sentence)
-        return found
 
     def text(self) -> None:
         require_causal(self.causality())

@@ -329,7 +329,7 @@ def _paper_notes(results: Results, part: str) -> list[str]:
 def render(results: Results, console: Console) -> None:
     """Print all tables, what was not measured, and the honesty line."""
     for table in tables(results):
-        console.print(_rich(table))
+        console.print(as_rich(table))
     for skipped in results.skipped:
         line = f"not measured: {skipped.part}, {skipped.what}: {skipped.reason}"
         console.print(Text(line, style="yellow"), soft_wrap=True)
@@ -348,7 +348,8 @@ def honesty_lines(results: Results) -> list[str]:
     return [f"[{'; '.join(names)}] {line}" for line, names in lines.items()]
 
 
-def _rich(table: Plain) -> Group:
+def as_rich(table: Plain) -> Group:
+    """A table with its notes for the terminal; columns of numbers to the right."""
     shown = Table(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(table.columns):
         numeric = all(row[index].lstrip("-")[:1].isdigit() or row[index] in ("-", "") for row in table.rows)
@@ -356,3 +357,12 @@ def _rich(table: Plain) -> Group:
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
     return Group(shown, *(Text(note, style="dim") for note in table.notes), Text(""))
+
+
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)]

@@ -210,6 +210,38 @@ def compare(
         typer.echo(f"careful: {warning}")
 
 
+@bench.command(
+    "scaling-law",
+    epilog=examples(
+        "sentcompress sweep quickstart --grid graft.steps=60,120,240,480 --grid seed=0,1 --out out/budgets",
+        "sentcompress bench scaling-law out/budgets --out out/scaling",
+        "sentcompress bench scaling-law out/small out/medium out/large --out out/scaling",
+    ),
+)
+def scaling_law(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER ...", help="Folders of finished runs, or of sweeps of them."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the results go.")],
+) -> None:
+    """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data twin.
+
+    Does the gap between them close with more tokens or a larger backbone? All runs must be scored on the same held-out
+    bytes; seeds of one size and budget are averaged. Writes scaling-law.json, scaling-law.md and scaling-law.png.
+    """
+    from sentcompress.benchmark.scaling.law import scaling_law as fit
+    from sentcompress.benchmark.scaling.plots import require_matplotlib
+    from sentcompress.benchmark.scaling.report import write
+    from sentcompress.benchmark.scaling.tables import render
+
+    require_matplotlib()
+    law = fit(folders)
+    page = write(law, out)
+    render(law, console())
+    typer.echo(f"scaling law: {page}")
+
+
 def _measure(
     parts: list[str] | None,
     folder: Path,

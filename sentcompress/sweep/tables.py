@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sentcompress.benchmark.cells import number, percent
+from sentcompress.benchmark.tables import as_markdown
 from sentcompress.sweep.results import CellFigures, CellRow, SweepResults
 
 
@@ -71,7 +70,7 @@ def markdown(sweep: SweepResults) -> str:
     ranked = sweep.ranked()
     lines = [f"# {sweep.title}: sweep", "", "```bash", sweep.command, "```", ""]
     lines += [f"{sweep.created}. Best first, by {sweep.order}.", ""]
-    lines += _table(columns, rows)
+    lines += as_markdown(columns, rows)
     lines += [*(f"\nCareful: {note}." for note in sweep.notes), ""]
     lines.append(
         "Bits per byte are the sentence model's on held-out documents, end marks and stop decisions included; "
@@ -80,7 +79,7 @@ def markdown(sweep: SweepResults) -> str:
     )
     lines += ["", "## Where each row comes from", ""]
     places = ["#", "folder", "recipe hash", "commit", "device", "dtype", "threads", "seed", "training tokens"]
-    lines += _table(places, [_origin(place, row) for place, row in enumerate(ranked, 1)])
+    lines += as_markdown(places, [_origin(place, row) for place, row in enumerate(ranked, 1)])
     return "\n".join(lines) + "\n"
 
 
@@ -91,13 +90,6 @@ def _origin(place: int, row: CellRow) -> list[str]:
     tokens = row.figures.training_tokens if row.figures else None
     known = [h.commit, h.device, h.dtype, str(h.threads), str(h.seed), number(tokens)]
     return [str(place), row.name, row.recipe_digest, *known]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)]
 
 
 def _one_line(text: str) -> str:

@@ -355,6 +355,7 @@ class _Run:
                     **provenance(self.recipe),
                     "steps": self.settings.steps,
                     "tokens": self.tokens,
+                    "trainable_parameters": sum(p.numel() for p in trainable(self.job.model).values()),
                     "seconds": self.seconds,
                     "precision": self.precision,
                     "device": str(self.accelerator.device),
