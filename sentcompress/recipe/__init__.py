@@ -1,0 +1,219 @@
+"""A recipe is one experiment: the parts and the stages. Its models, and how it is read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sentcompress.errors import RecipeError, did_you_mean
+from sentcompress.recipe.sections import (
+    BackboneSpec,
+    BaselineSettings,
+    BenchSettings,
+    ComponentSpec,
+    GraftSettings,
+    LoraSettings,
+    PretrainSettings,
+    Section,
+    TrainingSettings,
+    TrainVAESettings,
+    TuneSettings,
+    VAESpec,
+)
+from sentcompress.registry import describe_validation_error, get_registry
+
+__all__ = [
+    "BackboneSpec",
+    "BaselineSettings",
+    "BenchSettings",
+    "ComponentSpec",
+    "GraftSettings",
+    "LoraSettings",
+    "PretrainSettings",
+    "Recipe",
+    "Section",
+    "TrainVAESettings",
+    "TrainingSettings",
+    "TuneSettings",
+    "VAESpec",
+    "build_recipe",
+    "find_recipe",
+    "load_recipe",
+    "recipes_folder",
+    "shipped_recipes",
+]
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str
+    """Name shown in reports."""
+    description: str = ""
+    """One line for ``sentcompress recipes``."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds weights, batches and sampling."""
+    backbone: BackboneSpec = BackboneSpec()
+    """The decoder LLM."""
+    segmenter: ComponentSpec = ComponentSpec(name="regex")
+    """How text is cut into sentences."""
+    fusion: ComponentSpec = ComponentSpec(name="sum-norm")
+    """How a sentence's hidden states become its latents."""
+    vae: VAESpec = VAESpec()
+    """Shape of the sentence encoder and decoder."""
+    data: ComponentSpec = ComponentSpec(name="python-package")
+    """The corpus."""
+    pretrain: PretrainSettings | None = None
+    """Makes a backbone from nothing instead of the other stages."""
+    train_vae: TrainVAESettings = TrainVAESettings()
+    """First stage."""
+    graft: GraftSettings = GraftSettings()
+    """Second stage."""
+    baseline: BaselineSettings = BaselineSettings()
+    """The twin the graft is compared with."""
+    bench: BenchSettings = BenchSettings()
+    """Measurements."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_alone_keep_the_default_component(cls, raw: Any) -> Any:
+        # So that --set segmenter.options.max_tokens=32 works on a recipe that says nothing of its segmenter.
+        if not isinstance(raw, dict):
+            return raw
+        filled = dict(raw)
+        for section in ("segmenter", "fusion", "data"):
+            if isinstance(filled.get(section), dict):
+                filled[section] = {"name": cls.model_fields[section].default.name} | filled[section]
+        return filled
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_printable(cls, value: str) -> str:
+        if not value or not value.isprintable():
+            raise ValueError("must be a non-empty printable name")
+        return value
+
+    def check_components(self) -> None:
+        """Check names and options of every component against the registry.
+
+        Raises:
+            PluginError: a component is missing or broken.
+            RecipeError: an option is wrong.
+        """
+        registry = get_registry()
+        for kind, spec in (
+            ("segmenter", self.segmenter),
+            ("dataset", self.data),
+            ("fusion", self.fusion),
+            ("backbone", self.backbone),
+        ):
+            where = "data.options" if kind == "dataset" else f"{kind}.options"
+            if spec.name is None:
+                continue  # found when the model is: it may have to be asked of the hub
+            if not spec.options and kind in ("fusion", "backbone"):
+                registry.owner(kind, spec.name)  # defaults are valid; loading the class would import torch
+            else:
+                registry.options(kind, spec.name, spec.options, where)
+        for i, spec in enumerate(self.bench.extra_metrics):
+            registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
+        if self.graft.overlap_sentences >= self.graft.max_sentences:
+            raise RecipeError(
+                f"graft.overlap_sentences: {self.graft.overlap_sentences} must be below graft.max_sentences "
+                f"({self.graft.max_sentences})"
+            )
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with any field; shown in every result."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: in the wheel, or in the repository of an editable install."""
+    packaged = Path(str(files("sentcompress"))) / "_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names as used on the command line (``quickstart``, ``paper/sllm-125m-h1``) and their files."""
+    folder = recipes_folder()
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a shipped name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    key = name.removeprefix("recipes/").removesuffix(".yaml")
+    if key in shipped:
+        return shipped[key]
+    raise RecipeError(
+        f"no recipe file '{name}', and no shipped recipe of that name.{did_you_mean(key, shipped)}",
+        fix="give the path of a YAML file, or a name that 'sentcompress recipes' lists",
+    )
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read, override (``a.b=value``) and check a recipe.
+
+    Raises:
+        RecipeError: naming the file, the field and the fix.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 (byte {error.start})", fix="save the recipe as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{place}: broken YAML: {problem}", fix="correct that line") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+    except ValueError as error:  # such as the date 2024-99-99
+        raise RecipeError(f"{path}: broken YAML: {error}", fix="quote that value") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {type(raw).__name__}")
+    return build_recipe(raw, overrides or [], source=str(path))
+
+
+def build_recipe(raw: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """Check a recipe given as plain values."""
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Recipe(**{str(key): value for key, value in raw.items()})
+    except ValidationError as error:
+        text = describe_validation_error(error, Recipe, "")
+        raise RecipeError("\n".join(f"{source}: {line}" for line in text.splitlines())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write field=value, such as --set graft.steps=100")
+    node: Any = raw
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    try:
+        node[keys[-1]] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise RecipeError(f"--set {override}: the value is not valid YAML", fix="quote it") from None
