@@ -162,11 +162,18 @@ class Parts:
 
     @cached_property
     def backbone(self) -> PreTrainedModel:
-        """The LLM as it came."""
+        """The LLM, with random weights where the recipe says so."""
         try:
             return load_causal_lm(self.recipe.backbone).eval().to(self.device)
         except InputError as error:
             raise Missing(f"the backbone {self.recipe.backbone.model}: {error.message}") from error
+
+    @property
+    def as_it_came(self) -> PreTrainedModel:
+        """The LLM before anything of ours was trained, where it had learned something."""
+        if self.recipe.backbone.init == "random":
+            raise Missing("its weights are random: all began from nothing")
+        return self.backbone
 
     @cached_property
     def baseline(self) -> PreTrainedModel:

@@ -263,15 +263,10 @@ class _Bench:
                 progress=advance,
             )
 
-        def backbone() -> Any:
-            if self.recipe.backbone.init == "random":
-                raise Missing("its weights are random: both models began from nothing")
-            return self.parts.backbone
-
         jobs: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
             ("sentence model", lambda: model, sentence_model, self.trained_in),
             ("baseline, equal data", lambda: self.parts.baseline, token_model, ("baseline",)),
-            ("backbone, as it came", backbone, token_model, ()),
+            ("backbone, as it came", lambda: self.parts.as_it_came, token_model, ()),
             ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
         ]
         for system, load, score, stages in jobs:

@@ -52,7 +52,7 @@ def measure_text(
     systems: dict[str, Callable[[Advance], list[str]]] = {
         "sentence model": lambda advance: writer.by_sentences(parts.sentence_lm, advance),
         BASELINE: lambda advance: writer.by_tokens(parts.baseline, advance),
-        "backbone, as it came": lambda advance: writer.by_tokens(parts.backbone, advance),
+        "backbone, as it came": lambda advance: writer.by_tokens(parts.as_it_came, advance),
         HUMAN: lambda _: [prompt.reference for prompt in prompts],
     }
     if judge:
