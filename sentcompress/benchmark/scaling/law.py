@@ -239,7 +239,8 @@ def _gap(line: Line, against: Against, at: int, smallest: float, largest: float)
             f"below 1.00 at the largest measured ({largest:,.0f} {unit}), and not rising to it by this fit"
         )
     if line.interval[0] <= 0 <= line.interval[1]:
-        verdict = f"not shown whether the ratio moves (the 95% interval of its alpha includes 0). Taken at its word: {verdict}"
+        doubt = "not shown whether the ratio moves (the 95% interval of its alpha includes 0)"
+        verdict = f"{doubt}. Taken at its word: {verdict}"
     return Gap(
         against=against,
         at=at,

@@ -42,8 +42,8 @@ def require_matplotlib() -> None:
 def draw(law: ScalingLaw, path: Path) -> None:
     """Write the picture as PNG: a column for each of tokens and parameters that takes more than one value.
 
-    A system has a colour, a size (or budget) a marker and a tint, lightest first; whiskers reach from the lowest to the highest seed, lines are
-    the fits, and thin dotted ones join points through which none was fitted.
+    A system has a colour, a size (or budget) a marker and a tint, lightest first; whiskers reach from the lowest to
+    the highest seed, lines are the fits, and thin dotted ones join points through which none was fitted.
 
     Raises:
         InputError: matplotlib is not installed.
