@@ -35,7 +35,7 @@ from sentcompress.benchmark.scaling.law import (
     scaling_law,
 )
 from sentcompress.benchmark.scaling.points import OURS, TWIN, flops
-from sentcompress.benchmark.scaling.tables import markdown, render
+from sentcompress.benchmark.scaling.tables import gap_line, markdown, render
 from sentcompress.cli import main
 from sentcompress.errors import InputError
 from sentcompress.recipe import build_recipe
@@ -246,9 +246,14 @@ def test_a_joint_law_comes_back_for_both(tmp_path):
         lambda n, d: 0.6 + 50 * n**-0.3 + 40 * d**-0.3,
         lambda n, d: 0.5 + 50 * n**-0.3 + 30 * d**-0.25,
     )
-    ours, twin = scaling_law([tmp_path]).joint
+    law = scaling_law([tmp_path])
+    ours, twin = law.joint
     assert (ours.E, ours.alpha, ours.beta) == pytest.approx((0.6, 0.3, 0.3), rel=1e-3)
     assert (twin.E, twin.alpha, twin.beta) == pytest.approx((0.5, 0.3, 0.25), rel=1e-3)
+    gap = next(gap for gap in law.gaps if gap.against == TOKENS and gap.at == SIZES[0])
+    around = 50 * SIZES[0] ** -0.3
+    assert gap.joint_limit == pytest.approx((0.6 + around) / (0.5 + around), rel=1e-3)
+    assert f"the ratio tends to {gap.joint_limit:.3f}" in gap_line(gap)
 
 
 def test_seeds_of_a_point_are_averaged_with_their_spread(tmp_path):
@@ -298,7 +303,7 @@ def test_where_the_gap_closes(tmp_path, capsys, ours, at, said):
 def test_a_ratio_lost_in_noise_is_not_called_a_trend(tmp_path):
     write_grid(tmp_path, by_tokens(2.2, 0), by_tokens(2, 0), sizes=SIZES[:1], noise=0.02)
     (gap,) = scaling_law([tmp_path]).gaps
-    assert "do not show whether it moves" in gap.verdict
+    assert gap.verdict.startswith("not shown whether the ratio moves")
 
 
 def test_flops_count_each_weight_by_what_it_multiplies():

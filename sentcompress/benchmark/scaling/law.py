@@ -74,6 +74,9 @@ class Gap(Record):
     """95%, by Fieller; None at an end that is unbounded."""
     times_beyond: float | None
     """The crossing over the largest x measured, where it lies beyond; None where it does not."""
+    joint_limit: float | None = None
+    """What the ratio tends to by the joint laws of both systems, which have floors where lines have none; None
+    without them."""
     verdict: str
 
 
@@ -142,6 +145,8 @@ def scaling_law(folders: Sequence[Path]) -> ScalingLaw:
     for against in (TOKENS, PARAMETERS):
         _fit_lines(law, against)
     _fit_joint(law)
+    for gap in law.gaps:
+        gap.joint_limit = _limit(law.joint, gap)
     return law
 
 
@@ -213,32 +218,29 @@ def _fit_lines(law: ScalingLaw, against: Against) -> None:
 def _gap(line: Line, against: Against, at: int, smallest: float, largest: float) -> Gap:
     """What a fitted ratio says: does the gap close?"""
     unit = "tokens" if against == TOKENS else "parameters"
-    low, high = line.interval
-    falls, above = line.exponent > 0, float(line.at(np.array(largest))) > 1
     crossing = line.crossing
     within = crossing is not None and smallest <= crossing <= largest
     ahead = crossing is not None and crossing > largest
     bounds = line.crossing_interval if within or ahead else None
+    above = float(line.at(np.array(largest))) > 1
     if within:
-        verdict = f"1.00 is crossed at {crossing:,.0f} {unit}{_between(bounds)}, within what was measured"
-    elif ahead:
-        assert crossing is not None
+        verdict = f"1.00 is crossed at {_large(crossing)} {unit}{_between(bounds)}, within what was measured"
+    elif ahead and crossing is not None:
         turn = "would be reached" if above else "would be passed again (the lead shrinks)"
         verdict = (
-            f"EXTRAPOLATION: 1.00 {turn} at {_large(crossing)} {unit}{_between(bounds)}, {_times(crossing / largest)} "
-            f"the largest measured ({largest:,.0f})"
+            f"EXTRAPOLATION: 1.00 {turn} at {_large(crossing)} {unit}{_between(bounds)}, "
+            f"{_times(crossing / largest)} the largest measured ({largest:,.0f})"
         )
     elif above:
-        grows = "does not fall" if not falls else "falls too slowly for any number"
-        verdict = f"1.00 is not reached by this fit: the ratio {grows} with more {unit}"
+        how = "falls too slowly for any number" if line.exponent > 0 else "does not fall with more"
+        verdict = f"1.00 is not reached by this fit: the ratio {how} {unit}"
     else:
         verdict = (
             f"below 1.00 at the largest measured ({largest:,.0f} {unit}), and not rising to it by this fit"
         )
-    if low <= 0 <= high:
-        verdict += (
-            "; but the 95% interval of the exponent includes 0: these points do not show whether it moves"
-        )
+    if line.interval[0] <= 0 <= line.interval[1]:
+        doubt = "not shown whether the ratio moves (the 95% interval of its alpha includes 0)"
+        verdict = f"{doubt}. Taken at its word: {verdict}"
     return Gap(
         against=against,
         at=at,
@@ -256,8 +258,11 @@ def _between(bounds: tuple[float | None, float | None] | None) -> str:
     return f" (95%: {low} to {high})"
 
 
-def _large(number: float) -> str:
-    return f"{number:,.0f}" if number < 1e12 else f"{number:.1e}"
+def _large(number: float | None) -> str:
+    """Three figures: more would pretend to more than a fit knows."""
+    if number is None:
+        return "no number"
+    return millions(number) if number < 1e12 else f"{number:.0e}"
 
 
 def _times(factor: float) -> str:
@@ -283,6 +288,17 @@ def _fit_joint(law: ScalingLaw) -> None:
             [y_of(point, system).mean for point in law.points],
         )
         law.joint.append(Joint(system=system, **vars(surface)))
+
+
+def _limit(joint: Sequence[Joint], gap: Gap) -> float | None:
+    """The joint laws' ratio for endless tokens at a size; an endless backbone at a budget."""
+    if len(joint) != 2 or not all(fit.intervals for fit in joint):
+        return None
+    ours, twin = (
+        fit.E + (fit.A * gap.at**-fit.alpha if gap.against == TOKENS else fit.B * gap.at**-fit.beta)
+        for fit in joint
+    )
+    return ours / twin if twin > 0 else None
 
 
 def mean_flops(law: ScalingLaw, point: Point) -> tuple[float, float]:

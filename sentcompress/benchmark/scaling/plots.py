@@ -42,8 +42,8 @@ def require_matplotlib() -> None:
 def draw(law: ScalingLaw, path: Path) -> None:
     """Write the picture as PNG: a column for each of tokens and parameters that takes more than one value.
 
-    A system has a colour, a size (or budget) a marker; whiskers reach from the lowest to the highest seed, lines are
-    the fits, and thin dotted ones join points through which none was fitted.
+    A system has a colour, a size (or budget) a marker and a tint, lightest first; whiskers reach from the lowest to
+    the highest seed, lines are the fits, and thin dotted ones join points through which none was fitted.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -72,7 +72,8 @@ def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], 
     lines = groups(law.points, against)
     for number, (at, members) in enumerate(lines.items()):
         for curve in curves:
-            _line(axes, law, against, at, members, curve, MARKERS[number % len(MARKERS)])
+            color = _tint(COLORS[curve], number, len(lines))
+            _line(axes, law, against, at, members, curve, color, MARKERS[number % len(MARKERS)])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training tokens" if against == TOKENS else "backbone parameters")
@@ -83,13 +84,19 @@ def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], 
 
 
 def _line(
-    axes: Any, law: ScalingLaw, against: Against, at: int, members: Sequence[Point], curve: str, marker: str
+    axes: Any,
+    law: ScalingLaw,
+    against: Against,
+    at: int,
+    members: Sequence[Point],
+    curve: str,
+    color: tuple[float, ...],
+    marker: str,
 ) -> None:
     x = np.array([x_of(point, curve, against) for point in members])
     spreads = [y_of(point, curve) for point in members]
     y = np.array([spread.mean for spread in spreads])
     whiskers = [[s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]]
-    color = COLORS[curve]
     axes.errorbar(
         x, y, yerr=whiskers, fmt=marker, color=color, markersize=6, capsize=3, elinewidth=1.0, zorder=3
     )
@@ -99,6 +106,14 @@ def _line(
         return
     along = np.geomspace(fit.smallest, fit.largest, 50)
     axes.plot(along, fit.coefficient * along**-fit.exponent, color=color, linewidth=1.6, zorder=2)
+
+
+def _tint(color: str, number: int, count: int) -> tuple[float, ...]:
+    """The colour itself for the last of ``count``, lighter ones before it."""
+    from matplotlib.colors import to_rgb
+
+    white = 0.55 * (1 - (number + 1) / count)
+    return tuple(white + (1 - white) * part for part in to_rgb(color))
 
 
 def _plain_ticks(axes: Any) -> None:
@@ -123,9 +138,16 @@ def _legend(axes: Any, against: Against, values: Sequence[int], curves: Sequence
             [],
             linestyle="",
             marker=MARKERS[i % len(MARKERS)],
-            color="#475569",
+            color=_tint("#334155", i, len(values)),
             label=f"backbone of {fixed(against, value)}" if against == TOKENS else fixed(against, value),
         )
         for i, value in enumerate(values)
     ]
-    axes.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+    axes.legend(
+        handles=handles,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=3,
+        columnspacing=1.2,
+    )

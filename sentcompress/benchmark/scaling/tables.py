@@ -174,7 +174,10 @@ def joint_table(law: ScalingLaw) -> Plain:
 def gap_line(gap: Gap) -> str:
     """What one fitted ratio says, in a line."""
     kind = "tokens" if gap.against == TOKENS else "size"
-    return f"Against {kind}, at {fixed(gap.against, gap.at)}: {gap.verdict}."
+    line = f"Against {kind}, at {fixed(gap.against, gap.at)}: {gap.verdict}."
+    if gap.times_beyond and gap.joint_limit is not None:
+        line += f" By the joint laws, which have floors, the ratio tends to {gap.joint_limit:.3f}."
+    return line
 
 
 def caveats(law: ScalingLaw) -> list[str]:
