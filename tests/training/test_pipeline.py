@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from sentcompress.errors import InputError
-from sentcompress.io import file_digest
+from sentcompress.errors import InputError, RecipeError
+from sentcompress.io import file_digest, read_json
+from sentcompress.modeling.loading import load_sentence_lm, load_vae
+from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training import stages
@@ -109,3 +111,40 @@ def test_the_baseline_is_an_ordinary_causal_lm(tmp_path, backbone):
     before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
     moved = [name for name, tensor in trained.items() if not tensor.equal(before[name])]
     assert "model.decoder.layers.0.fc1.weight" in moved  # all of it learns, whatever graft.tune says
+
+
+def test_a_run_from_nothing(tmp_path, backbone):
+    """Another shape of an LLM, no training before the graft, no blocks in the encoder, context in the decoder."""
+    recipe = grafting(backbone)
+    recipe.backbone.init, recipe.backbone.config = "random", {"num_hidden_layers": 1}
+    recipe.train_vae.steps, recipe.baseline.enabled = 0, False
+    recipe.vae.encoder_layers, recipe.vae.decoder_context, recipe.vae.dropout = 0, 8, 0.0
+    run_recipe(recipe, tmp_path / "out", stages=["vae", "graft"])
+    model = load_sentence_lm(tmp_path / "out" / "graft")
+    assert len(model.backbone.blocks) == 1
+    assert (len(model.vae.encoder.blocks), model.vae.decoder.context) == (0, 8)
+    assert read_json(tmp_path / "out" / "vae" / "run.json")["tokens"] == 0
+    learned = model.vae.embed_tokens.weight - load_vae(tmp_path / "out" / "vae").embed_tokens.weight
+    assert learned.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_sice": 32}, r"backbone\.config\.hidden_sice: no field of a 'opt'.*hidden_size"),
+        ({"vocab_size": 9}, r"backbone\.config\.vocab_size: follows from the tokenizer"),
+        ({"num_attention_heads": 5}, r"backbone\.config\.num_attention_heads: 5 does not divide"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(backbone, config, message):
+    recipe = grafting(backbone)
+    recipe.backbone.init, recipe.backbone.config = "random", config
+    with pytest.raises(InputError, match=message):
+        load_causal_lm(recipe.backbone)
+
+
+def test_weights_do_not_fit_another_shape(backbone):
+    raw = grafting(backbone).model_dump()
+    raw["backbone"]["config"] = {"num_hidden_layers": 1}
+    with pytest.raises(RecipeError, match="use init: random"):
+        build_recipe(raw, [], "test")
