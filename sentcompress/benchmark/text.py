@@ -22,7 +22,7 @@ from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus
 from sentcompress.text.progress import Bar
 
-HUMAN = "human, the text itself"
+HUMAN = "human"
 BASELINE = "baseline, equal data"
 Advance = Callable[[int], None]
 """Told of so many prompts more that are done."""

@@ -12,16 +12,16 @@ DIFFERENCES_TITLE = "Generated text: difference to the baseline, equal data"
 
 COLUMNS: dict[str, tuple[str, bool]] = {
     "judge_bits_per_byte": ("judge bits/byte", False),
-    "repeated_4_grams": ("4-grams repeated", True),
-    "loops": ("loops", True),
-    "distinct_1": ("distinct-1", True),
-    "distinct_2": ("distinct-2", True),
-    "distinct_3": ("distinct-3", True),
-    "distinct_4": ("distinct-4", True),
+    "repeated_4_grams": ("4-grams repeated %", True),
+    "loops": ("loops %", True),
+    "distinct_1": ("distinct-1 %", True),
+    "distinct_2": ("distinct-2 %", True),
+    "distinct_3": ("distinct-3 %", True),
+    "distinct_4": ("distinct-4 %", True),
     "words": ("words", False),
     "sentence_words": ("words/sentence", False),
 }
-"""Measures of text: the column's head, and whether they are shares."""
+"""Measures of text: the column's head, and whether they are shares, shown in percent."""
 
 
 def text_table(results: Results, rows: Sequence[Row]) -> Plain:
@@ -73,22 +73,23 @@ def text_differences(report: TextReport) -> Plain:
         if score.differences
     ]
     note = (
-        "Prompt by prompt, less the baseline's; in brackets the 95% bootstrap interval of the difference. One without "
-        "0 in it is a difference; one with 0 shows none, and its ends say how large one may still be."
+        "Prompt by prompt, less the baseline's (of shares, percentage points); in brackets the 95% bootstrap interval "
+        "of the difference. One without 0 in it is a difference; one with 0 shows none, and its ends say how large "
+        "one may still be."
     )
     columns = ["system", *(COLUMNS[name][0] for name in names)]
     return Plain(DIFFERENCES_TITLE, columns, lines, [note])
 
 
 def _interval(found: Interval | None, name: str, *, sign: bool = False) -> str:
-    """A figure with its interval, shares in percent."""
+    """A figure with its interval."""
     if found is None:
         return "-"
-    share = COLUMNS[name][1]
+    scale = 100 if COLUMNS[name][1] else 1
     digits = 3 if name == "judge_bits_per_byte" else 1
-    plus = "+" if sign else ""
-    scale, unit = (100, "%") if share else (1, "")
-    if found.low is None or found.high is None:
-        return f"{scale * found.value:{plus}.{digits}f}{unit}"
-    low, high = (f"{scale * end:{plus}.{digits}f}" for end in (found.low, found.high))
-    return f"{scale * found.value:{plus}.{digits}f}{unit} [{low}, {high}]"
+    shown = [
+        f"{scale * number:{'+' if sign else ''}.{digits}f}"
+        for number in (found.value, found.low, found.high)
+        if number is not None
+    ]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]

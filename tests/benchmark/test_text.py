@@ -217,7 +217,7 @@ def test_all_systems_stand_in_the_table_with_intervals_and_differences(results, 
     assert {d.value for d in differences["backbone, as it came"].values()} == {0.0}
     by_title = {table.title: table for table in tables(results)}
     text = by_title[TEXT_TITLE]
-    assert {"judge bits/byte", "4-grams repeated"} <= set(text.columns)
+    assert {"judge bits/byte", "4-grams repeated %"} <= set(text.columns)
     assert "[" in text.rows[0][1]
     assert [row[0] for row in by_title[DIFFERENCES_TITLE].rows] == [
         "sentence model",
