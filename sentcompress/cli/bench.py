@@ -221,7 +221,7 @@ def compare(
 def scaling_law(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER ...", help="Folders of finished runs, or of sweeps of them."),
+        typer.Argument(metavar="FOLDER", help="Folders of finished runs, or of sweeps of them."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the results go.")],
 ) -> None:
