@@ -209,13 +209,13 @@ def run(arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
-def heldout(pretrained: str | None = None, run: str | None = None, **others: Any) -> dict[str, Any]:
+def heldout(pretrained: str | None = None, run: str | None = None, **_others: Any) -> dict[str, Any]:
     """The held-out documents of a run, whole: a dataset of one split ``test`` with a column ``text``.
 
     Args:
         pretrained: the model that is evaluated; its own run is taken when ``run`` is None.
         run: folder of a run, or of one of its models.
-        others: further arguments of the model, which the harness passes on.
+        _others: further arguments of the model, which the harness passes on.
     """
     from datasets import Dataset
 
@@ -229,7 +229,7 @@ def heldout(pretrained: str | None = None, run: str | None = None, **others: Any
     return {"test": Dataset.from_list(rows)}
 
 
-def choices(**others: Any) -> dict[str, Any]:
+def choices(**_others: Any) -> dict[str, Any]:
     """Our multiple-choice items: a dataset of one split ``test``."""
     from datasets import Dataset
 
