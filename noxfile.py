@@ -1,4 +1,4 @@
-"""Sessions: tests, lowest, lint, typing, docs, plugins, wheel. ``nox`` runs what is quick; ``nox -s NAME`` runs one.
+"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel. ``nox`` runs what is quick; ``nox -s NAME`` runs one.
 
 An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
 constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
@@ -68,6 +68,17 @@ def lowest(session: nox.Session) -> None:
     constraints.write_text(lowest_constraints(), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".[dev]")
     session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def evaluation(session: nox.Session) -> None:
+    """The tests under lm-evaluation-harness, which wants an older python-dateutil than constraints.txt has."""
+    constraints = Path(session.create_tmp()) / "evaluation.txt"
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in pinned if not line.startswith("python-dateutil==")]
+    constraints.write_text("".join(kept), encoding="utf-8")
+    session.install("-c", str(constraints), "-e", ".[dev,eval]")
+    session.run("pytest", "tests/benchmark/test_lm_eval.py", *session.posargs)
 
 
 @nox.session

@@ -76,14 +76,15 @@ def sentence_charges(
     Args:
         eos: the end mark's token.
         paid: targets and their nats, in the order in which they were charged.
-        sentence_nats: ``[1 + S]`` of all sentences of the document, without decisions: what was summed up.
-        decisions: ``[1 + S]``.
+        sentence_nats: ``[N]`` of all sentences of the document, without decisions: what was summed up.
+        decisions: ``[N]``.
 
     Raises:
         CoverageError: these are not the sentences' tokens in order, or not what was summed up.
     """
     what = f"document {document.number} ({document.source})"
-    sentences = document.sentences[1:]
+    first = document.charged
+    sentences = document.sentences[first:]
     expected = [token for ids in sentences for token in (*ids, eos)]
     targets, nats = (np.concatenate(columns) for columns in zip(*paid, strict=True))
     if not np.array_equal(targets, expected):
@@ -98,13 +99,13 @@ def sentence_charges(
     ends, tokens = nats[is_end], nats[~is_end]
     owners = np.repeat(np.arange(len(lengths)), lengths)
     # A sentence's figure is an fp32 sum: its tokens take what that rounding left over, so that all adds up.
-    missing = sentence_nats[1:] - ends - np.bincount(owners, tokens, len(lengths))
-    if np.any(np.abs(missing) > 1e-4 * np.maximum(1.0, sentence_nats[1:])):
+    missing = sentence_nats[first:] - ends - np.bincount(owners, tokens, len(lengths))
+    if np.any(np.abs(missing) > 1e-4 * np.maximum(1.0, sentence_nats[first:])):
         raise CoverageError(f"{what}: what single tokens cost is not what their sentences were charged")
     tokens = tokens + (missing / lengths)[owners]
-    pieces = zip(sentences, document.texts[1:], strict=True)
+    pieces = zip(sentences, document.texts[first:], strict=True)
     sizes = np.concatenate([counter.sizes_of(ids, text) for ids, text in pieces])
-    return Charges(tokens, sizes, ends, decisions[1:])
+    return Charges(tokens, sizes, ends, decisions[first:])
 
 
 def spread(nats: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -135,10 +136,10 @@ class Places:
         bytes_at: dict[By, list[np.ndarray]] = {name: [] for name in BY}
         sentences_at: dict[By, list[int]] = {name: [] for name in ("length", "index")}
         self._sizes = [document.scored_bytes for document in documents]
-        self._counts = [len(document.sentences) - 1 for document in documents]
+        self._counts = [len(document.sentences) - document.charged for document in documents]
         for document in documents:
             for index, (ids, text) in enumerate(zip(document.sentences, document.texts, strict=True)):
-                if index == 0:
+                if index < document.charged:
                     continue  # context: charged to none
                 sizes = counter.sizes_of(ids, text)
                 total = sum(sizes)

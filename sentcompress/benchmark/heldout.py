@@ -23,6 +23,7 @@ class HeldoutDocument:
         sentences: token ids of each sentence.
         texts: their texts; joined, the document.
         whole: False when only the beginning is scored, so that no decision to stop is due at its end.
+        charged: the first sentence that is charged; those before it are context, given to every model.
     """
 
     number: int
@@ -30,16 +31,17 @@ class HeldoutDocument:
     sentences: list[list[int]]
     texts: list[str]
     whole: bool
+    charged: int = 1
 
     @property
     def context_text(self) -> str:
-        """The first sentence: given to every model, charged to none."""
-        return self.texts[0]
+        """What is given to every model and charged to none."""
+        return "".join(self.texts[: self.charged])
 
     @property
     def scored_text(self) -> str:
         """Everything after it."""
-        return "".join(self.texts[1:])
+        return "".join(self.texts[self.charged :])
 
     @property
     def scored_bytes(self) -> int:
@@ -94,13 +96,14 @@ class Window:
     charged: int
 
 
-def windows(length: int, size: int) -> list[Window]:
-    """Cover positions 1 to ``length - 1`` (0 is context) with windows of at most ``size`` positions.
+def windows(length: int, size: int, first: int = 1) -> list[Window]:
+    """Cover positions ``first`` to ``length - 1`` with windows of at most ``size`` positions.
 
-    The first charges all it has behind its first position; each later one carries at least half a window of
-    context over, so no position but the earliest is predicted from little context.
+    Those before ``first`` are context. The first window charges all it has from there on; each later one carries at
+    least half a window of context over, so no position but the earliest is predicted from little context.
     """
-    found = [Window(0, min(size, length), 1)]
+    stop = min(length, max(size, first + max(1, size // 2)))
+    found = [Window(max(0, stop - size), stop, first)]
     while found[-1].stop < length:
         charged = found[-1].stop
         stop = min(length, charged + max(1, size // 2))

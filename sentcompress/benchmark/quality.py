@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from sentcompress.benchmark.breakdown import Charges, Places, sentence_charges
 from sentcompress.benchmark.causality import require_causal
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, Window, check_bytes, windows
 from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
+from sentcompress.benchmark.sentence_charges import WindowCharges, charge_window, window_size
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError
-from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.sentence_lm import START, SentenceLM
+from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.corpus import Corpus
 
 LOGITS_AT_A_TIME = 2**26
@@ -34,7 +33,7 @@ UNIGRAM_BYTES = 4_000_000
 
 
 @dataclass
-class _SentenceTally:
+class SentenceTally:
     """What was charged in one document, by sentence."""
 
     nats: np.ndarray
@@ -44,33 +43,12 @@ class _SentenceTally:
     decisions: np.ndarray
     """How often the decision after each sentence was."""
     decision_nats: np.ndarray
-    """Of the decisions charged with each sentence: to go on before it, to stop after the last one."""
+    """Of the decisions charged with each sentence: to begin or go on before it, to stop after the last one."""
     kinds: Counter[str] = field(default_factory=Counter)
     paid: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     """Targets and their nats, in the order in which they were charged."""
 
 
-class _Recorder(TokenLoss):
-    """Cross-entropy that keeps what each target cost and end marks apart, and counts targets that are padding."""
-
-    def __init__(self, eos: int, pad: int) -> None:
-        super().__init__(gamma=0.0)
-        seen = {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0, "paid": []}
-        object.__setattr__(self, "seen", seen)
-
-    def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss, nll = super().__call__(hidden_states, weight, targets)
-        seen: dict[str, Any] = self.seen  # type: ignore[attr-defined]
-        ends = targets == seen["eos"]
-        seen["end_nats"] += float(nll[ends].double().sum())
-        seen["ends"] += int(ends.sum())
-        if seen["pad"] != seen["eos"]:
-            seen["padding"] += int((targets == seen["pad"]).sum())
-        seen["paid"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
-        return loss, nll
-
-
-@torch.no_grad()
 def score_sentence_model(
     model: SentenceLM,
     documents: Sequence[HeldoutDocument],
@@ -96,12 +74,11 @@ def score_sentence_model(
     """
     require_causal(causality)
     model.eval()
-    room = model.backbone.max_positions // model.latents - int(model.config.start_latent)
-    size = max(2, min(context_sentences or room, room))
+    size = window_size(model, context_sentences)
     rows, kinds, charges = [], Counter[str](), list[Charges]()
     for document in documents:
-        tally = _score_sentences(model, document, size)
-        rows.append(_check_sentences(document, tally, counter))
+        tally = charge_document(model, document, size)
+        rows.append(check_document(document, tally, counter))
         kinds.update(tally.kinds)
         if places:
             nats = tally.nats - tally.decision_nats
@@ -111,82 +88,56 @@ def score_sentence_model(
     return _summary(system, rows, f"{size} sentences", dict(kinds), charges, places)
 
 
-def _score_sentences(model: SentenceLM, document: HeldoutDocument, size: int) -> _SentenceTally:
+def charge_document(model: SentenceLM, document: HeldoutDocument, size: int) -> SentenceTally:
+    """Charge a document from ``document.charged`` on, in windows of ``size`` sentences."""
     count = len(document.sentences)
-    tally = _SentenceTally(
+    tally = SentenceTally(
         nats=np.zeros(count),
         times=np.zeros(count, dtype=np.int64),
         targets=np.zeros(count, dtype=np.int64),
         decisions=np.zeros(count, dtype=np.int64),
         decision_nats=np.zeros(count),
     )
-    for window in windows(count, size):
-        _run_window(model, document, window, tally)
+    for window in windows(count, size, document.charged):
+        what = f"document {document.number}"
+        found = charge_window(model, document.sentences, window, ends=document.whole, what=what)
+        _add(tally, window, found)
     return tally
 
 
-def _run_window(model: SentenceLM, document: HeldoutDocument, window: Window, tally: _SentenceTally) -> None:
+def _add(tally: SentenceTally, window: Window, found: WindowCharges) -> None:
     """Add to the tally what each sentence of a window, and the decision before it, was charged."""
-    device = next(model.parameters()).device
-    sentences = document.sentences[window.start : window.stop]
-    count = len(sentences)
-    lengths = torch.tensor([len(ids) for ids in sentences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.full(mask.shape, model.config.pad_token_id)
-    input_ids[mask] = torch.tensor([token for ids in sentences for token in ids])
-    start = [START] if model.config.start_latent and window.start == 0 else []
-    index = torch.tensor([[*start, *range(count)]])
-    scored = torch.arange(window.start, window.stop) >= window.charged
-    last = torch.zeros(count, dtype=torch.bool)
-    last[-1] = document.whole and window.stop == len(document.sentences)
-    recorder = _Recorder(model.config.eos_token_id, model.config.pad_token_id)
-    output = model(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.long().to(device),
-        sentence_index=index.to(device),
-        passage_ids=torch.zeros_like(index).to(device),
-        scored=scored.to(device),
-        last=last.to(device),
-        token_loss=recorder,
-    )
-    seen: dict[str, Any] = recorder.seen  # type: ignore[attr-defined]
-    if seen["padding"]:
-        raise CoverageError(f"document {document.number}: {seen['padding']} targets are padding")
-    if seen["ends"] != int(scored.sum()):
-        raise CoverageError(
-            f"document {document.number}: {seen['ends']} end marks were charged for {int(scored.sum())} sentences"
-        )
-    nll, stop = output.sentence_nll.double().cpu(), output.stop_nll.double().cpu()
-    decided = torch.zeros_like(nll)
-    decided[1:] = stop[:-1]
-    nats = nll + decided
-    for total in (nats, decided):
-        total[-1] += stop[-1] * last[-1]
+    decided = found.before.copy()
+    decided[-1] += found.stop
     charged, inside = slice(window.charged, window.stop), slice(window.charged - window.start, None)
-    tally.nats[charged] += nats.numpy()[inside]
-    tally.decision_nats[charged] += decided.numpy()[inside]
-    tally.targets[charged] += output.targets.cpu().numpy()[inside]
+    tally.nats[charged] += (found.nats + decided)[inside]
+    tally.decision_nats[charged] += decided[inside]
+    tally.targets[charged] += found.targets[inside]
     tally.times[charged] += 1
     # The decision after sentence t comes with predicting sentence t + 1; the last one decides to stop.
-    first = window.charged - 1
-    tally.decisions[first : window.stop] += output.decisions.cpu().numpy()[first - window.start :]
-    tally.paid += seen["paid"]
+    first = max(window.charged - 1, 0)
+    tally.decisions[first : window.stop] += found.decisions[first - window.start :]
+    tally.paid.append(found.paid)
     tally.kinds.update(
         {
-            "tokens": float(nll.sum()) - seen["end_nats"],
-            "end marks": seen["end_nats"],
-            "stop decisions": float(stop.sum()),
+            "tokens": float(found.nats.sum()) - found.end_nats,
+            "end marks": found.end_nats,
+            "stop decisions": float(decided.sum()),
         }
     )
 
 
-def _check_sentences(document: HeldoutDocument, tally: _SentenceTally, counter: ByteCounter) -> DocumentScore:
-    """Prove that everything after the first sentence was charged once."""
+def check_document(document: HeldoutDocument, tally: SentenceTally, counter: ByteCounter) -> DocumentScore:
+    """Prove that everything from ``document.charged`` on was charged once.
+
+    Raises:
+        CoverageError: a byte, an end mark or a decision was charged twice or never.
+    """
     what = f"document {document.number} ({document.source})"
-    expected_times = np.arange(len(document.sentences)) >= 1
+    expected_times = np.arange(len(document.sentences)) >= document.charged
     if not np.array_equal(tally.times, expected_times):
         raise CoverageError(
-            f"{what}: sentences were charged {sorted(set(tally.times[1:].tolist()))} times, not once"
+            f"{what}: sentences were charged {sorted(set(tally.times[document.charged :].tolist()))} times, not once"
         )
     expected_targets = np.array([len(ids) + 1 for ids in document.sentences]) * expected_times
     if not np.array_equal(tally.targets, expected_targets):
@@ -199,7 +150,8 @@ def _check_sentences(document: HeldoutDocument, tally: _SentenceTally, counter: 
     expected_decisions[-1] = int(document.whole)
     if not np.array_equal(tally.decisions, expected_decisions):
         raise CoverageError(f"{what}: not every decision to stop or go on was charged once")
-    pieces = zip(document.sentences[1:], document.texts[1:], strict=True)
+    scored = slice(document.charged, None)
+    pieces = zip(document.sentences[scored], document.texts[scored], strict=True)
     covered = sum(counter.bytes_of(ids, text) for ids, text in pieces)
     check_bytes(what, covered, document.scored_bytes)
     return DocumentScore(

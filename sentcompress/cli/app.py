@@ -15,6 +15,7 @@ from sentcompress.cli import (
     bench,
     generate,
     graft,
+    lm_eval,
     plugins,
     recipes,
     reconstruct,
@@ -70,6 +71,7 @@ baseline.add_to(app)
 generate.add_to(app)
 reconstruct.add_to(app)
 bench.add_to(app)
+lm_eval.add_to(app)
 recipes.add_to(app)
 validate.add_to(app)
 plugins.add_to(app)

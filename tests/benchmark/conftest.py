@@ -10,6 +10,8 @@ import torch
 
 from sentcompress.benchmark.parts import Folder, Parts
 from sentcompress.modeling.grafting import graft, vae_config, wrap_backbone
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.registry import get_registry
@@ -73,3 +75,34 @@ def run_folder(tmp_path_factory, tokenizer, text_files) -> Path:
 def parts(run_folder) -> Parts:
     folder = Folder(run_folder)
     return Parts(folder.recipe(), folder)
+
+
+@pytest.fixture
+def teach():
+    """``teach(model, sentences)``: train until the model writes a text of these sentences by heart."""
+    return _teach
+
+
+def _teach(model: SentenceLM, sentences: list[list[int]]) -> None:
+    index = torch.tensor([[-2, *range(len(sentences))]])
+    lengths = torch.tensor([len(ids) for ids in sentences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.ones(mask.shape, dtype=torch.long)
+    input_ids[mask] = torch.tensor([token for ids in sentences for token in ids])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        loss = model(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            sentence_index=index,
+            passage_ids=torch.zeros_like(index),
+            scored=torch.ones(len(sentences), dtype=torch.bool),
+            last=torch.arange(len(sentences)) == len(sentences) - 1,
+            token_loss=TokenLoss(gamma=0),
+        ).loss
+        if float(loss.detach()) < 0.05:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"it did not learn: {float(loss)}")

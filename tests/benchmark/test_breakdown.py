@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from sentcompress.benchmark import quality
+from sentcompress.benchmark import quality, sentence_charges
 from sentcompress.benchmark.breakdown import STARTS, Charges, Places, chosen, labels, spread
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
 from sentcompress.benchmark.plots import figures
@@ -198,13 +198,13 @@ def test_buckets_that_are_not_the_whole_are_refused(counter):
 
 def test_a_model_that_charges_in_another_order_is_refused(documents, counter, monkeypatch):
     model = tiny_sentence_lm(len(counter.backend.get_vocab()))
-    plain = quality._Recorder.__call__
+    plain = sentence_charges.Recorder.__call__
 
     def reversed_(self, hidden_states, weight, targets):
         plain(self, hidden_states.flip(0), weight, targets.flip(0))
-        return super(quality._Recorder, self).__call__(hidden_states, weight, targets)
+        return super(sentence_charges.Recorder, self).__call__(hidden_states, weight, targets)
 
-    monkeypatch.setattr(quality._Recorder, "__call__", reversed_)
+    monkeypatch.setattr(sentence_charges.Recorder, "__call__", reversed_)
     arguments = (model, documents[:1], counter)
     assert score_sentence_model(*arguments, causality=CAUSAL).by == {}
     with pytest.raises(CoverageError, match="order"):

@@ -185,9 +185,9 @@ def test_a_sentence_scored_twice_or_never_is_refused(model, documents, counter, 
     document = max(documents, key=lambda d: len(d.sentences))
     right = quality.windows
     for broken in (
-        lambda n, size: right(n, size) + right(n, size)[-1:],
-        lambda n, size: right(n - 1, size),
-        lambda n, size: right(n, size)[1:],
+        lambda *a: right(*a) + right(*a)[-1:],
+        lambda n, *a: right(n - 1, *a),
+        lambda *a: right(*a)[1:],
     ):
         monkeypatch.setattr(quality, "windows", broken)
         with pytest.raises(CoverageError):
@@ -240,6 +240,6 @@ def test_bytes_of_tokens_are_counted_not_assumed(counter):
 def test_a_truncated_document_pays_for_no_stop(model, corpus):
     cut = heldout_documents(corpus, BenchSettings(max_bytes_per_document=200))
     document = next(d for d in cut if not d.whole)
-    tally = quality._score_sentences(model, document, 50)
+    tally = quality.charge_document(model, document, 50)
     assert tally.decisions.tolist() == [1] * (len(document.sentences) - 1) + [0]
     assert np.all(tally.times[1:] == 1)

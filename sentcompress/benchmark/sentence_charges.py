@@ -1,0 +1,155 @@
+"""What a sentence model charges for the sentences of a text: every target and every decision, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sentcompress.benchmark.heldout import Window
+from sentcompress.errors import CoverageError
+from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
+from sentcompress.modeling.sentence_lm import START, SentenceLM
+
+
+class Recorder(TokenLoss):
+    """Cross-entropy that keeps what each target cost and end marks apart, and counts targets that are padding.
+
+    Args:
+        eos: the end mark's token.
+        pad: the padding's.
+        greedy: also note whether each target is what greedy decoding would write there.
+    """
+
+    def __init__(self, eos: int, pad: int, *, greedy: bool = False) -> None:
+        super().__init__(gamma=0.0)
+        seen = {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0, "paid": [], "greedy": []}
+        object.__setattr__(self, "seen", seen)
+        object.__setattr__(self, "greedy", greedy)
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss, nll = super().__call__(hidden_states, weight, targets)
+        seen: dict[str, Any] = self.seen  # type: ignore[attr-defined]
+        ends = targets == seen["eos"]
+        seen["end_nats"] += float(nll[ends].double().sum())
+        seen["ends"] += int(ends.sum())
+        if seen["pad"] != seen["eos"]:
+            seen["padding"] += int((targets == seen["pad"]).sum())
+        seen["paid"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
+        if self.greedy:  # type: ignore[attr-defined]
+            seen["greedy"].append(_likeliest(hidden_states, weight, targets, ends, seen["eos"]).cpu().numpy())
+        return loss, nll
+
+
+def _likeliest(hidden_states: Tensor, weight: Tensor, targets: Tensor, ends: Tensor, eos: int) -> Tensor:
+    """``[T]`` bool: whether each target is the arg-max; as in generation, no sentence begins with its end mark."""
+    first = torch.cat([ends.new_ones(1), ends[:-1]])
+    found = []
+    rows = max(1, LOGITS_BUDGET // len(weight))
+    for begin in range(0, len(targets), rows):
+        block = slice(begin, begin + rows)
+        logits = (hidden_states[block] @ weight.t()).float()
+        logits[first[block], eos] = float("-inf")
+        found.append(logits.argmax(-1) == targets[block])
+    return torch.cat(found)
+
+
+@dataclass
+class WindowCharges:
+    """What the ``n`` sentences of a window were charged.
+
+    Attributes:
+        nats: ``[n]`` of each sentence with its end mark; 0 where it is context.
+        before: ``[n]`` of the decision before each: to go on, or to begin the document; 0 where not charged.
+        stop: of the decision to stop after the last one; 0 where none is due.
+        targets: ``[n]`` tokens and end marks charged.
+        decisions: ``[n]`` bool, whether the decision after each was charged.
+        paid: ``[T]`` targets and their nats, in the order of the text.
+        greedy: ``[T]`` bool, whether each is the arg-max; empty unless asked for.
+        end_nats: what end marks cost.
+    """
+
+    nats: np.ndarray
+    before: np.ndarray
+    stop: float
+    targets: np.ndarray
+    decisions: np.ndarray
+    paid: tuple[np.ndarray, np.ndarray]
+    greedy: np.ndarray
+    end_nats: float
+
+
+def window_size(model: SentenceLM, context_sentences: int | None = None) -> int:
+    """Sentences a window holds: ``context_sentences``, or all the backbone has positions for."""
+    room = model.backbone.max_positions // model.latents - int(model.config.start_latent)
+    return max(2, min(context_sentences or room, room))
+
+
+@torch.no_grad()
+def charge_window(
+    model: SentenceLM,
+    sentences: Sequence[Sequence[int]],
+    window: Window,
+    *,
+    ends: bool,
+    what: str,
+    greedy: bool = False,
+) -> WindowCharges:
+    """Charge a window of a document's sentences from ``window.charged`` on.
+
+    Args:
+        model: in eval mode; it can charge sentence 0 only where it has a start latent.
+        sentences: token ids of all sentences of the document.
+        ends: the document ends with its last sentence, so the decision to stop there is charged.
+        what: the document, for messages.
+        greedy: find out which targets are arg-maxes.
+
+    Raises:
+        CoverageError: padding, or not one end mark a sentence, was charged.
+    """
+    device = next(model.parameters()).device
+    inside = sentences[window.start : window.stop]
+    count = len(inside)
+    lengths = torch.tensor([len(ids) for ids in inside])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(mask.shape, model.config.pad_token_id)
+    input_ids[mask] = torch.tensor([token for ids in inside for token in ids])
+    start = [START] if model.config.start_latent and window.start == 0 else []
+    index = torch.tensor([[*start, *range(count)]])
+    scored = torch.arange(window.start, window.stop) >= window.charged
+    last = torch.zeros(count, dtype=torch.bool)
+    last[-1] = ends and window.stop == len(sentences)
+    recorder = Recorder(model.config.eos_token_id, model.config.pad_token_id, greedy=greedy)
+    output = model(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.long().to(device),
+        sentence_index=index.to(device),
+        passage_ids=torch.zeros_like(index).to(device),
+        scored=scored.to(device),
+        last=last.to(device),
+        token_loss=recorder,
+    )
+    seen: dict[str, Any] = recorder.seen  # type: ignore[attr-defined]
+    if seen["padding"]:
+        raise CoverageError(f"{what}: {seen['padding']} targets are padding")
+    if seen["ends"] != int(scored.sum()):
+        raise CoverageError(
+            f"{what}: {seen['ends']} end marks were charged for {int(scored.sum())} sentences"
+        )
+    stop = output.stop_nll.double().cpu().numpy()
+    begin = float(output.start_nll)
+    targets, nats = (np.concatenate(columns) for columns in zip(*seen["paid"], strict=True))
+    return WindowCharges(
+        nats=output.sentence_nll.double().cpu().numpy(),
+        before=np.array([begin, *stop[:-1]]),
+        stop=float(stop[-1]) if bool(last[-1]) else 0.0,
+        targets=output.targets.cpu().numpy(),
+        decisions=output.decisions.cpu().numpy(),
+        paid=(targets, nats),
+        greedy=np.concatenate(seen["greedy"]) if greedy else np.zeros(0, dtype=bool),
+        end_nats=seen["end_nats"],
+    )

@@ -1,0 +1,163 @@
+"""What a continuation is charged: every event once, sums that add up, and the same nats as ``bench quality``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sentcompress.benchmark.causality import check_causality
+from sentcompress.benchmark.continuation import NOTHING, charge_continuation
+from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents, windows
+from sentcompress.benchmark.quality import charge_document, check_document, score_sentence_model
+from sentcompress.errors import InputError
+from sentcompress.recipe import BenchSettings, Recipe
+from sentcompress.registry import get_registry
+from sentcompress.testing import tiny_sentence_lm
+from sentcompress.text.segmentation import sentences_to_ids
+
+TEXT = (
+    "The people have seen a year of peace. Congress met here? Few men read the law with care; order was seen."
+)
+NO_START = {"name": "tiny", "graft": {"start_latent": False}}
+
+
+@pytest.fixture(scope="module")
+def counter(tokenizer):
+    return ByteCounter(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def cut(tokenizer):
+    segmenter = get_registry().create("segmenter", "regex", {"preset": "sentence", "max_tokens": 24})
+    return lambda text: sentences_to_ids(text, segmenter, tokenizer)
+
+
+@pytest.fixture
+def model(tokenizer):
+    model = tiny_sentence_lm(len(tokenizer))
+    with torch.no_grad():  # decisions that differ from a coin's
+        model.termination.bias.copy_(torch.tensor([0.7, -0.4]))
+        model.start.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture
+def charge(model, counter, cut):
+    def charge(context, continuation, size=20):
+        return charge_continuation(model, cut(context + continuation), len(context), counter, size)
+
+    return charge
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 5, 11])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_windows_from_any_position_charge_each_once_with_half_a_window_before_it(first, size):
+    charged = []
+    for window in windows(12, size, first):
+        assert window.stop - window.start <= size
+        assert window.charged - window.start >= min(first, size // 2)
+        charged += range(window.charged, window.stop)
+    assert charged == list(range(first, 12))
+
+
+def test_a_uniform_model_pays_log2_v_a_token_and_end_mark_and_a_bit_a_decision(tokenizer, counter, cut):
+    uniform = tiny_sentence_lm(len(tokenizer))
+    torch.nn.init.zeros_(uniform.vae.lm_head.weight)
+    sentences = cut(TEXT)
+    assert len(sentences) == 3
+    whole = charge_continuation(uniform, sentences, 0, counter, 20)
+    assert whole.tokens == sum(len(ids) for _, ids in sentences)
+    assert (whole.end_marks, whole.decisions) == (2, 3), "between sentences, and the decision to begin"
+    bits = (whole.tokens + whole.end_marks) * math.log2(len(tokenizer)) + whole.decisions
+    assert whole.nats / math.log(2) == pytest.approx(bits, rel=1e-6)
+
+
+def test_what_a_context_ends_with_decides_which_marks_are_charged(charge):
+    after_sentence = charge("The people have seen a year of peace.", " Congress met here?")
+    assert (after_sentence.end_marks, after_sentence.decisions) == (1, 1)
+    inside = charge("The people have seen", " a year of peace.")
+    assert (inside.end_marks, inside.decisions) == (0, 0)
+    across = charge("The people have seen", " a year of peace. Congress")
+    assert (across.end_marks, across.decisions) == (1, 1)
+    assert charge(TEXT, "") == NOTHING
+
+
+@pytest.mark.parametrize("size", [20, 2])
+def test_consecutive_continuations_add_up(charge, size):
+    """Everywhere a text can be cut between words, in one window and in several."""
+    cuts = [0, *(i for i, character in enumerate(TEXT) if character == " "), len(TEXT)]
+    if size == 2:  # the same windows: within the last sentence
+        cuts = [i for i in cuts if i > TEXT.index("Few")]
+    for a, b in itertools.pairwise(cuts):
+        # What is cut off must not change how the rest is cut into sentences.
+        first = charge(TEXT[:a], TEXT[a:b], size)
+        rest = charge(TEXT[:b], TEXT[b:], size)
+        both = charge(TEXT[:a], TEXT[a:], size)
+        assert first.nats + rest.nats == pytest.approx(both.nats, rel=1e-5)
+        assert first.tokens + rest.tokens == both.tokens
+        assert first.end_marks + rest.end_marks == both.end_marks
+
+
+def test_a_token_across_the_border_belongs_to_the_continuation(charge, counter):
+    word = next(w for w in ("people", "nation", "Congress") if len(counter.encode(f" {w}")) == 1)
+    text = f"The {word} have seen"
+    middle = text.index(word) + 2
+    split, whole = charge(text[:middle], text[middle:]), charge("The", text[3:])
+    assert split == whole
+
+
+def test_the_sum_is_what_the_models_forward_says(charge, model, cut):
+    """From nothing: sentence_nll of each sentence and every decision, less the last end mark."""
+    sentences = [ids for _, ids in cut(TEXT)]
+    document = HeldoutDocument(0, "test", sentences, [text for text, _ in cut(TEXT)], whole=False, charged=0)
+    tally = charge_document(model, document, 20)
+    last_end = tally.paid[-1][1][-1]
+    assert charge("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
+
+
+def test_a_whole_document_is_bench_quality_and_its_first_sentence(parts, tokenizer, counter):
+    model = tiny_sentence_lm(len(tokenizer))
+    report = check_causality(model, attention=["sdpa"])
+    for document in heldout_documents(parts.corpus, BenchSettings()):
+        bench = score_sentence_model(model, [document], counter, causality=report, context_sentences=6)
+        whole = HeldoutDocument(
+            document.number, document.source, document.sentences, document.texts, whole=True, charged=0
+        )
+        tally = charge_document(model, whole, 6)
+        checked = check_document(whole, tally, counter)
+        assert checked.bytes == checked.covered_bytes == len("".join(document.texts).encode())
+        assert np.all(tally.times == 1)
+        assert checked.nats - tally.nats[0] == pytest.approx(bench.nats, abs=1e-3)
+        first = HeldoutDocument(0, "", document.sentences[:1], document.texts[:1], whole=False, charged=0)
+        assert tally.nats[0] == pytest.approx(charge_document(model, first, 6).nats[0], abs=1e-3)
+
+
+def test_a_model_without_a_start_latent_is_given_the_first_sentence_or_refuses(tokenizer, counter, cut):
+    model = tiny_sentence_lm(len(tokenizer), Recipe.model_validate(NO_START))
+    first = len("The people have seen a year of peace.")
+    given = charge_continuation(model, cut(TEXT), first, counter, 20)
+    assert (given.end_marks, given.decisions) == (1, 2), "the first end mark is given, the decisions are not"
+    for border in (0, 8):
+        with pytest.raises(InputError, match="no start latent"):
+            charge_continuation(model, cut(TEXT), border, counter, 20)
+
+
+def test_greedy_is_said_of_what_greedy_generation_writes(model, tokenizer, cut, charge, teach):
+    """A model that knows one text by heart, across sentences and decisions to go on."""
+    teach(model, [ids for _, ids in cut(TEXT)])
+    prompt = TEXT[: TEXT.index(" year")]
+    written = model.generate([prompt], tokenizer, max_new_tokens=100)[0]
+    assert written.text == TEXT[len(prompt) :]
+    assert written.finish_reason == "stop"
+    found = charge(prompt, written.text)
+    assert found.greedy
+    assert (found.end_marks, found.decisions) == (2, 2)
+    assert not charge(prompt, " year of order. Congress met here?").greedy
+    with torch.no_grad():
+        model.termination.bias.copy_(torch.tensor([-9.0, 9.0]))
+    assert not charge(prompt, written.text).greedy, "it would stop after the first sentence"
+    assert charge(prompt, " year of peace.").greedy
