@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from sentcompress import __version__
+from sentcompress.errors import PluginError
 from sentcompress.registry import get_registry
 
 
@@ -14,6 +16,28 @@ def plugin_record(kind: str, name: str) -> dict[str, str]:
     """Which distribution provides a component: what loading needs to name when it is missing."""
     plugin = get_registry().owner(kind, name)
     return {"kind": kind, "name": name, "package": plugin.package, "version": plugin.version}
+
+
+def check_plugins(records: list[dict[str, str]]) -> None:
+    """Refuse a model whose plugin is missing, naming the package to install; warn about another version."""
+    registry = get_registry()
+    for record in records:
+        try:
+            owner = registry.owner(record["kind"], record["name"])
+        except PluginError as error:
+            raise PluginError(
+                f"the model needs {record['kind']} '{record['name']}' of package '{record['package']}' "
+                f"{record['version']}, which is not there ({error.message.splitlines()[0]})",
+                fix=f"pip install {record['package']}=={record['version']}",
+            ) from None
+        if owner.package == record["package"] == "sentcompress":
+            continue
+        if (owner.package, owner.version) != (record["package"], record["version"]):
+            warnings.warn(
+                f"the model was made with {record['kind']} '{record['name']}' of {record['package']} "
+                f"{record['version']}, this is {owner.package} {owner.version}: results may differ",
+                stacklevel=2,
+            )
 
 
 class SentenceVAEConfig(PretrainedConfig):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,7 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
 
 def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> Any:
     quiet()
-    config = read_config(folder, model_type)
-    check_plugins(config.get("plugins", []))
+    read_config(folder, model_type)
     try:
         return cls.from_pretrained(folder, use_safetensors=True, **arguments).eval()  # type: ignore[attr-defined]
     except Exception as error:
@@ -91,25 +89,3 @@ def load_segmenter(vae_config: SentenceVAEConfig, tokenizer: Any) -> Any:
     segmenter.load_state(record.get("state") or {})
     segmenter.prepare(tokenizer, None)
     return segmenter
-
-
-def check_plugins(records: list[dict[str, str]]) -> None:
-    """Refuse a model whose plugin is missing, naming the package to install; warn about another version."""
-    registry = get_registry()
-    for record in records:
-        try:
-            owner = registry.owner(record["kind"], record["name"])
-        except PluginError as error:
-            raise PluginError(
-                f"the model needs {record['kind']} '{record['name']}' of package '{record['package']}' "
-                f"{record['version']}, which is not there ({error.message.splitlines()[0]})",
-                fix=f"pip install {record['package']}=={record['version']}",
-            ) from None
-        if owner.package == record["package"] == "sentcompress":
-            continue
-        if (owner.package, owner.version) != (record["package"], record["version"]):
-            warnings.warn(
-                f"the model was made with {record['kind']} '{record['name']}' of {record['package']} "
-                f"{record['version']}, this is {owner.package} {owner.version}: results may differ",
-                stacklevel=3,
-            )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sentcompress.contracts.backbone import Backbone
-from sentcompress.modeling.configuration import SentenceLMConfig
+from sentcompress.modeling.configuration import SentenceLMConfig, check_plugins
 from sentcompress.modeling.losses import TokenLoss, stop_loss
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.registry import get_registry
@@ -58,6 +58,7 @@ class SentenceLM(PreTrainedModel):
     def __init__(self, config: SentenceLMConfig) -> None:
         super().__init__(config)
         self.vae = SentenceVAE(config.vae_config)
+        check_plugins([record for record in config.plugins if record not in self.vae.config.plugins])
         backbone_class = get_registry().get("backbone", config.backbone_name)
         options = get_registry().options(
             "backbone", config.backbone_name, config.backbone_options, "backbone"

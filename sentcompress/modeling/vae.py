@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sentcompress.errors import PluginError
-from sentcompress.modeling.configuration import SentenceVAEConfig
+from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
@@ -48,6 +48,7 @@ class SentenceVAE(PreTrainedModel):
 
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__(config)
+        check_plugins(config.plugins)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.tie_embeddings:
             self.decoder_embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -158,22 +158,27 @@ def test_a_vae_of_another_width_is_refused():
         graft(recipe, tiny_vae(hidden_size=16), wrap_backbone(recipe.backbone, tiny_opt()))
 
 
-def test_a_missing_plugin_is_named_when_loading(tmp_path):
+LOADERS = pytest.mark.parametrize("load", [load_sentence_lm, SentenceLM.from_pretrained])
+
+
+@LOADERS
+def test_a_missing_plugin_is_named_when_loading(load, tmp_path):
     model = tiny_sentence_lm()
     model.config.plugins = [
         {"kind": "fusion", "name": "gone", "package": "sentcompress-gone", "version": "1.2"}
     ]
     model.save_pretrained(tmp_path)
     with pytest.raises(PluginError, match="sentcompress-gone") as error:
-        load_sentence_lm(tmp_path)
+        load(tmp_path)
     assert "pip install sentcompress-gone==1.2" in str(error.value)
 
 
-def test_another_version_of_a_plugin_is_warned_about(tmp_path):
+@LOADERS
+def test_another_version_of_a_plugin_is_warned_about(load, tmp_path):
     model = tiny_sentence_lm()
     model.config.plugins = [
         {"kind": "fusion", "name": "sum-norm", "package": "sentcompress-sums", "version": "1.2"}
     ]
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"fusion 'sum-norm' of sentcompress-sums 1.2, this is sentcompress"):
-        load_sentence_lm(tmp_path)
+        load(tmp_path)
