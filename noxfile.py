@@ -1,4 +1,5 @@
-"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel. ``nox`` runs what is quick; ``nox -s NAME`` runs one.
+"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel. ``nox`` runs what is quick,
+``nox -s NAME`` one of them.
 
 An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
 constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
