@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "sentcompress lm-eval --model sentcompress --model_args pretrained=out/quickstart/graft "
             "--tasks sentcompress_sotu_choice",
-            "sentcompress lm-eval --model hf --model_args pretrained=out/quickstart/baseline "
+            "sentcompress lm-eval --model hf --model_args pretrained=out/quickstart/baseline,dtype=float32 "
             "--tasks sentcompress_sotu_choice",
         ),
     )(lm_eval)
