@@ -65,9 +65,8 @@ def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     """Decoder and output head at each token and end mark; encoder, backbone and its cache once a sentence."""
     vae, head = model.vae, model.vae.output_weight
     size = head.element_size()
-    each, once = _told(model)
-    told = sum(_products(condition) for condition in _conditions(model))
-    decoder = float(module_bytes(vae.decoder) + (each - told + head.numel()) * size)
+    idle, once = _told(model)
+    decoder = float(module_bytes(vae.decoder) + (head.numel() - idle) * size)
     decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * _seen(model, sentence_tokens)
     cells = text_tokens / sentence_tokens * model.latents
     cache = backbone_cache_bytes(model.backbone.config, size)
@@ -77,19 +76,14 @@ def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     return decoder * steps + (sentence + cells * cache) / sentence_tokens
 
 
-def _conditions(model: SentenceLM) -> list[nn.Module]:
-    """What tells each block of the decoder about the latents: nothing with a prefix."""
-    blocks: Any = getattr(model.vae.decoder, "blocks", ())
-    return [block.condition for block in blocks if block.condition is not None]
-
-
 def _told(model: SentenceLM) -> tuple[float, float]:
-    """Weights of the decoder's conditions that are used at each token, and those used once a latent."""
-    told = sum(_products(condition) for condition in _conditions(model))
+    """Weights of what tells the blocks about the latents: those not used a token, and those used once a latent."""
+    blocks: Any = getattr(model.vae.decoder, "blocks", ())
+    told = sum(_products(block.condition) for block in blocks if block.condition is not None)
     if model.vae.config.conditioning != "cross-attention":
-        return 0, told / model.latents
+        return told, told / model.latents
     # Queries and output, keys and values; with one latent, values and output once, and nothing else.
-    return (told / 2, told / 2) if model.latents > 1 else (0, told / 2)
+    return (told / 2 if model.latents > 1 else told), told / 2
 
 
 def _seen(model: SentenceLM, sentence_tokens: float) -> float:
@@ -121,9 +115,8 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     config, vae, k = model.vae.config, model.vae, model.latents
     width = config.hidden_size
     prefix = getattr(vae.decoder, "prefix", 0)
-    each, once = _told(model)
-    told = sum(_products(condition) for condition in _conditions(model))
-    decoder = 2.0 * (_products(vae.decoder) - told + each)
+    idle, once = _told(model)
+    decoder = 2.0 * (_products(vae.decoder) - idle)
     decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
     encoder = 2.0 * (_products(vae.encoder) + _products(vae.fusion))
     encoder += 4 * config.encoder_layers * width * sentence_tokens

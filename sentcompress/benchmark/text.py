@@ -14,6 +14,7 @@ from sentcompress.benchmark.heldout import ByteCounter
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.parts import Missing, Parts
 from sentcompress.benchmark.results import TextReport
+from sentcompress.benchmark.rows import TWINS
 from sentcompress.benchmark.text_measures import Measure, measure_texts, score_texts
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.generation import GenerationSettings, SentenceGenerator
@@ -23,7 +24,7 @@ from sentcompress.text.corpus import Corpus
 from sentcompress.text.progress import Bar
 
 HUMAN = "human"
-BASELINE = "baseline, equal data"
+BASELINE = TWINS[0]
 Advance = Callable[[int], None]
 """Told of so many prompts more that are done."""
 BATCH = 16

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.results import (
     FILE,
@@ -21,7 +22,7 @@ from sentcompress.benchmark.results import (
 )
 from sentcompress.errors import InputError
 
-OURS, TWIN = "sentence model", "baseline, equal data"
+OURS, TWIN = make_rows.OURS, make_rows.TWINS[0]
 STAGES = {OURS: "graft", TWIN: "baseline"}
 """The stage whose tokens are the budget of each system."""
 SAME_BUDGET = 1.05
