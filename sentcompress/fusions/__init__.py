@@ -10,3 +10,4 @@ def register_fusions(register: Register) -> None:
     register("last", "sentcompress.fusions.last:Last")
     register("weighted-sum", "sentcompress.fusions.weighted_sum:WeightedSum")
     register("attention", "sentcompress.fusions.attention:AttentionPooling")
+    register("pack", "sentcompress.fusions.pack:Pack")

@@ -53,6 +53,7 @@ class SentenceVAEConfig(PretrainedConfig):
         conditioning: ``cross-attention``, ``add`` or ``prefix``.
         fusion: name and options of the fusion plugin.
         latents: vectors a sentence, ``k``; given by the fusion.
+        unpack_size: numbers of the latents that each position of the decoder is given directly; 0 gives none.
         decoder_context: positions before the sentence that the decoder sees too; 0 is the paper's.
         max_sentence_tokens: longest sentence.
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
@@ -78,6 +79,7 @@ class SentenceVAEConfig(PretrainedConfig):
         conditioning: str = "cross-attention",
         fusion: dict[str, Any] | None = None,
         latents: int = 1,
+        unpack_size: int = 0,
         decoder_context: int = 0,
         max_sentence_tokens: int = 64,
         tie_embeddings: bool = False,
@@ -110,6 +112,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.conditioning = conditioning
         self.fusion = fusion or {"name": "sum-norm", "options": {}}
         self.latents = latents
+        self.unpack_size = unpack_size
         self.decoder_context = decoder_context
         self.max_sentence_tokens = max_sentence_tokens
         self.tie_embeddings = tie_embeddings

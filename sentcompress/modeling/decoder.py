@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.configuration import SentenceVAEConfig
-from sentcompress.modeling.layers import DecoderBlock, LayerCache
+from sentcompress.modeling.layers import DecoderBlock, LayerCache, Unpack
 from sentcompress.modeling.ragged import Ragged
 
 
@@ -44,6 +44,7 @@ class DecoderCache:
     Attributes:
         layers: keys and values of each block.
         prepared: what each block computed from the latents, once.
+        slots: ``[B, positions, size]``, what the latents give each position; None without ``unpack_size``.
         positions: ``[B]`` int64, positions filled so far in each row.
         context: where the sentences begin, and what the first places of ``layers`` hold; None without context.
     """
@@ -52,6 +53,7 @@ class DecoderCache:
     prepared: list[tuple[Tensor, ...]]
     positions: Tensor
     context: DecoderContext | None = None
+    slots: Tensor | None = None
 
 
 class SentenceDecoder(nn.Module):
@@ -67,6 +69,7 @@ class SentenceDecoder(nn.Module):
         self.prefix = config.latents if config.conditioning == "prefix" else 0
         self.capacity = config.max_sentence_tokens + 1 + self.prefix
         self.embed_positions = nn.Embedding(self.capacity, config.hidden_size)
+        self.unpack = Unpack(config) if config.unpack_size else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -97,6 +100,9 @@ class SentenceDecoder(nn.Module):
     ) -> tuple[Tensor, Ragged]:
         """The states, and the layout of the positions they were computed at, the prefix included."""
         inner = layout
+        if self.unpack is not None:
+            slots = self.unpack.prepare(latents.to(embeddings.dtype))
+            embeddings = embeddings + self.unpack(slots, layout.sentence_ids, layout.positions)
         if self.prefix:
             inner = layout.longer_by(self.prefix)
             embeddings = inner.unpad(torch.cat([latents.to(embeddings.dtype), layout.pad(embeddings)], dim=1))
@@ -154,6 +160,7 @@ class SentenceDecoder(nn.Module):
             layers=[LayerCache(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks],
             prepared=[block.prepare(latents) for block in self._decoder_blocks()],
             positions=positions,
+            slots=None if self.unpack is None else self.unpack.prepare(latents),
         )
         if self.context:
             if context is None:
@@ -164,11 +171,17 @@ class SentenceDecoder(nn.Module):
                 layer.values[:, :, : self.context] = before.values
             cache.context = replace(context, layers=[])
         for i in range(self.prefix):
-            self.step(latents[:, i], cache)
+            self._step(latents[:, i], cache)
         return cache
 
     def step(self, embeddings: Tensor, cache: DecoderCache) -> Tensor:
-        """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``."""
+        """One more token in every row: ``[B, H] -> [B, H]``, extending ``cache``."""
+        if self.unpack is not None and cache.slots is not None:
+            rows = torch.arange(len(embeddings), device=embeddings.device)
+            embeddings = embeddings + self.unpack(cache.slots, rows, cache.positions - self.prefix)
+        return self._step(embeddings, cache)
+
+    def _step(self, embeddings: Tensor, cache: DecoderCache) -> Tensor:
         hidden_states = embeddings + self.embed_positions(cache.positions)
         across: tuple[Tensor, ...] = ()
         if cache.context is not None:

@@ -103,6 +103,7 @@ def vae_config(
         conditioning=recipe.vae.conditioning,
         fusion=recipe.fusion.model_dump(),
         latents=fusion.latents,
+        unpack_size=recipe.vae.unpack_size,
         decoder_context=recipe.vae.decoder_context,
         max_sentence_tokens=segmenter.max_tokens,
         tie_embeddings=recipe.vae.tie_embeddings,

@@ -184,6 +184,29 @@ class AddedLatents(nn.Module):
         return prepared[0]
 
 
+class Unpack(nn.Module):
+    """What of the latents belongs to each position, by a matrix of its own: the opposite of the fusion ``pack``.
+
+    Attention finds its way by what is said at a place; that the fifth word of the latents is due at the fifth position
+    is a product of place and latents, which it can only learn slowly.
+    """
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.size = config.unpack_size
+        width = config.latents * config.hidden_size
+        self.read = nn.Linear(width, (config.max_sentence_tokens + 1) * self.size, bias=False)
+        self.widen = nn.Linear(self.size, config.hidden_size, bias=False)
+
+    def prepare(self, latents: Tensor) -> Tensor:
+        """``[S, k, H] -> [S, positions, size]``, computed once a sentence."""
+        return self.read(latents.flatten(1)).unflatten(1, (-1, self.size))
+
+    def forward(self, slots: Tensor, sentence_ids: Tensor, positions: Tensor) -> Tensor:
+        """What is added at ``positions [T]`` of the sentences ``sentence_ids [T]``: ``[T, H]``."""
+        return self.widen(slots[sentence_ids, positions])
+
+
 class FeedForward(nn.Sequential):
     """Linear, GELU, linear; ``feedforward_size`` wide."""
 

@@ -62,6 +62,8 @@ class VAESpec(Section):
     """Dropout in the blocks (the paper: 0.1)."""
     conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
     """How the decoder is told what to write: cross-attention (the paper), an added vector, or a prefix."""
+    unpack_size: int = Field(default=0, ge=0, le=1024)
+    """Numbers of the latents that each position of the decoder is given directly, by a matrix of its own; 0 gives none."""
     decoder_context: int = Field(default=0, ge=0, le=4096)
     """Positions before the sentence that the decoder sees too, across sentence borders; 0 is the paper's."""
     tie_embeddings: bool = False
@@ -82,8 +84,9 @@ class VAESpec(Section):
             raise ValueError(
                 "init: backbone makes the encoder of the LLM's first blocks: encoder_layers is 0"
             )
-        if self.init == "backbone" and self.decoder_context:
-            raise ValueError("decoder_context goes with blocks of our own: use init: embeddings or random")
+        for option in ("decoder_context", "unpack_size"):
+            if self.init == "backbone" and getattr(self, option):
+                raise ValueError(f"{option} goes with blocks of our own: use init: embeddings or random")
         return self
 
 
