@@ -26,6 +26,8 @@ from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
 
 IGNORED = -100
 """Label of a position that is no target."""
+SIMILAR = 0.9
+"""Rows computed together are at least this share of the longest among them."""
 
 
 class TokenLM(nn.Module):
@@ -52,13 +54,39 @@ class TokenLM(nn.Module):
         Returns:
             loss and NLL in nats, ``[targets]`` each; only the loss carries gradients.
         """
-        states = self.lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        targets = labels[:, 1:]
-        kept = targets != IGNORED
         weight = self.lm.get_output_embeddings().weight
-        return TokenLoss(gamma=0.0)(states[:, :-1][kept], weight, targets[kept])
+        states, targets = [], []
+        for rows, length in rows_of_similar_length(attention_mask):
+            mask = attention_mask[rows, :length]
+            hidden = self.lm.base_model(
+                # Without padding nothing is masked but what comes later, for which attention has a fast path.
+                input_ids=input_ids[rows, :length],
+                attention_mask=None if bool(mask.all()) else mask,
+                use_cache=False,
+            ).last_hidden_state
+            following = labels[rows, 1:length]
+            kept = following != IGNORED
+            states.append(hidden[:, :-1][kept])
+            targets.append(following[kept])
+        return TokenLoss(gamma=0.0)(torch.cat(states), weight, torch.cat(targets))
+
+
+def rows_of_similar_length(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows that are computed together, so that little of it is padding.
+
+    Args:
+        attention_mask: ``[B, T]``, padding on the right.
+
+    Returns:
+        numbers of rows ``[b]``, and the length of the longest, of each group.
+    """
+    lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
+    groups: list[tuple[list[int], int]] = []
+    for row, length in zip(order.tolist(), lengths.tolist(), strict=True):
+        if not groups or length < SIMILAR * groups[-1][1]:
+            groups.append(([], length))
+        groups[-1][0].append(row)
+    return [(torch.tensor(rows, device=attention_mask.device), length) for rows, length in groups]
 
 
 class TokenLevelJob:
@@ -75,7 +103,9 @@ class TokenLevelJob:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
         loss, _ = model(**batch)
-        return StepOutput(loss.mean(), tokens=int(batch["attention_mask"].sum()))
+        mask = batch["attention_mask"]
+        computed = [mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask)]
+        return StepOutput(loss.mean(), tokens=int(mask.sum()), rows=torch.cat(computed)[None])
 
     def heldout_batches(self) -> int:
         """Held-out batches an evaluation reads."""
