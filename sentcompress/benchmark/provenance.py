@@ -6,6 +6,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 from sentcompress import __version__
 from sentcompress.benchmark.results import Honesty
 from sentcompress.recipe import Recipe
+from sentcompress.registry import get_registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
+@cache
 def commit(folder: Path | None = None) -> str:
     """Commit of this package's own repository, ``+dirty`` when tracked files differ; ``unknown`` elsewhere.
 
@@ -39,13 +43,28 @@ def commit(folder: Path | None = None) -> str:
         return "unknown"
 
 
-def command() -> str:
-    """The command line of this process, as one would type it."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
-    start = ["python", str(program)] if program.suffix == ".py" else [program.name]
-    return shlex.join([*start, *sys.argv[1:]])
+def command(argv: Sequence[str] | None = None) -> str:
+    """The command line of this process (or ``argv``), as one would type it."""
+    program, *arguments = sys.argv if argv is None else argv
+    path = Path(program)
+    if path.name == "__main__.py":
+        return shlex.join(["python", "-m", path.parent.name, *arguments])
+    # A console script is found by its name; a script of one's own needs its path.
+    start = ["python", program] if path.suffix == ".py" else [path.name]
+    return shlex.join([*start, *arguments])
+
+
+def plugin_packages(recipe: Recipe) -> dict[str, str]:
+    """Versions of the packages a recipe's components come from, ours left out."""
+    components = [
+        ("segmenter", recipe.segmenter.name),
+        ("fusion", recipe.fusion.name),
+        ("backbone", recipe.backbone.name),
+        ("dataset", recipe.data.name),
+        *(("metric", metric.name) for metric in recipe.bench.extra_metrics),
+    ]
+    owners = [get_registry().owner(kind, name) for kind, name in components if name]
+    return {owner.package: owner.version for owner in owners if owner.package != "sentcompress"}
 
 
 def packages() -> dict[str, str]:
@@ -98,7 +117,7 @@ class Provenance:
             "dtype": dtype,
             "threads": torch.get_num_threads(),
             "seed": recipe.seed,
-            "packages": packages(),
+            "packages": packages() | plugin_packages(recipe),
         }
         self.mean_sentence_tokens = mean_sentence_tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -25,7 +26,7 @@ from sentcompress.cli import (
     validate,
 )
 from sentcompress.cli.common import examples
-from sentcompress.cli.failures import DEBUG_VARIABLE, report
+from sentcompress.cli.failures import DEBUG_VARIABLE, debugging, report
 
 app = typer.Typer(
     name="sentcompress",
@@ -85,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if "--debug" in arguments[:end]:
         os.environ[DEBUG_VARIABLE] = "1"
         arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
+    if not debugging():
+        # Where in our source a warning was raised is of no use to the reader.
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app(arguments, prog_name="sentcompress")
     except Exception as error:

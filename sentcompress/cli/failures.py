@@ -20,12 +20,17 @@ _LESS_MEMORY = (
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
 
 
+def debugging() -> bool:
+    """Whether ``--debug`` or its variable asks for tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
 def report(error: BaseException) -> int:
     """Print what went wrong and what to do about it; return the exit code.
 
     SENTCOMPRESS_DEBUG (set by ``--debug``) adds the traceback.
     """
-    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+    if debugging():
         traceback.print_exception(error)
     explained = explain(error)
     print(f"error: {explained}", file=sys.stderr)

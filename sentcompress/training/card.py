@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import yaml
 
 from sentcompress import __version__
+from sentcompress.benchmark.provenance import command, commit, plugin_packages
 from sentcompress.recipe import Recipe
 
 
@@ -39,28 +36,15 @@ class Card:
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:
-    """Command, version, commit and recipe of this process: what every result carries."""
+    """Command, version, commit, plugin packages and recipe of this process: what every result carries."""
     return {
-        "command": command_line(),
+        "command": command(),
         "version": __version__,
         "commit": commit(),
+        **plugin_packages(recipe),
         "recipe": recipe.name,
         "recipe_hash": recipe.digest(),
     }
-
-
-def command_line() -> str:
-    """The command this process was started with, as one would type it."""
-    return _typed(sys.argv)
-
-
-def _typed(argv: list[str]) -> str:
-    program = Path(argv[0])
-    if program.name == "__main__.py":
-        return shlex.join(["python", "-m", program.parent.name, *argv[1:]])
-    # A console script is found by its name; a script of one's own needs its path.
-    start = ["python", str(program)] if program.suffix == ".py" else [program.name]
-    return shlex.join([*start, *argv[1:]])
 
 
 def resume_command() -> str:
@@ -68,32 +52,7 @@ def resume_command() -> str:
     kept = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
     if kept[:1] != ["run"]:  # "run" picks up by itself
         kept.append("--resume")
-    return _typed([sys.argv[0], *kept])
-
-
-@cache
-def commit() -> str:
-    """Commit of the source this runs from (``+changes`` if edited); ``unknown`` outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
-
-    def git(*arguments: str) -> str:
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-            env=environment,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "sentcompress")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    return command([sys.argv[0], *kept])
 
 
 def render_card(

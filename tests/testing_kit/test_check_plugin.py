@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import sentcompress.testing
+from sentcompress.benchmark.provenance import Provenance, plugin_packages
 from sentcompress.errors import InputError, PluginError
+from sentcompress.recipe import Recipe
 from sentcompress.registry import KINDS
 from sentcompress.testing import CheckFailed, check_plugin
 from sentcompress.text.segmentation import checked_split
+from sentcompress.training.card import provenance
 
 pytest_plugins = ["pytester"]
 
@@ -143,3 +147,19 @@ def test_one_line_in_a_strangers_test_file(install: Install, pytester: pytest.Py
     assert "no metric is called 'lenght'. Did you mean 'length'?" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert "failures.py" not in done.stdout
+
+
+def test_results_and_model_cards_name_the_packages_of_plugins(install: Install) -> None:
+    install(
+        "sentcompress-lines",
+        "from sentcompress.hookspecs import hookimpl\n"
+        "@hookimpl\n"
+        "def register_segmenters(register):\n"
+        "    register('my-lines', 'sentcompress.segmenters.fixed:FixedSegmenter')\n",
+    )
+    recipe = Recipe.model_validate({"name": "mine", "segmenter": {"name": "my-lines"}})
+    assert plugin_packages(recipe) == {"sentcompress-lines": "1.2"}
+    honesty = Provenance(recipe, torch.device("cpu"), "float32").honesty(0)
+    assert "sentcompress-lines 1.2" in honesty.line()
+    assert provenance(recipe)["sentcompress-lines"] == "1.2"
+    assert plugin_packages(Recipe.model_validate({"name": "ours"})) == {}
