@@ -66,12 +66,13 @@ def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     vae, head = model.vae, model.vae.output_weight
     size = head.element_size()
     idle, once = _told(model)
-    decoder = float(module_bytes(vae.decoder) + (head.numel() - idle) * size)
+    unpack = _unpack(model)
+    decoder = float(module_bytes(vae.decoder) + (head.numel() - idle - unpack) * size)
     decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * _seen(model, sentence_tokens)
     cells = text_tokens / sentence_tokens * model.latents
     cache = backbone_cache_bytes(model.backbone.config, size)
     parts = (vae.encoder, vae.fusion, model.backbone, model.termination)
-    sentence = sum(module_bytes(part) for part in parts) + once * size
+    sentence = sum(module_bytes(part) for part in parts) + (once + unpack) * size
     steps = (sentence_tokens + 1) / sentence_tokens
     return decoder * steps + (sentence + cells * cache) / sentence_tokens
 
@@ -84,6 +85,12 @@ def _told(model: SentenceLM) -> tuple[float, float]:
         return told, told / model.latents
     # Queries and output, keys and values; with one latent, values and output once, and nothing else.
     return (told / 2 if model.latents > 1 else told), told / 2
+
+
+def _unpack(model: SentenceLM) -> int:
+    """Weights of the decoder's ``unpack_size``, used once a sentence."""
+    unpack = getattr(model.vae.decoder, "unpack", None)
+    return 0 if unpack is None else unpack.read.weight.numel()
 
 
 def _seen(model: SentenceLM, sentence_tokens: float) -> float:
@@ -116,18 +123,19 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     width = config.hidden_size
     prefix = getattr(vae.decoder, "prefix", 0)
     idle, once = _told(model)
-    decoder = 2.0 * (_products(vae.decoder) - idle)
+    unpack = _unpack(model)
+    decoder = 2.0 * (_products(vae.decoder) - idle - unpack)
     decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
-    encoder = 2.0 * (_products(vae.encoder) + _products(vae.fusion))
-    encoder += 4 * config.encoder_layers * width * sentence_tokens
+    encoder = 2.0 * _products(vae.encoder) + 4 * config.encoder_layers * width * sentence_tokens
     cells = text_tokens / sentence_tokens * k
     backbone = 2 * _products(model.backbone) + 4 * model.backbone.config.num_hidden_layers * width * cells
     sentence = (
         decoder * (sentence_tokens + 1 + prefix)
         + 2 * vae.output_weight.numel() * (sentence_tokens + 1)
         + encoder * sentence_tokens
+        + 2 * vae.fusion.products(sentence_tokens)
         + backbone * k
-        + 2 * once * k
+        + 2 * (once * k + unpack)
     )
     return sentence / sentence_tokens
 

@@ -29,6 +29,13 @@ class Fusion(nn.Module):
         """Vectors a sentence, ``k``; 1 unless a subclass says otherwise."""
         return 1
 
+    def products(self, tokens: float) -> float:
+        """Multiplications for a sentence of ``tokens`` tokens, for the computed cost of decoding.
+
+        Every matrix once a token unless a subclass says otherwise.
+        """
+        return tokens * sum(p.numel() for p in self.parameters() if p.ndim > 1)
+
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Fuse.
 

@@ -25,8 +25,8 @@ class PackOptions(Options):
 class Pack(Fusion):
     """The sum over positions of ``W[position] @ narrow(hidden_state)``, normalized: k latents.
 
-    A lookup-and-concatenate embedder (Block Transformer, arXiv 2406.02657, section 2.2) for units of any length. Where a
-    pooling has to learn to keep the order of the words apart, here it is apart from the beginning.
+    A lookup-and-concatenate embedder (Block Transformer, arXiv 2406.02657, section 2.2) for units of any length. A pooling
+    has to learn to keep the order of the words apart, here it is apart from the beginning.
     """
 
     Options: ClassVar[type[Options]] = PackOptions
@@ -47,15 +47,16 @@ class Pack(Fusion):
     def latents(self) -> int:
         return int(self.options.latents)
 
+    def products(self, tokens: float) -> float:
+        each = self.narrow.weight.numel() + self.write[0].numel()
+        return tokens * each
+
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         narrow = self.narrow(hidden_states.masked_fill(~mask[:, :, None], 0.0))
-        # The first token of a sentence has place 0 on whichever side the padding is.
-        places = (mask.long().cumsum(1) - 1).clamp_min(0) % self.options.positions
-        if mask.shape[1] <= self.options.positions and bool(mask[:, 0].all()):
-            write = self.write[: mask.shape[1]].to(narrow.dtype)
-            written = narrow.flatten(1) @ write.flatten(0, 1)
-        else:
-            slots = narrow.new_zeros(len(mask), self.options.positions, narrow.shape[2])
-            slots = slots.scatter_add(1, places[:, :, None].expand_as(narrow), narrow)
-            written = slots.flatten(1) @ self.write.to(narrow.dtype).flatten(0, 1)
+        length = min(mask.shape[1], self.options.positions)
+        # The first token has place 0 on whichever side the padding is.
+        places = (mask.long().cumsum(1) - 1).clamp_min(0) % length
+        slots = narrow.new_zeros(len(mask), length, narrow.shape[2])
+        slots = slots.scatter_add(1, places[:, :, None].expand_as(narrow), narrow)
+        written = slots.flatten(1) @ self.write[:length].to(narrow.dtype).flatten(0, 1)
         return self.norm(written.unflatten(1, (self.latents, self.hidden_size)))

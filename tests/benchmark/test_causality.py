@@ -39,6 +39,7 @@ def test_a_decoder_that_sees_the_text_before_the_sentence_passes(conditioning, s
             "conditioning": conditioning,
             "decoder_context": 9,
             "decoder_layers": 2,
+            "unpack_size": 6,
         }
     )
     model.config.start_latent = start

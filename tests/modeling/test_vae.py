@@ -11,7 +11,7 @@ from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_passages, tiny_vae
 
 CONDITIONINGS = ["cross-attention", "add", "prefix"]
-FUSIONS = ["sum-norm", "mean", "last", "weighted-sum", "attention"]
+FUSIONS = ["sum-norm", "mean", "last", "weighted-sum", "attention", "pack"]
 
 
 def build(conditioning="cross-attention", fusion="sum-norm", **settings):
@@ -60,9 +60,10 @@ def test_fusions_ignore_what_stands_at_padding(fusion):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("fusion", ["sum-norm", "attention"])
+@pytest.mark.parametrize("unpack", [0, 6])
 @torch.no_grad()
-def test_cached_decoding_equals_the_teacher_forced_pass(conditioning, fusion):
-    vae, batch = build(conditioning, fusion, decoder_layers=2), tiny_passages()
+def test_cached_decoding_equals_the_teacher_forced_pass(conditioning, fusion, unpack):
+    vae, batch = build(conditioning, fusion, decoder_layers=2, unpack_size=unpack), tiny_passages()
     ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
     latents = vae.encode(ids, batch["attention_mask"])
     cache = vae.decoder.start(latents)
@@ -87,6 +88,20 @@ def test_attention_to_one_latent_is_a_vector_added():
     in_full = attention.attend(hidden, keys, values)
     (added,) = attention.prepare(latents)
     torch.testing.assert_close(in_full, added[:, None].expand_as(in_full), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_sentences_keep_the_order_of_their_words():
+    """The same words in another order, and words beyond the last position, give other latents."""
+    fusion = get_registry().create("fusion", "pack", {"positions": 4, "latents": 2}, hidden_size=16)
+    states = torch.randn(1, 6, 16)
+    everything = torch.ones(1, 6, dtype=torch.bool)
+    latents = fusion(states, everything)
+    assert latents.shape == (1, 2, 16)
+    assert not torch.allclose(fusion(states.flip(1), everything), latents, atol=1e-3)
+    changed = states.clone()
+    changed[0, 5] += 1
+    assert not torch.allclose(fusion(changed, everything), latents, atol=1e-3)
 
 
 @pytest.mark.parametrize("tie", [True, False])
