@@ -25,8 +25,8 @@ class PackOptions(Options):
 class Pack(Fusion):
     """The sum over positions of ``W[position] @ narrow(hidden_state)``, normalized: k latents.
 
-    A lookup-and-concatenate embedder (Block Transformer, arXiv 2406.02657, section 2.2) for units of any length. A pooling
-    has to learn to keep the order of the words apart, here it is apart from the beginning.
+    A lookup-and-concatenate embedder (Block Transformer, arXiv 2406.02657, section 2.2) for units of any length. A
+    pooling has to learn to keep the order of the words apart, here it is apart from the beginning.
     """
 
     Options: ClassVar[type[Options]] = PackOptions
