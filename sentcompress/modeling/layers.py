@@ -196,7 +196,8 @@ class Unpack(nn.Module):
         self.size = config.unpack_size
         width = config.latents * config.hidden_size
         self.read = nn.Linear(width, (config.max_sentence_tokens + 1) * self.size, bias=False)
-        self.widen = nn.Linear(self.size, config.hidden_size, bias=False)
+        # Begins silent: what a graft's backbone says at first would drown the tokens.
+        self.widen = nn.Parameter(torch.zeros(self.size, config.hidden_size))
 
     def prepare(self, latents: Tensor) -> Tensor:
         """``[S, k, H] -> [S, positions, size]``, computed once a sentence."""
@@ -204,7 +205,7 @@ class Unpack(nn.Module):
 
     def forward(self, slots: Tensor, sentence_ids: Tensor, positions: Tensor) -> Tensor:
         """What is added at ``positions [T]`` of the sentences ``sentence_ids [T]``: ``[T, H]``."""
-        return self.widen(slots[sentence_ids, positions])
+        return slots[sentence_ids, positions] @ self.widen.to(slots.dtype)
 
 
 class FeedForward(nn.Sequential):

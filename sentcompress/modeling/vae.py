@@ -15,7 +15,6 @@ from sentcompress.errors import PluginError
 from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
-from sentcompress.modeling.layers import Unpack
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
 from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal
 from sentcompress.modeling.ragged import Ragged
@@ -74,9 +73,6 @@ class SentenceVAE(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Unpack):
-            # Begins silent: what a graft's backbone says at first would drown the tokens.
-            nn.init.zeros_(module.widen.weight)
         elif hasattr(module, "reset_parameters") and type(module).__module__.split(".")[0] != "torch":
             cast(Any, module).reset_parameters()  # a fusion with parameters of its own
 
