@@ -196,8 +196,9 @@ class Unpack(nn.Module):
         self.size = config.unpack_size
         width = config.latents * config.hidden_size
         self.read = nn.Linear(width, (config.max_sentence_tokens + 1) * self.size, bias=False)
-        # Begins silent: what a graft's backbone says at first would drown the tokens.
-        self.widen = nn.Parameter(torch.zeros(self.size, config.hidden_size))
+        self.widen = nn.Parameter(torch.empty(self.size, config.hidden_size))
+        # As loud as the token embeddings: louder, it drowns them in a graft; silent, the latents are found late.
+        nn.init.normal_(self.widen, std=config.initializer_range * self.size**-0.5)
 
     def prepare(self, latents: Tensor) -> Tensor:
         """``[S, k, H] -> [S, positions, size]``, computed once a sentence."""

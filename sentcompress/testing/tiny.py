@@ -40,10 +40,7 @@ def tiny_vae(vocab_size: int = 500, seed: int = 0, **settings: Any) -> SentenceV
     """A SentenceVAE of hidden size 32 with random weights, in eval mode."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "num_heads": 4, "max_sentence_tokens": 24, "initializer_range": 0.1}
-    vae = SentenceVAE(SentenceVAEConfig(vocab_size=vocab_size, **{**shape, **settings}))
-    if settings.get("unpack_size"):
-        torch.nn.init.normal_(vae.decoder.unpack.widen)  # zero at first, and then no check of it could fail
-    return vae.eval()
+    return SentenceVAE(SentenceVAEConfig(vocab_size=vocab_size, **{**shape, **settings})).eval()
 
 
 def tiny_sentence_lm(
