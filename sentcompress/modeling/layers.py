@@ -196,9 +196,7 @@ class Unpack(nn.Module):
         self.size = config.unpack_size
         width = config.latents * config.hidden_size
         self.read = nn.Linear(width, (config.max_sentence_tokens + 1) * self.size, bias=False)
-        self.widen = nn.Parameter(torch.empty(self.size, config.hidden_size))
-        # As loud as the token embeddings: louder, it drowns them in a graft; silent, the latents are found late.
-        nn.init.normal_(self.widen, std=config.initializer_range * self.size**-0.5)
+        self.widen = nn.Linear(self.size, config.hidden_size, bias=False)
 
     def prepare(self, latents: Tensor) -> Tensor:
         """``[S, k, H] -> [S, positions, size]``, computed once a sentence."""
@@ -206,7 +204,7 @@ class Unpack(nn.Module):
 
     def forward(self, slots: Tensor, sentence_ids: Tensor, positions: Tensor) -> Tensor:
         """What is added at ``positions [T]`` of the sentences ``sentence_ids [T]``: ``[T, H]``."""
-        return slots[sentence_ids, positions] @ self.widen.to(slots.dtype)
+        return self.widen(slots[sentence_ids, positions])
 
 
 class FeedForward(nn.Sequential):
