@@ -13,6 +13,7 @@ from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.results import (
     FILE,
+    DecodingCost,
     Honesty,
     ModelCounts,
     QualityScore,
@@ -43,6 +44,8 @@ class SystemPoint(Record):
     """On top, of the SentenceVAE; None for the twin, and where they are not known."""
     flops: float
     """Of training, SentenceVAE included: 6 N D, each weight by the tokens it multiplies."""
+    cost: DecodingCost | None = None
+    """Of writing such text; None in files of versions that did not compute it."""
 
 
 class RunPoint(Record):
@@ -221,6 +224,7 @@ def _system(folder: Path, score: QualityScore) -> SystemPoint:
         training_tokens=tokens,
         vae_tokens=counts.training_tokens.get("vae"),
         flops=flops(counts, tokens),
+        cost=score.cost,
     )
 
 

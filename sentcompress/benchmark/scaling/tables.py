@@ -45,6 +45,7 @@ def points_table(law: ScalingLaw) -> Plain:
                 number(first.ours.vae_tokens),
                 f"{ours:.2e}",
                 f"{twin:.2e}",
+                _decoding(first),
             ]
         )
     columns = [
@@ -59,6 +60,7 @@ def points_table(law: ScalingLaw) -> Plain:
         "SentenceVAE tokens",
         "its FLOPs",
         "baseline's",
+        "decoding",
     ]
     notes = [
         f"Bits per byte; all scored the same {law.heldout.bytes:,} bytes of {law.heldout.documents} held-out "
@@ -67,6 +69,7 @@ def points_table(law: ScalingLaw) -> Plain:
         "graft; the baseline read the same passages. The SentenceVAE's tokens come on top and have no counterpart.",
         "FLOPs of training, SentenceVAE included: 6 N D, each weight by the tokens it multiplies (the backbone of the "
         "sentence model reads a position a sentence), attention over positions left out.",
+        "Decoding: FLOPs and bytes read to write a token, computed from shapes, as shares of the baseline's.",
     ]
     return Plain("Points", columns, rows, notes)
 
@@ -75,6 +78,11 @@ def _spread(spread: Spread) -> str:
     if len(spread.seeds) == 1:
         return f"{spread.mean:.4f}"
     return f"{spread.mean:.4f} ({spread.low:.4f} to {spread.high:.4f})"
+
+
+def _decoding(run: RunPoint) -> str:
+    ours, twin = run.ours.cost, run.twin.cost
+    return f"{ours.flops / twin.flops:.0%}, {ours.bytes / twin.bytes:.0%}" if ours and twin else "-"
 
 
 def _sizes(total: int, learn: int | None) -> str:
