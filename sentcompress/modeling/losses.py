@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**23
 """Logits held at a time; larger blocks cost page faults rather than save time."""
@@ -108,6 +109,61 @@ class _ChunkedFocalLoss(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight[start : start + step] = grad.t() @ hidden
         return grad_hidden.to(input_dtype), grad_weight, None, None, None
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a token-level LLM expects at each token of some sentences.
+
+    Attributes:
+        states: ``[S, L, H_teacher]``, its last hidden states: what stands at a token predicts that token.
+        weight: ``[V, H_teacher]`` of its output head.
+        share: of the loss that is cross-entropy against its distribution; the rest is that of the text itself.
+    """
+
+    states: Tensor
+    weight: Tensor
+    share: float
+
+    def of(self, sentences: Tensor) -> Teaching:
+        """Only some sentences, ``[S']``, in that order."""
+        return Teaching(self.states[sentences], self.weight, self.share)
+
+
+def taught_loss(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, teaching: Teaching, states: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Loss against the text and against a teacher's distribution (arXiv 1503.02531), a block of rows at a time.
+
+    Args:
+        hidden_states, weight, targets: as :class:`TokenLoss` takes them.
+        states: ``[T, H_teacher]`` of the teacher at the same targets.
+        gamma: focusing parameter of the part against the text.
+
+    Returns:
+        loss ``[T]`` and NLL ``[T]`` in nats, both fp32; only the loss carries gradients.
+    """
+    rows = max(1, LOGITS_BUDGET // len(weight))
+    blocks = [
+        checkpoint(_taught, hidden, weight, target, state, teaching, gamma, use_reentrant=False)
+        for hidden, target, state in zip(
+            hidden_states.split(rows), targets.split(rows), states.split(rows), strict=True
+        )
+    ]
+    return torch.cat([loss for loss, _ in blocks]), torch.cat([nll for _, nll in blocks])
+
+
+def _taught(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, states: Tensor, teaching: Teaching, gamma: float
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden_states, weight).float()
+    total = logits.logsumexp(1)
+    nll = total - logits.gather(1, targets[:, None]).squeeze(1)
+    with torch.no_grad():
+        expected = F.linear(states, teaching.weight).float().softmax(1)
+    taught = total - (expected * logits).sum(1)
+    told = (1 - torch.exp(-nll)).clamp_min(1e-12) ** gamma * nll if gamma else nll
+    return (1 - teaching.share) * told + teaching.share * taught, nll.detach()
 
 
 def stop_loss(logits: Tensor, stop: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

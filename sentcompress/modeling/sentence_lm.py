@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.modeling.configuration import SentenceLMConfig, check_plugins
-from sentcompress.modeling.losses import TokenLoss, stop_loss
+from sentcompress.modeling.losses import Teaching, TokenLoss, stop_loss
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.registry import get_registry
 
@@ -178,6 +178,7 @@ class SentenceLM(PreTrainedModel):
         last: Tensor,
         token_loss: TokenLoss | None = None,
         stop_weight: float = 1.0,
+        teaching: Teaching | None = None,
         **kwargs: Any,
     ) -> SentenceLMOutput:
         """Predict each sentence from those before it in its document.
@@ -190,6 +191,7 @@ class SentenceLM(PreTrainedModel):
             last: ``[S]`` bool, sentences that end their document.
             token_loss: focal with gamma 2 unless given; its gamma also serves the stop decisions.
             stop_weight: weight of the stop loss.
+            teaching: what a token-level LLM expects at each token of the ``S`` sentences; None: text alone.
         """
         token_loss = token_loss or TokenLoss()
         latents = self.encode(input_ids, attention_mask)
@@ -219,7 +221,13 @@ class SentenceLM(PreTrainedModel):
                 told = told.index_copy(0, following[predicted], hidden_states[:, :-1][predicted])[written]
                 charged = torch.zeros_like(scored).index_fill(0, targets_at, True)[written]
             token_losses, nll, counts = self.vae.decode_nll(
-                told, input_ids[written], attention_mask[written], token_loss, streams, charged
+                told,
+                input_ids[written],
+                attention_mask[written],
+                token_loss,
+                streams,
+                charged,
+                None if teaching is None else teaching.of(written),
             )
             token_part = token_losses.mean()
             sentence_nll = sentence_nll.index_copy(0, written, nll)

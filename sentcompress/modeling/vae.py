@@ -16,7 +16,7 @@ from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
-from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal
+from sentcompress.modeling.losses import Teaching, TokenLoss, kl_to_standard_normal, taught_loss
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.registry import describe_component, get_registry
 
@@ -124,6 +124,7 @@ class SentenceVAE(PreTrainedModel):
         token_loss: TokenLoss,
         streams: Tensor | None = None,
         scored: Tensor | None = None,
+        teaching: Teaching | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced loss of writing sentences from latents.
 
@@ -134,6 +135,7 @@ class SentenceVAE(PreTrainedModel):
             streams: ``[S]`` int64, the text each belongs to, those of one text together and in order; with
                 ``decoder_context`` they see each other. None: each is alone.
             scored: ``[S]`` bool, what is charged; None charges all.
+            teaching: what a teacher expects at the tokens of these sentences (it knows no end marks).
 
         Returns:
             loss ``[T]`` of every target charged, NLL ``[S]`` in nats and number of targets ``[S]`` of each
@@ -146,11 +148,21 @@ class SentenceVAE(PreTrainedModel):
         targets[~ends] = inputs[~first]
         hidden_states = self.decoder(self.embed_targets(inputs), layout, latents)
         sentence_ids, lengths = layout.sentence_ids, layout.lengths
+        states = None if teaching is None else teaching.states[attention_mask.bool()]
         if scored is not None:
             charged = scored[sentence_ids]
-            hidden_states, targets = hidden_states[charged], targets[charged]
+            states = None if states is None else states[charged[~ends]]
+            hidden_states, targets, ends = hidden_states[charged], targets[charged], ends[charged]
             sentence_ids, lengths = sentence_ids[charged], lengths * scored
-        loss, nll = token_loss(hidden_states, self.output_weight, targets)
+        if teaching is None or states is None:
+            loss, nll = token_loss(hidden_states, self.output_weight, targets)
+        else:
+            marks = token_loss(hidden_states[ends], self.output_weight, targets[ends])
+            tokens = taught_loss(
+                hidden_states[~ends], self.output_weight, targets[~ends], teaching, states, token_loss.gamma
+            )
+            order = torch.cat([ends.nonzero(), (~ends).nonzero()]).squeeze(1).argsort()
+            loss, nll = (torch.cat(parts)[order] for parts in zip(marks, tokens, strict=True))
         sums = nll.new_zeros(layout.num_sentences).index_add(0, sentence_ids, nll)
         return loss, sums, lengths
 

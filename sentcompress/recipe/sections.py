@@ -211,6 +211,17 @@ class GraftSettings(TrainingSettings, TuneSettings):
     """A learned vector before each document, which predicts its first sentence; the paper has none."""
     stop_weight: float = Field(default=1.0, ge=0)
     """Weight of the stop decisions' loss."""
+    teacher: str | None = None
+    """Learn also from what a token-level LLM expects of the same text: ``backbone`` (as it came), ``baseline`` (the
+    twin, which is then trained first), or the folder of a causal LM with the same tokenizer."""
+    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    """Of the token loss, against the teacher's distribution; the rest is against the text."""
+
+    @model_validator(mode="after")
+    def _one_softening(self) -> GraftSettings:
+        if self.teacher and self.label_smoothing:
+            raise ValueError("label_smoothing: a teacher takes its place; set it to 0")
+        return self
 
 
 class BaselineSettings(TuneSettings):

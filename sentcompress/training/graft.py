@@ -15,9 +15,10 @@ from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbo
 from sentcompress.modeling.loading import load_vae
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import BackboneSpec, Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
+from sentcompress.training.distillation import Teacher
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.loop import StepOutput
 from sentcompress.training.tuning import apply_tune, merged_state
@@ -29,7 +30,10 @@ class GraftJob:
     stage = "graft"
     batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
 
-    def __init__(self, recipe: Recipe, vae: Path, text: Inputs | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, vae: Path, text: Inputs | None = None, teacher: Path | None = None
+    ) -> None:
+        """``teacher``: folder of the LLM to learn from, unless it is the backbone itself."""
         self.recipe = recipe
         self.settings = recipe.graft
         self.text = text or load_inputs(recipe)
@@ -58,8 +62,29 @@ class GraftJob:
             gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
             label_smoothing=self.settings.label_smoothing,
         )
+        self.teacher = self._teacher(teacher)
         self._train = self._sampler(corpus.train, shuffle=True)
         self._heldout = self._sampler(corpus.heldout, shuffle=False)
+
+    def _teacher(self, folder: Path | None) -> Teacher | None:
+        if self.settings.teacher is None:
+            return None
+        spec = self.recipe.backbone
+        if folder is None and spec.init == "random":
+            raise InputError(
+                "graft.teacher: the backbone's weights are random, it knows nothing", fix="use baseline"
+            )
+        if folder is not None:
+            if not (folder / "config.json").is_file():
+                how = "sentcompress baseline" if self.settings.teacher == "baseline" else "its folder"
+                raise InputError(
+                    f"graft.teacher: no model in '{folder}'", fix=f"train it first, or give {how}"
+                )
+            self.inputs["teacher"] = folder_digest(folder)
+            spec = BackboneSpec(model=str(folder))
+        tokenizer = self.text.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
 
     def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:
         return PassageSampler(
@@ -78,7 +103,12 @@ class GraftJob:
         return self._train.batch(index)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
-        output = model(**batch, token_loss=self.token_loss, stop_weight=self.settings.stop_weight)
+        output = model(
+            **batch,
+            token_loss=self.token_loss,
+            stop_weight=self.settings.stop_weight,
+            teaching=None if self.teacher is None else self.teacher.teach(batch),
+        )
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
         # The encoder's and decoder's linear layers run on real tokens only: the padding is in the backbone's rows.

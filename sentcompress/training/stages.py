@@ -37,6 +37,19 @@ class Run:
         """Folder of the SentenceVAE that is grafted."""
         return Path(self.recipe.graft.vae) if self.recipe.graft.vae else self.out / "vae"
 
+    @property
+    def teacher(self) -> Path | None:
+        """Folder of the LLM the graft learns from; None where there is none, or it is the backbone."""
+        named = self.recipe.graft.teacher
+        if named in (None, "backbone"):
+            return None
+        return self.out / "baseline" if named == "baseline" else Path(str(named)).expanduser()
+
+    def graft_inputs(self) -> dict[str, str]:
+        """Digests of the folders a graft takes."""
+        teacher = {} if self.teacher is None else {"teacher": folder_digest(self.teacher)}
+        return {"vae": folder_digest(self.vae)} | teacher
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,7 +83,7 @@ def _vae(run: Run) -> Job:
 def _graft(run: Run) -> Job:
     from sentcompress.training.graft import GraftJob
 
-    return GraftJob(run.recipe, run.vae, run.text)
+    return GraftJob(run.recipe, run.vae, run.text, run.teacher)
 
 
 def _baseline(run: Run) -> Job:
@@ -86,7 +99,7 @@ def _grafts(recipe: Recipe) -> bool:
 STAGES = (
     Stage("pretrain", lambda recipe: recipe.pretrain is not None, _pretrain),
     Stage("vae", lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
-    Stage("graft", _grafts, _graft, lambda run: {"vae": folder_digest(run.vae)}),
+    Stage("graft", _grafts, _graft, Run.graft_inputs),
     Stage("baseline", lambda recipe: _grafts(recipe) and recipe.baseline.enabled, _baseline),
 )
 
@@ -152,7 +165,12 @@ def check_folder(recipe: Recipe, out: Path) -> None:
 
 def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
     if names is None:
-        return [stage for stage in STAGES if stage.wanted(recipe)]
+        wanted = [stage for stage in STAGES if stage.wanted(recipe)]
+        if recipe.graft.teacher == "baseline":
+            wanted.sort(
+                key=lambda stage: stage.name == "graft"
+            )  # the twin teaches the graft and comes before it
+        return wanted
     table = {stage.name: stage for stage in STAGES}
     for name in names:
         if name not in table:

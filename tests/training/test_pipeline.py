@@ -113,6 +113,25 @@ def test_the_baseline_is_an_ordinary_causal_lm(tmp_path, backbone):
     assert "model.decoder.layers.0.fc1.weight" in moved  # all of it learns, whatever graft.tune says
 
 
+def test_the_twin_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone):
+    recipe = grafting(backbone, teacher="baseline")
+    with pytest.raises(InputError, match=r"graft\.teacher: no model in '.*baseline'"):
+        run_recipe(recipe, tmp_path / "out", stages=["vae", "graft"])
+    run_recipe(recipe, tmp_path / "out")
+    begun = {name: (tmp_path / "out" / name / "run.json").stat().st_mtime for name in TRAINED}
+    assert begun["vae"] < begun["baseline"] < begun["graft"]
+    taught = file_digest(tmp_path / "out" / "graft" / "model.safetensors")
+    run_recipe(grafting(backbone), tmp_path / "alone", stages=["vae", "graft"])
+    assert taught != file_digest(tmp_path / "alone" / "graft" / "model.safetensors")
+    run_recipe(recipe, tmp_path / "out", stages=["graft"])
+    assert taught == file_digest(tmp_path / "out" / "graft" / "model.safetensors"), "a finished graft ran again"
+
+    recipe.backbone.init = "random"
+    recipe.graft.teacher = "backbone"
+    with pytest.raises(InputError, match=r"graft\.teacher: the backbone's weights are random"):
+        run_recipe(recipe, tmp_path / "random", stages=["vae", "graft"])
+
+
 def test_a_run_from_nothing(tmp_path, backbone):
     """Another shape of an LLM, no training before the graft, no blocks in the encoder, context in the decoder."""
     recipe = grafting(backbone)
