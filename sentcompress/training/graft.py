@@ -76,7 +76,11 @@ class GraftJob:
             )
         if folder is not None:
             if not (folder / "config.json").is_file():
-                how = "sentcompress baseline" if self.settings.teacher == "baseline" else "its folder"
+                how = (
+                    "train it first: sentcompress baseline"
+                    if self.settings.teacher == "baseline"
+                    else "give a folder"
+                )
                 raise InputError(
                     f"graft.teacher: no model in '{folder}'", fix=f"train it first, or give {how}"
                 )

@@ -124,7 +124,9 @@ def test_the_twin_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone)
     run_recipe(grafting(backbone), tmp_path / "alone", stages=["vae", "graft"])
     assert taught != file_digest(tmp_path / "alone" / "graft" / "model.safetensors")
     run_recipe(recipe, tmp_path / "out", stages=["graft"])
-    assert taught == file_digest(tmp_path / "out" / "graft" / "model.safetensors"), "a finished graft ran again"
+    assert taught == file_digest(tmp_path / "out" / "graft" / "model.safetensors"), (
+        "a finished graft ran again"
+    )
 
     recipe.backbone.init = "random"
     recipe.graft.teacher = "backbone"
