@@ -76,13 +76,10 @@ class GraftJob:
             )
         if folder is not None:
             if not (folder / "config.json").is_file():
-                how = (
-                    "train it first: sentcompress baseline"
-                    if self.settings.teacher == "baseline"
-                    else "give a folder"
-                )
+                own = self.settings.teacher == "baseline"
                 raise InputError(
-                    f"graft.teacher: no model in '{folder}'", fix=f"train it first, or give {how}"
+                    f"graft.teacher: no model in '{folder}'",
+                    fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
                 )
             self.inputs["teacher"] = folder_digest(folder)
             spec = BackboneSpec(model=str(folder))
