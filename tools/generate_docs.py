@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: docs/help.md, docs/recipes.md and docs/backbones.md.
+"""Writes what is made from the code (docs/help.md, docs/recipes.md, docs/backbones.md) and from results (README.md).
 
 ``python tools/generate_docs.py`` writes them; ``--check`` fails if one is stale (so does tests/test_docs.py).
 """
@@ -15,6 +15,9 @@ import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from headline import headline
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88
@@ -135,7 +138,17 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def readme() -> str:
+    """The README with the headline table of today's docs/results."""
+    before, start, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- headline -->\n")
+    _, end, after = rest.partition("\n<!-- end of headline -->")
+    if not (start and end):
+        raise ValueError("README.md has lost the marks of the headline table")
+    return f"{before}{start}{headline()}{end}{after}"
+
+
 PAGES = {
+    "README.md": readme,
     "docs/help.md": help_page,
     "docs/recipes.md": recipes_page,
     "docs/backbones.md": backbones_page,

@@ -63,7 +63,8 @@ class VAESpec(Section):
     conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
     """How the decoder is told what to write: cross-attention (the paper), an added vector, or a prefix."""
     unpack_size: int = Field(default=0, ge=0, le=1024)
-    """Numbers of the latents each position of the decoder is given directly, by a matrix of its own; 0 gives none."""
+    """Numbers of the latents each position of the decoder is given directly, by a matrix of its own; 0 gives none. Good
+    for giving sentences back, bad for predicting them (docs/research-log.md)."""
     decoder_context: int = Field(default=0, ge=0, le=4096)
     """Positions before the sentence that the decoder sees too, across sentence borders; 0 is the paper's."""
     tie_embeddings: bool = False

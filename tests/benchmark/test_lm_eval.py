@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ITEMS = ROOT / "sentcompress" / "benchmark" / "lm_eval_tasks" / "sotu_choice.jsonl"
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
-    reason="lm-eval is not installed: pip install 'sentcompress[eval]' (it needs python-dateutil < 3, "
-    "constraints.txt has 4)",
+    reason="lm-eval is not installed: pip install -c constraints.txt -e '.[dev,eval]'; .ci/run does",
 )
 
 

@@ -1,0 +1,58 @@
+"""Prints the table of docs/results/quality.md from finished runs: ``python tools/quality_table.py RUN [RUN ...]``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sentcompress.benchmark.scaling.law import ScalingLaw, runs_of, scaling_law
+from sentcompress.benchmark.scaling.points import Point, Spread
+
+COLUMNS = (
+    "backbone",
+    "tokens",
+    "seeds",
+    "sentence model",
+    "baseline",
+    "ratio",
+    "decoding",
+    "recipe",
+    "commit",
+)
+
+
+def row(law: ScalingLaw, point: Point) -> list[str]:
+    """One size at one budget."""
+    runs = runs_of(law, point)
+    ours, twin = runs[0].ours.cost, runs[0].twin.cost
+    assert ours is not None
+    assert twin is not None
+    return [
+        f"{runs[0].twin.parameters / 1e6:.1f} M, from nothing",
+        f"{point.ours_tokens:,.0f}",
+        ", ".join(map(str, point.seeds)),
+        spread(point.ours),
+        spread(point.twin),
+        spread(point.ratio),
+        f"{ours.flops / twin.flops:.0%}, {ours.bytes / twin.bytes:.0%}",
+        ", ".join(dict.fromkeys(f"`{run.honesty.recipe_digest}`" for run in runs)),
+        ", ".join(dict.fromkeys(f"`{run.honesty.commit}`" for run in runs)),
+    ]
+
+
+def spread(figure: Spread) -> str:
+    """Mean, and half of what lies between the lowest and the highest seed."""
+    if len(figure.seeds) == 1:
+        return f"{figure.mean:.4f}"
+    return f"{figure.mean:.4f} ± {(figure.high - figure.low) / 2:.4f}"
+
+
+def main() -> None:
+    law = scaling_law([Path(name) for name in sys.argv[1:]])
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for point in law.points:
+        print(f"| {' | '.join(row(law, point))} |")
+
+
+if __name__ == "__main__":
+    main()
