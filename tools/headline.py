@@ -44,7 +44,9 @@ def table(page: str, heading: str) -> list[dict[str, str]]:
     if section is None:
         raise ValueError(f"docs/results/{page} has no heading '## {heading}'")
     found = re.search(r"(?:^\|.*\n?)+", section[0], re.M)
-    lines = found[0].splitlines() if found else []
+    if found is None:
+        raise ValueError(f"docs/results/{page} has no table under '## {heading}'")
+    lines = found[0].splitlines()
     names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(names, row, strict=True)) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Prints the table of docs/results/quality.md from finished runs: ``python tools/quality_table.py RUN [RUN ...]``."""
+"""Prints the table of docs/results/quality.md: ``python tools/quality_table.py LABEL RUN [RUN ...]``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ COLUMNS = (
 )
 
 
-def row(law: ScalingLaw, point: Point) -> list[str]:
+def row(label: str, law: ScalingLaw, point: Point) -> list[str]:
     """One size at one budget."""
     runs = runs_of(law, point)
     ours, twin = runs[0].ours.cost, runs[0].twin.cost
-    assert ours is not None
-    assert twin is not None
+    if ours is None or twin is None:
+        sys.exit(
+            f"{runs[0].folder}: no cost of decoding; measure again: sentcompress bench quality {runs[0].folder}"
+        )
     return [
-        f"{runs[0].twin.parameters / 1e6:.1f} M, from nothing",
+        f"{runs[0].twin.parameters / 1e6:.1f} M{label}",
         f"{point.ours_tokens:,.0f}",
         ", ".join(map(str, point.seeds)),
         spread(point.ours),
@@ -48,10 +50,10 @@ def spread(figure: Spread) -> str:
 
 
 def main() -> None:
-    law = scaling_law([Path(name) for name in sys.argv[1:]])
+    law = scaling_law([Path(name) for name in sys.argv[2:]])
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for point in law.points:
-        print(f"| {' | '.join(row(law, point))} |")
+        print(f"| {' | '.join(row(sys.argv[1], law, point))} |")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from sentcompress import __version__
 from sentcompress.benchmark.results import Honesty
+from sentcompress.errors import SentCompressError
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 
@@ -22,7 +25,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 @cache
 def commit(folder: Path | None = None) -> str:
-    """Commit of this package's own repository, ``+dirty`` when tracked files differ; ``unknown`` elsewhere.
+    """Commit of this package's own repository, ``+dirty`` when its tracked files differ; ``unknown`` elsewhere.
 
     A package that lies in someone else's repository (a virtual environment, say) is not a checkout of ours.
     """
@@ -31,14 +34,19 @@ def commit(folder: Path | None = None) -> str:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
         return done.stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # fails unless the repository tracks the package
         head = git("rev-parse", "HEAD")
-        return f"{head[:12]}+dirty" if git("status", "--porcelain", "-uno") else head[:12]
+        return f"{head[:12]}+dirty" if git("status", "--porcelain", "-uno", "--", ".") else head[:12]
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -55,15 +63,24 @@ def command(argv: Sequence[str] | None = None) -> str:
 
 
 def plugin_packages(recipe: Recipe) -> dict[str, str]:
-    """Versions of the packages a recipe's components come from, ours left out."""
+    """Versions of the packages a recipe's components come from, ours left out.
+
+    What is missing or claimed twice is left to those who need it: not every benchmark does.
+    """
+    from sentcompress.modeling.pretrained import adapter_name
+
+    registry, backbone = get_registry(), recipe.backbone.name
+    with suppress(SentCompressError):  # nothing can be found out about a hub's model without a network
+        backbone = adapter_name(recipe.backbone)
     components = [
         ("segmenter", recipe.segmenter.name),
         ("fusion", recipe.fusion.name),
-        ("backbone", recipe.backbone.name),
+        ("backbone", backbone),
         ("dataset", recipe.data.name),
         *(("metric", metric.name) for metric in recipe.bench.extra_metrics),
     ]
-    owners = [get_registry().owner(kind, name) for kind, name in components if name]
+    claims = [registry.claims(kind, name) for kind, name in components if name]
+    owners = [claim[0].plugin for claim in claims if len(claim) == 1]
     return {owner.package: owner.version for owner in owners if owner.package != "sentcompress"}
 
 

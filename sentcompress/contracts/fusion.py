@@ -34,7 +34,8 @@ class Fusion(nn.Module):
 
         Every matrix once a token unless a subclass says otherwise.
         """
-        return tokens * sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        return tokens * sum(p.numel() for p in self.parameters() if p.ndim > 1 and id(p) not in tables)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Fuse.

@@ -145,7 +145,17 @@ def taught_loss(
     """
     rows = max(1, LOGITS_BUDGET // len(weight))
     blocks = [
-        checkpoint(_taught, hidden, weight, target, state, teaching, gamma, use_reentrant=False)
+        checkpoint(
+            _taught,
+            hidden,
+            weight,
+            target,
+            state,
+            teaching,
+            gamma,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for hidden, target, state in zip(
             hidden_states.split(rows), targets.split(rows), states.split(rows), strict=True
         )

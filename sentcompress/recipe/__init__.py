@@ -122,6 +122,10 @@ class Recipe(Section):
                 registry.options(kind, spec.name, spec.options, where)
         for i, spec in enumerate(self.bench.extra_metrics):
             registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
+        if self.graft.teacher == "backbone" and self.backbone.init == "random":
+            raise RecipeError(
+                "graft.teacher: the backbone's weights are random, it knows nothing", fix="use baseline"
+            )
         if self.graft.overlap_sentences >= self.graft.max_sentences:
             raise RecipeError(
                 f"graft.overlap_sentences: {self.graft.overlap_sentences} must be below graft.max_sentences "

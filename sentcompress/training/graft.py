@@ -14,7 +14,7 @@ from sentcompress.io import folder_digest
 from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbone
 from sentcompress.modeling.loading import load_vae
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.pretrained import load_causal_lm
+from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm
 from sentcompress.recipe import BackboneSpec, Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
@@ -69,21 +69,15 @@ class GraftJob:
     def _teacher(self, folder: Path | None) -> Teacher | None:
         if self.settings.teacher is None:
             return None
-        spec = self.recipe.backbone
-        if folder is None and spec.init == "random":
-            raise InputError(
-                "graft.teacher: the backbone's weights are random, it knows nothing", fix="use baseline"
-            )
+        spec, tokenizer = self.recipe.backbone, self.text.tokenizer
         if folder is not None:
-            if not (folder / "config.json").is_file():
-                own = self.settings.teacher == "baseline"
-                raise InputError(
-                    f"graft.teacher: no model in '{folder}'",
-                    fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
-                )
             self.inputs["teacher"] = folder_digest(folder)
-            spec = BackboneSpec(model=str(folder))
-        tokenizer = self.text.tokenizer
+            spec = BackboneSpec(model=str(folder.resolve()))
+            if load_backbone_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
+                raise InputError(
+                    f"graft.teacher: '{folder}' has another tokenizer than the backbone",
+                    fix="a teacher must know the same tokens: take one with the backbone's tokenizer",
+                )
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
 

@@ -48,6 +48,9 @@ def stage_record(stage: str, recipe: Recipe, inputs: Mapping[str, str]) -> dict[
     record = _flat({name: values[name] for name in DEPENDS[stage]})
     for name in FREE:
         record.pop(f"{SECTIONS[stage]}.{name}", None)
+    if stage == "baseline":
+        for name in ("teacher", "teacher_share"):  # of the graft alone
+            del record[f"graft.{name}"]
     return record | {f"inputs.{name}": digest for name, digest in inputs.items()}
 
 
@@ -120,7 +123,10 @@ class StageFolder:
             )
 
     def _check_same(self, saved: dict[str, Any]) -> None:
-        names = [name for name in [*saved, *self.record] if saved.get(name) != self.record.get(name)]
+        # A field that came with a later version, at its default: the run was made as if it had been there.
+        defaults = stage_record(self.stage, Recipe(name="defaults"), {})
+        later = {n for n in defaults if n not in saved and self.record.get(n) == defaults[n]}
+        names = [n for n in [*saved, *self.record] if saved.get(n) != self.record.get(n) and n not in later]
         if not names:
             return
         lines = [

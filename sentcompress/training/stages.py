@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,8 +47,25 @@ class Run:
 
     def graft_inputs(self) -> dict[str, str]:
         """Digests of the folders a graft takes."""
-        teacher = {} if self.teacher is None else {"teacher": folder_digest(self.teacher)}
-        return {"vae": folder_digest(self.vae)} | teacher
+        digests = {"vae": folder_digest(self.vae)}
+        if self.teacher is not None and (self.teacher / "config.json").is_file():
+            digests["teacher"] = folder_digest(self.teacher)
+        return digests
+
+    def check_teacher(self, stages: Sequence[str]) -> None:
+        """Refuse a graft whose teacher will not be there, before anything is trained.
+
+        Raises:
+            InputError: naming the folder.
+        """
+        folder, own = self.teacher, self.recipe.graft.teacher == "baseline"
+        if "graft" not in stages or folder is None or (own and "baseline" in stages):
+            return
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"graft.teacher: no model in '{folder}'",
+                fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
+            )
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,7 @@ def run_recipe(
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)
     chosen = _chosen(recipe, stages)
+    run.check_teacher([stage.name for stage in chosen])
     results, busy = {}, False
     for stage in chosen:
         folder = out / stage.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from sentcompress import pretrained
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.io import file_digest, read_json
 from sentcompress.modeling.loading import load_sentence_lm, load_vae
@@ -128,10 +130,33 @@ def test_the_twin_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone)
         "a finished graft ran again"
     )
 
-    recipe.backbone.init = "random"
-    recipe.graft.teacher = "backbone"
-    with pytest.raises(InputError, match=r"graft\.teacher: the backbone's weights are random"):
-        run_recipe(recipe, tmp_path / "random", stages=["vae", "graft"])
+    recipe.graft.teacher = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"graft\.teacher: no model in '.*nowhere'"):
+        run_recipe(recipe, tmp_path / "new")
+    assert not (tmp_path / "new").exists(), "something was trained before it was refused"
+    recipe.graft.teacher = str(Path(pretrained.__path__[0]) / "opt-tiny")
+    with pytest.raises(InputError, match=r"graft\.teacher: '.*opt-tiny' has another tokenizer"):
+        run_recipe(recipe, tmp_path / "out", stages=["graft"], overwrite=True)
+
+    recipe.backbone.init, recipe.graft.teacher = "random", "backbone"
+    with pytest.raises(RecipeError, match=r"graft\.teacher: the backbone's weights are random"):
+        recipe.check_components()
+
+
+def test_a_run_of_an_older_version_is_recognised(tmp_path, backbone):
+    """Fields that came later, at their defaults, change nothing; a run that sets one is another."""
+    recipe = grafting(backbone)
+    run_recipe(recipe, tmp_path / "out", stages=["vae"])
+    file = tmp_path / "out" / "vae" / "run.json"
+    about = read_json(file)
+    del about["fields"]["vae.unpack_size"]
+    file.write_text(json.dumps(about))
+    before = file_digest(tmp_path / "out" / "vae" / "model.safetensors")
+    run_recipe(recipe, tmp_path / "out", stages=["vae"])
+    assert file_digest(tmp_path / "out" / "vae" / "model.safetensors") == before
+    recipe.vae.unpack_size = 4
+    with pytest.raises(InputError, match=r"vae\.unpack_size: '\(absent\)' there, 4 now"):
+        run_recipe(recipe, tmp_path / "out", stages=["vae"])
 
 
 def test_a_run_from_nothing(tmp_path, backbone):

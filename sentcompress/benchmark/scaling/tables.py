@@ -68,7 +68,7 @@ def points_table(law: ScalingLaw) -> Plain:
         "Backbone: weights of the LLM's blocks without embedding tables, the same in both systems. Tokens: of the "
         "graft; the baseline read the same passages. The SentenceVAE's tokens come on top and have no counterpart.",
         "FLOPs of training, SentenceVAE included: 6 N D, each weight by the tokens it multiplies (the backbone of the "
-        "sentence model reads a position a sentence), attention over positions left out.",
+        "sentence model reads a position a sentence), attention over positions and a teacher left out.",
         "Decoding: FLOPs and bytes read to write a token, computed from shapes, as shares of the baseline's.",
     ]
     return Plain("Points", columns, rows, notes)
