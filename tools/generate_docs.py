@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from headline import headline
 from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from headline import headline
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88

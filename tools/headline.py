@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sentcompress.benchmark.tables import as_markdown
+
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGES = ("quality.md", "quickstart.md", "smollm2.md")
 HEADING = "Against the equal-data twin"
@@ -20,7 +22,7 @@ COLUMNS = {
 
 def headline() -> str:
     """A row a backbone, that of the most tokens, linked to the page it stands on."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     for page in PAGES:
         best: dict[str, dict[str, str]] = {}
         for row in table(page, HEADING):
@@ -28,9 +30,8 @@ def headline() -> str:
             if known is None or _tokens(row) > _tokens(known):
                 best[row["backbone"]] = row
         for name, row in best.items():
-            cells = [f"[{name}](docs/results/{page})", *(row[column] for column in list(COLUMNS)[1:])]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([f"[{name}](docs/results/{page})", *(row[column] for column in list(COLUMNS)[1:])])
+    return "\n".join(as_markdown(list(COLUMNS.values()), rows))
 
 
 def table(page: str, heading: str) -> list[dict[str, str]]:

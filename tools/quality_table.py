@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sentcompress.benchmark.scaling.law import ScalingLaw, runs_of, scaling_law
 from sentcompress.benchmark.scaling.points import Point, Spread
+from sentcompress.benchmark.scaling.tables import decoding
+from sentcompress.benchmark.tables import as_markdown
 
 COLUMNS = (
     "backbone",
@@ -24,8 +26,7 @@ COLUMNS = (
 def row(label: str, law: ScalingLaw, point: Point) -> list[str]:
     """One size at one budget."""
     runs = runs_of(law, point)
-    ours, twin = runs[0].ours.cost, runs[0].twin.cost
-    if ours is None or twin is None:
+    if runs[0].ours.cost is None or runs[0].twin.cost is None:
         sys.exit(
             f"{runs[0].folder}: no cost of decoding; measure again: sentcompress bench quality {runs[0].folder}"
         )
@@ -36,7 +37,7 @@ def row(label: str, law: ScalingLaw, point: Point) -> list[str]:
         spread(point.ours),
         spread(point.twin),
         spread(point.ratio),
-        f"{ours.flops / twin.flops:.0%}, {ours.bytes / twin.bytes:.0%}",
+        decoding(runs[0]),
         ", ".join(dict.fromkeys(f"`{run.honesty.recipe_digest}`" for run in runs)),
         ", ".join(dict.fromkeys(f"`{run.honesty.commit}`" for run in runs)),
     ]
@@ -51,9 +52,7 @@ def spread(figure: Spread) -> str:
 
 def main() -> None:
     law = scaling_law([Path(name) for name in sys.argv[2:]])
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for point in law.points:
-        print(f"| {' | '.join(row(sys.argv[1], law, point))} |")
+    print("\n".join(as_markdown(COLUMNS, [row(sys.argv[1], law, point) for point in law.points])))
 
 
 if __name__ == "__main__":

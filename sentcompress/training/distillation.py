@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.modeling.losses import Teaching
-from sentcompress.training.token_level import rows_of_similar_length
+from sentcompress.training.token_level import hidden_states_by_length
 
 TOLERANCE = 1e-3
 """By how much logits may differ from the product of last hidden states and output head."""
@@ -87,12 +87,6 @@ class Teacher:
         ids = pad_sequence(texts, batch_first=True)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         found: dict[int, Tensor] = {}
-        for rows, length in rows_of_similar_length(mask.long()):
-            part = mask[rows, :length]
-            states = self.lm.base_model(
-                input_ids=ids[rows, :length],
-                attention_mask=None if bool(part.all()) else part.long(),
-                use_cache=False,
-            ).last_hidden_state
+        for rows, states in hidden_states_by_length(self.lm, ids, mask.long()):
             found |= {row: states[i, : len(texts[row])] for i, row in enumerate(rows.tolist())}
         return torch.cat([found[row] for row in range(len(texts))])

@@ -78,7 +78,7 @@ class GraftJob:
                     f"graft.teacher: '{folder}' has another tokenizer than the backbone",
                     fix="a teacher must know the same tokens: take one with the backbone's tokenizer",
                 )
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        start = self.model.vae.config.bos_token_id
         return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
 
     def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:

@@ -185,9 +185,8 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
     if names is None:
         wanted = [stage for stage in STAGES if stage.wanted(recipe)]
         if recipe.graft.teacher == "baseline":
-            wanted.sort(
-                key=lambda stage: stage.name == "graft"
-            )  # the twin teaches the graft and comes before it
+            # The twin teaches the graft and comes before it.
+            wanted.sort(key=lambda stage: stage.name == "graft")
         return wanted
     table = {stage.name: stage for stage in STAGES}
     for name in names:

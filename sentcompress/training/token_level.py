@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,36 @@ class TokenLM(nn.Module):
         """
         weight = self.lm.get_output_embeddings().weight
         states, targets = [], []
-        for rows, length in rows_of_similar_length(attention_mask):
-            mask = attention_mask[rows, :length]
-            hidden = self.lm.base_model(
-                # Without padding nothing is masked but what comes later, for which attention has a fast path.
-                input_ids=input_ids[rows, :length],
-                attention_mask=None if bool(mask.all()) else mask,
-                use_cache=False,
-            ).last_hidden_state
-            following = labels[rows, 1:length]
+        for rows, hidden in hidden_states_by_length(self.lm, input_ids, attention_mask):
+            following = labels[rows, 1 : hidden.shape[1]]
             kept = following != IGNORED
             states.append(hidden[:, :-1][kept])
             targets.append(following[kept])
         return TokenLoss(gamma=0.0)(torch.cat(states), weight, torch.cat(targets))
+
+
+def hidden_states_by_length(
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Last hidden states, rows of similar length together.
+
+    Args:
+        input_ids, attention_mask: ``[B, T]``, padding on the right.
+
+    Yields:
+        numbers of rows ``[b]`` and their states ``[b, t, H]``, ``t`` being the longest among them.
+    """
+    for rows, length in rows_of_similar_length(attention_mask):
+        mask = attention_mask[rows, :length]
+        yield (
+            rows,
+            lm.base_model(
+                # Without padding nothing is masked but what comes later, for which attention has a fast path.
+                input_ids=input_ids[rows, :length],
+                attention_mask=None if bool(mask.all()) else mask,
+                use_cache=False,
+            ).last_hidden_state,
+        )
 
 
 def rows_of_similar_length(attention_mask: Tensor) -> list[tuple[Tensor, int]]:

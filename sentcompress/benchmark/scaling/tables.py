@@ -45,7 +45,7 @@ def points_table(law: ScalingLaw) -> Plain:
                 number(first.ours.vae_tokens),
                 f"{ours:.2e}",
                 f"{twin:.2e}",
-                _decoding(first),
+                decoding(first),
             ]
         )
     columns = [
@@ -80,7 +80,8 @@ def _spread(spread: Spread) -> str:
     return f"{spread.mean:.4f} ({spread.low:.4f} to {spread.high:.4f})"
 
 
-def _decoding(run: RunPoint) -> str:
+def decoding(run: RunPoint) -> str:
+    """FLOPs and bytes of writing a token, as shares of the twin's; ``-`` where they are not known."""
     ours, twin = run.ours.cost, run.twin.cost
     return f"{ours.flops / twin.flops:.0%}, {ours.bytes / twin.bytes:.0%}" if ours and twin else "-"
 
