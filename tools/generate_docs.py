@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def backbones_page() -> str:
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
     yield f"### {f'`{path}`' if path else 'Top level'}\n"
-    yield (model.__doc__ or "").strip().replace("``", "`") + "\n"
+    yield inspect.cleandoc(model.__doc__ or "").replace("``", "`") + "\n"
     yield from _table(model, "field")
     for name, info in model.model_fields.items():
         for candidate in (info.annotation, *getattr(info.annotation, "__args__", ())):
