@@ -59,7 +59,7 @@ def _sentence_length_break_even(
     short, long = 2, min(longest, max(3, settings.new_tokens // 2, 8))
     prompts = make_prompts(sentences, settings.prompt_tokens, 1)
     new = settings.new_tokens
-    systems = [plain, *(SentenceSystem(sentence_system.model, [n]) for n in (short, long))]
+    systems = [plain, *(sentence_system.with_lengths([n]) for n in (short, long))]
     rounds = _alternate(systems, prompts, new, settings)
     base, *ours = (statistics.median(column) / new for column in zip(*rounds, strict=True))
     cost = dict(zip((short, long), ours, strict=True))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sentcompress.benchmark.results import STAGES, Curve
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
+from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.loading import (
     load_saved_tokenizer,
     load_sentence_lm,
@@ -150,7 +151,8 @@ class Parts:
 
     @cached_property
     def sentence_lm(self) -> SentenceLM:
-        return load_sentence_lm(self._stage("graft")).to(self.device)
+        model = load_sentence_lm(self._stage("graft")).to(self.device)
+        return quantize(model, self.recipe.bench.quantize)
 
     @cached_property
     def vae(self) -> tuple[str, SentenceVAE]:

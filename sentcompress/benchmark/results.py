@@ -233,7 +233,21 @@ class SpeedRun(Record):
     """The same for the whole run, prefill included."""
     roofline_share: float | None = None
     """Seconds the bytes read per token take at the measured bandwidth, over the seconds measured."""
+    fallback_rate: float | None = None
+    """Tokens that took the full output head because no shortlist could be proved, over all tokens picked."""
     note: str = ""
+
+
+class PartTime(Record):
+    """Where a token's time goes in one system, at one batch size; the prefill is spread over the tokens written."""
+
+    system: str
+    batch_size: int
+    part: str
+    milliseconds_per_token: float
+    """Of the time of a token of the whole batch."""
+    share: float
+    """Of the system's time; the shares of its parts sum to 1."""
 
 
 class SpeedReport(Record):
@@ -246,7 +260,20 @@ class SpeedReport(Record):
     sentence_lengths: list[int]
     """The draw of forced sentence lengths."""
     bandwidth_bytes_per_second: float
+    head: str = "exact"
+    """Output head the sentence model picked tokens with."""
+    quantized: list[str] = []
+    """Parts of the sentence model with weights in 8 bits."""
     runs: list[SpeedRun]
+    output_ratio: float | None = None
+    """The sentence model's output tokens/s over the backbone's, at the smallest batch."""
+    prefill_ratio: float | None = None
+    """The same for the prompt's tokens."""
+    fallback_rate: float | None = None
+    """Of the output head, at the smallest batch."""
+    roofline_share: float | None = None
+    """Of the sentence model, at batch 1."""
+    profile: list[PartTime] = []
     skipped: list[Skipped] = []
     break_even: dict[str, Figure] = {}
     advice: list[str] = []

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.results import DecodingCost
+from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 COPY_BYTES = 2**28
@@ -43,7 +44,12 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's weights that are read whole at each call."""
-    return sum(p.numel() * p.element_size() for p in _weights(module))
+    whole = sum(p.numel() * p.element_size() for p in _weights(module))
+    return whole + sum(layer.int8.nbytes for layer in _in_8_bits(module))
+
+
+def _in_8_bits(module: nn.Module) -> list[Int8Linear]:
+    return [m for m in module.modules() if isinstance(m, Int8Linear)]
 
 
 def backbone_cache_bytes(config: Any, element_size: int) -> int:
@@ -61,13 +67,20 @@ def backbone_bytes_per_token(backbone: PreTrainedModel, text_tokens: float) -> f
     return weights + text_tokens * backbone_cache_bytes(backbone.config, head.element_size())
 
 
-def sentence_bytes_per_token(model: SentenceLM, text_tokens: float, sentence_tokens: float) -> float:
-    """Decoder and output head at each token and end mark; encoder, backbone and its cache once a sentence."""
+def sentence_bytes_per_token(
+    model: SentenceLM, text_tokens: float, sentence_tokens: float, head_bytes: int | None = None
+) -> float:
+    """Decoder and output head at each token and end mark; encoder, backbone and its cache once a sentence.
+
+    Args:
+        head_bytes: what the output head reads a step; None for the full head.
+    """
     vae, head = model.vae, model.vae.output_weight
     size = head.element_size()
     idle, once = _told(model)
     unpack = _unpack(model)
-    decoder = float(module_bytes(vae.decoder) + (head.numel() - idle - unpack) * size)
+    head_bytes = head.numel() * size if head_bytes is None else head_bytes
+    decoder = float(module_bytes(vae.decoder) + head_bytes - (idle + unpack) * size)
     decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * _seen(model, sentence_tokens)
     cells = text_tokens / sentence_tokens * model.latents
     cache = backbone_cache_bytes(model.backbone.config, size)
@@ -90,7 +103,7 @@ def _told(model: SentenceLM) -> tuple[float, float]:
 def _unpack(model: SentenceLM) -> int:
     """Weights of the decoder's ``unpack_size``, used once a sentence."""
     unpack = getattr(model.vae.decoder, "unpack", None)
-    return 0 if unpack is None else unpack.read.weight.numel()
+    return 0 if unpack is None else _products(unpack.read)
 
 
 def _seen(model: SentenceLM, sentence_tokens: float) -> float:
@@ -101,7 +114,8 @@ def _seen(model: SentenceLM, sentence_tokens: float) -> float:
 
 def _products(module: nn.Module) -> int:
     """Multiplications a position costs in a module's matrices."""
-    return sum(p.numel() for p in _weights(module) if p.ndim > 1)
+    whole = sum(p.numel() for p in _weights(module) if p.ndim > 1)
+    return whole + sum(m.int8.out_features * m.int8.in_features for m in _in_8_bits(module))
 
 
 def backbone_flops_per_token(backbone: PreTrainedModel, text_tokens: float) -> float:

@@ -145,6 +145,7 @@ def speed(run: SpeedRun) -> dict[str, Figure]:
         "total_ratio": run.total_ratio,
         "total_seconds": run.total_seconds,
         "roofline_share": run.roofline_share,
+        "fallback_rate": run.fallback_rate,
     }
 
 

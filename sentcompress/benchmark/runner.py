@@ -48,6 +48,7 @@ from sentcompress.benchmark.text import measure_text
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.io import storage_errors, write_atomically
+from sentcompress.modeling.int8 import quantize
 from sentcompress.recipe import Recipe
 from sentcompress.text.progress import Bar
 
@@ -322,7 +323,8 @@ class _Bench:
             sentences = random_sentences(
                 [min(n, longest) for n in lengths], model.config.vae_config.vocab_size, self.recipe.seed
             )
-            self._random = (model.to(self.parts.device), backbone.to(self.parts.device), sentences, False)
+            model = quantize(model.to(self.parts.device), self.settings.quantize)
+            self._random = (model, backbone.to(self.parts.device), sentences, False)
         return self._random
 
     def _token_twin(self) -> Any:
@@ -349,6 +351,9 @@ class _Bench:
         self.results.speed = report
         self.results.skipped += report.skipped
         why = "forced lengths drawn from held-out text" + ("" if trained else "; untrained weights")
+        why += f"; head {report.head}"
+        if report.quantized:
+            why += f"; 8 bits: {', '.join(report.quantized)}"
         for run in report.runs:
             ours = run.system == "sentence model"
             note = "; ".join(filter(None, (why if ours else "", run.note)))

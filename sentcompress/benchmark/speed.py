@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark.break_even import break_even
+from sentcompress.benchmark.profile import profile
 from sentcompress.benchmark.results import Skipped, SpeedReport, SpeedRun
 from sentcompress.benchmark.roofline import backbone_bytes_per_token, bandwidth, sentence_bytes_per_token
 from sentcompress.benchmark.systems import (
@@ -27,6 +28,7 @@ from sentcompress.benchmark.systems import (
 )
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
+from sentcompress.generation.heads import ShortlistExactHead
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
 
@@ -75,7 +77,7 @@ def measure_speed(
     longest = model.config.vae_config.max_sentence_tokens
     # The first token of a run is the prefill's; a draw for all the others, reused from its start when used up.
     lengths = [min(int(n), longest) for n in sentence_lengths]
-    sentence_system = SentenceSystem(model, lengths)
+    sentence_system = SentenceSystem(model, lengths, settings.head)
     plain = TokenSystem(BACKBONE, backbone, bos_token_id)
     report = SpeedReport(
         prompt_tokens=settings.prompt_tokens,
@@ -84,21 +86,31 @@ def measure_speed(
         trained=trained,
         sentence_lengths=lengths,
         bandwidth_bytes_per_second=bandwidth(next(model.parameters()).device),
+        head="shortlist-exact" if isinstance(sentence_system.head, ShortlistExactHead) else "exact",
+        quantized=list(settings.quantize),
         runs=[],
     )
     with _quiet():
         for batch_size in settings.batch_sizes:
             prompts = make_prompts(sentences, settings.prompt_tokens, batch_size)
             systems: list[System] = [plain, sentence_system]
+            sentence_system.head.picked = sentence_system.head.fallbacks = 0
             for name, switches in _switches(backbone, batch_size, report):
                 extra = TokenSystem(name, backbone, bos_token_id, **switches)
                 if _works(extra, prompts, settings.new_tokens, report):
                     systems.append(extra)
             timed = _alternate(systems, prompts, settings)
             runs = [_summary(s, timed, batch_size, settings) for s in systems]
+            head = sentence_system.head
+            ours = next(run for run in runs if run.system == SENTENCES)
+            ours.fallback_rate = head.fallbacks / max(1, head.picked)
             if batch_size == 1:
-                _add_roofline(runs, model, backbone, lengths, report)
+                _add_roofline(runs, sentence_system, backbone, report)
             report.runs += runs
+            if settings.profile:
+                for system in (plain, sentence_system):
+                    report.profile += profile(system, prompts, settings.new_tokens, settings.repeats)
+        _summarize(report)
         report.break_even, report.advice = break_even(plain, sentence_system, sentences, report, settings)
     shares = [run.roofline_share for run in report.runs if run.roofline_share is not None]
     if shares and max(shares) < OVERHEAD_SHARE:
@@ -108,6 +120,16 @@ def measure_speed(
             "overhead of calls for small models, other work on the machine), so expect another ratio at another size.",
         )
     return report
+
+
+def _summarize(report: SpeedReport) -> None:
+    """The figures people ask for first, from the smallest batch."""
+    runs = {run.system: run for run in reversed(report.runs)}
+    base, ours = runs[BACKBONE], runs[SENTENCES]
+    report.output_ratio, report.fallback_rate = ours.ratio, ours.fallback_rate
+    report.roofline_share = ours.roofline_share
+    if base.prefill_tokens_per_second and ours.prefill_tokens_per_second:
+        report.prefill_ratio = ours.prefill_tokens_per_second / base.prefill_tokens_per_second
 
 
 def _switches(
@@ -205,16 +227,17 @@ def _summary(system: System, timed: dict[str, _Timed], batch_size: int, settings
 
 def _add_roofline(
     runs: list[SpeedRun],
-    model: SentenceLM,
+    ours: SentenceSystem,
     backbone: PreTrainedModel,
-    lengths: Sequence[int],
     report: SpeedReport,
 ) -> None:
     """Share of the speed that reading weights and cache at the measured bandwidth would allow, at batch 1."""
     mean_text = report.prompt_tokens + report.new_tokens / 2
     needs = {
         BACKBONE: backbone_bytes_per_token(backbone, mean_text),
-        SENTENCES: sentence_bytes_per_token(model, mean_text, statistics.mean(lengths)),
+        SENTENCES: sentence_bytes_per_token(
+            ours.model, mean_text, statistics.mean(ours.lengths), ours.head.bytes_read
+        ),
     }
     for run in runs:
         if run.system in needs:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,17 +96,30 @@ class SentenceSystem(System):
 
     name = SENTENCES
 
-    def __init__(self, model: SentenceLM, sentence_lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: SentenceLM,
+        sentence_lengths: Sequence[int],
+        head: Literal["auto", "exact", "shortlist-exact"] = "auto",
+    ) -> None:
         self.model = model.eval()
         self.lengths = tuple(sentence_lengths)
         self.generator = SentenceGenerator(model, None)
+        self.kind = head
+        self.head = self.generator.head(head)
+
+    def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
+        """The same system held to other lengths."""
+        other = copy.copy(self)
+        other.lengths = tuple(sentence_lengths)
+        return other
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         self.generator.prefill([prompt.sentences for prompt in prompts])
 
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
         settings = GenerationSettings(
-            max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=self.lengths
+            max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=self.lengths, head=self.kind
         )
         written = [0] * len(prompts)
         for number, sentence in self.generator.continue_sentences([p.sentences for p in prompts], settings):

@@ -10,7 +10,16 @@ from rich.text import Text
 
 from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.paper import paper_row
-from sentcompress.benchmark.results import BY, By, CausalityCheck, Figure, Results, Row
+from sentcompress.benchmark.results import (
+    BY,
+    By,
+    CausalityCheck,
+    Figure,
+    PartTime,
+    Results,
+    Row,
+    SpeedReport,
+)
 from sentcompress.benchmark.rows import OURS, TWINS, breakdown
 from sentcompress.benchmark.text_tables import TEXT_TITLE, text_differences, text_table
 
@@ -243,6 +252,13 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         notes.append(
             f"The sentence model was held to sentence lengths drawn from held-out text: {draw}{more}."
         )
+        if speed.head != "exact":
+            rates = [run.fallback_rate for run in speed.runs if run.fallback_rate is not None]
+            notes.append(
+                f"Output head: {speed.head}, the same tokens as the full head; of at most {max(rates):.2%} of the tokens "
+                "the full head had to be read."
+            )
+        notes += _profile(speed)
         notes += speed.advice
     columns = [
         "batch",
@@ -255,6 +271,19 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         "roofline",
     ]
     return Plain(TITLES["speed"], [*columns, "note"], lines, notes + _paper_notes(results, "speed"))
+
+
+def _profile(speed: SpeedReport) -> list[str]:
+    """Where a token's time goes, a line a system and batch size."""
+    groups: dict[tuple[int, str], list[PartTime]] = {}
+    for entry in speed.profile:
+        groups.setdefault((entry.batch_size, entry.system), []).append(entry)
+    return [
+        f"Where the time goes, {system}, batch {batch}: "
+        f"{sum(e.milliseconds_per_token for e in entries):.2f} ms a token: "
+        + ", ".join(f"{e.part} {e.share:.1%} ({e.milliseconds_per_token:.2f})" for e in entries)
+        for (batch, system), entries in groups.items()
+    ]
 
 
 def _memory(results: Results, rows: Sequence[Row]) -> Plain:

@@ -35,6 +35,22 @@ InitOption = Annotated[
 RecipeOption = Annotated[
     str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
 ]
+HeadOption = Annotated[
+    Literal["auto", "exact", "shortlist-exact"] | None,
+    typer.Option(
+        help="How the likeliest token is found; all write the same tokens. Else the recipe's bench.head."
+    ),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARTS",
+        help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits; else bench.quantize.",
+    ),
+]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Also show where a token's time goes, in both models.")
+]
 ByOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -121,6 +137,7 @@ def reconstruct(folder: FolderArgument, out: ResultsOption = None, set_: SetOpti
     epilog=examples(
         "sentcompress bench speed out/quickstart",
         "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
+        "sentcompress bench speed out/quickstart --profile --quantize decoder,encoder",
         "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
     ),
 )
@@ -128,12 +145,18 @@ def speed(
     folder: OptionalFolder = None,
     backbone: BackboneOption = None,
     init: InitOption = None,
-    recipe: RecipeOption = "quickstart",
+    recipe: RecipeOption = "strong",
+    head: HeadOption = None,
+    quantize: QuantizeOption = None,
+    profile: ProfileOption = False,
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
-    _measure_shapes("speed", folder, backbone, init, recipe, out, set_)
+    chosen = [f"bench.head={head}"] if head else []
+    chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
+    chosen += ["bench.profile=true"] if profile else []
+    _measure_shapes("speed", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
 
 
 @bench.command(
@@ -147,7 +170,7 @@ def memory(
     folder: OptionalFolder = None,
     backbone: BackboneOption = None,
     init: InitOption = None,
-    recipe: RecipeOption = "quickstart",
+    recipe: RecipeOption = "strong",
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sentcompress.generation.heads import Head
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.modeling.vae import SentenceVAE
@@ -62,6 +63,11 @@ class Sampler:
             if settings.top_p < 1.0:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 
+    @property
+    def greedy(self) -> bool:
+        """Whether only the largest logit counts."""
+        return not self.do_sample and self.penalty is None
+
     def pick(self, logits: Tensor, histories: list[list[int]]) -> Tensor:
         """``[B, V]`` logits to ``[B]`` tokens; ``histories`` feed the repetition penalty."""
         if self.penalty:
@@ -98,11 +104,15 @@ class SentenceWriter:
 
     Args:
         vae: the model whose decoder writes.
+        head: the output head; None takes the full one.
         use_cache: False runs the decoder over everything again for each token.
     """
 
-    def __init__(self, vae: SentenceVAE, sampler: Sampler, *, use_cache: bool = True) -> None:
+    def __init__(
+        self, vae: SentenceVAE, sampler: Sampler, *, head: Head | None = None, use_cache: bool = True
+    ) -> None:
         self.vae = vae
+        self.head = head or Head(vae.output_weight)
         self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
         self.sampler = sampler
         self.use_cache = use_cache
@@ -158,18 +168,9 @@ class SentenceWriter:
                 else self.last_hidden(latents, written)
             )
             steps += 1
-            # The prefix is known, so its logits are not needed.
-            if all(len(written[i]) < len(plans[i].prefix) for i in open_rows):
-                chosen = [0] * len(plans)
-            else:
-                logits = vae.logits(hidden).float()
-                for i in open_rows:
-                    length = plans[i].length
-                    if length is not None or not written[i]:
-                        logits[i, eos] = float("-inf")  # an empty sentence is no sentence
-                chosen = self.sampler.pick(
-                    logits, [p.history + w for p, w in zip(plans, written, strict=True)]
-                ).tolist()
+            # A prefix is known, and a sentence that is over asks for nothing: their logits are not needed.
+            asked = [i for i in open_rows if len(written[i]) >= len(plans[i].prefix)]
+            chosen = dict(zip(asked, self._pick(hidden, asked, plans, written), strict=True))
             for i in tuple(open_rows):
                 plan, at = plans[i], len(written[i])
                 token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]
@@ -192,6 +193,28 @@ class SentenceWriter:
             else:
                 self.past = [self._tail(text) for text in self._with(latents, written)]
         return written, ended
+
+    def _pick(
+        self,
+        hidden: Tensor,
+        rows: list[int],
+        plans: Sequence[RowPlan],
+        written: Sequence[list[int]],
+    ) -> list[int]:
+        """The next token of some rows of ``hidden [B, H]``."""
+        if not rows:
+            return []
+        eos = self.vae.config.eos_token_id
+        # An empty sentence is no sentence, and one of a given length ends there.
+        goes_on = [plans[i].length is not None or not written[i] for i in rows]
+        banned = torch.tensor(goes_on, device=hidden.device)
+        if len(rows) < len(hidden):
+            hidden = hidden[rows]
+        if self.sampler.greedy:
+            return self.head.argmax(hidden, banned, eos).tolist()
+        logits = self.head.logits(hidden)
+        logits[banned, eos] = float("-inf")
+        return self.sampler.pick(logits, [plans[i].history + written[i] for i in rows]).tolist()
 
     @torch.no_grad()
     def last_hidden(self, latents: Tensor, written: Sequence[Sequence[int]]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
+from sentcompress.generation.heads import Head, make_head
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
@@ -71,6 +72,17 @@ class SentenceGenerator:
         if tokenizer is not None:
             self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
         self.device = next(model.parameters()).device
+        self._heads: dict[str, Head] = {}
+
+    def head(self, kind: str) -> Head:
+        """The output head called ``kind``, made when first asked for: it counts how often a shortlist fell back.
+
+        Raises:
+            InputError: it cannot be had here.
+        """
+        if kind not in self._heads:
+            self._heads[kind] = make_head(self.model.vae.output_weight, kind)
+        return self._heads[kind]
 
     def generate(
         self,
@@ -136,7 +148,9 @@ class SentenceGenerator:
         model = self.model.eval()
         sampler = Sampler(settings, self.device)
         state = _Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
-        writer = SentenceWriter(model.vae, sampler, use_cache=settings.use_cache)
+        writer = SentenceWriter(
+            model.vae, sampler, head=self.head(settings.head), use_cache=settings.use_cache
+        )
         writer.read([Told(row.context, state.told(i, len(row.context))) for i, row in enumerate(rows)])
         while rows:
             hidden = state.hidden_states

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -30,6 +32,9 @@ class GenerationSettings(BaseModel):
     """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
     seed: int | None = Field(default=None, ge=0)
     """Seeds the draws."""
+    head: Literal["auto", "exact", "shortlist-exact"] = "auto"
+    """How the likeliest token is found when nothing is drawn: ``exact`` computes every logit; ``shortlist-exact`` reads
+    a quarter of the bytes and proves that the token is the same (on a CPU); ``auto`` takes the faster."""
     use_cache: bool = True
     """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
     sentence_lengths: tuple[int, ...] | None = None

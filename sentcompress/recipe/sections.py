@@ -271,6 +271,12 @@ class BenchSettings(Section):
     """Prompt length of the speed runs; ``text`` takes whole sentences of as many tokens or a little more."""
     new_tokens: int = Field(default=128, ge=1)
     """Tokens generated a speed run."""
+    head: Literal["auto", "exact", "shortlist-exact"] = "auto"
+    """How the sentence model finds the likeliest token in the speed runs; all write the same tokens."""
+    quantize: list[Literal["encoder", "backbone", "decoder"]] = []
+    """Parts of the sentence model whose weights are rounded to 8 bits (on a CPU) before anything is measured."""
+    profile: bool = False
+    """Measure where a token's time goes, in both models."""
     batch_sizes: list[int] = Field(default=[1, 8], min_length=1)
     """Batch sizes of the speed runs."""
     memory_budget_bytes: int = Field(default=2**30, ge=1)

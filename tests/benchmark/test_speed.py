@@ -30,7 +30,9 @@ from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
 LENGTHS = [5, 2, 9, 4]
 SENTENCE_IDS = random_sentences([3, 6, 1, 8, 5], 500, seed=0)
-SETTINGS = BenchSettings(repeats=2, prompt_tokens=10, new_tokens=9, batch_sizes=[1, 3])
+SETTINGS = BenchSettings(
+    repeats=2, prompt_tokens=10, new_tokens=9, batch_sizes=[1, 3], head="shortlist-exact", profile=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,25 @@ def test_every_system_is_measured_at_every_batch_size(report):
         (LOOKUP, "transformers serves batch 1 only"),
     }
     assert report.sentence_lengths == LENGTHS
+
+
+def test_the_figures_asked_for_first_stand_at_the_top(report):
+    ours = next(run for run in report.runs if run.system == SENTENCES)
+    assert report.output_ratio == ours.ratio
+    assert report.prefill_ratio > 0
+    assert report.fallback_rate == ours.fallback_rate
+    assert 0 <= report.fallback_rate <= 1
+    assert report.roofline_share == ours.roofline_share
+    assert report.head == "shortlist-exact"
+
+
+def test_the_profile_says_where_all_of_the_time_goes(report):
+    for system, parts in ((BACKBONE, 3), (SENTENCES, 6)):
+        for batch in (1, 3):
+            entries = [e for e in report.profile if (e.system, e.batch_size) == (system, batch)]
+            assert len(entries) == parts
+            assert sum(e.share for e in entries) == pytest.approx(1)
+            assert all(e.milliseconds_per_token > 0 for e in entries if e.part != "sampling")
 
 
 def test_break_even_and_advice_are_given(report):

@@ -1,0 +1,68 @@
+"""The shortlist head picks what the full head picks, whatever the weights look like."""
+
+import pytest
+import torch
+
+from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.generation.heads import WORTH_IT, Head, ShortlistExactHead, make_head
+from sentcompress.testing import tiny_sentence_lm
+
+
+def weights(kind: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    weight = torch.randn(1000, 48)
+    if kind == "large rows":
+        weight[::50] *= 30
+    if kind == "large columns":
+        weight[:, :3] *= 30
+    if kind == "twins":
+        weight[500:] = weight[:500]  # every token has an equal
+    if kind == "nothing":
+        weight.zero_()
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["plain", "large rows", "large columns", "twins", "nothing"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_token_is_the_full_heads(kind, rows):
+    weight = weights(kind)
+    full, short = Head(weight), ShortlistExactHead(weight)
+    banned = torch.arange(rows) % 3 == 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        states = torch.randn(rows, 48) * 10.0 ** (seed % 5 - 2)
+        states[0, seed % 48] *= 100
+        token = int(full.argmax(states, torch.zeros(rows, dtype=torch.bool), 0)[0])  # ban what would win
+        assert torch.equal(short.argmax(states, banned, token), full.argmax(states, banned, token))
+    assert short.picked == 20 * rows
+    if kind == "plain":
+        assert short.fallbacks < 0.1 * short.picked
+    if kind == "twins":
+        assert short.fallbacks == short.picked  # equal logits cannot be told apart
+
+
+def test_generation_writes_the_same(tokenizer):
+    model = tiny_sentence_lm(len(tokenizer), vae={"max_sentence_tokens": 16})
+    generator = SentenceGenerator(model, tokenizer)
+    prompts = [f"Number {n} is here. The people are free and" for n in range(20)]
+    written = {
+        (head, size): [
+            g.token_ids
+            for begin in range(0, 20, size)
+            for g in generator.generate(
+                prompts[begin : begin + size],
+                GenerationSettings(max_new_tokens=30, stop_threshold=1, head=head),
+            )
+        ]
+        for head in ("exact", "shortlist-exact")
+        for size in (1, 20)
+    }
+    first = written["exact", 1]
+    assert all(first == other for other in written.values())
+    assert generator.head("shortlist-exact").picked > 0
+
+
+def test_auto_takes_the_shortlist_for_large_heads_only():
+    assert type(make_head(torch.randn(64, 8), "auto")) is Head
+    assert type(make_head(torch.randn(WORTH_IT // 64, 64), "auto")) is ShortlistExactHead
+    assert type(make_head(torch.empty(WORTH_IT // 64, 64, device="meta"), "auto")) is Head

@@ -1,0 +1,57 @@
+"""Weights in 8 bits: exact whole-number products, rows that do not depend on each other, small errors."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sentcompress.errors import InputError
+from sentcompress.modeling.int8 import Int8Linear, Int8Weight, quantize, round_rows, to_int8
+from sentcompress.testing import tiny_sentence_lm
+
+
+def test_rounding_says_what_it_left_out():
+    rows = torch.randn(5, 33) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1.0]])
+    for passes, error in ((1, 1e-2), (2, 1e-4)):
+        rounded = round_rows(rows, passes)
+        assert torch.allclose((rounded.whole * rounded.scales).sum(0) + rounded.rest, rows)
+        assert rounded.whole.abs().max() <= 63
+        assert (rounded.rest.abs() <= error * rows.abs().amax(1, keepdim=True)).all()
+
+
+def test_a_layer_in_8_bits_is_close_and_does_not_mix_rows():
+    torch.manual_seed(0)
+    layer = nn.Linear(70, 90)
+    states = torch.randn(2, 7, 70)
+    states[0, 0] *= 1000  # would set the scale of all others
+    quantized = Int8Linear(layer)
+    together = quantized(states)
+    assert torch.equal(together[1], quantized(states[1]))
+    assert torch.equal(together[0, 3], quantized(states[0, 3]))
+    error = (together - layer(states)).norm(dim=-1) / layer(states).norm(dim=-1)
+    assert error.max() < 0.02
+    bound = quantized.int8.error_norms * states[1].norm(dim=-1, keepdim=True)
+    assert ((together[1] - layer(states[1])).abs() <= bound * 1.05 + 1e-4).all()
+
+
+def test_layers_that_are_the_other_way_around_are_found_too():
+    module = nn.Sequential(Conv1D(12, 8), nn.GELU(), nn.Linear(12, 4))
+    states = torch.randn(3, 8)
+    before = module(states)
+    to_int8(module)
+    assert [type(layer) for layer in module] == [Int8Linear, nn.GELU, Int8Linear]
+    assert torch.allclose(module(states), before, atol=0.05)
+
+
+def test_parts_of_a_model_are_quantized_by_name():
+    model = tiny_sentence_lm()
+    quantize(model, ["decoder"])
+    assert any(isinstance(m, Int8Linear) for m in model.vae.decoder.modules())
+    assert not any(isinstance(m, Int8Linear) for m in model.backbone.modules())
+    with pytest.raises(InputError, match="no part is called 'head'"):
+        quantize(model, ["head"])
+
+
+def test_weights_elsewhere_than_on_the_cpu_are_refused():
+    with pytest.raises(InputError, match="8-bit weights are for the CPU"):
+        Int8Weight(torch.empty(4, 4, device="meta"))
