@@ -173,13 +173,12 @@ def _sentence_report(
 ) -> MemoryReport:
     generator = SentenceGenerator(model, None)
     # The start cell is there once, whatever the length of the text: it is not counted to the text's tokens.
-    cache, cells = generator.prefill([text])
-    size = _bytes(cache_tensors(cache))
-    per_position = size // (cells * model.latents)
+    cells = generator.prefill([text])
+    if not cells.cache_bytes:
+        raise RunError("the backbone's cache is more than keys and values: its bytes cannot be counted")
+    per_position = cells.cache_bytes // (cells.counts[0] * model.latents)
     per_token = per_position * model.latents * len(text) / tokens
-    decoder = model.vae.decoder.start(
-        model.rows(generator.encode(text[:1]), torch.zeros(1, 1, dtype=torch.long))[0]
-    )
+    decoder = _longest_sentence(model, generator.encode(text[:1]))
     transient = _bytes([t for layer in decoder.layers for t in (layer.keys, layer.values)])
     settings = GenerationSettings(
         max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=tuple(lengths)
@@ -204,6 +203,16 @@ def _sentence_report(
         longest_context_tokens=int((budget - transient) // per_token),
         position_limit_tokens=int(model.backbone.max_positions // model.latents * tokens / len(text)),
     )
+
+
+def _longest_sentence(model: SentenceLM, latents: Tensor) -> Any:
+    """The decoder's cache after a sentence as long as they get."""
+    decoder: Any = model.vae.decoder
+    cache = decoder.allocate(1, latents)
+    decoder.restart(cache, torch.zeros(1, dtype=torch.long, device=latents.device), latents)
+    for _ in range(decoder.prefix + 1 + model.config.vae_config.max_sentence_tokens):
+        decoder.step(latents[:, 0], cache)
+    return cache
 
 
 def _series(generate: Callable[[Callable[[int], None]], None]) -> list[tuple[int, int]]:

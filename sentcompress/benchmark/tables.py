@@ -255,8 +255,8 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         if speed.head != "exact":
             rates = [run.fallback_rate for run in speed.runs if run.fallback_rate is not None]
             notes.append(
-                f"Output head: {speed.head}, the same tokens as the full head; of at most {max(rates):.2%} of the tokens "
-                "the full head had to be read."
+                f"Output head: {speed.head}, the same tokens as the full head, which had to be read for at most "
+                f"{max(rates):.2%} of them."
             )
         notes += _profile(speed)
         notes += speed.advice

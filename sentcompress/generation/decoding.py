@@ -99,8 +99,36 @@ class Told:
     latents: Tensor
 
 
+@dataclass
+class Written:
+    """A sentence that is done.
+
+    Attributes:
+        row: the text it belongs to.
+        tokens: with the prefix, without the end mark.
+        ended: whether the end mark was written; else it reached its limit.
+    """
+
+    row: int
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass
+class _Sentence:
+    """A sentence being written."""
+
+    plan: RowPlan
+    latents: Tensor
+    unread: int
+    """Latents the decoder has still to read."""
+    tokens: list[int] = field(default_factory=list)
+    full: bool = False
+    """Its limit is reached; its last token is still to be read, for the sentences after it."""
+
+
 class SentenceWriter:
-    """Writes one sentence after the other for each of a batch of texts.
+    """Writes sentences for a batch of texts, token by token, each text at a place of its own in its sentence.
 
     Args:
         vae: the model whose decoder writes.
@@ -116,124 +144,178 @@ class SentenceWriter:
         self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
         self.sampler = sampler
         self.use_cache = use_cache
-        self.context: Any = None
-        """What a decoder with ``decoder_context`` keeps of the texts so far."""
+        self.cache: Any = None
+        self.open: list[_Sentence | None] = []
+        """What each text's sentence is at; None where none is being written."""
+        self.feed: list[int] = []
+        """The token each row reads next."""
         self.past: list[Told] = []
-        """The same for a decoder that may keep nothing."""
+        """Without a cache: what a ``decoder_context`` sees of each text."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sentence is being written."""
+        return any(sentence is not None for sentence in self.open)
 
     @torch.no_grad()
     def read(self, texts: Sequence[Told]) -> None:
         """Begin with texts that stand before what is to be written; only a ``decoder_context`` looks at them."""
-        if not self.decoder.context:
-            return
-        tails = [self._tail(text) for text in texts]
-        if not self.use_cache:
+        self.open = [None] * len(texts)
+        self.feed = [self.vae.config.bos_token_id] * len(texts)
+        context = None
+        if self.decoder.context:
+            tails = [self._tail(text) for text in texts]
             self.past = tails
-        elif any(tail.sentences for tail in tails):
-            embeddings, layout, latents = self._inputs(tails)
-            self.context = self.decoder.read(embeddings, layout, latents, len(tails))
+            if self.use_cache and any(tail.sentences for tail in tails):
+                embeddings, layout, latents = self._inputs(tails)
+                context = self.decoder.read(embeddings, layout, latents, len(tails))
+        if self.use_cache:
+            self.past = []
+            self.cache = self.decoder.allocate(len(texts), texts[0].latents, context)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
-        if self.context is not None:
-            self.context = self.context.keep(
-                torch.tensor(rows, dtype=torch.long, device=self.context.filled.device)
-            )
-        if self.past:
-            self.past = [self.past[row] for row in rows]
+        self.open, self.feed = [self.open[row] for row in rows], [self.feed[row] for row in rows]
+        self.past = [self.past[row] for row in rows] if self.past else []
+        if self.cache is not None:
+            self.decoder.keep(self.cache, torch.tensor(rows, device=self.vae.device))
 
     @torch.no_grad()
-    def write(self, latents: Tensor, plans: Sequence[RowPlan]) -> tuple[list[list[int]], list[bool]]:
-        """Write the next sentence of each text.
+    def begin(self, rows: Sequence[int], latents: Tensor, plans: Sequence[RowPlan]) -> None:
+        """Begin a sentence in some texts.
 
         Args:
-            latents: ``[B, k, H]``.
-            plans: one a text.
-
-        Returns:
-            the tokens of each sentence, prefix included and end mark left out, and whether the end mark was written.
+            rows: numbers of texts in which none is being written.
+            latents: ``[b, k, H]``.
         """
-        vae, device = self.vae, latents.device
-        eos = vae.config.eos_token_id
-        written: list[list[int]] = [[] for _ in plans]
-        ended = [False] * len(plans)
-        open_rows = list(range(len(plans)))
-        cache: Any = self.decoder.start(latents, self.context) if self.use_cache else None
-        current = torch.full((len(plans),), vae.config.bos_token_id, device=device)
-        steps = 0
-        while open_rows:
-            hidden = (
-                self.decoder.step(vae.embed_targets(current), cache)
-                if cache is not None
-                else self.last_hidden(latents, written)
-            )
-            steps += 1
-            # A prefix is known, and a sentence that is over asks for nothing: their logits are not needed.
-            asked = [i for i in open_rows if len(written[i]) >= len(plans[i].prefix)]
-            chosen = dict(zip(asked, self._pick(hidden, asked, plans, written), strict=True))
-            for i in tuple(open_rows):
-                plan, at = plans[i], len(written[i])
-                token = plan.prefix[at] if at < len(plan.prefix) else chosen[i]
-                if at == plan.length:
-                    token = eos  # a forced sentence pays for the step of its end mark like any other
-                if token == eos and at >= len(plan.prefix):
-                    ended[i] = True
-                    open_rows.remove(i)
-                    continue
-                written[i].append(int(token))
-                if len(written[i]) >= plan.limit:
-                    open_rows.remove(i)
-            current = torch.tensor([w[-1] if w else eos for w in written], device=device)
-        if self.decoder.context:
-            if cache is not None:
-                if steps <= max(map(len, written)):  # one that was cut short: its last token is still unread
-                    self.decoder.step(vae.embed_targets(current), cache)
-                lengths = torch.tensor([len(tokens) for tokens in written], device=device)
-                self.context = self.decoder.finish(cache, lengths)
-            else:
-                self.past = [self._tail(text) for text in self._with(latents, written)]
-        return written, ended
-
-    def _pick(
-        self,
-        hidden: Tensor,
-        rows: list[int],
-        plans: Sequence[RowPlan],
-        written: Sequence[list[int]],
-    ) -> list[int]:
-        """The next token of some rows of ``hidden [B, H]``."""
-        if not rows:
-            return []
-        eos = self.vae.config.eos_token_id
-        # An empty sentence is no sentence, and one of a given length ends there.
-        goes_on = [plans[i].length is not None or not written[i] for i in rows]
-        banned = torch.tensor(goes_on, device=hidden.device)
-        if len(rows) < len(hidden):
-            hidden = hidden[rows]
-        if self.sampler.greedy:
-            return self.head.argmax(hidden, banned, eos).tolist()
-        logits = self.head.logits(hidden)
-        logits[banned, eos] = float("-inf")
-        return self.sampler.pick(logits, [plans[i].history + written[i] for i in rows]).tolist()
+        for row, told, plan in zip(rows, latents, plans, strict=True):
+            self.open[row] = _Sentence(plan, told, self.decoder.prefix if self.use_cache else 0)
+            self.feed[row] = self.vae.config.bos_token_id
+        if self.use_cache:
+            self.decoder.restart(self.cache, torch.tensor(rows, device=latents.device), latents)
 
     @torch.no_grad()
-    def last_hidden(self, latents: Tensor, written: Sequence[Sequence[int]]) -> Tensor:
-        """The decoder's last hidden state of each text with a sentence so far, computed from nothing: ``[B, H]``."""
-        texts = self._with(latents, written)
+    def step(self) -> list[Written]:
+        """One more token in every open sentence; return those that are done with it."""
+        rows = [row for row, sentence in enumerate(self.open) if sentence is not None]
+        hidden = self._step(rows)
+        done: list[Written] = []
+        asked: list[int] = []
+        for row in rows:
+            sentence = self.open[row]
+            assert sentence is not None
+            if sentence.unread:
+                sentence.unread -= 1
+            elif sentence.full:
+                done.append(Written(row, sentence.tokens, ended=False))
+            elif len(sentence.tokens) < len(sentence.plan.prefix):
+                self._put(row, sentence.plan.prefix[len(sentence.tokens)], done)
+            else:
+                asked.append(row)
+        for row, token in zip(asked, self._pick(hidden, rows, asked), strict=True):
+            self._put(row, token, done)
+        if done:
+            self._close(done)
+        return done
+
+    @torch.no_grad()
+    def write(self, latents: Tensor, plans: Sequence[RowPlan]) -> list[Written]:
+        """Write one sentence for each of ``latents [B, k, H]``, with nothing before them, in their order."""
+        self.read([Told([], told[None][:0]) for told in latents])
+        self.begin(range(len(plans)), latents, plans)
+        done: list[Written] = []
+        while self.busy:
+            done += self.step()
+        return sorted(done, key=lambda written: written.row)
+
+    def _step(self, rows: list[int]) -> Tensor:
+        """Hidden states: of all texts with a cache, of ``rows`` alone without."""
+        if not self.use_cache:
+            sentences = [cast(_Sentence, self.open[row]) for row in rows]
+            latents = torch.stack([sentence.latents for sentence in sentences])
+            return self.last_hidden(latents, [sentence.tokens for sentence in sentences], rows)
+        device = self.vae.device
+        active = None
+        if len(rows) < len(self.open):
+            active = torch.tensor([sentence is not None for sentence in self.open], device=device)
+        return self.decoder.step(
+            self.vae.embed_targets(torch.tensor(self.feed, device=device)), self.cache, active
+        )
+
+    def _pick(self, hidden: Tensor, rows: list[int], asked: list[int]) -> list[int]:
+        """The next token of the texts ``asked``."""
+        if not asked:
+            return []
+        config = self.vae.config
+        places = asked if self.use_cache else [rows.index(row) for row in asked]
+        if len(places) < len(hidden):
+            hidden = hidden[places]
+        sentences = [cast(_Sentence, self.open[row]) for row in asked]
+        # An empty sentence is no sentence, and one of a given length ends there.
+        goes_on = [s.plan.length is not None or not s.tokens for s in sentences]
+        banned = torch.tensor(goes_on, device=hidden.device)
+        if self.sampler.greedy:
+            picked = self.head.argmax(hidden, banned, config.eos_token_id).tolist()
+        else:
+            logits = self.head.logits(hidden)
+            logits[banned, config.eos_token_id] = float("-inf")
+            picked = self.sampler.pick(logits, [s.plan.history + s.tokens for s in sentences]).tolist()
+        # A forced sentence pays for the step of its end mark like any other.
+        return [
+            config.eos_token_id if len(s.tokens) == s.plan.length else token
+            for s, token in zip(sentences, picked, strict=True)
+        ]
+
+    def _put(self, row: int, token: int, done: list[Written]) -> None:
+        """Book the next token of a text."""
+        sentence = cast(_Sentence, self.open[row])
+        plan, tokens = sentence.plan, sentence.tokens
+        if token == self.vae.config.eos_token_id and len(tokens) >= len(plan.prefix):
+            done.append(Written(row, tokens, ended=True))
+            return
+        tokens.append(token)
+        self.feed[row] = token
+        if len(tokens) >= plan.limit:
+            if self.decoder.context and self.use_cache:
+                sentence.full = True
+            else:
+                done.append(Written(row, tokens, ended=False))
+
+    def _close(self, done: list[Written]) -> None:
+        """Let sentences become the past of their texts."""
+        rows = [written.row for written in done]
+        if self.decoder.context and self.use_cache:
+            lengths = [len(written.tokens) for written in done]
+            device = self.vae.device
+            self.decoder.retire(
+                self.cache, torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+            )
+        for written in done:
+            sentence = cast(_Sentence, self.open[written.row])
+            if self.past:
+                text = self.past[written.row]
+                self.past[written.row] = self._tail(_with(text, written.tokens, sentence.latents))
+            self.open[written.row] = None
+
+    @torch.no_grad()
+    def last_hidden(
+        self, latents: Tensor, written: Sequence[Sequence[int]], rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """The decoder's last hidden state of texts with a sentence so far, computed from nothing: ``[b, H]``.
+
+        Args:
+            latents: ``[b, k, H]``, what each sentence is told.
+            written: its tokens so far.
+            rows: the texts they stand in; None: all, in order.
+        """
+        numbers = range(len(written)) if rows is None else rows
+        nothing = Told([], latents[:0])
+        past = [self.past[row] if self.past else nothing for row in numbers]
+        texts = [_with(text, tokens, told) for text, tokens, told in zip(past, written, latents, strict=True)]
         embeddings, layout, told = self._inputs(texts)
         hidden = self.decoder(embeddings, layout, told)
         ends = torch.tensor([len(text.sentences) for text in texts], device=hidden.device).cumsum(0) - 1
         return hidden[layout.lengths.cumsum(0)[ends] - 1]
-
-    def _with(self, latents: Tensor, written: Sequence[Sequence[int]]) -> list[Told]:
-        """The past of each text with one more sentence."""
-        new = [Told([list(tokens)], told[None]) for tokens, told in zip(written, latents, strict=True)]
-        if not self.past:
-            return new
-        return [
-            Told(a.sentences + b.sentences, torch.cat([a.latents, b.latents]))
-            for a, b in zip(self.past, new, strict=True)
-        ]
 
     def _tail(self, text: Told) -> Told:
         """What the next sentence depends on."""
@@ -252,3 +334,8 @@ class SentenceWriter:
         bos = self.vae.config.bos_token_id
         tokens = torch.tensor([token for ids in sentences for token in (bos, *ids)], device=latents.device)
         return self.vae.embed_targets(tokens), layout, latents
+
+
+def _with(text: Told, tokens: Sequence[int], latents: Tensor) -> Told:
+    """A text with one more sentence, told ``[k, H]``."""
+    return Told([*text.sentences, list(tokens)], torch.cat([text.latents, latents[None]]))

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
+from sentcompress.generation.cells import Cells
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.heads import Head, make_head
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
-from sentcompress.modeling.sentence_lm import START, SentenceLM
+from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.segmentation import sentences_to_ids
 
 ENCODE_AT_A_TIME = 512
 """Sentences encoded together; bounds memory for long prompts."""
+TOGETHER = 0.5
+"""Share of the open texts that have finished a sentence before the backbone reads these: it costs the same for a few as
+for many, and meanwhile the others go on."""
+WORTH_DROPPING = 0.75
+"""Share of texts still open below which the others are dropped from the caches."""
 
 
 @dataclass
@@ -126,14 +132,9 @@ class SentenceGenerator:
                 yield number, tokens
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]]) -> tuple[Any, int]:
-        """Encode whole sentences given as token ids and run the backbone over them; for benchmarks.
-
-        Returns:
-            the backbone's cache, and how many cells a row has (the start cell included).
-        """
-        state = _Cells(self.model.eval(), [self.encode(sentences) for sentences in contexts], use_cache=True)
-        return state.cache, state.cells
+    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]]) -> Cells:
+        """Encode whole sentences given as token ids and run the backbone over them; for benchmarks."""
+        return Cells(self.model.eval(), [self.encode(sentences) for sentences in contexts], use_cache=True)
 
     def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
@@ -146,37 +147,45 @@ class SentenceGenerator:
     def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, list[int], str]]:
         """Fill the rows' results, yielding each prompt's number with a new sentence's tokens and new text."""
         model = self.model.eval()
-        sampler = Sampler(settings, self.device)
-        state = _Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
+        cells = Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
         writer = SentenceWriter(
-            model.vae, sampler, head=self.head(settings.head), use_cache=settings.use_cache
+            model.vae,
+            Sampler(settings, self.device),
+            head=self.head(settings.head),
+            use_cache=settings.use_cache,
         )
-        writer.read([Told(row.context, state.told(i, len(row.context))) for i, row in enumerate(rows)])
-        while rows:
-            hidden = state.hidden_states
-            stop = model.stop_logits(hidden).float().softmax(-1)[:, 1].tolist()
-            going = [i for i, row in enumerate(rows) if not self._finished(row, stop[i], state, settings)]
-            if len(going) < len(rows):
-                for row in rows:
-                    if row.result.finish_reason and (rest := self._new_text(row)):
-                        yield row.number, [], rest  # half a character that waited for its other half
-                rows = [rows[i] for i in going]
-                if not rows:
-                    return
-                state.keep(going)
-                writer.keep(going)
-                hidden = state.hidden_states
-            plans = [self._plan(row, settings) for row in rows]
-            written, _ = writer.write(hidden, plans)
-            for row, tokens in zip(rows, written, strict=True):
-                yield row.number, tokens, self._take(row, tokens, settings)
-            going = [i for i, row in enumerate(rows) if not row.result.finish_reason]
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                state.keep(going)
-                writer.keep(going)
-            if rows:
-                state.append(self.encode([row.context[-1] for row in rows]))
+        writer.read([Told(row.context, cells.told(i, len(row.context))) for i, row in enumerate(rows)])
+        waiting, unread = list(range(len(rows))), list[int]()
+        while waiting or writer.busy:
+            going = sum(not row.result.finish_reason for row in rows)
+            if waiting and (not writer.busy or len(waiting) >= TOGETHER * going):
+                if unread:
+                    cells.append(unread, self.encode([rows[i].context[-1] for i in unread]))
+                stop = model.stop_logits(cells.hidden_states[waiting]).float().softmax(-1)[:, 1].tolist()
+                begun = [
+                    i
+                    for i, p in zip(waiting, stop, strict=True)
+                    if not self._finished(rows[i], p, cells.counts[i], settings)
+                ]
+                for i in waiting:
+                    if rows[i].result.finish_reason and (rest := self._new_text(rows[i])):
+                        yield rows[i].number, [], rest  # half a character that waited for its other half
+                if begun:
+                    writer.begin(
+                        begun, cells.hidden_states[begun], [self._plan(rows[i], settings) for i in begun]
+                    )
+                waiting, unread = [], []
+                left = [i for i, row in enumerate(rows) if not row.result.finish_reason]
+                if left and len(left) <= WORTH_DROPPING * len(rows):
+                    rows = [rows[i] for i in left]
+                    cells.keep(left)
+                    writer.keep(left)
+            for written in writer.step() if writer.busy else ():
+                row = rows[written.row]
+                yield row.number, written.tokens, self._take(row, written.tokens, settings)
+                if not row.result.finish_reason:
+                    waiting.append(written.row)
+                    unread.append(written.row)
 
     def _read(self, number: int, result: Generation) -> _Row:
         """Split a prompt into whole sentences and an unfinished one."""
@@ -218,11 +227,11 @@ class SentenceGenerator:
         weight = self.model.termination.weight
         return weight.new_zeros(0, self.model.latents, self.model.backbone.hidden_size)
 
-    def _finished(self, row: _Row, stop: float, state: _Cells, settings: GenerationSettings) -> bool:
+    def _finished(self, row: _Row, stop: float, cells: int, settings: GenerationSettings) -> bool:
         """Whether a row is not to write another sentence; notes why."""
         if row.prefix:
             return False
-        if state.cells >= self._cells_allowed():
+        if cells >= self._cells_allowed():
             row.result.finish_reason = "context"
         elif (
             settings.sentence_lengths is None
@@ -288,81 +297,3 @@ class SentenceGenerator:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class _Cells:
-    """The backbone's side of a batch: its cells so far, and the state that predicts the next sentence.
-
-    Rows are padded on the left, so that every row's newest cell is the last column.
-    """
-
-    def __init__(self, model: SentenceLM, latents: list[Tensor], *, use_cache: bool) -> None:
-        self.model = model
-        self.use_cache = use_cache
-        device = latents[0].device
-        start = int(model.config.start_latent)
-        width = max(len(x) for x in latents) + start
-        index = torch.full((len(latents), width), -1, device=device)
-        offset = 0
-        for row, x in enumerate(latents):
-            begin = width - len(x)
-            index[row, begin:] = torch.arange(offset, offset + len(x), device=device)
-            if start:
-                index[row, begin - 1] = START
-            offset += len(x)
-        joined = torch.cat(latents)
-        if not len(joined):
-            joined = joined.new_zeros(1, *joined.shape[1:])
-        self.inputs = model.rows(joined, index)
-        self.passage_ids = torch.where(index == -1, -1, 0)
-        self.cache: Any = None
-        self._run(self.inputs, past=0)
-
-    @property
-    def cells(self) -> int:
-        """Columns so far."""
-        return int(self.passage_ids.shape[1])
-
-    def _run(self, inputs: Tensor, past: int) -> None:
-        positions = ((self.passage_ids >= 0).long().cumsum(1) - 1)[:, past:]
-        passage_ids = self.passage_ids[:, past:]
-        states, self.cache = self.model.backbone_states(
-            inputs,
-            passage_ids >= 0,
-            passage_ids,
-            positions,
-            past_key_values=self.cache,
-            past_passage_ids=self.passage_ids[:, :past] if past else None,
-            use_cache=self.use_cache,
-        )
-        self.states = states
-        """``[B, N, k, H]`` of the cells that were run last."""
-        self.hidden_states = states[:, -1]
-        """``[B, k, H]``: what the decoder is told for the next sentence."""
-
-    def told(self, row: int, sentences: int) -> Tensor:
-        """What predicted the last ``sentences`` of a row: ``[sentences, k, H]``, zeros where nothing did."""
-        start = int(self.model.config.start_latent)
-        real = self.states[row, self.states.shape[1] - sentences - start : -1]
-        nothing = real.new_zeros(1 - start, *real.shape[1:])
-        return torch.cat([nothing, real])[:sentences]
-
-    def append(self, latents: Tensor) -> None:
-        """One more sentence in every row: ``[B, k, H]``."""
-        self.passage_ids = torch.cat([self.passage_ids, self.passage_ids.new_zeros(len(latents), 1)], 1)
-        if self.use_cache:
-            self._run(latents[:, None], past=self.cells - 1)
-        else:
-            self.inputs = torch.cat([self.inputs, latents[:, None]], 1)
-            self._run(self.inputs, past=0)
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
-        if not rows:
-            return
-        index = torch.tensor(rows, device=self.passage_ids.device)
-        self.passage_ids = self.passage_ids[index]
-        self.hidden_states = self.hidden_states[index]
-        self.inputs = self.inputs[index]
-        if self.cache is not None:
-            self.cache.batch_select_indices(index)

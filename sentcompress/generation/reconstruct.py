@@ -11,6 +11,7 @@ import torch
 
 from sentcompress.contracts import Reconstruction
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter
+from sentcompress.generation.heads import make_head
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.vae import SentenceVAE
 
@@ -30,7 +31,7 @@ def reconstruct(
     """Free-running greedy reconstruction of tokenized sentences (no special tokens), in their order."""
     device = next(vae.parameters()).device
     vae.eval()
-    sampler = Sampler(GenerationSettings(), device)
+    sampler, head = Sampler(GenerationSettings(), device), make_head(vae.output_weight, "auto")
     results: list[Reconstruction] = []
     for begin in range(0, len(sentences), batch_size):
         block = [list(map(int, ids)) for ids in sentences[begin : begin + batch_size]]
@@ -40,8 +41,8 @@ def reconstruct(
         input_ids[mask] = torch.tensor([token for ids in block for token in ids])
         latents = vae.encode(input_ids.to(device), mask.to(device))
         plans = [RowPlan(limit=vae.config.max_sentence_tokens) for _ in block]
-        written, _ = SentenceWriter(vae, sampler).write(latents, plans)
-        for ids, new in zip(block, written, strict=True):
+        written = SentenceWriter(vae, sampler, head=head).write(latents, plans)
+        for ids, new in zip(block, (sentence.tokens for sentence in written), strict=True):
             results.append(
                 Reconstruction(
                     reference=_decode(tokenizer, ids),

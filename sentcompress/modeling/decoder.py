@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.configuration import SentenceVAEConfig
-from sentcompress.modeling.layers import DecoderBlock, LayerCache, Unpack
+from sentcompress.modeling.layers import DecoderBlock, LayerCache, Place, Unpack, rotation
 from sentcompress.modeling.ragged import Ragged
 
 
@@ -28,32 +28,32 @@ class DecoderContext:
     filled: Tensor
     stream_positions: Tensor
 
-    def keep(self, rows: Tensor) -> DecoderContext:
-        """Only some rows, ``[B']``."""
-        return DecoderContext(
-            [LayerCache(layer.keys[rows], layer.values[rows]) for layer in self.layers],
-            self.filled[rows],
-            self.stream_positions[rows],
-        )
-
 
 @dataclass
 class DecoderCache:
-    """Everything cached while a batch of sentences is written, dropped when they are done.
+    """Everything cached while sentences are written: a row a text, each at a position of its own.
 
     Attributes:
         layers: keys and values of each block.
-        prepared: what each block computed from the latents, once.
-        slots: ``[B, positions, size]``, what the latents give each position; None without ``unpack_size``.
-        positions: ``[B]`` int64, positions filled so far in each row.
-        context: where the sentences begin, and what the first places of ``layers`` hold; None without context.
+        latents: ``[B, k, H]``, what each row's sentence is told.
+        prepared: what each block computed from them.
+        slots: ``[B, positions, size]``, what they give each position; None without ``unpack_size``.
+        positions: ``[B]`` int64, positions filled in each row's sentence.
+        before: the texts before their sentences; its ``layers`` are empty, they lie in the first columns of ours.
+        angles: cosine and sine ``[B, positions, d / 2]`` of the sentence's positions; None without context.
+        even: the position of all rows where it is the same, known without looking.
+        reading: steps in which some row may still read its latents.
     """
 
     layers: list[LayerCache]
+    latents: Tensor
     prepared: list[tuple[Tensor, ...]]
     positions: Tensor
-    context: DecoderContext | None = None
+    before: DecoderContext
     slots: Tensor | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    even: int | None = None
+    reading: int = 0
 
 
 class SentenceDecoder(nn.Module):
@@ -147,68 +147,139 @@ class SentenceDecoder(nn.Module):
                 seen += lengths[first] + 1 + self.prefix
         return len(lengths) - first
 
-    def start(self, latents: Tensor, context: DecoderContext | None = None) -> DecoderCache:
-        """Begin ``B`` sentences from ``latents [B, k, H]``: an empty cache with what the latents give.
+    def allocate(self, texts: int, like: Tensor, context: DecoderContext | None = None) -> DecoderCache:
+        """A cache for so many texts, no sentence begun.
 
         Args:
-            context: what stands before them; None where nothing does.
+            like: any tensor of the dtype and on the device of the latents.
+            context: what stands before the first sentences; None where nothing does.
         """
-        batch, _, width = latents.shape
-        shape = (batch, self.num_heads, self.context + self.capacity, width // self.num_heads)
-        positions = torch.zeros(batch, dtype=torch.long, device=latents.device)
-        cache = DecoderCache(
-            layers=[LayerCache(latents.new_zeros(shape), latents.new_zeros(shape)) for _ in self.blocks],
-            prepared=[block.prepare(latents) for block in self._decoder_blocks()],
+        width = self.norm.normalized_shape[0]
+        # One column more than a sentence needs, for rows that wait for a new one.
+        shape = (texts, self.num_heads, self.context + self.capacity + 1, width // self.num_heads)
+        positions = torch.zeros(texts, dtype=torch.long, device=like.device)
+        if context is None:
+            filled = torch.zeros(texts, self.context, dtype=torch.bool, device=like.device)
+            context = DecoderContext([], filled, positions.clone())
+        layers = [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+        for layer, before in zip(layers, context.layers, strict=False):
+            layer.keys[:, :, : self.context] = before.keys
+            layer.values[:, :, : self.context] = before.values
+        return DecoderCache(
+            layers=layers,
+            latents=like.new_zeros(texts, 0, width),
+            prepared=[() for _ in self.blocks],
             positions=positions,
-            slots=None if self.unpack is None else self.unpack.prepare(latents),
+            before=replace(context, layers=[]),
         )
-        if self.context:
-            if context is None:
-                filled = torch.zeros(batch, self.context, dtype=torch.bool, device=latents.device)
-                context = DecoderContext([], filled, positions)
-            for layer, before in zip(cache.layers, context.layers, strict=False):
-                layer.keys[:, :, : self.context] = before.keys
-                layer.values[:, :, : self.context] = before.values
-            cache.context = replace(context, layers=[])
-        for i in range(self.prefix):
-            self._step(latents[:, i], cache)
-        return cache
 
-    def step(self, embeddings: Tensor, cache: DecoderCache) -> Tensor:
-        """One more token in every row: ``[B, H] -> [B, H]``, extending ``cache``."""
+    def restart(self, cache: DecoderCache, rows: Tensor, latents: Tensor) -> None:
+        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``."""
+        texts = len(cache.positions)
+
+        def put(old: Tensor | None, new: Tensor) -> Tensor:
+            if len(rows) == texts:
+                return new[rows.argsort()]
+            if old is None or old.shape[1:] != new.shape[1:]:
+                old = new.new_zeros(texts, *new.shape[1:])
+            return old.index_copy(0, rows, new)
+
+        cache.latents = put(cache.latents, latents)
+        for i, block in enumerate(self._decoder_blocks()):
+            new = block.prepare(latents)
+            old: tuple[Tensor | None, ...] = cache.prepared[i] or (None,) * len(new)
+            cache.prepared[i] = tuple(put(a, b) for a, b in zip(old, new, strict=True))
+        if self.unpack is not None:
+            cache.slots = put(cache.slots, self.unpack.prepare(latents))
+        if self.context:
+            steps = torch.arange(self.capacity + 1, device=rows.device)
+            places = cache.before.stream_positions[rows, None] + steps
+            size = cache.layers[0].keys.shape[-1]
+            old_angles = cache.angles or (None, None)
+            cos, sin = (put(a, b) for a, b in zip(old_angles, rotation(places, size), strict=True))
+            cache.angles = cos, sin
+        cache.positions = cache.positions.index_fill(0, rows, 0)
+        cache.even = 0 if len(rows) == texts else None
+        cache.reading = self.prefix
+
+    def step(self, embeddings: Tensor, cache: DecoderCache, active: Tensor | None = None) -> Tensor:
+        """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``.
+
+        The first ``prefix`` steps of a sentence read its latents, whatever ``embeddings`` holds.
+
+        Args:
+            active: ``[B]`` bool; the other rows wait, what comes out for them means nothing. None: all are.
+        """
+        positions = cache.positions
         if self.unpack is not None and cache.slots is not None:
             rows = torch.arange(len(embeddings), device=embeddings.device)
-            embeddings = embeddings + self.unpack(cache.slots, rows, cache.positions - self.prefix)
-        return self._step(embeddings, cache)
-
-    def _step(self, embeddings: Tensor, cache: DecoderCache) -> Tensor:
-        hidden_states = embeddings + self.embed_positions(cache.positions)
-        across: tuple[Tensor, ...] = ()
-        if cache.context is not None:
-            across = (cache.context.stream_positions + cache.positions, cache.context.filled)
+            at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
+            embeddings = embeddings + self.unpack(cache.slots, rows, at)
+        if cache.reading:
+            cache.reading -= 1
+            rows = torch.arange(len(embeddings), device=embeddings.device)
+            told = cache.latents[rows, positions.clamp_max(self.prefix - 1)]
+            embeddings = torch.where((positions < self.prefix)[:, None], told, embeddings)
+        hidden_states = embeddings + self.embed_positions(positions.clamp_max(self.capacity - 1))
+        place = self._place(cache)
         for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
-            hidden_states = block.step(hidden_states, layer, cache.positions, prepared, *across)
-        cache.positions = cache.positions + 1
+            hidden_states = block.step(hidden_states, layer, place, prepared)
+        cache.positions = positions + (1 if active is None else active)
+        cache.even = None if active is not None or cache.even is None else cache.even + 1
         return self.norm(hidden_states)
 
-    def finish(self, cache: DecoderCache, lengths: Tensor) -> DecoderContext | None:
-        """What the next sentences see of these and of what stood before them.
+    def _place(self, cache: DecoderCache) -> Place:
+        positions, filled, n = cache.positions, cache.before.filled, self.context
+        texts = len(positions)
+        if cache.even is not None:
+            even = cache.even
+            angles = _of_each(cache.angles, lambda x: x[:, even])
+            end = n + cache.even + 1
+            if texts == 1 or not n:  # what is filled of the context stands on its right
+                first = n - int(filled.sum()) if n else 0
+                return Place(None, n + cache.even, first, end, None, angles)
+            mask = torch.cat([filled, filled.new_ones(texts, cache.even + 1)], 1)
+            return Place(None, n + cache.even, 0, end, mask[:, None, None], angles)
+        rows = torch.arange(texts, device=positions.device)
+        angles = _of_each(cache.angles, lambda x: x[rows, positions])
+        end = int(positions.max()) + 1
+        mask = torch.arange(end, device=positions.device) <= positions[:, None]
+        mask = torch.cat([filled, mask], 1) if n else mask
+        return Place(rows, n + positions, 0, n + end, mask[:, None, None], angles)
+
+    def retire(self, cache: DecoderCache, rows: Tensor, lengths: Tensor) -> None:
+        """Let the sentences of some rows ``[b]`` become what stands before their next ones.
 
         Args:
-            cache: in which every sentence's tokens have been read, the last one too.
-            lengths: ``[B]`` tokens of each, start token and end mark not counted.
+            cache: in which all tokens of these sentences have been read, the last one too.
+            lengths: ``[b]`` tokens of each, start token and end mark not counted.
         """
-        if cache.context is None:
-            return None
+        if not self.context:
+            return
         used = self.prefix + 1 + lengths
         places = used[:, None] + torch.arange(self.context, device=used.device)
-        own = cache.context.filled.new_ones(len(used), self.capacity)
-        layers = []
+        before = cache.before
         for layer in cache.layers:
             index = places[:, None, :, None].expand(-1, self.num_heads, -1, layer.keys.shape[-1])
-            layers.append(LayerCache(layer.keys.gather(2, index), layer.values.gather(2, index)))
-        return DecoderContext(
-            layers,
-            torch.cat([cache.context.filled, own], 1).gather(1, places),
-            cache.context.stream_positions + used,
-        )
+            for states in (layer.keys, layer.values):
+                states[rows, :, : self.context] = states[rows].gather(2, index)
+        own = before.filled.new_ones(len(rows), self.capacity + 1)
+        before.filled[rows] = torch.cat([before.filled[rows], own], 1).gather(1, places)
+        before.stream_positions[rows] += used
+
+    def keep(self, cache: DecoderCache, rows: Tensor) -> None:
+        """Drop all other rows."""
+        cache.layers = [layer.keep(rows) for layer in cache.layers]
+        cache.latents, cache.positions = cache.latents[rows], cache.positions[rows]
+        cache.prepared = [tuple(x[rows] for x in prepared) for prepared in cache.prepared]
+        cache.slots = None if cache.slots is None else cache.slots[rows]
+        cache.before = DecoderContext([], cache.before.filled[rows], cache.before.stream_positions[rows])
+        if cache.angles is not None:
+            cache.angles = cache.angles[0][rows], cache.angles[1][rows]
+
+
+def _of_each(
+    angles: tuple[Tensor, Tensor] | None, pick: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """The angles ``[B, d / 2]`` of one position a row, as ``[B, 1, 1, d / 2]``."""
+    return None if angles is None else (pick(angles[0])[:, None, None], pick(angles[1])[:, None, None])

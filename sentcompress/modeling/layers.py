@@ -22,19 +22,25 @@ def join_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def rotate(states: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position encoding (arXiv 2104.09864), halves paired.
+def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles (arXiv 2104.09864) of ``positions [...]``: ``[..., size / 2]`` each."""
+    half = size // 2
+    frequencies = 10_000.0 ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None] * frequencies
+    return angles.cos(), angles.sin()
 
-    Args:
-        states: ``[N, heads, d]``, ``d`` even.
-        positions: ``[N]``; attention then depends on their differences alone.
-    """
-    half = states.shape[-1] // 2
-    frequencies = 10_000.0 ** (-torch.arange(half, device=states.device) / half)
-    angles = (positions[:, None] * frequencies)[:, None, :]
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    first, second = states[..., :half], states[..., half:]
+
+def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[..., d]`` by angles ``[..., d / 2]``, halves paired."""
+    first, second = states.chunk(2, -1)
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def rotate(states: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position encoding of ``[N, heads, d]`` at ``positions [N]``; only their differences count in attention."""
+    cos, sin = rotation(positions, states.shape[-1])
+    return turn(states, cos[:, None], sin[:, None])
 
 
 @dataclass
@@ -42,11 +48,35 @@ class LayerCache:
     """Keys and values of one decoder block: the context before a sentence, then the sentence.
 
     Attributes:
-        keys, values: ``[B, heads, context + capacity, d]``.
+        keys, values: ``[B, heads, columns, d]``.
     """
 
     keys: Tensor
     values: Tensor
+
+    def keep(self, rows: Tensor) -> LayerCache:
+        """Only some rows, ``[B']``."""
+        return LayerCache(self.keys[rows], self.values[rows])
+
+
+@dataclass
+class Place:
+    """Where the next position of each row goes in the cache, and what it sees; the same in every block.
+
+    Attributes:
+        rows: ``[B]`` int64 of all rows, beside ``column [B]``; None where one column serves all.
+        column: where keys and values are written.
+        first, end: the columns that are looked at.
+        mask: ``[B, 1, 1, end - first]`` bool of what each row sees of them; None: all.
+        angles: cosine and sine ``[B, 1, 1, d / 2]``; None without rotary positions.
+    """
+
+    rows: Tensor | None
+    column: Tensor | int
+    first: int
+    end: int
+    mask: Tensor | None
+    angles: tuple[Tensor, Tensor] | None
 
 
 class SelfAttention(nn.Module):
@@ -93,36 +123,23 @@ class SelfAttention(nn.Module):
         )
         return self.out_proj(layout.unpad(join_heads(attended))), (k, v)
 
-    def step(
-        self,
-        hidden_states: Tensor,
-        cache: LayerCache,
-        positions: Tensor,
-        stream_positions: Tensor | None = None,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``, writing keys and values at ``positions [B]``.
-
-        Args:
-            stream_positions: ``[B]`` in the text, with ``context [B, n]`` bool: which of the cache's first ``n``
-                places hold something; None where only the sentence is seen.
-        """
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv_proj(hidden_states).chunk(3, -1))
-        rows = torch.arange(len(positions), device=positions.device)
-        before = 0
-        used = int(positions.max()) + 1
-        mask = torch.arange(used, device=positions.device) <= positions[:, None]
-        if stream_positions is not None and context is not None:
-            q, k = rotate(q, stream_positions), rotate(k, stream_positions)
-            before = context.shape[1]
-            mask = torch.cat([context, mask], 1)
-        cache.keys[rows, :, before + positions] = k
-        cache.values[rows, :, before + positions] = v
+    def step(self, hidden_states: Tensor, cache: LayerCache, place: Place) -> Tensor:
+        """One position a row: ``[B, H] -> [B, H]``, writing its keys and values into the cache."""
+        states = self.qkv_proj(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
+        q, k, v = states.unbind(1)
+        if place.angles is not None:
+            q, k = turn(states[:, :2], *place.angles).unbind(1)
+        if place.rows is None:
+            cache.keys[:, :, place.column] = k
+            cache.values[:, :, place.column] = v
+        else:
+            cache.keys[place.rows, :, place.column] = k
+            cache.values[place.rows, :, place.column] = v
         attended = F.scaled_dot_product_attention(
             q[:, :, None],
-            cache.keys[:, :, : before + used],
-            cache.values[:, :, : before + used],
-            attn_mask=mask[:, None, None, :],
+            cache.keys[:, :, place.first : place.end],
+            cache.values[:, :, place.first : place.end],
+            attn_mask=place.mask,
         )
         return self.out_proj(attended.squeeze(2).flatten(1))
 
@@ -280,18 +297,10 @@ class DecoderBlock(nn.Module):
         return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
 
     def step(
-        self,
-        hidden_states: Tensor,
-        cache: LayerCache,
-        positions: Tensor,
-        prepared: tuple[Tensor, ...],
-        stream_positions: Tensor | None = None,
-        context: Tensor | None = None,
+        self, hidden_states: Tensor, cache: LayerCache, place: Place, prepared: tuple[Tensor, ...]
     ) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``; the last two as :meth:`SelfAttention.step` says."""
-        hidden_states = hidden_states + self.attention.step(
-            self.attention_norm(hidden_states), cache, positions, stream_positions, context
-        )
+        """One position a row: ``[B, H] -> [B, H]``."""
+        hidden_states = hidden_states + self.attention.step(self.attention_norm(hidden_states), cache, place)
         if self.condition is not None:
             hidden_states = hidden_states + self.condition.step(self.condition_norm(hidden_states), prepared)
         return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))

@@ -15,6 +15,9 @@ from sentcompress.modeling.configuration import SentenceVAEConfig
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.registry import get_registry
 
+UNUSED_COLUMNS = 64
+"""Columns of a decoder's cache that no row sees any more before they are dropped."""
+
 
 def short_backbone(config: SentenceVAEConfig, layers: int, *, last: bool) -> Backbone:
     """The LLM's adapter with only some of its blocks, weights still to be copied, no token embeddings.
@@ -87,20 +90,26 @@ def _run(llm: Backbone, inputs: Tensor, lengths: Tensor) -> Tensor:
 
 @dataclass
 class LLMDecoderCache:
-    """What is cached while a batch of sentences is written.
+    """What is cached while sentences are written: a row a text, each beginning in a column of its own.
 
     Attributes:
-        cache: the blocks' transformers cache.
-        filled: positions in it, the same in every row.
+        cache: the blocks' transformers cache; None before the first step.
+        filled: columns in it, the same in every row.
+        starts: ``[B]`` int64, the column in which each row's sentence begins.
+        latents: ``[B, k, H]``, what it is told.
+        reading: steps in which some row may still read its latents.
     """
 
     cache: Any
     filled: int
+    starts: Tensor
+    latents: Tensor
+    reading: int = 0
 
     @property
     def layers(self) -> list[Any]:
         """Objects with ``keys`` and ``values``, one a block."""
-        return list(self.cache.layers)
+        return [] if self.cache is None else list(self.cache.layers)
 
 
 class LLMDecoder(nn.Module):
@@ -121,23 +130,56 @@ class LLMDecoder(nn.Module):
         hidden_states = _run(self.llm, inputs, layout.lengths + self.prefix)
         return layout.unpad(hidden_states[:, self.prefix :])
 
-    def start(self, latents: Tensor, context: None = None) -> LLMDecoderCache:
-        """Begin ``B`` sentences from ``latents [B, k, H]``; they see nothing before them."""
-        state = LLMDecoderCache(None, 0)
-        self._extend(latents * self.latent_gain, state)
-        return state
+    def allocate(self, texts: int, like: Tensor, context: None = None) -> LLMDecoderCache:
+        """As :meth:`sentcompress.modeling.decoder.SentenceDecoder.allocate`; sentences see nothing before them."""
+        starts = torch.zeros(texts, dtype=torch.long, device=like.device)
+        return LLMDecoderCache(None, 0, starts, like.new_zeros(texts, self.prefix, like.shape[-1]))
 
-    def step(self, embeddings: Tensor, cache: LLMDecoderCache) -> Tensor:
-        """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``."""
-        return self._extend(embeddings[:, None], cache)[:, -1]
+    def restart(self, cache: LLMDecoderCache, rows: Tensor, latents: Tensor) -> None:
+        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``."""
+        cache.starts = cache.starts.index_fill(0, rows, cache.filled)
+        cache.latents = cache.latents.index_copy(0, rows, latents)
+        cache.reading = self.prefix
+        unused = int(cache.starts.min())
+        if unused > UNUSED_COLUMNS or unused == cache.filled:
+            self._drop(cache, unused)
 
-    def _extend(self, inputs: Tensor, state: LLMDecoderCache) -> Tensor:
-        rows, new = inputs.shape[:2]
-        total = state.filled + new
-        allowed = torch.ones(new, total, dtype=torch.bool, device=inputs.device).tril(state.filled)
-        positions = torch.arange(state.filled, total, device=inputs.device).expand(rows, -1)
-        states, state.cache = self.llm(
-            inputs, allowed.expand(rows, 1, -1, -1), positions, past_key_values=state.cache, use_cache=True
+    def step(self, embeddings: Tensor, cache: LLMDecoderCache, active: Tensor | None = None) -> Tensor:
+        """One more position in every row: ``[B, H] -> [B, H]``; as ``SentenceDecoder.step``."""
+        if active is not None:
+            cache.starts = cache.starts.where(active, cache.filled)  # rows that wait keep no columns alive
+        positions = cache.filled - cache.starts
+        if cache.reading:
+            cache.reading -= 1
+            rows = torch.arange(len(embeddings), device=embeddings.device)
+            told = cache.latents[rows, positions.clamp_max(self.prefix - 1)] * self.latent_gain
+            embeddings = torch.where((positions < self.prefix)[:, None], told, embeddings)
+        allowed = torch.arange(cache.filled + 1, device=embeddings.device) >= cache.starts[:, None]
+        states, cache.cache = self.llm(
+            embeddings[:, None],
+            allowed[:, None, None],
+            positions[:, None],
+            past_key_values=cache.cache,
+            use_cache=True,
         )
-        state.filled = total
-        return states
+        cache.filled += 1
+        return states[:, 0]
+
+    def retire(self, cache: LLMDecoderCache, rows: Tensor, lengths: Tensor) -> None:
+        """Nothing of a sentence is kept."""
+
+    def keep(self, cache: LLMDecoderCache, rows: Tensor) -> None:
+        """Drop all other rows."""
+        cache.starts, cache.latents = cache.starts[rows], cache.latents[rows]
+        if cache.cache is not None:
+            cache.cache.batch_select_indices(rows)
+
+    @staticmethod
+    def _drop(cache: LLMDecoderCache, columns: int) -> None:
+        """Drop columns that no row sees any more."""
+        if columns == cache.filled:
+            cache.cache = None
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
+        cache.filled -= columns
+        cache.starts = cache.starts - columns

@@ -147,3 +147,16 @@ def test_reconstruction_shows_what_survived(generator, tokenizer):
         parts = differences(tokenizer, result)
         assert "".join(p.text for p in parts if p.kind != "added") == result.reference
         assert "".join(p.text for p in parts if p.kind != "lost") == result.hypothesis
+
+
+def test_uneven_texts_go_on_by_themselves(generator):
+    """Texts of a large batch end, wait and begin sentences at different times; each writes what it writes alone."""
+    prompts = ["We are. " * (n % 5) + f"It is {n}. And" for n in range(14)]
+    lengths = (3, 14, 1, 9, 16, 2, 5)
+    together = run(generator, prompts, sentence_lengths=lengths, max_new_tokens=60)
+    assert len({len(g.sentences) for g in together}) > 2
+    for number in (0, 5, 13):
+        # A text's place in the batch says where in the draw it begins.
+        turned = lengths[number % len(lengths) :] + lengths[: number % len(lengths)]
+        alone = run(generator, [prompts[number]], sentence_lengths=turned, max_new_tokens=60)[0]
+        assert alone.token_ids == together[number].token_ids

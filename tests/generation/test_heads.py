@@ -38,7 +38,7 @@ def test_the_token_is_the_full_heads(kind, rows):
     if kind == "plain":
         assert short.fallbacks < 0.1 * short.picked
     if kind == "twins":
-        assert short.fallbacks == short.picked  # equal logits cannot be told apart
+        assert short.fallbacks >= 20 * int((~banned).sum())  # equal logits cannot be told apart
 
 
 def test_generation_writes_the_same(tokenizer):

@@ -66,7 +66,10 @@ def test_cached_decoding_equals_the_teacher_forced_pass(conditioning, fusion, un
     vae, batch = build(conditioning, fusion, decoder_layers=2, unpack_size=unpack), tiny_passages()
     ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
     latents = vae.encode(ids, batch["attention_mask"])
-    cache = vae.decoder.start(latents)
+    cache = vae.decoder.allocate(len(latents), latents)
+    vae.decoder.restart(cache, torch.arange(len(latents)), latents)
+    for _ in range(vae.decoder.prefix):
+        vae.decoder.step(latents[:, 0], cache)
     nll, current = torch.zeros(len(ids)), torch.full((len(ids),), vae.config.bos_token_id)
     for step in range(ids.shape[1] + 1):
         log_p = vae.logits(vae.decoder.step(vae.embed_targets(current), cache)).log_softmax(-1)

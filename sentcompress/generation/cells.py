@@ -1,0 +1,202 @@
+"""The backbone's side of generation: its cells so far, and the state that predicts the next sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from sentcompress.modeling.sentence_lm import START, SentenceLM
+
+SPARE_CELLS = 16
+"""Cells there is room for when the cache has to grow."""
+
+
+class Cells:
+    """The cells (start and sentences) of a batch of texts; each text grows by itself.
+
+    Args:
+        model: in eval mode.
+        latents: ``[n, k, H]`` of each text's sentences.
+        use_cache: False runs the backbone over everything again each time. So does a backbone whose cache is more than
+            keys and values.
+
+    Attributes:
+        counts: cells of each text.
+        hidden_states: ``[B, k, H]``, what the decoder is told for each text's next sentence.
+        cache_bytes: bytes of keys and values of the texts as they were read, padding included.
+    """
+
+    def __init__(self, model: SentenceLM, latents: list[Tensor], *, use_cache: bool) -> None:
+        self.model = model
+        device = latents[0].device
+        start = int(model.config.start_latent)
+        self.counts = [len(x) + start for x in latents]
+        width = max(self.counts)
+        index = torch.full((len(latents), width), -1, device=device)
+        offset = 0
+        for row, x in enumerate(latents):
+            begin = width - len(x)
+            index[row, begin:] = torch.arange(offset, offset + len(x), device=device)
+            if start:
+                index[row, begin - 1] = START
+            offset += len(x)
+        joined = torch.cat(latents)
+        if not len(joined):
+            joined = joined.new_zeros(1, *joined.shape[1:])
+        inputs = model.rows(joined, index)
+        self.states, cache = self._run(inputs, index != -1, use_cache=use_cache)
+        self.hidden_states = self.states[:, -1]
+        self.cache_bytes = 0
+        self._store: _Store | None = None
+        self._inputs: list[Tensor] = []
+        if use_cache and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self._store = _Store(cache, [n * model.latents for n in self.counts], model.latents)
+            self.cache_bytes = self._store.nbytes
+        else:
+            self._inputs = [row[width - n :] for row, n in zip(inputs, self.counts, strict=True)]
+
+    def told(self, row: int, sentences: int) -> Tensor:
+        """What predicted the last ``sentences`` of a text as it was read: ``[n, k, H]``, zeros where nothing did."""
+        start = int(self.model.config.start_latent)
+        real = self.states[row, self.states.shape[1] - sentences - start : -1]
+        nothing = real.new_zeros(1 - start, *real.shape[1:])
+        return torch.cat([nothing, real])[:sentences]
+
+    def append(self, rows: Sequence[int], latents: Tensor) -> None:
+        """One more sentence in some texts: ``[b, k, H]``."""
+        index = torch.tensor(rows, device=latents.device)
+        for row in rows:
+            self.counts[row] += 1
+        if self._store is None:
+            for row, told in zip(rows, latents, strict=True):
+                self._inputs[row] = torch.cat([self._inputs[row], told[None]])
+            chosen = [self._inputs[row] for row in rows]
+            width = max(map(len, chosen))
+            inputs = latents.new_zeros(len(rows), width, *latents.shape[1:])
+            for place, told in zip(inputs, chosen, strict=True):
+                place[width - len(told) :] = told
+            lengths = torch.tensor([len(told) for told in chosen], device=latents.device)
+            valid = torch.arange(width, device=latents.device) >= width - lengths[:, None]
+            states, _ = self._run(inputs, valid, use_cache=False)
+        else:
+            cache, past = self._store.lend(rows)
+            ids = torch.where(past, 0, -1)
+            states, cache = self.model.backbone_states(
+                latents[:, None],
+                past.new_ones(len(rows), 1),
+                ids.new_zeros(len(rows), 1),
+                torch.tensor([self.counts[row] - 1 for row in rows], device=latents.device)[:, None],
+                past_key_values=cache,
+                past_passage_ids=ids,
+                use_cache=True,
+            )
+            self._store.take_back(rows, cache)
+        self.hidden_states = self.hidden_states.index_copy(0, index, states[:, -1])
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other texts."""
+        index = torch.tensor(rows, device=self.hidden_states.device)
+        self.counts = [self.counts[row] for row in rows]
+        self.hidden_states = self.hidden_states[index]
+        if self._store is None:
+            self._inputs = [self._inputs[row] for row in rows]
+        else:
+            self._store.keep(rows)
+
+    def _run(self, inputs: Tensor, valid: Tensor, *, use_cache: bool) -> tuple[Tensor, Any]:
+        """The backbone over whole rows ``[R, N, k, H]``, padded on the left."""
+        positions = (valid.long().cumsum(1) - 1).clamp_min(0)
+        return self.model.backbone_states(
+            inputs, valid, torch.where(valid, 0, -1), positions, use_cache=use_cache
+        )
+
+
+class _Store:
+    """Keys and values of texts that grow by themselves: each text's columns lie together, wherever they end.
+
+    Args:
+        cache: after the texts were read, padded on the left.
+        columns: of each text.
+        step: columns a cell.
+    """
+
+    def __init__(self, cache: Any, columns: list[int], step: int) -> None:
+        self.step = step
+        self.columns = columns
+        self.capacity = max(columns)
+        self.ends = [self.capacity] * len(columns)
+        # ``[B, capacity, heads, d]``: a text's columns are rows of memory, so that they are copied in one go.
+        self.layers: list[list[Tensor]] = [
+            [states.transpose(1, 2).contiguous() for states in (layer.keys, layer.values)]
+            for layer in cache.layers
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+
+    def lend(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+        """A cache of some texts, padded on the left, with room for one cell; which cells ``[b, N]`` hold something."""
+        longest = max(self.columns[row] for row in rows)
+        device = self.layers[0][0].device
+        ends = torch.tensor([self.ends[row] for row in rows], device=device)[:, None]
+        first = torch.tensor(rows, device=device)[:, None] * self.capacity
+        places = first + (ends - longest + torch.arange(longest + self.step, device=device)).clamp(
+            0, self.capacity - 1
+        )
+        cache = DynamicCache()
+        cache.layers = [
+            _Lent(keys.flatten(0, 1)[places], values.flatten(0, 1)[places], longest)
+            for keys, values in self.layers
+        ]
+        counts = torch.tensor([self.columns[row] for row in rows], device=device) // self.step
+        cells = torch.arange(longest // self.step, device=device)
+        return cache, cells >= longest // self.step - counts[:, None]
+
+    def take_back(self, rows: Sequence[int], cache: Any) -> None:
+        """Keep the cell that was added to each of these texts."""
+        if max(self.ends[row] for row in rows) + self.step > self.capacity:
+            more = SPARE_CELLS * self.step
+            for layer in self.layers:
+                for i, x in enumerate(layer):
+                    layer[i] = torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1)
+            self.capacity += more
+        device = self.layers[0][0].device
+        ends = torch.tensor([self.ends[row] for row in rows], device=device)[:, None]
+        places = torch.tensor(rows, device=device)[:, None], ends + torch.arange(self.step, device=device)
+        for layer, lent in zip(self.layers, cache.layers, strict=True):
+            for mine, theirs in zip(layer, (lent.keys, lent.values), strict=True):
+                mine[places] = theirs[:, :, -self.step :].transpose(1, 2)
+        for row in rows:
+            self.ends[row] += self.step
+            self.columns[row] += self.step
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other texts."""
+        index = torch.tensor(rows, device=self.layers[0][0].device)
+        self.layers = [[x[index] for x in layer] for layer in self.layers]
+        self.ends, self.columns = [self.ends[row] for row in rows], [self.columns[row] for row in rows]
+
+
+class _Lent(DynamicLayer):
+    """Keys and values ``[b, past + step, heads, d]`` with room at the end, so that adding a cell copies nothing."""
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int) -> None:
+        super().__init__()
+        self.whole = keys.transpose(1, 2), values.transpose(1, 2)
+        self.lazy_initialization(*self.whole)
+        self.keys, self.values = (x[:, :, :past] for x in self.whole)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        past = self.keys.shape[2]
+        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
+            whole[:, :, past:] = new
+        self.keys, self.values = self.whole
+        return self.whole
