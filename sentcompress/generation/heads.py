@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sentcompress.errors import InputError
-from sentcompress.modeling.int8 import Int8Weight, combine, round_rows
+from sentcompress.modeling.int8 import ROWS_AT_A_TIME, Int8Weight, combine, round_rows
 
 WORTH_IT = 2**22
 """Weights of a head from which on reading a quarter of its bytes pays for the work of the proof."""
@@ -15,23 +17,34 @@ BLOCK = 64
 """Tokens whose largest logit is looked at together."""
 MANY = 1024
 """Candidates a row above which the full head is no slower."""
-ONE_PASS_FROM = 16
+ONE_PASS_FROM = 4
 """Rows from which on operations, not bytes, are what a pass costs."""
 
 
 class Head:
     """The full head.
 
+    Logits closer than fp32 sums are exact would be ordered by chance, by how a product was split up. They are settled
+    in fp64, here and in :class:`ShortlistExactHead`: the token is the likeliest by the weights, whatever computes it.
+
     Args:
         weight: ``[V, H]``.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        self.weight = weight.detach()
+        # Sums of `width` products in lanes of eight or more, as every matrix product has them (Higham, section 4.2),
+        # of two tokens, here and there.
+        self.rounding = 4 * (weight.shape[1] / 8 + 16) * torch.finfo(torch.float32).eps / 2
         self.picked = 0
         """Tokens picked so far."""
         self.fallbacks = 0
         """Of them, those that took the full head because a shortlist could not be proved."""
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest norm of a row."""
+        return float(max(rows.float().norm(dim=1).max() for rows in self.weight.split(ROWS_AT_A_TIME)))
 
     @property
     def bytes_read(self) -> int:
@@ -54,7 +67,19 @@ class Head:
     def _full(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
         logits = self.logits(hidden_states)
         logits[banned, token] = float("-inf")
-        return logits.argmax(-1)
+        best, chosen = logits.max(1)
+        close = logits >= (best - self._doubt(hidden_states))[:, None]
+        for row in (close.sum(1) > 1).nonzero().flatten().tolist():
+            chosen[row] = self._settle(hidden_states[row], close[row].nonzero().flatten())
+        return chosen
+
+    def _doubt(self, hidden_states: Tensor) -> Tensor:
+        """How close logits can be in each row before their order is chance: ``[B]``."""
+        return self.rounding * self.largest * torch.linalg.vector_norm(hidden_states.float(), dim=1)
+
+    def _settle(self, hidden_state: Tensor, tokens: Tensor) -> Tensor:
+        """The likeliest of some tokens in ascending order, the first of equals."""
+        return tokens[(self.weight[tokens].double() @ hidden_state.double()).argmax()]
 
 
 class ShortlistExactHead(Head):
@@ -63,7 +88,7 @@ class ShortlistExactHead(Head):
     All logits are computed from weights in 8 bits. How far each can be off is known: at most the norm of what rounding
     took from its row times the norm of the hidden state (Cauchy-Schwarz), and likewise for what rounding took from the
     hidden state. Only tokens that could still be the likeliest, a handful, are computed again from the full weights.
-    Rows where they are many, or where the best two are closer than fp32 sums are exact, take the full head.
+    Rows where they are many take the full head.
 
     Raises:
         InputError: the weights are not on a CPU with exact 8-bit kernels.
@@ -71,14 +96,10 @@ class ShortlistExactHead(Head):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
-        vocab, width = weight.shape
         # Whole blocks; the rows added have no weight and are never candidates.
-        self.int8 = Int8Weight(F.pad(weight.detach(), (0, 0, 0, -vocab % BLOCK)))
-        largest = self.int8.norms + self.int8.error_norms
-        # fp32 sums of `width` products, in another order than the full head's (Higham, section 3.1).
-        self.rounding = 2 * width * 2.0**-24
-        self.errors = self.int8.error_norms + self.rounding * largest
-        self.largest = float(largest.max())
+        self.int8 = Int8Weight(F.pad(self.weight, (0, 0, 0, -len(weight) % BLOCK)))
+        # Hidden states with a few large values may need two passes; then one is not tried in vain for ever.
+        self._tried = self._failed = 0
 
     @property
     def bytes_read(self) -> int:
@@ -86,8 +107,11 @@ class ShortlistExactHead(Head):
 
     def argmax(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
         self.picked += len(hidden_states)
-        passes = 1 if len(hidden_states) >= ONE_PASS_FROM else 2
+        passes = 1 if len(hidden_states) >= ONE_PASS_FROM and 4 * self._failed <= self._tried else 2
         chosen, unsure = self._prove(hidden_states, banned, token, passes)
+        if passes == 1:
+            self._tried += len(hidden_states)
+            self._failed += int(unsure.sum())
         if passes == 1 and unsure.any():
             chosen[unsure], again = self._prove(hidden_states[unsure], banned[unsure], token, 2)
             unsure[unsure.clone()] = again
@@ -99,25 +123,27 @@ class ShortlistExactHead(Head):
     def _prove(self, hidden_states: Tensor, banned: Tensor, token: int, passes: int) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row ``[B]``, and where that could not be proved ``[B]`` bool."""
         rows, vocab = len(hidden_states), len(self.weight)
+        each = torch.arange(rows)
         rounded = round_rows(hidden_states, passes)
         sums = self.int8.products(rounded.whole.flatten(0, 1)).view(passes, rows, -1)
         near = combine(sums, rounded.scales).mul_(self.int8.scales)
         near[banned, token] = float("-inf")
         near[:, vocab:] = float("-inf")
-        norms = torch.linalg.vector_norm(hidden_states, dim=1, keepdim=True)
-        rest = torch.linalg.vector_norm(rounded.rest, dim=1, keepdim=True)
 
-        # The largest logit is at least what the nearly largest one is at the least.
-        top = near.argmax(1, keepdim=True)
-        least = near.gather(1, top) - norms * self.errors[top] - rest * self.int8.norms[top]
-        most = near.addcmul_(norms, self.errors)
-        if passes == 1:  # after two passes the rest is far below what the weights lost, one number will do
-            most = most.addcmul_(rest, self.int8.norms)
-        else:
+        # The largest logit is at least the one of the token that seems the likeliest.
+        blocks = near.view(rows, -1, BLOCK)
+        block = blocks.amax(2).argmax(1)
+        likely = block * BLOCK + blocks[each, block].argmax(1)
+        doubt = self._doubt(hidden_states)
+        rest = torch.linalg.vector_norm(rounded.rest, dim=1)
+        least = (self.weight[likely] * hidden_states).sum(-1) - doubt
+        near.addcmul_(torch.linalg.vector_norm(hidden_states, dim=1)[:, None], self.int8.error_norms)
+        if passes == 1:
+            near.addcmul_(rest[:, None], self.int8.norms)
+        else:  # after two passes it is far below what the weights lost: one number will do
             least = least - rest * self.largest
-        blocks = most.view(rows, -1, BLOCK)
-        at_row, at_block = (blocks.amax(2) >= least).nonzero(as_tuple=True)
-        of_block, place = (blocks[at_row, at_block] >= least[at_row]).nonzero(as_tuple=True)
+        at_row, at_block = (blocks.amax(2) >= least[:, None]).nonzero(as_tuple=True)
+        of_block, place = (blocks[at_row, at_block] >= least[at_row, None]).nonzero(as_tuple=True)
         at_row, tokens = at_row[of_block], at_block[of_block] * BLOCK + place
 
         counts = torch.bincount(at_row, minlength=rows)
@@ -129,13 +155,16 @@ class ShortlistExactHead(Head):
         exact = (self.weight[tokens] * hidden_states[at_row]).sum(-1)
         first = counts.cumsum(0) - counts
         table = exact.new_full((rows, max(2, int(counts.max()))), float("-inf"))
-        table[at_row, torch.arange(len(tokens), device=tokens.device) - first[at_row]] = exact
+        table[at_row, torch.arange(len(tokens)) - first[at_row]] = exact
         best = table.topk(2)
-        close = best.values[:, 0] - best.values[:, 1] <= self.rounding * self.largest * norms[:, 0]
-        unsure = ~few | close
-        chosen = torch.zeros_like(counts)
-        chosen[~unsure] = tokens[(first + best.indices[:, 0])[~unsure]]
-        return chosen, unsure
+        chosen = likely
+        chosen[few] = tokens[(first + best.indices[:, 0])[few]]
+        close = few & (best.values[:, 0] - best.values[:, 1] <= doubt)
+        for row in close.nonzero().flatten().tolist():
+            mine = slice(int(first[row]), int(first[row] + counts[row]))
+            near_ties = exact[mine] >= best.values[row, 0] - doubt[row]
+            chosen[row] = self._settle(hidden_states[row], tokens[mine][near_ties])
+        return chosen, ~few
 
 
 def make_head(weight: Tensor, kind: str) -> Head:
