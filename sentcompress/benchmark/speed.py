@@ -111,7 +111,8 @@ def measure_speed(
                 for system in (plain, sentence_system):
                     report.profile += profile(system, prompts, settings.new_tokens, settings.repeats)
         _summarize(report)
-        report.break_even, report.advice = break_even(plain, sentence_system, sentences, report, settings)
+        if settings.break_even:
+            report.break_even, report.advice = break_even(plain, sentence_system, sentences, report, settings)
     shares = [run.roofline_share for run in report.runs if run.roofline_share is not None]
     if shares and max(shares) < OVERHEAD_SHARE:
         report.advice.insert(

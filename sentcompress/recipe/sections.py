@@ -275,6 +275,8 @@ class BenchSettings(Section):
     """How the sentence model finds the likeliest token in the speed runs; all write the same tokens."""
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []
     """Parts of the sentence model whose weights are rounded to 8 bits (on a CPU) before anything is measured."""
+    break_even: bool = True
+    """Measure also from which sentence and text length on the sentence model is faster, at batch 1."""
     profile: bool = False
     """Measure where a token's time goes, in both models."""
     batch_sizes: list[int] = Field(default=[1, 8], min_length=1)
