@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ def measure_memory(
     new_tokens: int,
     bos_token_id: int,
     budget: int = BUDGET,
+    cache: Literal["full", "int8"] = "full",
 ) -> list[MemoryReport]:
     """Measure both models on the same text.
 
@@ -97,6 +98,7 @@ def measure_memory(
         sentences: held-out text (or random tokens): a text of as many tokens as the backbone has positions.
         sentence_lengths: lengths the sentence model writes in the slope's run.
         new_tokens: tokens generated there.
+        cache: how the sentence model keeps the backbone's keys and values.
     """
     limit = position_limit(backbone.config)
     if limit == UNLIMITED_POSITIONS:
@@ -106,7 +108,7 @@ def measure_memory(
     new_tokens = min(new_tokens, limit - 2)
     return [
         _backbone_report(backbone.eval(), text, bos_token_id, new_tokens, limit, budget),
-        _sentence_report(model.eval(), text, tokens, list(sentence_lengths), new_tokens, budget),
+        _sentence_report(model.eval(), text, tokens, list(sentence_lengths), new_tokens, budget, cache),
     ]
 
 
@@ -170,10 +172,11 @@ def _sentence_report(
     lengths: list[int],
     new_tokens: int,
     budget: int,
+    cache: Literal["full", "int8"],
 ) -> MemoryReport:
     generator = SentenceGenerator(model, None)
     # The start cell is there once, whatever the length of the text: it is not counted to the text's tokens.
-    cells = generator.prefill([text])
+    cells = generator.prefill([text], cache)
     if not cells.cache_bytes:
         raise RunError("the backbone's cache is more than keys and values: its bytes cannot be counted")
     per_position = cells.cache_bytes // (cells.counts[0] * model.latents)
@@ -181,7 +184,7 @@ def _sentence_report(
     decoder = _longest_sentence(model, generator.encode(text[:1]))
     transient = _bytes([t for layer in decoder.layers for t in (layer.keys, layer.values)])
     settings = GenerationSettings(
-        max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=tuple(lengths)
+        max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=tuple(lengths), cache=cache
     )
 
     def generate(lap: Callable[[int], None]) -> None:

@@ -93,7 +93,7 @@ def sentence_bytes_per_token(
 def _told(model: SentenceLM) -> tuple[float, float]:
     """Weights of what tells the blocks about the latents: those not used a token, and those used once a latent."""
     blocks: Any = getattr(model.vae.decoder, "blocks", ())
-    told = sum(_products(block.condition) for block in blocks if block.condition is not None)
+    told = sum(products(block.condition) for block in blocks if block.condition is not None)
     if model.vae.config.conditioning != "cross-attention":
         return told, told / model.latents
     # Queries and output, keys and values; with one latent, values and output once, and nothing else.
@@ -103,7 +103,7 @@ def _told(model: SentenceLM) -> tuple[float, float]:
 def _unpack(model: SentenceLM) -> int:
     """Weights of the decoder's ``unpack_size``, used once a sentence."""
     unpack = getattr(model.vae.decoder, "unpack", None)
-    return 0 if unpack is None else _products(unpack.read)
+    return 0 if unpack is None else products(unpack.read)
 
 
 def _seen(model: SentenceLM, sentence_tokens: float) -> float:
@@ -112,7 +112,7 @@ def _seen(model: SentenceLM, sentence_tokens: float) -> float:
     return sentence_tokens / 2 + prefix + model.vae.config.decoder_context
 
 
-def _products(module: nn.Module) -> int:
+def products(module: nn.Module) -> int:
     """Multiplications a position costs in a module's matrices."""
     whole = sum(p.numel() for p in _weights(module) if p.ndim > 1)
     return whole + sum(m.int8.out_features * m.int8.in_features for m in _in_8_bits(module))
@@ -122,7 +122,7 @@ def backbone_flops_per_token(backbone: PreTrainedModel, text_tokens: float) -> f
     """Floating-point operations of one decoding step: two for each weight, and attention to the text before it."""
     config: Any = backbone.config
     head = backbone.get_output_embeddings()
-    blocks = _products(backbone.base_model)
+    blocks = products(backbone.base_model)
     attention = 4 * config.num_hidden_layers * config.hidden_size * text_tokens
     return 2 * (blocks + head.weight.numel()) + attention
 
@@ -138,11 +138,11 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     prefix = getattr(vae.decoder, "prefix", 0)
     idle, once = _told(model)
     unpack = _unpack(model)
-    decoder = 2.0 * (_products(vae.decoder) - idle - unpack)
+    decoder = 2.0 * (products(vae.decoder) - idle - unpack)
     decoder += 4 * config.decoder_layers * width * _seen(model, sentence_tokens)
-    encoder = 2.0 * _products(vae.encoder) + 4 * config.encoder_layers * width * sentence_tokens
+    encoder = 2.0 * products(vae.encoder) + 4 * config.encoder_layers * width * sentence_tokens
     cells = text_tokens / sentence_tokens * k
-    backbone = 2 * _products(model.backbone) + 4 * model.backbone.config.num_hidden_layers * width * cells
+    backbone = 2 * products(model.backbone) + 4 * model.backbone.config.num_hidden_layers * width * cells
     sentence = (
         decoder * (sentence_tokens + 1 + prefix)
         + 2 * vae.output_weight.numel() * (sentence_tokens + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.breakdown import Places, chosen
 from sentcompress.benchmark.causality import check_causality, require_causal
 from sentcompress.benchmark.counts import model_counts
-from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
+from sentcompress.benchmark.data import draw_lengths, heldout_lengths, measure_data
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.memory import measure_memory
 from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
 from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
-from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
 from sentcompress.benchmark.results import (
     FILE,
@@ -44,11 +43,11 @@ from sentcompress.benchmark.results import (
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
+from sentcompress.benchmark.speed_models import SpeedModels, speed_models
 from sentcompress.benchmark.text import measure_text
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.io import storage_errors, write_atomically
-from sentcompress.modeling.int8 import quantize
 from sentcompress.recipe import Recipe
 from sentcompress.text.progress import Bar
 
@@ -311,69 +310,55 @@ class _Bench:
         note = "" if stages == ("vae",) else "the graft trained it for prediction, not for reconstruction"
         self.row("reconstruct", system, make_rows.reconstruction(report), stages, note)
 
-    def _speed_models(self) -> tuple[Any, Any, list[list[int]], bool]:
-        """Sentence model, backbone, sentences for prompts, and whether the weights are trained."""
-        if self.parts.folder is not None:
-            sentences = heldout_text(self.parts.corpus, 2000)
-            return self.parts.sentence_lm, self._token_twin(), sentences, True
-        if not hasattr(self, "_random"):
-            model, backbone = random_models(self.recipe)
-            lengths = draw_lengths(self.parts.corpus, 400, self.recipe.seed + 1)
-            longest = model.config.vae_config.max_sentence_tokens
-            sentences = random_sentences(
-                [min(n, longest) for n in lengths], model.config.vae_config.vocab_size, self.recipe.seed
-            )
-            model = quantize(model.to(self.parts.device), self.settings.quantize)
-            self._random = (model, backbone.to(self.parts.device), sentences, False)
-        return self._random
-
-    def _token_twin(self) -> Any:
-        """The backbone as it came; its fine-tuned twin is as fast, and serves where it cannot be loaded."""
-        try:
-            return self.parts.backbone
-        except Missing:
-            return self.parts.baseline
+    @cached_property
+    def _timed(self) -> SpeedModels:
+        return speed_models(self.parts)
 
     def _lengths(self) -> list[int]:
         return draw_lengths(self.parts.corpus, DRAWN_LENGTHS, self.recipe.seed)
 
     def speed(self) -> None:
-        model, backbone, sentences, trained = self._speed_models()
+        timed = self._timed
         report = measure_speed(
-            model,
-            backbone,
-            sentences=sentences,
+            timed.model,
+            timed.backbone,
+            sentences=timed.sentences,
             sentence_lengths=self._lengths(),
             settings=self.settings,
-            trained=trained,
-            bos_token_id=int(model.config.vae_config.bos_token_id),
+            trained=timed.trained,
+            bos_token_id=timed.bos_token_id,
         )
         self.results.speed = report
         self.results.skipped += report.skipped
-        why = "forced lengths drawn from held-out text" + ("" if trained else "; untrained weights")
-        why += f"; head {report.head}"
+        why = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")
+        why += f"; head {report.head}" + ("; 8-bit cache" if self.settings.cache == "int8" else "")
         if report.quantized:
             why += f"; 8 bits: {', '.join(report.quantized)}"
         for run in report.runs:
             ours = run.system == "sentence model"
             note = "; ".join(filter(None, (why if ours else "", run.note)))
             self.row(
-                "speed", run.system, make_rows.speed(run), self.trained_in if trained and ours else (), note
+                "speed",
+                run.system,
+                make_rows.speed(run),
+                self.trained_in if timed.trained and ours else (),
+                note,
             )
 
     def memory(self) -> None:
-        model, backbone, sentences, trained = self._speed_models()
+        timed = self._timed
         self.results.memory = measure_memory(
-            model,
-            backbone,
-            sentences=sentences,
+            timed.model,
+            timed.backbone,
+            sentences=timed.sentences,
             sentence_lengths=self._lengths(),
             new_tokens=self.settings.new_tokens,
-            bos_token_id=int(model.config.vae_config.bos_token_id),
+            bos_token_id=timed.bos_token_id,
             budget=self.settings.memory_budget_bytes,
+            cache=self.settings.cache,
         )
         for report in self.results.memory:
-            stages = self.trained_in if trained and report.system == "sentence model" else ()
+            stages = self.trained_in if timed.trained and report.system == "sentence model" else ()
             self.row("memory", report.system, make_rows.memory(report), stages)
 
     def data(self) -> None:

@@ -66,18 +66,11 @@ def measure_speed(
     Raises:
         InputError: prompt and new tokens do not fit in the backbone's positions.
     """
-    limit = position_limit(backbone.config)
-    wanted = settings.prompt_tokens + settings.new_tokens + 1
-    if wanted > limit:
-        raise InputError(
-            f"bench: a prompt of {settings.prompt_tokens} tokens and {settings.new_tokens} new ones are over the "
-            f"backbone's {limit} positions",
-            fix="lower bench.prompt_tokens or bench.new_tokens",
-        )
+    require_positions(backbone, settings.prompt_tokens, settings.new_tokens)
     longest = model.config.vae_config.max_sentence_tokens
     # The first token of a run is the prefill's; a draw for all the others, reused from its start when used up.
     lengths = [min(int(n), longest) for n in sentence_lengths]
-    sentence_system = SentenceSystem(model, lengths, settings.head)
+    sentence_system = SentenceSystem(model, lengths, settings.head, settings.cache)
     plain = TokenSystem(BACKBONE, backbone, bos_token_id)
     report = SpeedReport(
         prompt_tokens=settings.prompt_tokens,
@@ -90,7 +83,7 @@ def measure_speed(
         quantized=list(settings.quantize),
         runs=[],
     )
-    with _quiet():
+    with quiet():
         for batch_size in settings.batch_sizes:
             prompts = make_prompts(sentences, settings.prompt_tokens, batch_size)
             systems: list[System] = [plain, sentence_system]
@@ -121,6 +114,17 @@ def measure_speed(
             "overhead of calls for small models, other work on the machine), so expect another ratio at another size.",
         )
     return report
+
+
+def require_positions(backbone: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a text that is longer than the backbone's positions. Raises InputError."""
+    limit = position_limit(backbone.config)
+    if prompt_tokens + new_tokens + 1 > limit:
+        raise InputError(
+            f"bench: a prompt of {prompt_tokens} tokens and {new_tokens} new ones are over the backbone's {limit} "
+            "positions",
+            fix="lower bench.prompt_tokens or bench.new_tokens",
+        )
 
 
 def _summarize(report: SpeedReport) -> None:
@@ -248,7 +252,7 @@ def _add_roofline(
                 run.note = "over 1: the weights stay in the processor's cache"
 
 
-class _quiet:
+class quiet:
     """transformers warns at every ``generate`` about settings that are meant as they are."""
 
     def __enter__(self) -> None:

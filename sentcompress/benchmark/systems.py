@@ -101,11 +101,12 @@ class SentenceSystem(System):
         model: SentenceLM,
         sentence_lengths: Sequence[int],
         head: Literal["auto", "exact", "shortlist-exact"] = "auto",
+        cache: Literal["full", "int8"] = "full",
     ) -> None:
         self.model = model.eval()
         self.lengths = tuple(sentence_lengths)
         self.generator = SentenceGenerator(model, None)
-        self.kind = head
+        self.kind, self.cache = head, cache
         self.head = self.generator.head(head)
 
     def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
@@ -115,11 +116,15 @@ class SentenceSystem(System):
         return other
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
-        self.generator.prefill([prompt.sentences for prompt in prompts])
+        self.generator.prefill([prompt.sentences for prompt in prompts], self.cache)
 
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
         settings = GenerationSettings(
-            max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=self.lengths, head=self.kind
+            max_new_tokens=new_tokens,
+            stop_threshold=1,
+            sentence_lengths=self.lengths,
+            head=self.kind,
+            cache=self.cache,
         )
         written = [0] * len(prompts)
         for number, sentence in self.generator.continue_sentences([p.sentences for p in prompts], settings):

@@ -14,6 +14,7 @@ from sentcompress import __version__
 from sentcompress.cli import (
     baseline,
     bench,
+    estimate,
     generate,
     graft,
     lm_eval,
@@ -75,6 +76,7 @@ bench.add_to(app)
 lm_eval.add_to(app)
 recipes.add_to(app)
 validate.add_to(app)
+estimate.add_to(app)
 plugins.add_to(app)
 
 

@@ -11,6 +11,7 @@ from sentcompress.cli.common import BackboneOption, SetOption, console, examples
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
+    from sentcompress.recipe import Recipe
 
 bench = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
@@ -178,6 +179,71 @@ def memory(
     _measure_shapes("memory", folder, backbone, init, recipe, out, set_)
 
 
+@bench.command(
+    "sweep",
+    epilog=examples(
+        "sentcompress bench sweep out/quickstart",
+        "sentcompress bench sweep --backbone opt-125m --init random --batch-sizes 1,16 --sentence-tokens 5,15,30",
+    ),
+)
+def sweep(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "strong",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Texts written together.")] = "1,8",
+    prompt_tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompts.")] = "32,128",
+    sentence_tokens: Annotated[
+        str, typer.Option(metavar="N,N", help="Tokens of each sentence.")
+    ] = "2,8,16,32",
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Find the break-even: speed over batch size, prompt length and sentence length.
+
+    Names what to take instead where the sentence model is slower. New tokens and repeats are the recipe's
+    bench.new_tokens and bench.repeats.
+    """
+    from sentcompress.benchmark.parts import Folder, Parts
+    from sentcompress.benchmark.speed_models import speed_models
+    from sentcompress.benchmark.speed_sweep import sweep_speed, table, write
+    from sentcompress.benchmark.tables import as_rich
+
+    sizes = _numbers("--batch-sizes", batch_sizes)
+    overrides = [*(set_ or []), f"bench.batch_sizes={sizes}"]
+    if folder is not None:
+        _only_folder(backbone, init)
+        place = Folder(folder)
+        parts = Parts(place.recipe(overrides), place)
+    else:
+        parts = Parts(_random_recipe(recipe, backbone, init, overrides), None)
+    timed = speed_models(parts)
+    found = sweep_speed(
+        timed.model,
+        timed.backbone,
+        sentences=timed.sentences,
+        settings=parts.recipe.bench,
+        bos_token_id=timed.bos_token_id,
+        prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
+        sentence_tokens=_numbers("--sentence-tokens", sentence_tokens),
+    )
+    target = out or (folder / "bench" if folder else _bench_folder(parts.recipe.backbone.model))
+    console().print(as_rich(table(found)))
+    typer.echo(f"figures: {write(found, target)}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from sentcompress.errors import InputError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option}: '{text}' is no list of numbers", fix="write them like 1,8,32")
+    return numbers
+
+
 @bench.command("causality", epilog=examples("sentcompress bench causality out/quickstart/graft"))
 def causality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
     """Prove that later sentences change nothing before them. Fails (code 1) for a model that leaks."""
@@ -293,23 +359,39 @@ def _measure_shapes(
     overrides: list[str] | None,
 ) -> None:
     """Measure a trained model, or random weights where there is none."""
-    from sentcompress.errors import InputError
-
     if folder is not None:
-        if backbone is not None or init is not None:
-            raise InputError("give either DIR, or --backbone with --init random", fix="leave one of them out")
+        _only_folder(backbone, init)
         _measure([part], folder, out, overrides)
         return
+    from sentcompress.benchmark.runner import run_bench
+
+    resolved = _random_recipe(recipe, backbone, init, overrides)
+    target = out or _bench_folder(resolved.backbone.model)
+    show(run_bench([part], None, resolved, target), target, [part])
+
+
+def _only_folder(backbone: str | None, init: str | None) -> None:
+    from sentcompress.errors import InputError
+
+    if backbone is not None or init is not None:
+        raise InputError("give either DIR, or --backbone with --init random", fix="leave one of them out")
+
+
+def _random_recipe(
+    recipe: str, backbone: str | None, init: str | None, overrides: list[str] | None
+) -> Recipe:
+    from sentcompress.cli.experiment import resolve
+    from sentcompress.errors import InputError
+
     if init is None:
         raise InputError(
             "no folder of a model was given", fix="give DIR, or add --init random to measure random weights"
         )
-    from sentcompress.benchmark.runner import run_bench
-    from sentcompress.cli.experiment import resolve
+    return resolve(recipe, [*(overrides or []), "backbone.init=random"], backbone=backbone)
 
-    resolved = resolve(recipe, [*(overrides or []), "backbone.init=random"], backbone=backbone)
-    target = out or Path("out") / f"bench-{Path(resolved.backbone.model).name}"
-    show(run_bench([part], None, resolved, target), target, [part])
+
+def _bench_folder(model: str) -> Path:
+    return Path("out") / f"bench-{Path(model).name}"
 
 
 def show(results: Results, target: Path, parts: list[str] | None = None) -> None:

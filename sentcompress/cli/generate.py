@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,21 @@ def generate(
         float, typer.Option(help="Probability at which the stop flag stops; 1 never.")
     ] = 0.5,
     seed: Annotated[int | None, typer.Option(help="Seeds the draws.")] = None,
+    head: Annotated[
+        Literal["auto", "exact", "shortlist-exact"],
+        typer.Option(help="How the likeliest token is found; all write the same."),
+    ] = "auto",
+    cache: Annotated[
+        Literal["full", "int8"],
+        typer.Option(help="Keep the backbone's keys and values as they are, or in 8 bits."),
+    ] = "full",
+    quantize: Annotated[
+        str,
+        typer.Option(
+            metavar="PARTS",
+            help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits.",
+        ),
+    ] = "",
 ) -> None:
     """Continue PROMPT with a grafted model; sentences appear as they are written."""
     from pydantic import ValidationError
@@ -42,6 +57,7 @@ def generate(
         raise InputError("the prompt is empty", fix="give some text to continue")
 
     from sentcompress.generation import GenerationSettings, SentenceGenerator
+    from sentcompress.modeling.int8 import quantize as quantized
     from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 
     try:
@@ -56,10 +72,13 @@ def generate(
             repetition_penalty=repetition_penalty,
             stop_threshold=stop_threshold,
             seed=seed,
+            head=head,
+            cache=cache,
         )
     except ValidationError as error:
         raise InputError(describe_validation_error(error, GenerationSettings, "")) from None
-    generator = SentenceGenerator(load_sentence_lm(folder), load_saved_tokenizer(folder))
+    parts = [part.strip() for part in quantize.split(",") if part.strip()]
+    generator = SentenceGenerator(quantized(load_sentence_lm(folder), parts), load_saved_tokenizer(folder))
     typer.echo(text, nl=False)
     for piece in generator.stream(text, settings):
         typer.echo(piece, nl=False)
@@ -73,6 +92,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             'sentcompress generate out/quickstart/graft "The state of the Union is"',
             'sentcompress generate out/quickstart/graft "My fellow citizens," --do-sample --top-p 0.9 --seed 1',
+            'sentcompress generate out/quickstart/graft "The state of the Union is" --cache int8 --quantize decoder',
             "cat speech.txt | sentcompress generate out/quickstart/graft -",
         ),
     )(generate)

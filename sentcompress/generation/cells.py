@@ -22,8 +22,9 @@ class Cells:
     Args:
         model: in eval mode.
         latents: ``[n, k, H]`` of each text's sentences.
-        use_cache: False runs the backbone over everything again each time. So does a backbone whose cache is more than
-            keys and values.
+        use_cache: False runs the backbone over everything again each time, as is done where its cache is more than keys
+            and values.
+        int8: keep keys and values in 8 bits: about a quarter of the memory.
 
     Attributes:
         counts: cells of each text.
@@ -31,7 +32,9 @@ class Cells:
         cache_bytes: bytes of keys and values of the texts as they were read, padding included.
     """
 
-    def __init__(self, model: SentenceLM, latents: list[Tensor], *, use_cache: bool) -> None:
+    def __init__(
+        self, model: SentenceLM, latents: list[Tensor], *, use_cache: bool, int8: bool = False
+    ) -> None:
         self.model = model
         device = latents[0].device
         start = int(model.config.start_latent)
@@ -55,7 +58,8 @@ class Cells:
         self._store: _Store | None = None
         self._inputs: list[Tensor] = []
         if use_cache and all(type(layer) is DynamicLayer for layer in cache.layers):
-            self._store = _Store(cache, [n * model.latents for n in self.counts], model.latents)
+            columns = [n * model.latents for n in self.counts]
+            self._store = _Store(cache, columns, model.latents, int8=int8)
             self.cache_bytes = self._store.nbytes
         else:
             self._inputs = [row[width - n :] for row, n in zip(inputs, self.counts, strict=True)]
@@ -116,6 +120,46 @@ class Cells:
         )
 
 
+class _Columns:
+    """Keys or values of one layer, ``[B, capacity, heads, d]``: a text's columns are rows of memory, copied in one go.
+
+    Args:
+        states: ``[B, heads, N, d]``.
+        int8: keep them in 8 bits, with a scale a head and column.
+    """
+
+    def __init__(self, states: Tensor, *, int8: bool) -> None:
+        self.dtype = states.dtype
+        self.parts = [x.contiguous() for x in self._written(states.transpose(1, 2), int8=int8)]
+
+    def _written(self, states: Tensor, *, int8: bool) -> list[Tensor]:
+        if not int8:
+            return [states]
+        scales = (states.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(self.dtype).tiny)
+        return [(states / scales).round().to(torch.int8), scales]
+
+    def at(self, places: Tensor) -> Tensor:
+        """``[b, L]`` numbers of columns of all texts to ``[b, L, heads, d]``."""
+        found = [part.flatten(0, 1)[places] for part in self.parts]
+        return found[0] if len(found) == 1 else found[0].to(self.dtype) * found[1]
+
+    def put(self, rows: Tensor, columns: Tensor, states: Tensor) -> None:
+        """Write ``[b, heads, n, d]`` at columns ``[b, n]`` of texts ``[b, 1]``."""
+        new = self._written(states.transpose(1, 2), int8=len(self.parts) == 2)
+        for part, value in zip(self.parts, new, strict=True):
+            part[rows, columns] = value
+
+    def grow(self, columns: int) -> None:
+        self.parts = [torch.cat([x, x.new_zeros(len(x), columns, *x.shape[2:])], 1) for x in self.parts]
+
+    def keep(self, rows: Tensor) -> None:
+        self.parts = [x[rows] for x in self.parts]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.parts)
+
+
 class _Store:
     """Keys and values of texts that grow by themselves: each text's columns lie together, wherever they end.
 
@@ -123,63 +167,60 @@ class _Store:
         cache: after the texts were read, padded on the left.
         columns: of each text.
         step: columns a cell.
+        int8: keep them in 8 bits.
     """
 
-    def __init__(self, cache: Any, columns: list[int], step: int) -> None:
+    def __init__(self, cache: Any, columns: list[int], step: int, *, int8: bool) -> None:
         self.step = step
         self.columns = columns
         self.capacity = max(columns)
         self.ends = [self.capacity] * len(columns)
-        # ``[B, capacity, heads, d]``: a text's columns are rows of memory, so that they are copied in one go.
-        self.layers: list[list[Tensor]] = [
-            [states.transpose(1, 2).contiguous() for states in (layer.keys, layer.values)]
-            for layer in cache.layers
+        self.layers = [
+            (_Columns(layer.keys, int8=int8), _Columns(layer.values, int8=int8)) for layer in cache.layers
         ]
+        self.device = cache.layers[0].keys.device
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+        return sum(columns.nbytes for layer in self.layers for columns in layer)
 
     def lend(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
         """A cache of some texts, padded on the left, with room for one cell; which cells ``[b, N]`` hold something."""
         longest = max(self.columns[row] for row in rows)
-        device = self.layers[0][0].device
+        device = self.device
         ends = torch.tensor([self.ends[row] for row in rows], device=device)[:, None]
+        within = ends - longest + torch.arange(longest + self.step, device=device)
         first = torch.tensor(rows, device=device)[:, None] * self.capacity
-        places = first + (ends - longest + torch.arange(longest + self.step, device=device)).clamp(
-            0, self.capacity - 1
-        )
+        places = first + within.clamp(0, self.capacity - 1)
         cache = DynamicCache()
-        cache.layers = [
-            _Lent(keys.flatten(0, 1)[places], values.flatten(0, 1)[places], longest)
-            for keys, values in self.layers
-        ]
+        cache.layers = [_Lent(keys.at(places), values.at(places), longest) for keys, values in self.layers]
         counts = torch.tensor([self.columns[row] for row in rows], device=device) // self.step
         cells = torch.arange(longest // self.step, device=device)
         return cache, cells >= longest // self.step - counts[:, None]
 
     def take_back(self, rows: Sequence[int], cache: Any) -> None:
         """Keep the cell that was added to each of these texts."""
+        everything = [columns for layer in self.layers for columns in layer]
         if max(self.ends[row] for row in rows) + self.step > self.capacity:
-            more = SPARE_CELLS * self.step
-            for layer in self.layers:
-                for i, x in enumerate(layer):
-                    layer[i] = torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1)
-            self.capacity += more
-        device = self.layers[0][0].device
-        ends = torch.tensor([self.ends[row] for row in rows], device=device)[:, None]
-        places = torch.tensor(rows, device=device)[:, None], ends + torch.arange(self.step, device=device)
-        for layer, lent in zip(self.layers, cache.layers, strict=True):
-            for mine, theirs in zip(layer, (lent.keys, lent.values), strict=True):
-                mine[places] = theirs[:, :, -self.step :].transpose(1, 2)
+            for columns in everything:
+                columns.grow(SPARE_CELLS * self.step)
+            self.capacity += SPARE_CELLS * self.step
+        ends = torch.tensor([self.ends[row] for row in rows], device=self.device)[:, None]
+        places = ends + torch.arange(self.step, device=self.device)
+        index = torch.tensor(rows, device=self.device)[:, None]
+        lent = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        for columns, states in zip(everything, lent, strict=True):
+            columns.put(index, places, states[:, :, -self.step :])
         for row in rows:
             self.ends[row] += self.step
             self.columns[row] += self.step
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
-        index = torch.tensor(rows, device=self.layers[0][0].device)
-        self.layers = [[x[index] for x in layer] for layer in self.layers]
+        index = torch.tensor(rows, device=self.device)
+        for layer in self.layers:
+            for columns in layer:
+                columns.keep(index)
         self.ends, self.columns = [self.ends[row] for row in rows], [self.columns[row] for row in rows]
 
 

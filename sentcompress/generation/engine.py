@@ -132,9 +132,10 @@ class SentenceGenerator:
                 yield number, tokens
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]]) -> Cells:
+    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]], cache: str = "full") -> Cells:
         """Encode whole sentences given as token ids and run the backbone over them; for benchmarks."""
-        return Cells(self.model.eval(), [self.encode(sentences) for sentences in contexts], use_cache=True)
+        latents = [self.encode(sentences) for sentences in contexts]
+        return Cells(self.model.eval(), latents, use_cache=True, int8=cache == "int8")
 
     def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
@@ -147,7 +148,12 @@ class SentenceGenerator:
     def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, list[int], str]]:
         """Fill the rows' results, yielding each prompt's number with a new sentence's tokens and new text."""
         model = self.model.eval()
-        cells = Cells(model, [self.encode(row.context) for row in rows], use_cache=settings.use_cache)
+        cells = Cells(
+            model,
+            [self.encode(row.context) for row in rows],
+            use_cache=settings.use_cache,
+            int8=settings.cache == "int8",
+        )
         writer = SentenceWriter(
             model.vae,
             Sampler(settings, self.device),

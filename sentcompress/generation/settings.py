@@ -35,6 +35,8 @@ class GenerationSettings(BaseModel):
     head: Literal["auto", "exact", "shortlist-exact"] = "auto"
     """How the likeliest token is found when nothing is drawn: ``exact`` computes every logit; ``shortlist-exact`` reads
     a quarter of the bytes and proves that the token is the same (on a CPU); ``auto`` takes the faster."""
+    cache: Literal["full", "int8"] = "full"
+    """How the backbone's keys and values are kept: as they are, or in 8 bits, about a quarter of the memory."""
     use_cache: bool = True
     """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
     sentence_lengths: tuple[int, ...] | None = None

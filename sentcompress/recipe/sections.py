@@ -275,6 +275,8 @@ class BenchSettings(Section):
     """How the sentence model finds the likeliest token in the speed runs; all write the same tokens."""
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []
     """Parts of the sentence model whose weights are rounded to 8 bits (on a CPU) before anything is measured."""
+    cache: Literal["full", "int8"] = "full"
+    """How speed and memory runs keep the backbone's keys and values in the sentence model; ``int8``: in 8 bits."""
     break_even: bool = True
     """Measure also from which sentence and text length on the sentence model is faster, at batch 1."""
     profile: bool = False

@@ -49,6 +49,18 @@ def test_cached_equals_uncached(generator):
     assert any(g.token_ids for g in cached)
 
 
+def test_a_cache_in_8_bits_changes_little(generator):
+    contexts = [[[5, 6, 7], [8, 9], [10]], [[11, 12]]]
+    full, small = (generator.prefill(contexts, kind) for kind in ("full", "int8"))
+    assert small.cache_bytes < 0.6 * full.cache_bytes  # heads of 8: a scale for each takes its share
+    for cells in (full, small):
+        cells.append([1, 0], generator.encode([[7, 7], [9]]))
+        cells.append([1], generator.encode([[5]]))
+    difference = (full.hidden_states - small.hidden_states).abs().max()
+    assert 0 < difference < 0.05 * full.hidden_states.abs().max()
+    assert all(len(g.token_ids) == 40 for g in run(generator, PROMPTS, cache="int8"))
+
+
 def test_text_is_lossless_against_the_tokens(generator, tokenizer):
     for result in run(generator, PROMPTS):
         assert "".join(result.sentences) == result.text

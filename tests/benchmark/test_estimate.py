@@ -1,0 +1,69 @@
+"""Estimates: arithmetic that can be checked by hand, and the direction of what is known."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sentcompress.benchmark.devices import Device, device, measure_cpu
+from sentcompress.benchmark.estimate import estimate, shapes
+from sentcompress.cli.app import app
+from sentcompress.errors import InputError
+from sentcompress.recipe import load_recipe
+from sentcompress.testing import tiny_opt, tiny_sentence_lm
+
+PLAIN = Device("plain", 1e9, 4, 1e9, 1e12, 1e12, block_seconds=0.0, step_seconds=0.0)
+
+
+def of_tiny(machine=PLAIN, **changes):
+    asked = {"batch_size": 1, "prompt_tokens": 10, "new_tokens": 10, "sentence_tokens": 5.0} | changes
+    return estimate(tiny_sentence_lm(), tiny_opt(), machine, **asked)
+
+
+def test_a_step_of_the_backbone_reads_its_weights_and_its_cache():
+    model = tiny_opt()
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_positions" not in n)
+    cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * 4
+    assert of_tiny().backbone_token == pytest.approx((4 * weights + 15 * cache) / 1e9, rel=1e-6)
+    assert of_tiny().backbone_cache == cache
+    assert of_tiny().sentence_cache == cache / 5
+
+
+def test_longer_sentences_cost_less_and_calls_cost_something():
+    assert of_tiny(sentence_tokens=10.0).sentence_token < of_tiny().sentence_token
+    slow = Device("slow", 1e9, 4, 1e9, 1e12, 1e12, block_seconds=1e-3, step_seconds=0.0)
+    assert of_tiny(slow).backbone_token == pytest.approx(
+        of_tiny().backbone_token + tiny_opt().config.num_hidden_layers * 1e-3
+    )
+
+
+def test_large_batches_are_limited_by_arithmetic():
+    few = Device("few", 1e9, 4, 1e15, 1e6, 1e6, block_seconds=0.0, step_seconds=0.0)
+    assert of_tiny(few, batch_size=8).backbone_token == pytest.approx(
+        8 * of_tiny(few).backbone_token, rel=1e-3
+    )
+
+
+def test_the_cpu_is_measured():
+    cpu = measure_cpu()
+    assert cpu.measured
+    assert cpu.product(1e6, 1) < cpu.product(1e6, 512)
+    assert cpu.product(1e6, 3) == pytest.approx(cpu.product(2e6, 3) / 2)
+    assert cpu.bandwidth > 1e8
+    assert cpu.block_seconds >= 0
+
+
+def test_shapes_take_no_memory():
+    model, backbone = shapes(load_recipe("strong", ["backbone.model=opt-1.3b", "backbone.config={}"]))
+    assert {p.device for m in (model, backbone) for p in m.parameters()} == {torch.device("meta")}
+
+
+def test_the_command_prints_ratios_and_says_what_was_not_run():
+    result = CliRunner().invoke(app, ["estimate", "strong", "--backbone", "opt-1.3b", "--device", "a100"])
+    assert result.exit_code == 0
+    assert "output ratio" in result.stdout
+    assert "not run here" in result.stdout
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(InputError, match="no device is called 'tpu'"):
+        device("tpu")
