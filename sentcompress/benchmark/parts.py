@@ -119,10 +119,17 @@ class Parts:
         folder: None where there is no trained model (``bench speed --init random``).
     """
 
-    def __init__(self, recipe: Recipe, folder: Folder | None, device: torch.device | None = None) -> None:
+    def __init__(self, recipe: Recipe, folder: Folder | None) -> None:
+        """Raises InputError where the recipe's ``bench.device`` is not there."""
         self.recipe = recipe
         self.folder = folder
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted, gpu = recipe.bench.device, torch.cuda.is_available()
+        if wanted == "cuda" and not gpu:
+            raise InputError(
+                "bench.device: this machine has no CUDA device that torch can use",
+                fix="use auto or cpu, or install a build of torch for your GPU",
+            )
+        self.device = torch.device("cuda" if gpu and wanted != "cpu" else "cpu")
 
     def _stage(self, name: str) -> Path:
         if self.folder is None:

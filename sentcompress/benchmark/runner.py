@@ -43,7 +43,7 @@ from sentcompress.benchmark.results import (
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
-from sentcompress.benchmark.speed_models import SpeedModels, speed_models
+from sentcompress.benchmark.speed_models import DTYPES, SpeedModels, speed_models
 from sentcompress.benchmark.text import measure_text
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
@@ -200,9 +200,10 @@ class _Bench:
             tokens = self.parts.folder.training_tokens(*stages)
         elif not stages:
             tokens = 0
-        self.results.rows.append(
-            Row(part=part, system=system, figures=figures, note=note, honesty=self.provenance.honesty(tokens))
-        )
+        honesty = self.provenance.honesty(tokens)
+        if part in ("speed", "memory"):
+            honesty.dtype = str(DTYPES[self.settings.dtype]).removeprefix("torch.")
+        self.results.rows.append(Row(part=part, system=system, figures=figures, note=note, honesty=honesty))
 
     def know_the_text(self) -> None:
         """From here on, rows say how long the held-out sentences are."""

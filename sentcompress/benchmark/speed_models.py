@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.data import draw_lengths, heldout_text
@@ -12,6 +14,7 @@ from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELDOUT_SENTENCES = 2000
 RANDOM_SENTENCES = 400
 
@@ -38,18 +41,21 @@ class SpeedModels:
 
 def speed_models(parts: Parts) -> SpeedModels:
     """The models of a run's folder, or random weights in the recipe's shapes where there is none."""
-    recipe = parts.recipe
+    recipe, dtype = parts.recipe, DTYPES[parts.recipe.bench.dtype]
     if parts.folder is not None:
         sentences = heldout_text(parts.corpus, HELDOUT_SENTENCES)
-        return SpeedModels(parts.sentence_lm, _token_twin(parts), sentences, trained=True)
+        model, twin = parts.sentence_lm, _token_twin(parts)
+        if dtype != torch.float32:  # the models of the other measurements stay as they are
+            model, twin = copy.deepcopy(model).to(dtype), copy.deepcopy(twin).to(dtype)
+        return SpeedModels(model, twin, sentences, trained=True)
     model, backbone = random_models(recipe)
     vae = model.config.vae_config
     lengths = draw_lengths(parts.corpus, RANDOM_SENTENCES, recipe.seed + 1)
     sentences = random_sentences(
         [min(n, vae.max_sentence_tokens) for n in lengths], vae.vocab_size, recipe.seed
     )
-    model = quantize(model.to(parts.device), recipe.bench.quantize)
-    return SpeedModels(model, backbone.to(parts.device), sentences, trained=False)
+    model = quantize(model.to(parts.device, dtype), recipe.bench.quantize)
+    return SpeedModels(model, backbone.to(parts.device, dtype), sentences, trained=False)
 
 
 def _token_twin(parts: Parts) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,14 @@ InitOption = Annotated[
 ]
 RecipeOption = Annotated[
     str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Where to measure; else the recipe's bench.device."),
+]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option(help="Weights of both models; else the recipe's bench.dtype."),
 ]
 HeadOption = Annotated[
     Literal["auto", "exact", "shortlist-exact"] | None,
@@ -139,6 +147,7 @@ def reconstruct(folder: FolderArgument, out: ResultsOption = None, set_: SetOpti
         "sentcompress bench speed out/quickstart",
         "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
         "sentcompress bench speed out/quickstart --profile --quantize decoder,encoder",
+        "sentcompress bench speed --backbone opt-1.3b --init random --device cuda --dtype bf16",
         "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
     ),
 )
@@ -147,6 +156,8 @@ def speed(
     backbone: BackboneOption = None,
     init: InitOption = None,
     recipe: RecipeOption = "strong",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     head: HeadOption = None,
     quantize: QuantizeOption = None,
     profile: ProfileOption = False,
@@ -154,10 +165,14 @@ def speed(
     set_: SetOption = None,
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
-    chosen = [f"bench.head={head}"] if head else []
+    chosen = _overrides(device=device, dtype=dtype, head=head, profile=profile or None)
     chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
-    chosen += ["bench.profile=true"] if profile else []
     _measure_shapes("speed", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
+
+
+def _overrides(**options: Any) -> list[str]:
+    """Fields of ``bench`` that were given as options."""
+    return [f"bench.{name}={value}".lower() for name, value in options.items() if value is not None]
 
 
 @bench.command(
@@ -172,11 +187,14 @@ def memory(
     backbone: BackboneOption = None,
     init: InitOption = None,
     recipe: RecipeOption = "strong",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Cache bytes a token, slope of allocated memory, longest text in a budget."""
-    _measure_shapes("memory", folder, backbone, init, recipe, out, set_)
+    chosen = _overrides(device=device, dtype=dtype)
+    _measure_shapes("memory", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
 
 
 @bench.command(

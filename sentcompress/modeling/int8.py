@@ -149,10 +149,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        result = self.int8.linear(states.reshape(-1, self.int8.in_features))
+        result = self.int8.linear(states.reshape(-1, self.int8.in_features).float())
         if self.bias is not None:
             result += self.bias
-        return result.view(*states.shape[:-1], self.int8.out_features)
+        return result.view(*states.shape[:-1], self.int8.out_features).to(states.dtype)
 
 
 @torch.no_grad()

@@ -271,6 +271,10 @@ class BenchSettings(Section):
     """Prompt length of the speed runs; ``text`` takes whole sentences of as many tokens or a little more."""
     new_tokens: int = Field(default=128, ge=1)
     """Tokens generated a speed run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything is measured; ``auto`` takes a GPU where there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Weights of both models in the speed and memory runs; quality is always measured in fp32."""
     head: Literal["auto", "exact", "shortlist-exact"] = "auto"
     """How the sentence model finds the likeliest token in the speed runs; all write the same tokens."""
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sentcompress.benchmark.parts import Parts
 from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.benchmark.roofline import (
     backbone_bytes_per_token,
@@ -25,7 +26,7 @@ from sentcompress.benchmark.systems import (
 )
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.recipe import BenchSettings, Recipe, build_recipe
+from sentcompress.recipe import BenchSettings, Recipe, build_recipe, load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
 LENGTHS = [5, 2, 9, 4]
@@ -189,3 +190,25 @@ def test_published_shapes_work_without_weights_or_network():
     assert model.backbone.hidden_size == 768
     assert backbone.config.num_hidden_layers == 12
     assert backbone.config.vocab_size == 50272
+
+
+def test_both_models_can_be_timed_in_other_dtypes():
+    report = measure_speed(
+        tiny_sentence_lm().bfloat16(),
+        tiny_opt().bfloat16(),
+        sentences=SENTENCE_IDS,
+        sentence_lengths=LENGTHS,
+        settings=SETTINGS.model_copy(update={"head": "auto", "profile": False, "break_even": False}),
+        trained=False,
+        bos_token_id=2,
+    )
+    assert report.head == "exact"
+    assert report.output_ratio > 0
+    assert report.advice == [] or "roofline" in report.advice[0]
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(InputError, match=r"bench\.device: this machine has no CUDA device"):
+        Parts(load_recipe("strong", ["bench.device=cuda"]), None)
