@@ -123,3 +123,51 @@ def test_wrong_use_is_said(capsys, folder, arguments, message):
     code, _, err = call(capsys, *(str(folder) if word == "RUN" else word for word in arguments))
     assert code == 2
     assert message in err
+
+
+def test_speed_options_reach_the_results(capsys, folder, tmp_path):
+    arguments = ("--head", "shortlist-exact", "--quantize", "encoder,decoder", "--profile", "--device", "cpu")
+    code, out, err = call(
+        capsys,
+        *("bench", "speed", str(folder), *arguments, "--out", str(tmp_path)),
+        *("--set", "bench.repeats=1", "--set", "bench.cache=int8", "--set", "bench.break_even=false"),
+    )
+    assert code == 0, err
+    assert "Where the time goes, sentence model, batch 1" in out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    speed = results["speed"]
+    assert speed["head"] == "shortlist-exact"
+    assert speed["quantized"] == ["encoder", "decoder"]
+    assert {"output_ratio", "prefill_ratio", "fallback_rate", "roofline_share"} <= set(speed)
+    assert speed["break_even"] == {}
+    notes = [row["note"] for row in results["rows"] if row["system"] == "sentence model"]
+    assert all("head shortlist-exact; 8-bit cache; 8 bits: encoder, decoder" in note for note in notes)
+
+
+def test_quality_is_measured_of_the_weights_in_8_bits(capsys, folder, tmp_path):
+    plain, small = (
+        (str(tmp_path / name), names) for name, names in (("a", "[]"), ("b", "[decoder,backbone]"))
+    )
+    figures = []
+    for place, parts in (plain, small):
+        code, _, err = call(
+            capsys, "bench", "quality", str(folder), "--out", place, "--set", f"bench.quantize={parts}"
+        )
+        assert code == 0, err
+        scores = json.loads((tmp_path / place / "results.json").read_text(encoding="utf-8"))["quality"]
+        figures.append({score["system"]: score["bits_per_byte"] for score in scores})
+    assert figures[0]["sentence model"] != figures[1]["sentence model"]
+    assert figures[1]["sentence model"] == pytest.approx(figures[0]["sentence model"], rel=0.01)
+    assert figures[0]["baseline, equal data"] == figures[1]["baseline, equal data"]
+
+
+def test_the_sweep_of_speeds_ends_with_its_file(capsys, folder, tmp_path):
+    grid = ("--batch-sizes", "1,2", "--prompt-tokens", "8", "--sentence-tokens", "2,6")
+    small = ("--set", "bench.repeats=1", "--set", "bench.new_tokens=6")
+    code, out, err = call(capsys, "bench", "sweep", str(folder), *grid, *small, "--out", str(tmp_path))
+    assert code == 0, err
+    assert "Speed beside the backbone" in out
+    assert out.rstrip().endswith(f"figures: {tmp_path / 'speed-sweep.json'}")
+    code, _, err = call(capsys, "bench", "sweep", str(folder), "--batch-sizes", "1,two")
+    assert code == 2
+    assert "--batch-sizes: '1,two' is no list of numbers" in err
