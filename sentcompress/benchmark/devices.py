@@ -136,7 +136,7 @@ def measure_cpu() -> Device:
             states = torch.randn(rows, width)
             # Once or twice over the same weights, as the shortlist head does.
             passes = 2 if rows < 4 else 1
-            per_int8[rows] = _seconds(lambda x=states, p=passes: int8.linear(x, p)) / count  # type: ignore[misc]
+            per_int8[rows] = _seconds(lambda x=states, p=passes: int8.multiply(x, p)) / count  # type: ignore[misc]
     largest = ROWS[-1]
     block, step = _overheads()
     import psutil

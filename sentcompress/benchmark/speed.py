@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from sentcompress.benchmark.results import Skipped, SpeedReport, SpeedRun
 from sentcompress.benchmark.roofline import backbone_bytes_per_token, bandwidth, sentence_bytes_per_token
 from sentcompress.benchmark.systems import (
     BACKBONE,
+    INT8,
     LOOKUP,
     SENTENCES,
     STATIC,
@@ -29,6 +31,7 @@ from sentcompress.benchmark.systems import (
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.generation.heads import ShortlistExactHead
+from sentcompress.modeling.int8 import to_int8
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
 
@@ -72,6 +75,8 @@ def measure_speed(
     lengths = [min(int(n), longest) for n in sentence_lengths]
     sentence_system = SentenceSystem(model, lengths, settings.head, settings.cache)
     plain = TokenSystem(BACKBONE, backbone, bos_token_id)
+    # What 8 bits bring without sentences, so that the one is not taken for the other.
+    in_8_bits = [TokenSystem(INT8, _in_8_bits(backbone), bos_token_id)] if settings.quantize else []
     report = SpeedReport(
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
@@ -92,6 +97,7 @@ def measure_speed(
                 extra = TokenSystem(name, backbone, bos_token_id, **switches)
                 if _works(extra, prompts, settings.new_tokens, report):
                     systems.append(extra)
+            systems += in_8_bits
             timed = _alternate(systems, prompts, settings)
             runs = [_summary(s, timed, batch_size, settings) for s in systems]
             head = sentence_system.head
@@ -125,6 +131,14 @@ def require_positions(backbone: PreTrainedModel, prompt_tokens: int, new_tokens:
             "positions",
             fix="lower bench.prompt_tokens or bench.new_tokens",
         )
+
+
+def _in_8_bits(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the backbone with all its products in 8 bits, the output head's too."""
+    twin = copy.deepcopy(backbone)
+    twin.set_input_embeddings(backbone.get_input_embeddings())
+    to_int8(twin)
+    return twin
 
 
 def _summarize(report: SpeedReport) -> None:

@@ -19,6 +19,7 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"
 STATIC = "backbone, static cache, compiled"
+INT8 = "backbone, 8-bit weights"
 SENTENCES = "sentence model"
 
 

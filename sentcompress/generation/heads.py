@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sentcompress.errors import InputError
-from sentcompress.modeling.int8 import ROWS_AT_A_TIME, Int8Weight, combine, round_rows
+from sentcompress.modeling.int8 import ROWS_AT_A_TIME, Int8Weight
 
 WORTH_IT = 2**22
 """Weights of a head from which on reading a quarter of its bytes pays for the work of the proof."""
@@ -124,9 +124,8 @@ class ShortlistExactHead(Head):
         """The likeliest token of each row ``[B]``, and where that could not be proved ``[B]`` bool."""
         rows, vocab = len(hidden_states), len(self.weight)
         each = torch.arange(rows)
-        rounded = round_rows(hidden_states, passes)
-        sums = self.int8.products(rounded.whole.flatten(0, 1)).view(passes, rows, -1)
-        near = combine(sums, rounded.scales).mul_(self.int8.scales)
+        products = self.int8.multiply(hidden_states, passes)
+        near = products.sums
         near[banned, token] = float("-inf")
         near[:, vocab:] = float("-inf")
 
@@ -135,13 +134,14 @@ class ShortlistExactHead(Head):
         block = blocks.amax(2).argmax(1)
         likely = block * BLOCK + blocks[each, block].argmax(1)
         doubt = self._doubt(hidden_states)
-        rest = torch.linalg.vector_norm(rounded.rest, dim=1)
-        least = (self.weight[likely] * hidden_states).sum(-1) - doubt
-        near.addcmul_(torch.linalg.vector_norm(hidden_states, dim=1)[:, None], self.int8.error_norms)
+        scales = products.scales[:, 0]
+        least = ((self.weight[likely] * hidden_states).sum(-1) - doubt) / scales
+        norms = torch.linalg.vector_norm(hidden_states, dim=1) / scales
+        near.addcmul_(norms[:, None], self.int8.error_norms)
         if passes == 1:
-            near.addcmul_(rest[:, None], self.int8.norms)
-        else:  # after two passes it is far below what the weights lost: one number will do
-            least = least - rest * self.largest
+            near.addcmul_(products.rest, self.int8.norms)
+        else:  # after two passes the rest is far below what the weights lost: one number will do
+            least = least - products.rest[:, 0] * self.largest
         at_row, at_block = (blocks.amax(2) >= least[:, None]).nonzero(as_tuple=True)
         of_block, place = (blocks[at_row, at_block] >= least[at_row, None]).nonzero(as_tuple=True)
         at_row, tokens = at_row[of_block], at_block[of_block] * BLOCK + place

@@ -30,43 +30,25 @@ STEPS = 2 * ACTIVATION_LEVELS
 PADDING = (-63.0, 64.0, 0.0, 0.0)
 """Columns that make the kernel's scale 1 and its zero point 63; four, as it reads them in fours."""
 ENGINE = "fbgemm"
+TINY = 1e-30
+"""Scale of rows of zeros."""
 ROWS_AT_A_TIME = 4096
 """Rows of a weight rounded together, so that they stay in the processor's cache."""
 
 
 @dataclass
-class Rounded:
-    """Rows of activations as whole numbers.
+class Products:
+    """What a weight in 8 bits made of some rows.
 
     Attributes:
-        whole: ``[passes, N, H]`` whole numbers between -63 and 63.
-        scales: ``[passes, N, 1]``.
-        rest: ``[N, H]``, what they leave out of the activations.
+        sums: ``[N, out]``, to be multiplied by ``scales``.
+        scales: ``[N, 1]`` of the rows, which were rounded to whole numbers by them.
+        rest: ``[N, 1]``, at most the Euclidean norm of what rounding took from each row, in units of its scale.
     """
 
-    whole: Tensor
+    sums: Tensor
     scales: Tensor
     rest: Tensor
-
-
-def round_rows(rows: Tensor, passes: int) -> Rounded:
-    """Write ``rows [N, H]`` as a sum of ``passes`` rows of whole numbers times a scale, and a rest."""
-    scale = (rows.abs().amax(-1, keepdim=True) / ACTIVATION_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    rest, whole, scales = rows, [], []
-    for _ in range(passes):
-        whole.append((rest / scale).round_())
-        scales.append(scale)
-        rest = rest - whole[-1] * scale
-        scale = scale / STEPS
-    return Rounded(torch.stack(whole), torch.stack(scales), rest)
-
-
-def combine(sums: Tensor, scales: Tensor) -> Tensor:
-    """Add up what the passes ``[passes, N, out]`` found, each by its scale: ``[N, out]``, in the place of the first."""
-    result = sums[0].mul_(scales[0])
-    for more, scale in zip(sums[1:], scales[1:], strict=True):
-        result.addcmul_(more, scale)
-    return result
 
 
 class Int8Weight:
@@ -89,7 +71,7 @@ class Int8Weight:
         whole, scales, errors, norms = [], [], [], []
         for block in weight.detach().split(ROWS_AT_A_TIME):
             rows = block.float()
-            scale = (rows.abs().amax(1) / WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = (rows.abs().amax(1) / WEIGHT_LEVELS).clamp_min(TINY)
             near = (rows / scale[:, None]).round_()
             whole.append(near.to(torch.int8))
             scales.append(scale)
@@ -101,29 +83,41 @@ class Int8Weight:
         """``[out]``: Euclidean norm of what rounding took from each row."""
         self.norms = torch.cat(norms)
         """``[out]``: of each row as it is now."""
-        self.packed = _pack(torch.cat(whole))
+        self.packed = _pack(torch.cat(whole), self.scales)
         self.padding = torch.tensor([PADDING])
         self._prove(torch.cat([part[:256] for part in whole])[:256])
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read at each call."""
-        return self.out_features * (self.in_features + 4)
+        return self.out_features * (self.in_features + len(PADDING))
 
-    def products(self, whole: Tensor) -> Tensor:
-        """``[N, in]`` whole numbers times the whole numbers of the weight: ``[N, out]``, exact."""
-        padded = torch.cat([whole, self.padding.expand(len(whole), -1)], 1)
+    @torch.no_grad()
+    def multiply(self, rows: Tensor, passes: int = 2) -> Products:
+        """``rows [N, in]`` times the weight.
+
+        Args:
+            passes: 1 rounds activations to 7 bits; 2 adds what that left over, which makes about 14.
+        """
+        count, width = rows.shape
+        scales = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True)
+        scales = scales.clamp_min_(TINY).div_(ACTIVATION_LEVELS)
+        left = rows / scales
+        padded = rows.new_empty(passes * count, width + len(PADDING))
+        padded[:, width:] = self.padding
+        whole = padded[:count, :width]
+        left.sub_(torch.round(left, out=whole))
+        if passes == 2:
+            torch.round(left.mul_(STEPS), out=padded[count:, :width])
         with _engine():
-            return torch.ops.quantized.linear_dynamic(padded, self.packed, True)
-
-    def linear(self, rows: Tensor, passes: int = 2) -> Tensor:
-        """``rows [N, in]`` times the weight: ``[N, out]``; two passes round activations to about 14 bits."""
-        rounded = round_rows(rows, passes)
-        sums = self.products(rounded.whole.flatten(0, 1)).view(passes, len(rows), -1)
-        return combine(sums, rounded.scales).mul_(self.scales)
+            sums = torch.ops.quantized.linear_dynamic(padded, self.packed, True)
+        if passes == 1:
+            return Products(sums, scales, torch.linalg.vector_norm(left, dim=1, keepdim=True))
+        sums = torch.add(sums[:count], sums[count:], alpha=1 / STEPS)
+        return Products(sums, scales, scales.new_full(scales.shape, width**0.5 / (2 * STEPS)))
 
     def _prove(self, whole: Tensor) -> None:
-        """Kernels differ between processors: what this one computes must be exact."""
+        """Kernels differ between processors: the products of whole numbers that this one computes must be exact."""
         rows = torch.randint(
             -ACTIVATION_LEVELS,
             ACTIVATION_LEVELS + 1,
@@ -131,8 +125,10 @@ class Int8Weight:
             generator=torch.Generator().manual_seed(0),
         ).float()
         rows[0] = ACTIVATION_LEVELS * torch.where(whole[0] < 0, -1.0, 1.0)  # the largest sum there can be
+        rows[1, 0] = ACTIVATION_LEVELS  # the scale of both rows is 1
         expected = rows.double() @ whole.double().T
-        if not torch.equal(self.products(rows)[:, : len(whole)].double(), expected):
+        found = self.multiply(rows, 1).sums[:, : len(whole)].double() / self.scales[: len(whole)].double()
+        if not torch.allclose(found, expected, rtol=1e-6, atol=0.01):
             raise InputError(
                 "the 8-bit kernels of this processor are not exact", fix="leave quantization out"
             )
@@ -149,9 +145,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        result = self.int8.linear(states.reshape(-1, self.int8.in_features).float())
-        if self.bias is not None:
-            result += self.bias
+        products = self.int8.multiply(states.reshape(-1, self.int8.in_features).float())
+        if self.bias is None:
+            result = products.sums.mul_(products.scales)
+        else:
+            result = torch.addcmul(self.bias.float(), products.sums, products.scales)
         return result.view(*states.shape[:-1], self.int8.out_features).to(states.dtype)
 
 
@@ -199,7 +197,7 @@ def _engine() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def _pack(whole: Tensor) -> Any:
+def _pack(whole: Tensor, scales: Tensor) -> Any:
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise InputError(
             f"this build of torch has no 8-bit kernels of {ENGINE}", fix="leave quantization out"
@@ -210,6 +208,6 @@ def _pack(whole: Tensor) -> Any:
         # torch deprecates its quantized tensors; the kernel that takes plain ones is six times slower.
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch._make_per_channel_quantized_tensor(
-            padded, torch.ones(rows, dtype=torch.double), torch.zeros(rows, dtype=torch.long), 0
+            padded, scales.double(), torch.zeros(rows, dtype=torch.long), 0
         )
         return torch.ops.quantized.linear_prepack(tensor, None)
