@@ -43,7 +43,7 @@ def run(
         return
     from sentcompress.benchmark.results import is_current, read_results
     from sentcompress.benchmark.runner import run_bench
-    from sentcompress.cli.bench import show
+    from sentcompress.cli.bench_common import show
 
     target = folder / "bench"
     if is_current(target, folder, resolved):

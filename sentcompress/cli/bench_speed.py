@@ -1,0 +1,219 @@
+"""``sentcompress bench speed``, ``memory`` and ``sweep``: of a trained model, or of random weights in its shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sentcompress.cli.bench_common import ResultsOption, measure, show
+from sentcompress.cli.common import BackboneOption, SetOption, console, examples
+
+if TYPE_CHECKING:
+    from sentcompress.recipe import Recipe
+
+OptionalFolder = Annotated[
+    Path | None,
+    typer.Argument(metavar="[DIR]", help="Folder of a run or model; not needed with --init random."),
+]
+InitOption = Annotated[
+    Literal["random"] | None,
+    typer.Option(help="Measure random weights in the shapes of --backbone: no training, no download."),
+]
+RecipeOption = Annotated[
+    str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Where to measure; else the recipe's bench.device."),
+]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option(help="Weights of both models; else the recipe's bench.dtype."),
+]
+HeadOption = Annotated[
+    Literal["auto", "exact", "shortlist-exact"] | None,
+    typer.Option(
+        help="How the likeliest token is found; all write the same tokens. Else the recipe's bench.head."
+    ),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARTS",
+        help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits; else bench.quantize.",
+    ),
+]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Also show where a token's time goes, in both models.")
+]
+
+
+def add_to(bench: typer.Typer) -> None:
+    bench.command(
+        "speed",
+        epilog=examples(
+            "sentcompress bench speed out/quickstart",
+            "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
+            "sentcompress bench speed out/quickstart --profile --quantize decoder,encoder",
+            "sentcompress bench speed --backbone opt-1.3b --init random --device cuda --dtype bf16",
+            "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
+        ),
+    )(speed)
+    bench.command(
+        "memory",
+        epilog=examples(
+            "sentcompress bench memory out/quickstart",
+            "sentcompress bench memory --backbone opt-1.3b --init random --out out/memory-1.3b",
+        ),
+    )(memory)
+    bench.command(
+        "sweep",
+        epilog=examples(
+            "sentcompress bench sweep out/quickstart",
+            "sentcompress bench sweep --backbone opt-125m --init random --batch-sizes 1,16 --sentence-tokens 5,15,30",
+        ),
+    )(sweep)
+
+
+def speed(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "strong",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    head: HeadOption = None,
+    quantize: QuantizeOption = None,
+    profile: ProfileOption = False,
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Tokens/s, time to first token and break-even beside the backbone's own generate."""
+    chosen = _overrides(device=device, dtype=dtype, head=head, profile=profile or None)
+    chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
+    _measure_shapes("speed", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
+
+
+def _overrides(**options: Any) -> list[str]:
+    """Fields of ``bench`` that were given as options."""
+    return [f"bench.{name}={value}".lower() for name, value in options.items() if value is not None]
+
+
+def memory(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "strong",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Cache bytes a token, slope of allocated memory, longest text in a budget."""
+    chosen = _overrides(device=device, dtype=dtype)
+    _measure_shapes("memory", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
+
+
+def sweep(
+    folder: OptionalFolder = None,
+    backbone: BackboneOption = None,
+    init: InitOption = None,
+    recipe: RecipeOption = "strong",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Texts written together.")] = "1,8",
+    prompt_tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompts.")] = "32,128",
+    sentence_tokens: Annotated[
+        str, typer.Option(metavar="N,N", help="Tokens of each sentence.")
+    ] = "2,8,16,32",
+    out: ResultsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Find the break-even: speed over batch size, prompt length and sentence length.
+
+    Names what to take instead where the sentence model is slower. New tokens and repeats are the recipe's
+    bench.new_tokens and bench.repeats.
+    """
+    from sentcompress.benchmark.parts import Folder, Parts
+    from sentcompress.benchmark.speed_models import speed_models
+    from sentcompress.benchmark.speed_sweep import sweep_speed, table, write
+    from sentcompress.benchmark.tables import as_rich
+
+    sizes = _numbers("--batch-sizes", batch_sizes)
+    overrides = [*(set_ or []), f"bench.batch_sizes={sizes}"]
+    if folder is not None:
+        _only_folder(backbone, init)
+        place = Folder(folder)
+        parts = Parts(place.recipe(overrides), place)
+    else:
+        parts = Parts(_random_recipe(recipe, backbone, init, overrides), None)
+    timed = speed_models(parts)
+    found = sweep_speed(
+        timed.model,
+        timed.backbone,
+        sentences=timed.sentences,
+        settings=parts.recipe.bench,
+        bos_token_id=timed.bos_token_id,
+        prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
+        sentence_tokens=_numbers("--sentence-tokens", sentence_tokens),
+    )
+    target = out or (folder / "bench" if folder else _bench_folder(parts.recipe.backbone.model))
+    console().print(as_rich(table(found)))
+    typer.echo(f"figures: {write(found, target)}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from sentcompress.errors import InputError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option}: '{text}' is no list of numbers", fix="write them like 1,8,32")
+    return numbers
+
+
+def _measure_shapes(
+    part: str,
+    folder: Path | None,
+    backbone: str | None,
+    init: str | None,
+    recipe: str,
+    out: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    """Measure a trained model, or random weights where there is none."""
+    if folder is not None:
+        _only_folder(backbone, init)
+        measure([part], folder, out, overrides)
+        return
+    from sentcompress.benchmark.runner import run_bench
+
+    resolved = _random_recipe(recipe, backbone, init, overrides)
+    target = out or _bench_folder(resolved.backbone.model)
+    show(run_bench([part], None, resolved, target), target, [part])
+
+
+def _only_folder(backbone: str | None, init: str | None) -> None:
+    from sentcompress.errors import InputError
+
+    if backbone is not None or init is not None:
+        raise InputError("give either DIR, or --backbone with --init random", fix="leave one of them out")
+
+
+def _random_recipe(
+    recipe: str, backbone: str | None, init: str | None, overrides: list[str] | None
+) -> Recipe:
+    from sentcompress.cli.experiment import resolve
+    from sentcompress.errors import InputError
+
+    if init is None:
+        raise InputError(
+            "no folder of a model was given", fix="give DIR, or add --init random to measure random weights"
+        )
+    return resolve(recipe, [*(overrides or []), "backbone.init=random"], backbone=backbone)
+
+
+def _bench_folder(model: str) -> Path:
+    return Path("out") / f"bench-{Path(model).name}"
