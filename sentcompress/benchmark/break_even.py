@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from sentcompress.benchmark.results import SpeedReport
+from sentcompress.benchmark.records import SpeedReport
 from sentcompress.benchmark.systems import (
     LOOKUP,
     SENTENCES,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
-from sentcompress.benchmark.results import BY, Bucket, By
+from sentcompress.benchmark.records import BY, Bucket, By
 from sentcompress.errors import CoverageError, InputError, did_you_mean
 
 STARTS: dict[By, tuple[int, ...]] = {

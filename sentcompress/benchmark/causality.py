@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sentcompress.benchmark.results import CausalityCheck, CausalityReport
+from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 from sentcompress.errors import CausalityError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.decoding import Sampler, SentenceWriter, Told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sentcompress.benchmark.results import Figure
+from sentcompress.benchmark.records import Figure
 
 
 @dataclass

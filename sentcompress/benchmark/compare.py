@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sentcompress.benchmark.cells import number
-from sentcompress.benchmark.results import Figure, Record, Results, read_results
+from sentcompress.benchmark.records import Figure, Record, Results
+from sentcompress.benchmark.results import read_results
 from sentcompress.errors import InputError
 
 SHOWN = {

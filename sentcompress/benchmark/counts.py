@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sentcompress.benchmark.parts import Missing, Parts
-from sentcompress.benchmark.results import ModelCounts
+from sentcompress.benchmark.records import ModelCounts
 from sentcompress.io import read_json
 from sentcompress.modeling.sentence_lm import SentenceLM
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sentcompress.benchmark.results import DataReport
+from sentcompress.benchmark.records import DataReport
 from sentcompress.recipe import Recipe
 from sentcompress.text.corpus import Corpus
 from sentcompress.text.sampling import PassageSampler, SentenceSampler

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.results import QualityScore
+from sentcompress.benchmark.records import QualityScore
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
 from sentcompress.benchmark.quality import score_token_model
-from sentcompress.benchmark.results import QualityScore
+from sentcompress.benchmark.records import QualityScore
 from sentcompress.contracts.proof import TOLERANCE, reference_of
 from sentcompress.errors import InputError, SentCompressError
 from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm, resolve_backbone

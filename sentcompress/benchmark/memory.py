@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from sentcompress.benchmark.results import MemoryReport
+from sentcompress.benchmark.records import MemoryReport
 from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
@@ -212,8 +212,8 @@ def _longest_sentence(model: SentenceLM, latents: Tensor) -> Any:
     """The decoder's cache after a sentence as long as they get."""
     decoder: Any = model.vae.decoder
     cache = decoder.allocate(1, latents)
-    decoder.restart(cache, torch.zeros(1, dtype=torch.long, device=latents.device), latents)
-    for _ in range(decoder.prefix + 1 + model.config.vae_config.max_sentence_tokens):
+    unread = decoder.restart(cache, torch.zeros(1, dtype=torch.long, device=latents.device), latents)
+    for _ in range(unread + 1 + model.config.vae_config.max_sentence_tokens):
         decoder.step(latents[:, 0], cache)
     return cache
 

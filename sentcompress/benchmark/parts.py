@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sentcompress.benchmark.results import STAGES, Curve
+from sentcompress.benchmark.records import Curve
+from sentcompress.benchmark.results import STAGES
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
 from sentcompress.modeling.int8 import quantize

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sentcompress.benchmark.results import BY, By, Results
+from sentcompress.benchmark.records import BY, By, Results
 from sentcompress.benchmark.rows import breakdown
 from sentcompress.errors import InputError
 

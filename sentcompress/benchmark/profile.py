@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sentcompress.benchmark.results import PartTime
+from sentcompress.benchmark.records import PartTime
 from sentcompress.benchmark.systems import Prompt, SentenceSystem, System, TokenSystem
 from sentcompress.generation.decoding import Sampler
 from sentcompress.generation.heads import Head

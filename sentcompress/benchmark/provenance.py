@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sentcompress import __version__
-from sentcompress.benchmark.results import Honesty
+from sentcompress.benchmark.records import Honesty
 from sentcompress.errors import SentCompressError
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry

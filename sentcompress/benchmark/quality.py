@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sentcompress.benchmark.breakdown import Charges, Places, sentence_charges
 from sentcompress.benchmark.causality import require_causal
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, Window, check_bytes, windows
-from sentcompress.benchmark.results import CausalityReport, DocumentScore, QualityScore
+from sentcompress.benchmark.records import CausalityReport, DocumentScore, QualityScore
 from sentcompress.benchmark.sentence_charges import WindowCharges, charge_window, window_size
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError

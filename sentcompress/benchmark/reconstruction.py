@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentcompress.benchmark.results import ReconstructionReport
+from sentcompress.benchmark.records import ReconstructionReport
 from sentcompress.errors import DataError
 from sentcompress.generation import reconstruct
 from sentcompress.modeling.losses import TokenLoss

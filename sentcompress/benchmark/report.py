@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.plots import figures
-from sentcompress.benchmark.results import Results
+from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.tables import BY_TITLES, TITLES, honesty_lines, tables
 from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE
 from sentcompress.io import write_atomically

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.results import DecodingCost
+from sentcompress.benchmark.records import DecodingCost
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sentcompress.benchmark.results import (
+from sentcompress.benchmark.records import (
     Bucket,
     By,
     CausalityCheck,

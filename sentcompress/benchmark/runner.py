@@ -24,8 +24,7 @@ from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
 from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
-from sentcompress.benchmark.results import (
-    FILE,
+from sentcompress.benchmark.records import (
     PARTS,
     By,
     CausalityReport,
@@ -36,10 +35,8 @@ from sentcompress.benchmark.results import (
     Row,
     Sample,
     Skipped,
-    model_digests,
-    read_results,
-    write_results,
 )
+from sentcompress.benchmark.results import FILE, model_digests, read_results, write_results
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed

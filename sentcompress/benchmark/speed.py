@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark.break_even import break_even
 from sentcompress.benchmark.profile import profile
-from sentcompress.benchmark.results import Skipped, SpeedReport, SpeedRun
+from sentcompress.benchmark.records import Skipped, SpeedReport, SpeedRun
 from sentcompress.benchmark.roofline import backbone_bytes_per_token, bandwidth, sentence_bytes_per_token
 from sentcompress.benchmark.systems import (
     BACKBONE,

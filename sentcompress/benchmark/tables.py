@@ -10,16 +10,7 @@ from rich.text import Text
 
 from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.paper import paper_row
-from sentcompress.benchmark.results import (
-    BY,
-    By,
-    CausalityCheck,
-    Figure,
-    PartTime,
-    Results,
-    Row,
-    SpeedReport,
-)
+from sentcompress.benchmark.records import BY, By, CausalityCheck, Figure, PartTime, Results, Row, SpeedReport
 from sentcompress.benchmark.rows import OURS, TWINS, breakdown
 from sentcompress.benchmark.text_tables import TEXT_TITLE, text_differences, text_table
 

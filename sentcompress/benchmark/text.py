@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sentcompress.benchmark.heldout import ByteCounter
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.parts import Missing, Parts
-from sentcompress.benchmark.results import TextReport
+from sentcompress.benchmark.records import TextReport
 from sentcompress.benchmark.rows import TWINS
 from sentcompress.benchmark.text_measures import Measure, measure_texts, score_texts
 from sentcompress.contracts.causal_lm import position_limit

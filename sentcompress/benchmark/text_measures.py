@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sentcompress.benchmark.heldout import ByteCounter
-from sentcompress.benchmark.results import Interval, QualityScore, TextScore
+from sentcompress.benchmark.records import Interval, QualityScore, TextScore
 from sentcompress.registry import get_registry
 from sentcompress.text.segmentation import checked_split
 

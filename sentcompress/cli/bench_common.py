@@ -10,7 +10,7 @@ import typer
 from sentcompress.cli.common import console
 
 if TYPE_CHECKING:
-    from sentcompress.benchmark.results import Results
+    from sentcompress.benchmark.records import Results
 
 FolderArgument = Annotated[
     Path,

@@ -188,11 +188,12 @@ class SentenceWriter:
             rows: numbers of texts in which none is being written.
             latents: ``[b, k, H]``.
         """
-        for row, told, plan in zip(rows, latents, plans, strict=True):
-            self.open[row] = _Sentence(plan, told, self.decoder.prefix if self.use_cache else 0)
-            self.feed[row] = self.vae.config.bos_token_id
+        unread = 0
         if self.use_cache:
-            self.decoder.restart(self.cache, torch.tensor(rows, device=latents.device), latents)
+            unread = self.decoder.restart(self.cache, torch.tensor(rows, device=latents.device), latents)
+        for row, told, plan in zip(rows, latents, plans, strict=True):
+            self.open[row] = _Sentence(plan, told, unread)
+            self.feed[row] = self.vae.config.bos_token_id
 
     @torch.no_grad()
     def step(self) -> list[Written]:

@@ -173,8 +173,12 @@ class SentenceDecoder(nn.Module):
             before=replace(context, layers=[]),
         )
 
-    def restart(self, cache: DecoderCache, rows: Tensor, latents: Tensor) -> None:
-        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``."""
+    def restart(self, cache: DecoderCache, rows: Tensor, latents: Tensor) -> int:
+        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``.
+
+        Returns:
+            steps in which these rows read latents before they write.
+        """
         texts = len(cache.positions)
 
         def put(old: Tensor | None, new: Tensor) -> Tensor:
@@ -201,6 +205,7 @@ class SentenceDecoder(nn.Module):
         cache.positions = cache.positions.index_fill(0, rows, 0)
         cache.even = 0 if len(rows) == texts else None
         cache.reading = self.prefix
+        return self.prefix
 
     def step(self, embeddings: Tensor, cache: DecoderCache, active: Tensor | None = None) -> Tensor:
         """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``.

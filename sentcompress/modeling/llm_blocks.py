@@ -135,14 +135,18 @@ class LLMDecoder(nn.Module):
         starts = torch.zeros(texts, dtype=torch.long, device=like.device)
         return LLMDecoderCache(None, 0, starts, like.new_zeros(texts, self.prefix, like.shape[-1]))
 
-    def restart(self, cache: LLMDecoderCache, rows: Tensor, latents: Tensor) -> None:
-        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``."""
+    def restart(self, cache: LLMDecoderCache, rows: Tensor, latents: Tensor) -> int:
+        """Begin a new sentence in some rows ``[b]`` from ``latents [b, k, H]``; as ``SentenceDecoder.restart``."""
         cache.starts = cache.starts.index_fill(0, rows, cache.filled)
         cache.latents = cache.latents.index_copy(0, rows, latents)
-        cache.reading = self.prefix
         unused = int(cache.starts.min())
         if unused > UNUSED_COLUMNS or unused == cache.filled:
             self._drop(cache, unused)
+        cache.reading = self.prefix
+        if len(rows) == len(cache.starts):  # nobody is in the middle of a sentence: all latents at once
+            self._extend(cache.latents * self.latent_gain, cache)
+            cache.reading = 0
+        return cache.reading
 
     def step(self, embeddings: Tensor, cache: LLMDecoderCache, active: Tensor | None = None) -> Tensor:
         """One more position in every row: ``[B, H] -> [B, H]``; as ``SentenceDecoder.step``."""
@@ -154,16 +158,22 @@ class LLMDecoder(nn.Module):
             rows = torch.arange(len(embeddings), device=embeddings.device)
             told = cache.latents[rows, positions.clamp_max(self.prefix - 1)] * self.latent_gain
             embeddings = torch.where((positions < self.prefix)[:, None], told, embeddings)
-        allowed = torch.arange(cache.filled + 1, device=embeddings.device) >= cache.starts[:, None]
+        return self._extend(embeddings[:, None], cache)[:, 0]
+
+    def _extend(self, inputs: Tensor, cache: LLMDecoderCache) -> Tensor:
+        """``[B, n, H] -> [B, n, H]``: n more columns, each row from its own beginning on."""
+        new = cache.filled + torch.arange(inputs.shape[1], device=inputs.device)
+        columns = torch.arange(cache.filled + inputs.shape[1], device=inputs.device)
+        allowed = (columns >= cache.starts[:, None])[:, None] & (columns <= new[:, None])
         states, cache.cache = self.llm(
-            embeddings[:, None],
-            allowed[:, None, None],
-            positions[:, None],
+            inputs,
+            allowed[:, None],
+            new - cache.starts[:, None],
             past_key_values=cache.cache,
             use_cache=True,
         )
-        cache.filled += 1
-        return states[:, 0]
+        cache.filled += inputs.shape[1]
+        return states
 
     def retire(self, cache: LLMDecoderCache, rows: Tensor, lengths: Tensor) -> None:
         """Nothing of a sentence is kept."""

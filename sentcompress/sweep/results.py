@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.results import Honesty, Record, Results, read_results
+from sentcompress.benchmark.records import Honesty, Record, Results
+from sentcompress.benchmark.results import read_results
 from sentcompress.errors import InputError
 from sentcompress.io import read_json
 

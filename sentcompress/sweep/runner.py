@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sentcompress.benchmark.provenance import command
-from sentcompress.benchmark.results import Results, is_current
+from sentcompress.benchmark.records import Results
+from sentcompress.benchmark.results import is_current
 from sentcompress.errors import InputError, RunError
 from sentcompress.io import storage_errors, write_atomically
 from sentcompress.sweep.grid import Axis, Cell, check_each

@@ -18,14 +18,8 @@ from sentcompress.benchmark.breakdown import STARTS, Charges, Places, chosen, la
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
 from sentcompress.benchmark.plots import figures
 from sentcompress.benchmark.quality import score_sentence_model, score_token_model
-from sentcompress.benchmark.results import (
-    BY,
-    CausalityCheck,
-    CausalityReport,
-    Results,
-    parse_results,
-    read_results,
-)
+from sentcompress.benchmark.records import BY, CausalityCheck, CausalityReport, Results
+from sentcompress.benchmark.results import parse_results, read_results
 from sentcompress.benchmark.rows import breakdown
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.benchmark.tables import BY_TITLES, tables

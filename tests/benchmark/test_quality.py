@@ -18,7 +18,7 @@ from sentcompress.benchmark.quality import (
     score_unigram,
     windows,
 )
-from sentcompress.benchmark.results import CausalityCheck, CausalityReport
+from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt, tiny_sentence_lm

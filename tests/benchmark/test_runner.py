@@ -11,14 +11,8 @@ import pytest
 from sentcompress.benchmark.compare import compare, compare_results, warnings
 from sentcompress.benchmark.parts import Folder
 from sentcompress.benchmark.provenance import commit
-from sentcompress.benchmark.results import (
-    PARTS,
-    SCHEMA_VERSION,
-    Results,
-    is_current,
-    parse_results,
-    read_results,
-)
+from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
+from sentcompress.benchmark.results import is_current, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 

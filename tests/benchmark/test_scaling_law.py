@@ -14,16 +14,8 @@ from rich.console import Console
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.counts import count
-from sentcompress.benchmark.results import (
-    DocumentScore,
-    Honesty,
-    ModelCounts,
-    QualityScore,
-    Results,
-    Row,
-    read_results,
-    write_results,
-)
+from sentcompress.benchmark.records import DocumentScore, Honesty, ModelCounts, QualityScore, Results, Row
+from sentcompress.benchmark.results import read_results, write_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.benchmark.scaling.fits import fit_line, fit_surface, seed_interval, t_quantile
 from sentcompress.benchmark.scaling.law import (

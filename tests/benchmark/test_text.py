@@ -10,8 +10,8 @@ import torch
 from sentcompress.benchmark.heldout import ByteCounter
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.parts import Missing
+from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.report import render_report
-from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.benchmark.tables import tables
 from sentcompress.benchmark.text import HUMAN, TextWriter, first_tokens, text_prompts
@@ -269,7 +269,7 @@ def test_a_judge_that_is_the_backbone_is_said(run_folder, tmp_path):
 
 def test_a_model_that_sees_the_future_writes_nothing(run_folder, tmp_path, monkeypatch):
     from sentcompress.benchmark import runner
-    from sentcompress.benchmark.results import CausalityCheck, CausalityReport
+    from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 
     check = CausalityCheck(name="x", kind="future", attention="sdpa", max_delta=1, tolerance=0, passed=False)
     monkeypatch.setattr(runner, "check_causality", lambda *_, **__: CausalityReport(checks=[check]))

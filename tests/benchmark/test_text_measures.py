@@ -7,7 +7,7 @@ import pytest
 
 from sentcompress.benchmark import text_measures as measures
 from sentcompress.benchmark.heldout import ByteCounter
-from sentcompress.benchmark.results import DocumentScore, QualityScore
+from sentcompress.benchmark.records import DocumentScore, QualityScore
 from sentcompress.benchmark.text_measures import interval, measure_texts, score_texts
 
 

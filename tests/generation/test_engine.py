@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator, reconstruct
+from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, reconstruct
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.reconstruct import differences
 from sentcompress.recipe import Recipe
@@ -53,12 +53,19 @@ def test_a_cache_in_8_bits_changes_little(generator):
     contexts = [[[5, 6, 7], [8, 9], [10]], [[11, 12]]]
     full, small = (generator.prefill(contexts, kind) for kind in ("full", "int8"))
     assert small.cache_bytes < 0.6 * full.cache_bytes  # heads of 8: a scale for each takes its share
-    for cells in (full, small):
-        cells.append([1, 0], generator.encode([[7, 7], [9]]))
-        cells.append([1], generator.encode([[5]]))
+    for state in (full, small):
+        state.append([1, 0], generator.encode([[7, 7], [9]]))
+        state.append([1], generator.encode([[5]]))
     difference = (full.hidden_states - small.hidden_states).abs().max()
     assert 0 < difference < 0.05 * full.hidden_states.abs().max()
     assert all(len(g.token_ids) == 40 for g in run(generator, PROMPTS, cache="int8"))
+
+
+def test_a_cache_that_is_more_than_keys_and_values_is_done_without(generator, monkeypatch):
+    expected = [g.token_ids for g in run(generator, PROMPTS)]
+    monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
+    assert generator.prefill([[[5, 6]]]).cache_bytes == 0
+    assert [g.token_ids for g in run(generator, PROMPTS)] == expected
 
 
 def test_text_is_lossless_against_the_tokens(generator, tokenizer):

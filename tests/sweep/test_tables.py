@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from sentcompress.benchmark.results import DocumentScore, QualityScore, Results
+from sentcompress.benchmark.records import DocumentScore, QualityScore, Results
 from sentcompress.sweep.plots import draw
 from sentcompress.sweep.results import CellFigures, CellRow, SweepResults, comparison_notes
 from sentcompress.sweep.tables import markdown, render, table_of

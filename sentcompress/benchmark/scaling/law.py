@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from sentcompress.benchmark.provenance import command, commit, packages
-from sentcompress.benchmark.results import Record, Skipped
+from sentcompress.benchmark.records import Record, Skipped
 from sentcompress.benchmark.scaling.fits import (
     CONFIDENCE,
     JOINT_PARAMETERS,

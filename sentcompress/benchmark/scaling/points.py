@@ -11,16 +11,8 @@ from typing import Any
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.results import (
-    FILE,
-    DecodingCost,
-    Honesty,
-    ModelCounts,
-    QualityScore,
-    Record,
-    Results,
-    read_results,
-)
+from sentcompress.benchmark.records import DecodingCost, Honesty, ModelCounts, QualityScore, Record, Results
+from sentcompress.benchmark.results import FILE, read_results
 from sentcompress.errors import InputError
 
 OURS, TWIN = make_rows.OURS, make_rows.TWINS[0]
