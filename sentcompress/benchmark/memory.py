@@ -175,6 +175,7 @@ def _sentence_report(
     cache: Literal["full", "int8"],
 ) -> MemoryReport:
     generator = SentenceGenerator(model, None)
+    generator.head("auto")  # made once, whatever the length of the text
     # The start cell is there once, whatever the length of the text: it is not counted to the text's tokens.
     cells = generator.prefill([text], cache)
     if not cells.cache_bytes:
