@@ -10,14 +10,15 @@ from sentcompress.benchmark.records import SpeedReport
 from sentcompress.benchmark.systems import (
     LOOKUP,
     SENTENCES,
-    Prompt,
     SentenceSystem,
-    System,
     TokenSystem,
+    alternate,
     make_prompts,
-    seconds,
 )
 from sentcompress.recipe import BenchSettings
+
+REPEATS = 3
+"""Alternating runs of each figure here, at most."""
 
 
 def break_even(
@@ -60,7 +61,7 @@ def _sentence_length_break_even(
     prompts = make_prompts(sentences, settings.prompt_tokens, 1)
     new = settings.new_tokens
     systems = [plain, *(sentence_system.with_lengths([n]) for n in (short, long))]
-    rounds = _alternate(systems, prompts, new, settings)
+    rounds = alternate(systems, prompts, new, min(REPEATS, settings.repeats))
     base, *ours = (statistics.median(column) / new for column in zip(*rounds, strict=True))
     cost = dict(zip((short, long), ours, strict=True))
     slope = (cost[short] - cost[long]) / (1 / short - 1 / long)
@@ -100,7 +101,7 @@ def _text_length_break_even(
             continue
         prompts = make_prompts(sentences, length // 2, 1)
         new = length - length // 2
-        rounds = _alternate([plain, sentence_system], prompts, new, settings)
+        rounds = alternate([plain, sentence_system], prompts, new, min(REPEATS, settings.repeats))
         ratios[length] = statistics.median(theirs / mine for theirs, mine in rounds)
     figures["text_length_ratios"] = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in ratios.items())
     faster = [n for n, ratio in ratios.items() if ratio >= 1]
@@ -111,14 +112,6 @@ def _text_length_break_even(
     if not faster:
         return f"Text length: slower at every length tested ({shown})."
     return f"Text length: faster at {', '.join(map(str, faster))} tokens of text ({shown})."
-
-
-def _alternate(
-    systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, settings: BenchSettings
-) -> list[list[float]]:
-    """Seconds of each system, by repeat: in turns; the models are warm from the runs before."""
-    repeats = min(3, settings.repeats)
-    return [[seconds(s, lambda s: s.write(prompts, new_tokens)) for s in systems] for _ in range(repeats)]
 
 
 def _elsewhere(best: float, lookup: Sequence[float]) -> str:

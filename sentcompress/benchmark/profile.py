@@ -111,7 +111,7 @@ def _places(system: System) -> list[Place]:
             (model, "backbone_states", BACKBONE),
             *(
                 (decoder, name, DECODER)
-                for name in ("read", "start", "step", "finish")
+                for name in ("read", "allocate", "restart", "step", "retire")
                 if hasattr(decoder, name)
             ),
             *((kind, "argmax", HEAD) for kind in (Head, *Head.__subclasses__()) if "argmax" in vars(kind)),

@@ -14,12 +14,11 @@ from sentcompress.benchmark.speed import LOOKUP_TOKENS, quiet, require_positions
 from sentcompress.benchmark.systems import (
     BACKBONE,
     LOOKUP,
-    Prompt,
     SentenceSystem,
     System,
     TokenSystem,
+    alternate,
     make_prompts,
-    seconds,
 )
 from sentcompress.errors import InputError
 from sentcompress.io import storage_errors, write_atomically
@@ -89,7 +88,7 @@ def sweep_speed(
                     )
                 for system in systems[:2]:
                     system.write(prompts, settings.new_tokens)
-                times = [_round(systems, prompts, settings.new_tokens) for _ in range(settings.repeats)]
+                times = alternate(systems, prompts, settings.new_tokens, settings.repeats)
                 lookup = statistics.median(t[0] / t[-1] for t in times) if size == 1 else None
                 for column, length in enumerate(sentence_tokens, 1):
                     ratios = [t[0] / t[column] for t in times]
@@ -107,11 +106,6 @@ def sweep_speed(
                         )
                     )
     return SpeedSweep(new_tokens=settings.new_tokens, repeats=settings.repeats, cells=cells)
-
-
-def _round(systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int) -> list[float]:
-    """Seconds of a whole run of each system, one after the other."""
-    return [seconds(system, lambda s: s.write(prompts, new_tokens)) for system in systems]
 
 
 def table(sweep: SpeedSweep) -> Plain:

@@ -141,6 +141,13 @@ def seconds(system: System, call: Callable[[Any], Any]) -> float:
     return time.perf_counter() - began
 
 
+def alternate(
+    systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, repeats: int
+) -> list[list[float]]:
+    """Seconds of each system's whole run, by repeat: in turns; the models are warm from the runs before."""
+    return [[seconds(s, lambda s: s.write(prompts, new_tokens)) for s in systems] for _ in range(repeats)]
+
+
 def _synchronize(system: System) -> None:
     if next(system.model.parameters()).device.type == "cuda":
         torch.cuda.synchronize()

@@ -161,11 +161,12 @@ class SentenceGenerator:
             use_cache=settings.use_cache,
         )
         writer.read([Told(row.context, cells.told(i, len(row.context))) for i, row in enumerate(rows)])
-        waiting, unread = list(range(len(rows))), list[int]()
+        waiting = list(range(len(rows)))
         while waiting or writer.busy:
             going = sum(not row.result.finish_reason for row in rows)
             if waiting and (not writer.busy or len(waiting) >= TOGETHER * going):
-                if unread:
+                # All but those that have just been read have one sentence that the backbone has not.
+                if unread := [i for i in waiting if rows[i].new_sentences]:
                     cells.append(unread, self.encode([rows[i].context[-1] for i in unread]))
                 stop = model.stop_logits(cells.hidden_states[waiting]).float().softmax(-1)[:, 1].tolist()
                 begun = [
@@ -180,7 +181,7 @@ class SentenceGenerator:
                     writer.begin(
                         begun, cells.hidden_states[begun], [self._plan(rows[i], settings) for i in begun]
                     )
-                waiting, unread = [], []
+                waiting = []
                 left = [i for i, row in enumerate(rows) if not row.result.finish_reason]
                 if left and len(left) <= WORTH_DROPPING * len(rows):
                     rows = [rows[i] for i in left]
@@ -191,7 +192,6 @@ class SentenceGenerator:
                 yield row.number, written.tokens, self._take(row, written.tokens, settings)
                 if not row.result.finish_reason:
                     waiting.append(written.row)
-                    unread.append(written.row)
 
     def _read(self, number: int, result: Generation) -> _Row:
         """Split a prompt into whole sentences and an unfinished one."""

@@ -98,6 +98,7 @@ class ShortlistExactHead(Head):
         super().__init__(weight)
         # Whole blocks; the rows added have no weight and are never candidates.
         self.int8 = Int8Weight(F.pad(self.weight, (0, 0, 0, -len(weight) % BLOCK)))
+        self.largest_rounded = float(self.int8.norms.max())
         # Hidden states with a few large values may need two passes; then one is not tried in vain for ever.
         self._tried = self._failed = 0
 
@@ -141,7 +142,7 @@ class ShortlistExactHead(Head):
         if passes == 1:
             near.addcmul_(products.rest, self.int8.norms)
         else:  # after two passes the rest is far below what the weights lost: one number will do
-            least = least - products.rest[:, 0] * self.largest
+            least = least - products.rest[:, 0] * self.largest_rounded
         at_row, at_block = (blocks.amax(2) >= least[:, None]).nonzero(as_tuple=True)
         of_block, place = (blocks[at_row, at_block] >= least[at_row, None]).nonzero(as_tuple=True)
         at_row, tokens = at_row[of_block], at_block[of_block] * BLOCK + place

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.configuration import SentenceVAEConfig
-from sentcompress.modeling.layers import DecoderBlock, LayerCache, Place, Unpack, rotation
+from sentcompress.modeling.layers import DecoderBlock, LayerCache, Place, Unpack, latents_first, rotation
 from sentcompress.modeling.ragged import Ragged
 
 
@@ -222,9 +222,7 @@ class SentenceDecoder(nn.Module):
             embeddings = embeddings + self.unpack(cache.slots, rows, at)
         if cache.reading:
             cache.reading -= 1
-            rows = torch.arange(len(embeddings), device=embeddings.device)
-            told = cache.latents[rows, positions.clamp_max(self.prefix - 1)]
-            embeddings = torch.where((positions < self.prefix)[:, None], told, embeddings)
+            embeddings = latents_first(embeddings, cache.latents, positions)
         hidden_states = embeddings + self.embed_positions(positions.clamp_max(self.capacity - 1))
         place = self._place(cache)
         for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):

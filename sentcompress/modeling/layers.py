@@ -43,6 +43,13 @@ def rotate(states: Tensor, positions: Tensor) -> Tensor:
     return turn(states, cos[:, None], sin[:, None])
 
 
+def latents_first(embeddings: Tensor, latents: Tensor, positions: Tensor) -> Tensor:
+    """What each row reads next: the latent of its position ``[B]`` while there is one, then ``embeddings [B, H]``."""
+    rows = torch.arange(len(embeddings), device=embeddings.device)
+    k = latents.shape[1]
+    return torch.where((positions < k)[:, None], latents[rows, positions.clamp_max(k - 1)], embeddings)
+
+
 @dataclass
 class LayerCache:
     """Keys and values of one decoder block: the context before a sentence, then the sentence.

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.modeling.configuration import SentenceVAEConfig
+from sentcompress.modeling.layers import latents_first
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.registry import get_registry
 
@@ -155,9 +156,7 @@ class LLMDecoder(nn.Module):
         positions = cache.filled - cache.starts
         if cache.reading:
             cache.reading -= 1
-            rows = torch.arange(len(embeddings), device=embeddings.device)
-            told = cache.latents[rows, positions.clamp_max(self.prefix - 1)] * self.latent_gain
-            embeddings = torch.where((positions < self.prefix)[:, None], told, embeddings)
+            embeddings = latents_first(embeddings, cache.latents * self.latent_gain, positions)
         return self._extend(embeddings[:, None], cache)[:, 0]
 
     def _extend(self, inputs: Tensor, cache: LLMDecoderCache) -> Tensor:
