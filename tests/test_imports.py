@@ -12,15 +12,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "sentcompress"
 
 CONTRACT = {"errors", "hookspecs", "contracts"}
-FOUNDATION = CONTRACT | {"registry", "recipe", "io"}
+FOUNDATION = CONTRACT | {"choices", "registry", "recipe", "io"}
 BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics")
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hookspecs": set(),
     "io": {"errors"},
+    "choices": set(),
     "contracts": {"errors", "hookspecs"},
     "registry": CONTRACT,
-    "recipe": CONTRACT | {"registry"},
+    "recipe": CONTRACT | {"choices", "registry"},
     **dict.fromkeys(BUILT_INS, CONTRACT),
     "text": FOUNDATION,
     "modeling": FOUNDATION | {"text"},

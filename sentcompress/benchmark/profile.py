@@ -14,7 +14,6 @@ import torch
 from sentcompress.benchmark.records import PartTime
 from sentcompress.benchmark.systems import Prompt, SentenceSystem, System, TokenSystem
 from sentcompress.generation.decoding import Sampler
-from sentcompress.generation.heads import Head
 
 ENCODER, BACKBONE, DECODER = "encoder", "backbone blocks", "decoder blocks"
 HEAD, SAMPLING, REST = "output head", "sampling", "everything else (Python, bookkeeping)"
@@ -114,8 +113,7 @@ def _places(system: System) -> list[Place]:
                 for name in ("read", "allocate", "restart", "step", "retire")
                 if hasattr(decoder, name)
             ),
-            *((kind, "argmax", HEAD) for kind in (Head, *Head.__subclasses__()) if "argmax" in vars(kind)),
-            (Head, "logits", HEAD),
+            *((system.head, name, HEAD) for name in ("words", "argmax", "logits")),
             (Sampler, "pick", SAMPLING),
         ]
     assert isinstance(system, TokenSystem)

@@ -20,6 +20,7 @@ from sentcompress.benchmark.records import CausalityReport, DocumentScore, Quali
 from sentcompress.benchmark.sentence_charges import WindowCharges, charge_window, window_size
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError
+from sentcompress.generation.heads import ShortlistHead
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.corpus import Corpus
 
@@ -58,6 +59,7 @@ def score_sentence_model(
     context_sentences: int | None = None,
     system: str = "sentence model",
     places: Places | None = None,
+    shortlist: ShortlistHead | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> QualityScore:
     """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
@@ -66,6 +68,7 @@ def score_sentence_model(
         causality: of this model; one that failed is refused.
         context_sentences: sentences a window holds; None takes all the backbone has positions for.
         places: splits the total by where it was paid; None leaves that out.
+        shortlist: score what this head writes, which knows a few tokens a sentence; None: the full head.
         progress: called after each document.
 
     Raises:
@@ -77,7 +80,7 @@ def score_sentence_model(
     size = window_size(model, context_sentences)
     rows, kinds, charges = [], Counter[str](), list[Charges]()
     for document in documents:
-        tally = charge_document(model, document, size)
+        tally = charge_document(model, document, size, shortlist)
         rows.append(check_document(document, tally, counter))
         kinds.update(tally.kinds)
         if places:
@@ -88,7 +91,9 @@ def score_sentence_model(
     return _summary(system, rows, f"{size} sentences", dict(kinds), charges, places)
 
 
-def charge_document(model: SentenceLM, document: HeldoutDocument, size: int) -> SentenceTally:
+def charge_document(
+    model: SentenceLM, document: HeldoutDocument, size: int, shortlist: ShortlistHead | None = None
+) -> SentenceTally:
     """Charge a document from ``document.charged`` on, in windows of ``size`` sentences."""
     count = len(document.sentences)
     tally = SentenceTally(
@@ -100,7 +105,9 @@ def charge_document(model: SentenceLM, document: HeldoutDocument, size: int) -> 
     )
     for window in windows(count, size, document.charged):
         what = f"document {document.number}"
-        found = charge_window(model, document.sentences, window, ends=document.whole, what=what)
+        found = charge_window(
+            model, document.sentences, window, ends=document.whole, what=what, shortlist=shortlist
+        )
         _add(tally, window, found)
     return tally
 

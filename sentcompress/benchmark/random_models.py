@@ -50,6 +50,7 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
                 backbone_options=spec.options,
                 backbone_config=plain_config(config),
                 start_latent=recipe.graft.start_latent,
+                shortlist_rank=recipe.graft.shortlist_rank,
             )
         ).eval()
     return model, backbone

@@ -44,6 +44,7 @@ from sentcompress.benchmark.speed_models import DTYPES, SpeedModels, speed_model
 from sentcompress.benchmark.text import measure_text
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.generation.heads import ShortlistHead, make_shortlist_head
 from sentcompress.io import storage_errors, write_atomically
 from sentcompress.recipe import Recipe
 from sentcompress.text.progress import Bar
@@ -237,7 +238,9 @@ class _Bench:
         context = self.settings.context_sentences or self.recipe.graft.max_sentences
         scores: list[QualityScore] = []
 
-        def sentence_model(candidate: Any, system: str, advance: Callable[[], None]) -> QualityScore:
+        def sentence_model(
+            candidate: Any, system: str, advance: Callable[[], None], shortlist: ShortlistHead | None = None
+        ) -> QualityScore:
             return score_sentence_model(
                 candidate,
                 documents,
@@ -246,6 +249,7 @@ class _Bench:
                 context_sentences=context,
                 system=system,
                 places=places,
+                shortlist=shortlist,
                 progress=advance,
             )
 
@@ -267,6 +271,10 @@ class _Bench:
             ("backbone, as it came", lambda: self.parts.as_it_came, token_model, ()),
             ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
         ]
+        if model.shortlist is not None:
+            head = make_shortlist_head(model, self.settings.shortlist_tokens)
+            name = f"sentence model, shortlist of {head.tokens:,}"
+            jobs.insert(1, (name, lambda: model, partial(sentence_model, shortlist=head), self.trained_in))
         for system, load, score, stages in jobs:
             with Bar(f"bench: quality: {system}", len(documents), enabled=not self.quiet) as bar:
                 if (candidate := self.attempt("quality", system, load)) is None:
@@ -274,7 +282,8 @@ class _Bench:
                 found = score(candidate, system, partial(bar.advance, 1))
             sentence = self.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
-            found.cost = decoding_cost(candidate, middle, sentence)
+            if "shortlist" not in system:  # the cost is computed for the full head
+                found.cost = decoding_cost(candidate, middle, sentence)
             found.counts = model_counts(candidate, self.parts, stages, sentence)
             scores.append(found)
             self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sentcompress.benchmark.heldout import Window
 from sentcompress.errors import CoverageError
+from sentcompress.generation.heads import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
 from sentcompress.modeling.sentence_lm import START, SentenceLM
 
@@ -23,25 +24,28 @@ class Recorder(TokenLoss):
         eos: the end mark's token.
         pad: the padding's.
         greedy: also note whether each target is what greedy decoding would write there.
+        states: also keep the hidden states the targets were predicted from.
     """
 
-    def __init__(self, eos: int, pad: int, *, greedy: bool = False) -> None:
+    def __init__(self, eos: int, pad: int, *, greedy: bool = False, states: bool = False) -> None:
         super().__init__(gamma=0.0)
-        seen = {"eos": eos, "pad": pad, "end_nats": 0.0, "ends": 0, "padding": 0, "paid": [], "greedy": []}
+        seen = {"eos": eos, "pad": pad, "ends": 0, "padding": 0, "paid": [], "greedy": [], "states": []}
         object.__setattr__(self, "seen", seen)
         object.__setattr__(self, "greedy", greedy)
+        object.__setattr__(self, "states", states)
 
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss, nll = super().__call__(hidden_states, weight, targets)
         seen: dict[str, Any] = self.seen  # type: ignore[attr-defined]
         ends = targets == seen["eos"]
-        seen["end_nats"] += float(nll[ends].double().sum())
         seen["ends"] += int(ends.sum())
         if seen["pad"] != seen["eos"]:
             seen["padding"] += int((targets == seen["pad"]).sum())
         seen["paid"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
         if self.greedy:  # type: ignore[attr-defined]
             seen["greedy"].append(_likeliest(hidden_states, weight, targets, ends, seen["eos"]).cpu().numpy())
+        if self.states:  # type: ignore[attr-defined]
+            seen["states"].append(hidden_states)
         return loss, nll
 
 
@@ -98,6 +102,7 @@ def charge_window(
     ends: bool,
     what: str,
     greedy: bool = False,
+    shortlist: ShortlistHead | None = None,
 ) -> WindowCharges:
     """Charge a window of a document's sentences from ``window.charged`` on.
 
@@ -107,6 +112,7 @@ def charge_window(
         ends: the document ends with its last sentence, so the decision to stop there is charged.
         what: the document, for messages.
         greedy: find out which targets are arg-maxes.
+        shortlist: charge what is written with the tokens that it predicts for each sentence.
 
     Raises:
         CoverageError: padding, or not one end mark a sentence, was charged.
@@ -123,7 +129,8 @@ def charge_window(
     scored = torch.arange(window.start, window.stop) >= window.charged
     last = torch.zeros(count, dtype=torch.bool)
     last[-1] = ends and window.stop == len(sentences)
-    recorder = Recorder(model.config.eos_token_id, model.config.pad_token_id, greedy=greedy)
+    eos = model.config.eos_token_id
+    recorder = Recorder(eos, model.config.pad_token_id, greedy=greedy, states=shortlist is not None)
     output = model(
         input_ids=input_ids.to(device),
         attention_mask=mask.long().to(device),
@@ -143,13 +150,28 @@ def charge_window(
     stop = output.stop_nll.double().cpu().numpy()
     begin = float(output.start_nll)
     targets, nats = (np.concatenate(columns) for columns in zip(*seen["paid"], strict=True))
+    sentence_nats = output.sentence_nll.double()
+    if shortlist is not None:
+        told = output.hidden_states[0, : count + len(start)][scored.nonzero().squeeze(1) + len(start) - 1]
+        counts = output.targets[scored].tolist()
+        pieces = [
+            shortlist.nats(states, words, wanted)
+            for states, words, wanted in zip(
+                torch.cat(seen["states"]).split(counts),
+                shortlist.words(told),
+                torch.from_numpy(targets).to(device).split(counts),
+                strict=True,
+            )
+        ]
+        nats = torch.cat(pieces).double().cpu().numpy()
+        sentence_nats[scored] = torch.stack([piece.double().sum() for piece in pieces])
     return WindowCharges(
-        nats=output.sentence_nll.double().cpu().numpy(),
+        nats=sentence_nats.cpu().numpy(),
         before=np.array([begin, *stop[:-1]]),
         stop=float(stop[-1]) if bool(last[-1]) else 0.0,
         targets=output.targets.cpu().numpy(),
         decisions=output.decisions.cpu().numpy(),
         paid=(targets, nats),
         greedy=np.concatenate(seen["greedy"]) if greedy else np.zeros(0, dtype=bool),
-        end_nats=seen["end_nats"],
+        end_nats=float(nats[targets == eos].sum()),
     )

@@ -30,7 +30,6 @@ from sentcompress.benchmark.systems import (
 )
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
-from sentcompress.generation.heads import ShortlistExactHead
 from sentcompress.modeling.int8 import to_int8
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
@@ -73,7 +72,7 @@ def measure_speed(
     longest = model.config.vae_config.max_sentence_tokens
     # The first token of a run is the prefill's; a draw for all the others, reused from its start when used up.
     lengths = [min(int(n), longest) for n in sentence_lengths]
-    sentence_system = SentenceSystem(model, lengths, settings.head, settings.cache)
+    sentence_system = SentenceSystem(model, lengths, settings.head, settings.cache, settings.shortlist_tokens)
     plain = TokenSystem(BACKBONE, backbone, bos_token_id)
     # What 8 bits bring without sentences, so that the one is not taken for the other.
     in_8_bits = [TokenSystem(INT8, _in_8_bits(backbone), bos_token_id)] if settings.quantize else []
@@ -84,7 +83,7 @@ def measure_speed(
         trained=trained,
         sentence_lengths=lengths,
         bandwidth_bytes_per_second=bandwidth(next(model.parameters()).device),
-        head="shortlist-exact" if isinstance(sentence_system.head, ShortlistExactHead) else "exact",
+        head=sentence_system.head.kind,
         quantized=list(settings.quantize),
         runs=[],
     )
@@ -252,11 +251,11 @@ def _add_roofline(
 ) -> None:
     """Share of the speed that reading weights and cache at the measured bandwidth would allow, at batch 1."""
     mean_text = report.prompt_tokens + report.new_tokens / 2
+    mean_sentence = statistics.mean(ours.lengths)
+    head_bytes = ours.head.bytes_read + round(ours.head.bytes_a_sentence / (mean_sentence + 1))
     needs = {
         BACKBONE: backbone_bytes_per_token(backbone, mean_text),
-        SENTENCES: sentence_bytes_per_token(
-            ours.model, mean_text, statistics.mean(ours.lengths), ours.head.bytes_read
-        ),
+        SENTENCES: sentence_bytes_per_token(ours.model, mean_text, mean_sentence, head_bytes),
     }
     for run in runs:
         if run.system in needs:

@@ -7,12 +7,13 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.sentence_lm import SentenceLM
 
@@ -101,14 +102,16 @@ class SentenceSystem(System):
         self,
         model: SentenceLM,
         sentence_lengths: Sequence[int],
-        head: Literal["auto", "exact", "shortlist-exact"] = "auto",
-        cache: Literal["full", "int8"] = "full",
+        head: HeadKind = "auto",
+        cache: CacheKind = "full",
+        shortlist_tokens: int = 1024,
     ) -> None:
         self.model = model.eval()
         self.lengths = tuple(sentence_lengths)
         self.generator = SentenceGenerator(model, None)
         self.kind, self.cache = head, cache
-        self.head = self.generator.head(head)
+        self.shortlist_tokens = shortlist_tokens
+        self.head = self.generator.head(head, shortlist_tokens)
 
     def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
         """The same system held to other lengths."""
@@ -125,6 +128,7 @@ class SentenceSystem(System):
             stop_threshold=1,
             sentence_lengths=self.lengths,
             head=self.kind,
+            shortlist_tokens=self.shortlist_tokens,
             cache=self.cache,
         )
         written = [0] * len(prompts)

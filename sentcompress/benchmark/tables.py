@@ -243,7 +243,12 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         notes.append(
             f"The sentence model was held to sentence lengths drawn from held-out text: {draw}{more}."
         )
-        if speed.head != "exact":
+        if speed.head == "shortlist":
+            notes.append(
+                "Output head: a shortlist predicted for each sentence; other tokens than the full head's may be "
+                "written (`bench quality` says what that costs)."
+            )
+        elif speed.head != "exact":
             rates = [run.fallback_rate for run in speed.runs if run.fallback_rate is not None]
             notes.append(
                 f"Output head: {speed.head}, the same tokens as the full head, which had to be read for at most "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sentcompress.choices import HeadKind
 from sentcompress.cli.bench_common import ResultsOption, measure, show
 from sentcompress.cli.common import BackboneOption, SetOption, console, examples
 
@@ -33,9 +34,9 @@ DtypeOption = Annotated[
     typer.Option(help="Weights of both models; else the recipe's bench.dtype."),
 ]
 HeadOption = Annotated[
-    Literal["auto", "exact", "shortlist-exact"] | None,
+    HeadKind | None,
     typer.Option(
-        help="How the likeliest token is found; all write the same tokens. Else the recipe's bench.head."
+        help="How the likeliest token is found; all but shortlist write the same. Else the recipe's bench.head."
     ),
 ]
 QuantizeOption = Annotated[

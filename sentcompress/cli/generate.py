@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.cli.common import examples
 
 
@@ -31,11 +32,15 @@ def generate(
     ] = 0.5,
     seed: Annotated[int | None, typer.Option(help="Seeds the draws.")] = None,
     head: Annotated[
-        Literal["auto", "exact", "shortlist-exact"],
-        typer.Option(help="How the likeliest token is found; all write the same."),
+        HeadKind,
+        typer.Option(
+            help="How the likeliest token is found; all write the same but shortlist, which knows for each sentence "
+            "only the tokens predicted for it."
+        ),
     ] = "auto",
+    shortlist_tokens: Annotated[int, typer.Option(help="Tokens of a predicted shortlist.")] = 1024,
     cache: Annotated[
-        Literal["full", "int8"],
+        CacheKind,
         typer.Option(help="Keep the backbone's keys and values as they are, or in 8 bits."),
     ] = "full",
     quantize: Annotated[
@@ -73,6 +78,7 @@ def generate(
             stop_threshold=stop_threshold,
             seed=seed,
             head=head,
+            shortlist_tokens=shortlist_tokens,
             cache=cache,
         )
     except ValidationError as error:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sentcompress.generation.heads import Head
+from sentcompress.generation.heads import Head, Words
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.modeling.vae import SentenceVAE
@@ -122,6 +122,8 @@ class _Sentence:
     latents: Tensor
     unread: int
     """Latents the decoder has still to read."""
+    words: Words | None
+    """What the output head knows of it."""
     tokens: list[int] = field(default_factory=list)
     full: bool = False
     """Its limit is reached; its last token is still to be read, for the sentences after it."""
@@ -191,8 +193,9 @@ class SentenceWriter:
         unread = 0
         if self.use_cache:
             unread = self.decoder.restart(self.cache, torch.tensor(rows, device=latents.device), latents)
-        for row, told, plan in zip(rows, latents, plans, strict=True):
-            self.open[row] = _Sentence(plan, told, unread)
+        words = self.head.words(latents)
+        for row, told, plan, known in zip(rows, latents, plans, words, strict=True):
+            self.open[row] = _Sentence(plan, told, unread, known)
             self.feed[row] = self.vae.config.bos_token_id
 
     @torch.no_grad()
@@ -255,10 +258,11 @@ class SentenceWriter:
         # An empty sentence is no sentence, and one of a given length ends there.
         goes_on = [s.plan.length is not None or not s.tokens for s in sentences]
         banned = torch.tensor(goes_on, device=hidden.device)
+        words = [s.words for s in sentences]
         if self.sampler.greedy:
-            picked = self.head.argmax(hidden, banned, config.eos_token_id).tolist()
+            picked = self.head.argmax(hidden, words, banned, config.eos_token_id).tolist()
         else:
-            logits = self.head.logits(hidden)
+            logits = self.head.logits(hidden, words)
             logits[banned, config.eos_token_id] = float("-inf")
             picked = self.sampler.pick(logits, [s.plan.history + s.tokens for s in sentences]).tolist()
         # A forced sentence pays for the step of its end mark like any other.

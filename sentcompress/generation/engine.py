@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sentcompress.choices import HeadKind
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.cells import Cells
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
-from sentcompress.generation.heads import Head, make_head
+from sentcompress.generation.heads import Head, make_head, make_shortlist_head
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
@@ -78,17 +79,24 @@ class SentenceGenerator:
         if tokenizer is not None:
             self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
         self.device = next(model.parameters()).device
-        self._heads: dict[str, Head] = {}
+        self._heads: dict[tuple[HeadKind, int], Head] = {}
 
-    def head(self, kind: str) -> Head:
+    def head(self, kind: HeadKind, shortlist_tokens: int = 1024) -> Head:
         """The output head called ``kind``, made when first asked for: it counts how often a shortlist fell back.
+
+        Args:
+            shortlist_tokens: of a predicted ``shortlist``.
 
         Raises:
             InputError: it cannot be had here.
         """
-        if kind not in self._heads:
-            self._heads[kind] = make_head(self.model.vae.output_weight, kind)
-        return self._heads[kind]
+        key = (kind, shortlist_tokens)
+        if key not in self._heads:
+            if kind == "shortlist":
+                self._heads[key] = make_shortlist_head(self.model, shortlist_tokens)
+            else:
+                self._heads[key] = make_head(self.model.vae.output_weight, kind)
+        return self._heads[key]
 
     def generate(
         self,
@@ -157,7 +165,7 @@ class SentenceGenerator:
         writer = SentenceWriter(
             model.vae,
             Sampler(settings, self.device),
-            head=self.head(settings.head),
+            head=self.head(settings.head, settings.shortlist_tokens),
             use_cache=settings.use_cache,
         )
         writer.read([Told(row.context, cells.told(i, len(row.context))) for i, row in enumerate(rows)])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sentcompress.choices import HeadKind
 from sentcompress.errors import InputError
 from sentcompress.modeling.int8 import ROWS_AT_A_TIME, Int8Weight
+from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.shortlist import Shortlist
 
 WORTH_IT = 2**22
 """Weights of a head from which on reading a quarter of its bytes pays for the work of the proof."""
@@ -17,8 +23,27 @@ BLOCK = 64
 """Tokens whose largest logit is looked at together."""
 MANY = 1024
 """Candidates a row above which the full head is no slower."""
+MISSED = 0.01
+"""Probability left to all tokens that are not on a predicted shortlist, when text is charged with it."""
 ONE_PASS_FROM = 4
 """Rows from which on operations, not bytes, are what a pass costs."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """The tokens one sentence is written with.
+
+    Attributes:
+        tokens: ``[n]`` int64, the end mark first.
+        weight: ``[n, H]``, their rows of the output head.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+
+
+Known = Sequence[Words | None]
+"""For each row what :meth:`Head.words` gave its sentence."""
 
 
 class Head:
@@ -30,6 +55,8 @@ class Head:
     Args:
         weight: ``[V, H]``.
     """
+
+    kind: HeadKind = "exact"
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
@@ -51,21 +78,31 @@ class Head:
         """Bytes of weights that one step reads."""
         return self.weight.numel() * self.weight.element_size()
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """``[B, H] -> [B, V]`` in fp32."""
+    @property
+    def bytes_a_sentence(self) -> int:
+        """Bytes read once a sentence besides."""
+        return 0
+
+    def words(self, latents: Tensor) -> Known:
+        """What the head wants to know of sentences that are begun, told ``[b, k, H]``; the full head: nothing."""
+        return [None] * len(latents)
+
+    def logits(self, hidden_states: Tensor, words: Known) -> Tensor:
+        """``[B, H] -> [B, V]`` in fp32; minus infinity where a token is not among the sentence's words."""
         return F.linear(hidden_states, self.weight).float()
 
-    def argmax(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
+    def argmax(self, hidden_states: Tensor, words: Known, banned: Tensor, token: int) -> Tensor:
         """The likeliest token of each row: ``[B, H] -> [B]``.
 
         Args:
+            words: of each row's sentence.
             banned: ``[B]`` bool, rows in which ``token`` may not be picked.
         """
         self.picked += len(hidden_states)
         return self._full(hidden_states, banned, token)
 
     def _full(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
-        logits = self.logits(hidden_states)
+        logits = F.linear(hidden_states, self.weight).float()
         logits[banned, token] = float("-inf")
         best, chosen = logits.max(1)
         close = logits >= (best - self._doubt(hidden_states))[:, None]
@@ -94,6 +131,8 @@ class ShortlistExactHead(Head):
         InputError: the weights are not on a CPU with exact 8-bit kernels.
     """
 
+    kind: HeadKind = "shortlist-exact"
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
         # Whole blocks; the rows added have no weight and are never candidates.
@@ -106,7 +145,7 @@ class ShortlistExactHead(Head):
     def bytes_read(self) -> int:
         return self.int8.nbytes
 
-    def argmax(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
+    def argmax(self, hidden_states: Tensor, words: Known, banned: Tensor, token: int) -> Tensor:
         self.picked += len(hidden_states)
         passes = 1 if len(hidden_states) >= ONE_PASS_FROM and 4 * self._failed <= self._tried else 2
         chosen, unsure = self._prove(hidden_states, banned, token, passes)
@@ -168,12 +207,85 @@ class ShortlistExactHead(Head):
         return chosen, ~few
 
 
-def make_head(weight: Tensor, kind: str) -> Head:
+class ShortlistHead(Head):
+    """Knows for each sentence only the tokens predicted for it: cheap, and approximate.
+
+    Args:
+        weight: ``[V, H]``.
+        shortlist: predicts them (:class:`sentcompress.modeling.shortlist.Shortlist`).
+        tokens: how many a sentence has.
+        end: the end mark, which is always one of them.
+    """
+
+    kind: HeadKind = "shortlist"
+
+    def __init__(self, weight: Tensor, shortlist: Shortlist, tokens: int, end: int) -> None:
+        super().__init__(weight)
+        self.shortlist, self.tokens, self.end = shortlist, min(tokens, len(weight)), end
+        with torch.no_grad():
+            self.table = shortlist.table(self.weight)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.tokens * self.weight.shape[1] * self.weight.element_size()
+
+    @property
+    def bytes_a_sentence(self) -> int:
+        return self.table.numel() * self.table.element_size() + self.bytes_read
+
+    def words(self, latents: Tensor) -> list[Words]:
+        chosen = self.shortlist.pick(latents, self.table, self.tokens, self.end)
+        return [Words(tokens, self.weight[tokens]) for tokens in chosen]
+
+    def logits(self, hidden_states: Tensor, words: Known) -> Tensor:
+        logits = hidden_states.new_full((len(words), len(self.weight)), float("-inf"), dtype=torch.float32)
+        tokens, known = self._known(hidden_states, words)
+        return logits.scatter_(1, tokens, known)
+
+    def argmax(self, hidden_states: Tensor, words: Known, banned: Tensor, token: int) -> Tensor:
+        self.picked += len(hidden_states)
+        tokens, logits = self._known(hidden_states, words)
+        logits[(tokens == token) & banned[:, None]] = float("-inf")
+        best, place = logits.max(1)
+        chosen = tokens.gather(1, place[:, None]).squeeze(1)
+        close = logits >= (best - self._doubt(hidden_states))[:, None]
+        for row in (close.sum(1) > 1).nonzero().flatten().tolist():
+            chosen[row] = self._settle(hidden_states[row], tokens[row, close[row]].sort().values)
+        return chosen
+
+    def nats(self, hidden_states: Tensor, words: Words, targets: Tensor) -> Tensor:
+        """What text costs that is written with these words: ``[t, H]`` and ``[t]`` tokens to ``[t]``.
+
+        All other tokens share ``MISSED`` of the probability evenly; generation never writes one.
+        """
+        logits = F.linear(hidden_states, words.weight).float()
+        place = (words.tokens == targets[:, None]).float()
+        others = len(self.weight) - len(words.tokens)
+        inside = place.sum(1) > 0
+        own = logits.logsumexp(1) - (logits * place).sum(1) - (math.log1p(-MISSED) if others else 0.0)
+        return own.where(inside, own.new_tensor(math.log(max(others, 1) / MISSED)))
+
+    @staticmethod
+    def _known(hidden_states: Tensor, words: Known) -> tuple[Tensor, Tensor]:
+        """Tokens and logits ``[B, n]``, a row at a time: together their weights would be copied at each step."""
+        listed = [known for known in words if known is not None]
+        pairs = zip(listed, hidden_states, strict=True)
+        logits = torch.stack([known.weight @ hidden_state for known, hidden_state in pairs]).float()
+        return torch.stack([known.tokens for known in listed]), logits
+
+
+def make_head(weight: Tensor, kind: HeadKind) -> Head:
     """The head called ``kind``: ``exact``, ``shortlist-exact``, or ``auto``, which takes the faster where it pays.
 
     Raises:
-        InputError: ``shortlist-exact`` was asked for by name and cannot be had.
+        InputError: ``shortlist-exact`` was asked for by name and cannot be had, or ``shortlist``, which needs a model
+            that predicts it (:func:`make_shortlist_head`).
     """
+    if kind == "shortlist":
+        raise InputError(
+            "head: 'shortlist' is predicted from what a SentenceLM tells its decoder; here nothing predicts it",
+            fix="use exact, shortlist-exact or auto",
+        )
     if kind == "exact":
         return Head(weight)
     if kind == "shortlist-exact":
@@ -184,3 +296,17 @@ def make_head(weight: Tensor, kind: str) -> Head:
         return ShortlistExactHead(weight)
     except InputError:
         return Head(weight)
+
+
+def make_shortlist_head(model: SentenceLM, tokens: int) -> ShortlistHead:
+    """The approximate head of a model that was grafted with one.
+
+    Raises:
+        InputError: it was not.
+    """
+    if model.shortlist is None:
+        raise InputError(
+            "head: the model predicts no shortlist of tokens",
+            fix="graft it with graft.shortlist_rank (64, say), or use exact, shortlist-exact or auto",
+        )
+    return ShortlistHead(model.vae.output_weight, model.shortlist, tokens, model.config.eos_token_id)

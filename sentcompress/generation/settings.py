@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
+
+from sentcompress.choices import CacheKind, HeadKind
 
 
 class GenerationSettings(BaseModel):
@@ -32,10 +32,13 @@ class GenerationSettings(BaseModel):
     """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
     seed: int | None = Field(default=None, ge=0)
     """Seeds the draws."""
-    head: Literal["auto", "exact", "shortlist-exact"] = "auto"
-    """How the likeliest token is found when nothing is drawn: ``exact`` computes every logit; ``shortlist-exact`` reads
-    a quarter of the bytes and proves that the token is the same (on a CPU); ``auto`` takes the faster."""
-    cache: Literal["full", "int8"] = "full"
+    head: HeadKind = "auto"
+    """How the likeliest token is found: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
+    bytes and proves that the token is the same (on a CPU, when nothing is drawn); ``auto`` takes the faster of these
+    two; ``shortlist`` knows for each sentence only the tokens predicted for it, and so may write others."""
+    shortlist_tokens: int = Field(default=1024, ge=2)
+    """Tokens a predicted ``shortlist`` has."""
+    cache: CacheKind = "full"
     """How the backbone's keys and values are kept: as they are, or in 8 bits, about a quarter of the memory."""
     use_cache: bool = True
     """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""

@@ -140,6 +140,7 @@ class SentenceLMConfig(PretrainedConfig):
         backbone_config: the LLM's own transformers configuration as a dictionary.
         latent_scale: factor from the encoder's latents to the scale of the LLM's token embeddings.
         start_latent: a learned vector stands before each document, so that its first sentence is predicted too.
+        shortlist_rank: rank of the scores that predict a shortlist of tokens for each sentence; 0 predicts none.
     """
 
     model_type = "sentence-lm"
@@ -152,6 +153,7 @@ class SentenceLMConfig(PretrainedConfig):
         backbone_config: dict[str, Any] | None = None,
         latent_scale: float = 1.0,
         start_latent: bool = True,
+        shortlist_rank: int = 0,
         plugins: list[dict[str, str]] | None = None,
         sentcompress_version: str = __version__,
         **kwargs: Any,
@@ -162,6 +164,7 @@ class SentenceLMConfig(PretrainedConfig):
         self.backbone_config = backbone_config or {"model_type": "opt"}
         self.latent_scale = latent_scale
         self.start_latent = start_latent
+        self.shortlist_rank = shortlist_rank
         self.plugins = plugins or []
         self.sentcompress_version = sentcompress_version
         kwargs["tie_word_embeddings"] = False

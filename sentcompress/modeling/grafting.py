@@ -200,6 +200,7 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
         # A latent leaves the fusion's LayerNorm with a root mean square near 1.
         latent_scale=scale if math.isfinite(scale) and scale > 0 else 1.0,
         start_latent=recipe.graft.start_latent,
+        shortlist_rank=recipe.graft.shortlist_rank,
         plugins=[*vae.config.plugins, plugin_record("backbone", adapter_name(recipe.backbone))],
     )
     model = SentenceLM(config)

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.modeling.configuration import SentenceLMConfig, check_plugins
 from sentcompress.modeling.losses import Teaching, TokenLoss, stop_loss
+from sentcompress.modeling.shortlist import Shortlist
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.registry import get_registry
 
@@ -27,13 +28,15 @@ class SentenceLMOutput(ModelOutput):
     """Result of :meth:`SentenceLM.forward`.
 
     Attributes:
-        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss.
+        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss; in training, and with a shortlist, plus
+            ``shortlist_loss``.
         sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 where it is no target.
         targets: ``[S]`` int64, targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
         stop_nll: ``[S]`` nats of the decision "stop or go on" after each sentence; 0 where it is not scored.
         decisions: ``[S]`` bool, whether the decision after each sentence is scored.
         start_nll: scalar, nats of the decisions to begin (after start cells).
         hidden_states: ``[R, N, k, H]`` of the backbone.
+        shortlist_loss: scalar, nats a token of :class:`Shortlist`; None without one, and outside training.
     """
 
     loss: Tensor | None = None
@@ -43,6 +46,7 @@ class SentenceLMOutput(ModelOutput):
     decisions: Tensor | None = None
     start_nll: Tensor | None = None
     hidden_states: Tensor | None = None
+    shortlist_loss: Tensor | None = None
 
 
 class SentenceLM(PreTrainedModel):
@@ -75,6 +79,11 @@ class SentenceLM(PreTrainedModel):
         self.termination = nn.Linear(width * config.vae_config.latents, 2)
         if config.start_latent:
             self.start = nn.Parameter(torch.zeros(config.vae_config.latents, width))
+        self.shortlist: Shortlist | None = None
+        if config.shortlist_rank:
+            self.shortlist = Shortlist(
+                width, config.vae_config.latents, config.vae_config.vocab_size, config.shortlist_rank
+            )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -238,6 +247,13 @@ class SentenceLM(PreTrainedModel):
         stop = torch.cat([torch.zeros_like(targets_at), torch.ones_like(sentence_index[ends])])
         stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
         stop_part = stop_losses.mean() if len(stop) else token_part * 0.0
+        loss = token_part + stop_weight * stop_part
+        shortlist_loss = None
+        if self.shortlist is not None and self.training and len(targets_at):
+            shortlist_loss = self.shortlist.loss(
+                predictors, self.vae.output_weight, input_ids[targets_at], attention_mask[targets_at]
+            )
+            loss = loss + shortlist_loss
         real = before >= 0
         stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(
             0, before[real], decision_nll[real]
@@ -245,13 +261,14 @@ class SentenceLM(PreTrainedModel):
         decisions = torch.zeros(size, dtype=torch.bool, device=latents.device)
         decisions[before[real]] = True
         return SentenceLMOutput(
-            loss=token_part + stop_weight * stop_part,
+            loss=loss,
             sentence_nll=sentence_nll,
             targets=targets,
             stop_nll=stop_nll,
             decisions=decisions,
             start_nll=decision_nll[~real].sum(),
             hidden_states=hidden_states,
+            shortlist_loss=shortlist_loss,
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sentcompress.choices import CacheKind, HeadKind
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -217,6 +219,9 @@ class GraftSettings(TrainingSettings, TuneSettings):
     twin, which is then trained first), or the folder of a causal LM with the same tokenizer."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
     """Of the token loss, against the teacher's distribution; the rest is against the text."""
+    shortlist_rank: int = Field(default=0, ge=0)
+    """Learn also to predict which tokens a sentence may hold, by scores of this rank, for ``--head shortlist``; 0 does
+    not. The rest of the model learns the same."""
 
     @model_validator(mode="after")
     def _one_softening(self) -> GraftSettings:
@@ -275,11 +280,13 @@ class BenchSettings(Section):
     """Where everything is measured; ``auto`` takes a GPU where there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Weights of both models in the speed and memory runs; quality is always measured in fp32."""
-    head: Literal["auto", "exact", "shortlist-exact"] = "auto"
-    """How the sentence model finds the likeliest token in the speed runs; all write the same tokens."""
+    head: HeadKind = "auto"
+    """How the sentence model finds the likeliest token in the speed runs; all but ``shortlist`` write the same."""
+    shortlist_tokens: int = Field(default=1024, ge=2)
+    """Tokens each sentence is written with where a ``shortlist`` is predicted for it."""
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []
     """Parts of the sentence model whose weights are rounded to 8 bits (on a CPU) before anything is measured."""
-    cache: Literal["full", "int8"] = "full"
+    cache: CacheKind = "full"
     """How speed and memory runs keep the backbone's keys and values in the sentence model; ``int8``: in 8 bits."""
     break_even: bool = True
     """Measure also from which sentence and text length on the sentence model is faster, at batch 1."""

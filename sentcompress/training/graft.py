@@ -48,6 +48,9 @@ class GraftJob:
             )
         backbone = wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
         self.model = graft(recipe, trained, backbone).train()
+        if self.model.shortlist is not None:
+            counts = torch.from_numpy(corpus.train_counts(len(tokenizer)))
+            self.model.shortlist.start(self.model.vae.output_weight, counts)
         self.width = self.model.backbone.hidden_size
         cells = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
         if self.settings.max_sentences > cells:
@@ -106,11 +109,14 @@ class GraftJob:
         )
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
+        metrics = {"nats_per_token": nats}
+        if output.shortlist_loss is not None:
+            metrics["shortlist_nats_per_token"] = output.shortlist_loss.detach()
         # The encoder's and decoder's linear layers run on real tokens only: the padding is in the backbone's rows.
         return StepOutput(
             output.loss,
             tokens=int(batch["attention_mask"].sum()),
-            metrics={"nats_per_token": nats},
+            metrics=metrics,
             rows=batch["passage_ids"] >= 0,
         )
 

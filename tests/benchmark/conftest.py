@@ -27,6 +27,7 @@ BENCH = {
     "new_tokens": 12,
     "batch_sizes": [1, 2],
     "samples": 1,
+    "shortlist_tokens": 100,
     "text_new_tokens": 40,
     "extra_metrics": [{"name": "exact-match"}],
 }
@@ -38,7 +39,7 @@ def make_recipe(text_files: Path, model: Path, **changes: object) -> Recipe:
         "backbone": {"name": "opt", "model": str(model)},
         "segmenter": {"name": "regex", "options": {"preset": "sentence", "max_tokens": 24}},
         "data": {"name": "text", "options": {"paths": [str(text_files)], "heldout_documents": 4}},
-        "graft": {"max_sentences": 12, "passages_per_batch": 2},
+        "graft": {"max_sentences": 12, "passages_per_batch": 2, "shortlist_rank": 8},
         "train_vae": {"sentences_per_batch": 8},
         "bench": BENCH,
         **changes,

@@ -20,7 +20,8 @@ from sentcompress.benchmark.quality import (
 )
 from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 from sentcompress.errors import CoverageError, DataError
-from sentcompress.recipe import BenchSettings
+from sentcompress.generation.heads import make_shortlist_head
+from sentcompress.recipe import BenchSettings, build_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
 CAUSAL = CausalityReport(
@@ -243,3 +244,21 @@ def test_a_truncated_document_pays_for_no_stop(model, corpus):
     tally = quality.charge_document(model, document, 50)
     assert tally.decisions.tolist() == [1] * (len(document.sentences) - 1) + [0]
     assert np.all(tally.times[1:] == 1)
+
+
+def test_a_shortlist_is_charged_as_what_it_writes(tokenizer, documents, counter):
+    """All tokens: the full head's figure. Few: a distribution over the whole vocabulary, every byte still proven."""
+    recipe = build_recipe({"name": "tiny", "graft": {"shortlist_rank": 8}}, [], "tests")
+    model = tiny_sentence_lm(len(tokenizer), recipe)
+    plain = score(model, documents, counter)
+    whole = score(model, documents, counter, shortlist=make_shortlist_head(model, len(tokenizer)))
+    assert whole.nats == pytest.approx(plain.nats, rel=1e-6)
+    assert whole.breakdown == pytest.approx(plain.breakdown, rel=1e-5)
+    head = make_shortlist_head(model, 20)
+    few = score(model, documents, counter, shortlist=head)
+    assert few.targets == plain.targets
+    assert few.breakdown["stop decisions"] == pytest.approx(plain.breakdown["stop decisions"], rel=1e-6)
+    assert few.nats > plain.nats  # untrained, it misses nearly everything
+    words = head.words(torch.randn(1, 1, model.backbone.hidden_size))[0]
+    states = torch.randn(1, model.backbone.hidden_size).expand(len(tokenizer), -1)
+    assert head.nats(states, words, torch.arange(len(tokenizer))).neg().exp().sum() == pytest.approx(1)

@@ -28,6 +28,7 @@ def test_everything_is_measured(results):
     assert found.measured() == list(PARTS)
     assert [score.system for score in found.quality] == [
         "sentence model",
+        "sentence model, shortlist of 100",
         "baseline, equal data",
         "backbone, as it came",
         "sentence model, untrained",
