@@ -1,5 +1,6 @@
 """Sentence-by-sentence generation with a SentenceLM, and reconstruction with a SentenceVAE."""
 
+from sentcompress.generation.cells import Prefix
 from sentcompress.generation.engine import Generation, SentenceGenerator
 from sentcompress.generation.reconstruct import Difference, differences, reconstruct
 from sentcompress.generation.settings import GenerationSettings
@@ -8,6 +9,7 @@ __all__ = [
     "Difference",
     "Generation",
     "GenerationSettings",
+    "Prefix",
     "SentenceGenerator",
     "differences",
     "reconstruct",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +12,54 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sentcompress.modeling.sentence_lm import START, SentenceLM
+from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
 
 SPARE_CELLS = 16
 """Cells there is room for when the cache has to grow."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning that many texts share, read once (:meth:`sentcompress.generation.SentenceGenerator.read_prefix`).
+
+    Attributes:
+        text: as it stands before the prompts.
+        sentences: token ids of each.
+        latents: ``[n, k, H]`` of them.
+        states: ``[1, n, k, H]`` of the backbone, the start cell's among them.
+        cache: its keys and values; None where they cannot be kept for others, and the text is read each time.
+    """
+
+    text: str
+    sentences: list[list[int]]
+    latents: Tensor
+    states: Tensor
+    cache: DynamicCache | None
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, model: SentenceLM, text: str, sentences: list[list[int]], latents: Tensor) -> Prefix:
+        """Run the backbone over sentences and keep what comes of it."""
+        inputs, valid = _rows(model, [latents], start=model.config.start_latent)
+        states, cache = _run(model, inputs, valid, use_cache=True)
+        return cls(text, sentences, latents, states, cache if _plain(cache) else None)
+
+    def common(self, texts: Iterable[list[list[int]]]) -> Prefix:
+        """The part of it that all texts, given as sentences, begin with: the next words may change how it is cut."""
+        shared = len(self.sentences)
+        for sentences in texts:
+            pairs = zip(self.sentences[:shared], sentences, strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        less = len(self.sentences) - shared
+        cells, cache = self.states.shape[1] - less, None
+        if self.cache is not None and cells:
+            cache = DynamicCache()
+            for number, layer in enumerate(self.cache.layers):
+                columns = cells * self.latents.shape[1]
+                cache.update(layer.keys[:, :, :columns], layer.values[:, :, :columns], number)
+        return Prefix(
+            self.text, self.sentences[:shared], self.latents[:shared], self.states[:, :cells], cache
+        )
 
 
 class Cells:
@@ -21,10 +67,11 @@ class Cells:
 
     Args:
         model: in eval mode.
-        latents: ``[n, k, H]`` of each text's sentences.
+        latents: ``[n, k, H]`` of each text's sentences, those of ``prefix`` left out.
         use_cache: False runs the backbone over everything again each time, as is done where its cache is more than keys
             and values.
         int8: keep keys and values in 8 bits: about a quarter of the memory.
+        prefix: what all the texts begin with.
 
     Attributes:
         counts: cells of each text.
@@ -33,35 +80,34 @@ class Cells:
     """
 
     def __init__(
-        self, model: SentenceLM, latents: list[Tensor], *, use_cache: bool, int8: bool = False
+        self,
+        model: SentenceLM,
+        latents: list[Tensor],
+        *,
+        use_cache: bool,
+        int8: bool = False,
+        prefix: Prefix | None = None,
     ) -> None:
         self.model = model
-        device = latents[0].device
-        start = int(model.config.start_latent)
-        self.counts = [len(x) + start for x in latents]
-        width = max(self.counts)
-        index = torch.full((len(latents), width), -1, device=device)
-        offset = 0
-        for row, x in enumerate(latents):
-            begin = width - len(x)
-            index[row, begin:] = torch.arange(offset, offset + len(x), device=device)
-            if start:
-                index[row, begin - 1] = START
-            offset += len(x)
-        joined = torch.cat(latents)
-        if not len(joined):
-            joined = joined.new_zeros(1, *joined.shape[1:])
-        inputs = model.rows(joined, index)
-        self.states, cache = self._run(inputs, index != -1, use_cache=use_cache)
+        if prefix is not None and (prefix.cache is None or not use_cache):
+            latents, prefix = [torch.cat([prefix.latents, x]) for x in latents], None
+        inputs, valid = _rows(model, latents, start=prefix is None and model.config.start_latent)
+        self.counts = valid.sum(1).tolist()
+        if prefix is None:
+            self.states, cache = _run(model, inputs, valid, use_cache=use_cache)
+        else:
+            self.states, cache = self._run_after(prefix, inputs, valid)
+            self.counts = [n + prefix.states.shape[1] for n in self.counts]
         self.hidden_states = self.states[:, -1]
         self.cache_bytes = 0
         self._store: _Store | None = None
         self._inputs: list[Tensor] = []
-        if use_cache and all(type(layer) is DynamicLayer for layer in cache.layers):
+        if use_cache and _plain(cache):
             columns = [n * model.latents for n in self.counts]
             self._store = _Store(cache, columns, model.latents, int8=int8)
             self.cache_bytes = self._store.nbytes
         else:
+            width = inputs.shape[1]
             self._inputs = [row[width - n :] for row, n in zip(inputs, self.counts, strict=True)]
 
     def told(self, row: int, sentences: int) -> Tensor:
@@ -86,7 +132,7 @@ class Cells:
                 place[width - len(told) :] = told
             lengths = torch.tensor([len(told) for told in chosen], device=latents.device)
             valid = torch.arange(width, device=latents.device) >= width - lengths[:, None]
-            states, _ = self._run(inputs, valid, use_cache=False)
+            states, _ = _run(self.model, inputs, valid, use_cache=False)
         else:
             cache, past = self._store.lend(rows)
             ids = torch.where(past, 0, -1)
@@ -112,12 +158,68 @@ class Cells:
         else:
             self._store.keep(rows)
 
-    def _run(self, inputs: Tensor, valid: Tensor, *, use_cache: bool) -> tuple[Tensor, Any]:
-        """The backbone over whole rows ``[R, N, k, H]``, padded on the left."""
-        positions = (valid.long().cumsum(1) - 1).clamp_min(0)
-        return self.model.backbone_states(
-            inputs, valid, torch.where(valid, 0, -1), positions, use_cache=use_cache
+    def _run_after(self, prefix: Prefix, inputs: Tensor, valid: Tensor) -> tuple[Tensor, DynamicCache]:
+        """The same after a prefix, whose states and cache come first in the results of every row."""
+        assert prefix.cache is not None
+        rows, width = valid.shape
+        past, k = prefix.states.shape[1], self.model.latents
+        cache = DynamicCache()
+        for number, layer in enumerate(prefix.cache.layers):
+            cache.update(*(x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values)), number)
+        states = prefix.states.expand(rows, -1, -1, -1)
+        if not width:
+            return states, cache
+        ids = torch.where(valid, 0, -1)
+        own, _ = self.model.backbone_states(  # the cache grows in place
+            inputs,
+            valid,
+            ids,
+            past + (valid.long().cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            past_passage_ids=ids.new_zeros(rows, past),
+            use_cache=True,
         )
+        # Padding stands between the prefix and what is shorter than the longest: it goes to the left of both.
+        padding = width - valid.sum(1, keepdim=True)
+        order = torch.arange(past + width, device=valid.device).expand(rows, -1)
+        order = torch.where(order < padding, past + order, order - padding * (order < past + padding))
+        states = torch.cat([states, own], 1)[torch.arange(rows, device=valid.device)[:, None], order]
+        columns = (order[:, :, None] * k + torch.arange(k, device=valid.device)).flatten(1)[:, None, :, None]
+        for layer in cache.layers:
+            layer.keys, layer.values = (
+                x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3]))
+                for x in (layer.keys, layer.values)
+            )
+        return states, cache
+
+
+def _rows(model: SentenceLM, latents: Sequence[Tensor], *, start: bool) -> tuple[Tensor, Tensor]:
+    """Texts side by side, padded on the left: inputs ``[B, N, k, H]`` and where they are real ``[B, N]``."""
+    device = latents[0].device
+    width = max(map(len, latents)) + start
+    index = torch.full((len(latents), width), PADDING, device=device)
+    offset = 0
+    for row, x in enumerate(latents):
+        begin = width - len(x)
+        index[row, begin:] = torch.arange(offset, offset + len(x), device=device)
+        if start:
+            index[row, begin - 1] = START
+        offset += len(x)
+    joined = torch.cat(list(latents))
+    if not len(joined):
+        joined = joined.new_zeros(1, *joined.shape[1:])
+    return model.rows(joined, index), index != PADDING
+
+
+def _run(model: SentenceLM, inputs: Tensor, valid: Tensor, *, use_cache: bool) -> tuple[Tensor, Any]:
+    """The backbone over whole rows ``[R, N, k, H]``, padded on the left."""
+    positions = (valid.long().cumsum(1) - 1).clamp_min(0)
+    return model.backbone_states(inputs, valid, torch.where(valid, 0, -1), positions, use_cache=use_cache)
+
+
+def _plain(cache: Any) -> bool:
+    """Whether a cache is keys and values and nothing else, so that a text's own can be taken out of it."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 class _Columns:

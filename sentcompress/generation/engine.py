@@ -12,7 +12,7 @@ from torch import Tensor
 from sentcompress.choices import HeadKind
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
-from sentcompress.generation.cells import Cells
+from sentcompress.generation.cells import Cells, Prefix
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.heads import Head, make_head, make_shortlist_head
 from sentcompress.generation.prompts import ends_in_sentence
@@ -103,6 +103,7 @@ class SentenceGenerator:
         prompts: Sequence[str],
         settings: GenerationSettings | None = None,
         on_sentence: Callable[[int, str], None] | None = None,
+        prefix: Prefix | None = None,
     ) -> list[Generation]:
         """Continue each prompt; results come in the order of the prompts.
 
@@ -110,15 +111,36 @@ class SentenceGenerator:
             prompts: texts; one that ends in the middle of a sentence is finished first.
             settings: greedy with 128 new tokens unless given.
             on_sentence: called with the prompt's number and each new piece of text as it is written.
+            prefix: text that stands before every prompt, from :meth:`read_prefix`.
 
         Raises:
             InputError: a prompt is empty, or has more sentences than the backbone has positions.
         """
-        rows = [self._read(number, Generation(prompt)) for number, prompt in enumerate(prompts)]
-        for number, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+        rows = [self._read(number, Generation(prompt), prefix) for number, prompt in enumerate(prompts)]
+        settings = settings or GenerationSettings(max_new_tokens=128)
+        for number, _, piece in self._run(rows, settings, prefix):
             if on_sentence and piece:
                 on_sentence(number, piece)
         return [row.result for row in rows]
+
+    @torch.no_grad()
+    def read_prefix(self, text: str) -> Prefix:
+        """Read once what many prompts have before them, such as an instruction or a long document.
+
+        Pass the result to :meth:`generate` or :meth:`stream` as often as you like, with prompts that leave it out: what
+        is written is the same as with the text before them.
+
+        Args:
+            text: with the space after it, if there is to be one.
+
+        Raises:
+            InputError: it is empty, or longer than the backbone's positions.
+        """
+        if not text.strip():
+            raise InputError("the prefix is empty", fix="give some text, or leave it out")
+        sentences = [list(ids) for _, ids in sentences_to_ids(text, self.segmenter, self.tokenizer)]
+        self._require_room("the prefix", len(sentences))
+        return Prefix.read(self.model.eval(), text, sentences, self.encode(sentences))
 
     def continue_sentences(
         self, contexts: Sequence[Sequence[Sequence[int]]], settings: GenerationSettings
@@ -145,22 +167,29 @@ class SentenceGenerator:
         latents = [self.encode(sentences) for sentences in contexts]
         return Cells(self.model.eval(), latents, use_cache=True, int8=cache == "int8")
 
-    def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, settings: GenerationSettings | None = None, prefix: Prefix | None = None
+    ) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
-        rows = [self._read(0, Generation(prompt))]
-        for _, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128)):
+        rows = [self._read(0, Generation(prompt), prefix)]
+        for _, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128), prefix):
             if piece:
                 yield piece
 
     @torch.no_grad()
-    def _run(self, rows: list[_Row], settings: GenerationSettings) -> Iterator[tuple[int, list[int], str]]:
+    def _run(
+        self, rows: list[_Row], settings: GenerationSettings, prefix: Prefix | None = None
+    ) -> Iterator[tuple[int, list[int], str]]:
         """Fill the rows' results, yielding each prompt's number with a new sentence's tokens and new text."""
         model = self.model.eval()
+        prefix = prefix and prefix.common(row.context for row in rows)
+        known = len(prefix.sentences) if prefix else 0
         cells = Cells(
             model,
-            [self.encode(row.context) for row in rows],
+            [self.encode(row.context[known:]) for row in rows],
             use_cache=settings.use_cache,
             int8=settings.cache == "int8",
+            prefix=prefix,
         )
         writer = SentenceWriter(
             model.vae,
@@ -201,27 +230,31 @@ class SentenceGenerator:
                 if not row.result.finish_reason:
                     waiting.append(written.row)
 
-    def _read(self, number: int, result: Generation) -> _Row:
+    def _read(self, number: int, result: Generation, before: Prefix | None = None) -> _Row:
         """Split a prompt into whole sentences and an unfinished one."""
-        if not result.prompt.strip():
+        text = (before.text if before else "") + result.prompt
+        if not text.strip():
             raise InputError("the prompt is empty", fix="give some text to continue")
-        pieces = sentences_to_ids(result.prompt, self.segmenter, self.tokenizer)
+        pieces = sentences_to_ids(text, self.segmenter, self.tokenizer)
         context = [list(ids) for _, ids in pieces]
         prefix: list[int] = []
         shown = ""
         can_finish = self.model.config.start_latent or len(pieces) > 1
-        if can_finish and not ends_in_sentence(result.prompt, self.segmenter):
+        if can_finish and not ends_in_sentence(text, self.segmenter):
             shown, prefix = pieces[-1][0], context.pop()
             if len(prefix) >= self.model.config.vae_config.max_sentence_tokens:
                 context.append(prefix)  # full already: what follows is a new sentence
                 shown, prefix = "", []
-        room = self._cells_allowed() - 1
-        if len(context) > room:
-            raise InputError(
-                f"the prompt has {len(context)} sentences, the model's context holds {room}",
-                fix="shorten the prompt, or graft onto a backbone with more positions",
-            )
+        self._require_room("the prompt", len(context))
         return _Row(number, context, prefix, shown, result)
+
+    def _require_room(self, what: str, sentences: int) -> None:
+        room = self._cells_allowed() - 1
+        if sentences > room:
+            raise InputError(
+                f"{what} has {sentences} sentences, the model's context holds {room}",
+                fix=f"shorten {what}, or graft onto a backbone with more positions",
+            )
 
     def _cells_allowed(self) -> int:
         return self.model.backbone.max_positions // self.model.latents

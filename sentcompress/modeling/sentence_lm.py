@@ -151,12 +151,15 @@ class SentenceLM(PreTrainedModel):
         """``[..., k, H] -> [..., 2]``: go on, stop."""
         return self.termination(hidden_states.flatten(-2))
 
-    def generate(self, prompts: Sequence[str], tokenizer: Any, **settings: Any) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[str], tokenizer: Any, prefix: str | None = None, **settings: Any
+    ) -> list[Any]:
         """Continue texts sentence by sentence.
 
         Args:
             prompts: texts.
             tokenizer: the one saved with the model.
+            prefix: text that stands before every prompt and is read once.
             **settings: fields of :class:`sentcompress.generation.GenerationSettings`, such as ``max_new_tokens``.
 
         Returns:
@@ -165,7 +168,9 @@ class SentenceLM(PreTrainedModel):
         # Imported by name: generation is built on the models, this method is only a convenience.
         generation = import_module("sentcompress.generation")
         asked = generation.GenerationSettings(**{"max_new_tokens": 128, **settings})
-        return generation.SentenceGenerator(self, tokenizer).generate(prompts, asked)
+        generator = generation.SentenceGenerator(self, tokenizer)
+        read = generator.read_prefix(prefix) if prefix is not None else None
+        return generator.generate(prompts, asked, prefix=read)
 
     def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:
         """Lay latents ``[S, k, H]`` out in rows ``[R, N, k, H]``; START cells hold the start latent."""

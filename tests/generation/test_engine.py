@@ -7,7 +7,7 @@ from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, reconstruct
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.reconstruct import differences
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.testing import tiny_sentence_lm
 
 PROMPTS = [
@@ -66,6 +66,57 @@ def test_a_cache_that_is_more_than_keys_and_values_is_done_without(generator, mo
     monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
     assert generator.prefill([[[5, 6]]]).cache_bytes == 0
     assert [g.token_ids for g in run(generator, PROMPTS)] == expected
+
+
+PREFIX = "The Union is old. Say so. No more of it. "
+
+
+@pytest.mark.parametrize("how", [{}, {"cache": "int8"}, {"use_cache": False}], ids=str)
+def test_a_shared_prefix_is_read_once_and_changes_nothing(generator, monkeypatch, how):
+    expected = [g.token_ids for g in run(generator, [PREFIX + prompt for prompt in PROMPTS], **how)]
+    prefix = generator.read_prefix(PREFIX)
+    read = []
+    encode = generator.encode
+    monkeypatch.setattr(generator, "encode", lambda sentences: read.extend(sentences) or encode(sentences))
+    settings = GenerationSettings(max_new_tokens=40, stop_threshold=1, **how)
+    for _ in range(2):  # it can be used again
+        results = generator.generate(PROMPTS, settings, prefix=prefix)
+        assert [g.token_ids for g in results] == expected
+    assert len(prefix.sentences) == 3
+    assert not any(ids in prefix.sentences[:2] for ids in read)  # the last one is cut before its space
+    streamed = "".join(generator.stream(PROMPTS[2], settings, prefix))
+    assert streamed == results[2].text
+    fragment = generator.generate(["the beginning"], settings, prefix=prefix)  # nothing whole of its own
+    assert fragment[0].token_ids == run(generator, [PREFIX + "the beginning"], **how)[0].token_ids
+
+
+def test_a_prefix_where_nothing_but_whole_caches_can_be_kept(generator, monkeypatch):
+    expected = [g.token_ids for g in run(generator, [PREFIX + prompt for prompt in PROMPTS])]
+    monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
+    prefix = generator.read_prefix(PREFIX)
+    assert prefix.cache is None
+    settings = GenerationSettings(max_new_tokens=40, stop_threshold=1)
+    assert [g.token_ids for g in generator.generate(PROMPTS, settings, prefix=prefix)] == expected
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_prefix_that_ends_in_a_sentence_is_shared_up_to_there(tokenizer, start):
+    recipe = build_recipe({"name": "tiny", "graft": {"start_latent": start}}, [], "tests")
+    generator = SentenceGenerator(tiny_sentence_lm(len(tokenizer), recipe), tokenizer)
+    settings = GenerationSettings(max_new_tokens=20, stop_threshold=1)
+    for text in ("The people", "It is so. The people"):
+        prompts = [f"{text}{rest}" for rest in (" are", " were free. They", ".")]
+        expected = [g.token_ids for g in generator.generate(prompts, settings)]
+        prefix = generator.read_prefix(text)
+        rest = [prompt.removeprefix(text) for prompt in prompts]
+        assert [g.token_ids for g in generator.generate(rest, settings, prefix=prefix)] == expected
+
+
+def test_a_prefix_may_not_be_empty_or_too_long(generator):
+    with pytest.raises(InputError, match="the prefix is empty"):
+        generator.read_prefix("  ")
+    with pytest.raises(InputError, match="the prefix has 700 sentences"):
+        generator.read_prefix("It is so. " * 700)
 
 
 def test_text_is_lossless_against_the_tokens(generator, tokenizer):
