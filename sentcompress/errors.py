@@ -27,6 +27,12 @@ class RunError(SentCompressError):
     """A run that had started could not go on."""
 
 
+class TerminatedError(RunError):
+    """The run was asked to end (SIGTERM) and saved before it did. Exit code 75: start it again and it goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class NumericsError(RunError):
     """A loss or gradient became NaN or infinite."""
 

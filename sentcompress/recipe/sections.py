@@ -112,6 +112,11 @@ class TrainingSettings(Section):
     """Micro-batches a step."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of averaged weights, which are then what is evaluated and saved; null turns it off."""
+    spike: float | None = Field(default=None, gt=1)
+    """A loss over this multiple of the median of the last 50 steps is trouble (and at least half a nat over it)."""
+    on_trouble: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is no number, or a spike: end the run, leave the step out, or go back to the newest
+    checkpoint and on with the data after the step (at most 25 steps in a row, or 5 times)."""
     precision: Precision = "auto"
     """``auto`` measures fp32 against bf16 once on this machine and says what it chose."""
     gradient_checkpointing: bool = False

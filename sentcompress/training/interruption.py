@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one lets the step finish and saves, the second one ends at once."""
+"""Ctrl-C and SIGTERM: the first one lets the step finish and saves, the second one ends at once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ class Interruption:
     """Within the block, the first SIGINT or SIGTERM only sets ``asked``; the next one acts as usual.
 
     Outside the main thread, where Python has no signal handlers, it never asks.
+
+    Attributes:
+        asked: the signal, or None.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -30,5 +33,5 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked = number
         self.__exit__()

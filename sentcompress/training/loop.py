@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,71 +14,31 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from sentcompress.errors import InputError, NumericsError
+from sentcompress.errors import InputError, NumericsError, TerminatedError
 from sentcompress.io import move_files, storage_errors, temporary_folder
-from sentcompress.recipe import Recipe, TrainingSettings
-from sentcompress.text.prefetch import prefetch
+from sentcompress.recipe import Recipe
+from sentcompress.text.prefetch import Prefetcher, prefetch
 from sentcompress.training import checkpoints as saved
-from sentcompress.training.card import Card, provenance, render_card, resume_command
+from sentcompress.training.card import provenance, render_card, resume_command
+from sentcompress.training.heartbeat import Heartbeat
 from sentcompress.training.interruption import Interruption
+from sentcompress.training.job import Job
 from sentcompress.training.memory import explain_out_of_memory, recompute_activations
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
 from sentcompress.training.processes import on_cpu, processes
 from sentcompress.training.progress import MetricsLog, TrainingProgress
 from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
-from sentcompress.training.step import Batch, StepOutput, Stepper, Window
+from sentcompress.training.step import Batch, StepOutput, Stepper, StepResult, Window
+from sentcompress.training.trouble import MAX_ROLLBACKS, LossWatch
 
 __all__ = ["Batch", "Job", "StepOutput", "run_job", "seed_everything"]
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of precisions to accelerate's."""
-
-
-class Job(Protocol):
-    """What differs between the four trainings. Build one after :func:`seed_everything`."""
-
-    @property
-    def stage(self) -> str:
-        """``pretrain``, ``vae``, ``graft`` or ``baseline``."""
-
-    @property
-    def settings(self) -> TrainingSettings:
-        """Steps, learning rate and the rest."""
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Digests of what it starts from (``sentcompress.io.folder_digest``), by name."""
-
-    @property
-    def batch_fields(self) -> tuple[str, ...]:
-        """Fields of the recipe that shrink a micro-batch, named when memory runs out."""
-
-    @property
-    def width(self) -> int:
-        """Hidden size, for ``precision: auto``."""
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained; on the CPU at first."""
-
-    def batch(self, index: int) -> Batch:
-        """Micro-batch ``index`` of an infinite sequence: a pure function, called from another thread."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Run ``model`` (``self.model``, perhaps wrapped: call it, not its methods) on a batch."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures of ``self.model``, the most telling first."""
-
-    def save(self, folder: Path) -> None:
-        """Write ``self.model`` and its tokenizer; the loop adds ``recipe.yaml`` and the card."""
-
-    def card(self) -> Card:
-        """What the card says."""
 
 
 @contextmanager
@@ -120,35 +80,41 @@ def run_job(
         held-out figures at the end.
 
     Raises:
-        InputError: the folder holds another run, or the settings do not fit the model.
-        NumericsError: loss or gradient became NaN or infinite.
+        InputError: the folder holds another run or one that is going on, or the settings do not fit the model.
+        NumericsError: loss or gradient became NaN or infinite, and ``on_trouble`` had no more to offer.
         OutOfMemoryError: names the settings that lower it.
         StorageError: a file cannot be written; what was saved before is intact.
         KeyboardInterrupt: Ctrl-C; the step was finished and saved.
+        TerminatedError: SIGTERM; the step was finished and saved.
     """
     stage = StageFolder(folder, job.stage, stage_record(job.stage, recipe, job.inputs))
     ranks = processes()
-    if ranks.is_main_process:
-        stage.recover()
-    ranks.wait_for_everyone()
-    stage.check(resume=resume, overwrite=overwrite)
-    if stage.finished and not overwrite:
-        return stage.figures()
-    ranks.wait_for_everyone()  # everyone has read before anything changes
-    if ranks.is_main_process:
-        stage.open(overwrite=overwrite, about=provenance(recipe))
-    ranks.wait_for_everyone()
-    try:
-        return _Run(job, stage, recipe, console).train()
-    finally:
+    with stage.locked() if ranks.is_main_process else nullcontext():
         if ranks.is_main_process:
-            stage.restore()
+            stage.recover()
+        ranks.wait_for_everyone()
+        stage.check(resume=resume, overwrite=overwrite)
+        if stage.finished and not overwrite:
+            return stage.figures()
+        ranks.wait_for_everyone()  # everyone has read before anything changes
+        if ranks.is_main_process:
+            stage.open(overwrite=overwrite, about=provenance(recipe))
+        ranks.wait_for_everyone()
+        try:
+            with Heartbeat(folder, job.settings.steps, shown=ranks.is_main_process) as heartbeat:
+                return _Run(job, stage, recipe, heartbeat, console).train()
+        finally:
+            if ranks.is_main_process:
+                stage.restore()
 
 
 class _Run:
     """A stage being trained, from its newest whole checkpoint if there is one."""
 
-    def __init__(self, job: Job, stage: StageFolder, recipe: Recipe, console: Console | None) -> None:
+    def __init__(
+        self, job: Job, stage: StageFolder, recipe: Recipe, heartbeat: Heartbeat, console: Console | None
+    ) -> None:
+        self.heartbeat = heartbeat
         self.job, self.stage, self.recipe, self.settings = job, stage, recipe, job.settings
         ranks = processes()
         self.main, self.world, self.rank = (
@@ -160,8 +126,10 @@ class _Run:
         self.store = saved.CheckpointStore(stage.checkpoints, self.settings.keep)
         checkpoint = self.store.latest(self.progress.note)
         tensors, state = saved.read_checkpoint(checkpoint) if checkpoint else ({}, {})
-        self._check_processes(state.get("processes", self.world))
         self.start = int(state.get("step", 0))
+        self.next_batch = int(state.get("next_batch", 0))
+        self.watch = LossWatch(self.settings, state.get("recent_losses", ()))
+        self.rollbacks = 0
         self.tokens = int(state.get("tokens", 0))
         self.seconds = float(state.get("seconds", 0.0))
         self.figures: dict[str, float] = dict(state.get("figures", {}))
@@ -169,17 +137,11 @@ class _Run:
         self._prepare()
         if checkpoint:
             self._load(checkpoint, tensors, state)
+            self.progress.start = self.start
+            self.progress.note(f"going on from {checkpoint}")
         else:
             # Weights were drawn from the seed when the job was built; dropout must differ between processes.
             seed_everything(recipe.seed + self.rank)
-
-    def _check_processes(self, before: int) -> None:
-        if before != self.world:
-            raise InputError(
-                f"{self.stage.path}: was started on {before} processes and cannot go on with {self.world}, "
-                "since the order of the data would change",
-                fix=f"start {before} processes, or start over with --overwrite",
-            )
 
     def _accelerator(self, before: str | None) -> Accelerator:
         ranks = processes()
@@ -212,7 +174,9 @@ class _Run:
         optimizer, self.names = build_optimizer(model, settings)
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
         prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.stepper = Stepper(self.job.loss, prepared, self.optimizer, self.accelerator, settings)
+        self.stepper = Stepper(
+            self.job.loss, prepared, self.optimizer, self.accelerator, settings, self.watch
+        )
 
     def _load(self, checkpoint: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         saved.load_model_tensors(self.job.model, saved.ungrouped("weights", tensors), checkpoint)
@@ -222,22 +186,32 @@ class _Run:
             self.average.load(saved.ungrouped("average", tensors))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        saved.load_random_tensors(saved.ungrouped(f"random/{self.rank}", tensors))
-        self.progress.start = self.start
-        self.progress.note(f"going on from {checkpoint}")
+        if random_state := saved.ungrouped(f"random/{self.rank}", tensors):
+            saved.load_random_tensors(random_state)
+        else:  # a process that was not there before: its dropout is its own from here on
+            seed_everything(self.recipe.seed + self.rank + int(state["next_batch"]))
 
     def train(self) -> dict[str, float]:
         """Train to the end; raises as :func:`run_job` says."""
         settings, job = self.settings, self.job
-        log = MetricsLog(self.stage.path, self.start, settings.tensorboard) if self.main else None
-        batches = prefetch(
-            lambda i: job.batch(i * self.world + self.rank), start=self.start * settings.gradient_accumulation
-        )
+        log, batches = self._log_from(self.start), self._batches()
         try:
             with Interruption() as interruption, explain_out_of_memory(SECTIONS[job.stage], job.batch_fields):
                 window = Window(batches)
-                for done in range(self.start + 1, settings.steps + 1):
+                done = self.start
+                while done < settings.steps:
+                    done += 1
                     result = self._step(done, batches, interruption)
+                    if result.trouble:
+                        self._note_trouble(done, result.trouble, log)
+                        if settings.on_trouble == "rollback":
+                            done = self._roll_back(result.trouble)
+                            batches.close()
+                            if log:
+                                log.close()
+                            log, batches = self._log_from(done), self._batches()
+                            window = Window(batches)
+                            continue
                     window.add(result)
                     last = done == settings.steps
                     if done % settings.log_every == 0 or last:
@@ -251,6 +225,11 @@ class _Run:
                             self._checkpoint(done)
                     if result.interrupted and not last:
                         self._say_how_to_go_on(done)
+                        if result.terminated:
+                            raise TerminatedError(
+                                f"{job.stage}: asked to end (SIGTERM); saved {self.store.path(done)}",
+                                fix=f"go on with: {resume_command()}",
+                            )
                         raise KeyboardInterrupt
                 self._evaluate(settings.steps, log)
             self._finish()
@@ -261,29 +240,67 @@ class _Run:
                 log.close()
         return self.figures
 
-    def _step(self, done: int, batches: Any, interruption: Interruption) -> Any:
+    def _log_from(self, step: int) -> MetricsLog | None:
+        """``metrics.jsonl`` after the lines up to ``step``, in the first process."""
+        return MetricsLog(self.stage.path, step, self.settings.tensorboard) if self.main else None
+
+    def _batches(self) -> Prefetcher:
+        """This process's micro-batches from ``next_batch`` on."""
+        first, job = self.next_batch + self.rank, self.job
+        return prefetch(lambda i: job.batch(first + i * self.world), start=0)
+
+    def _note_trouble(self, done: int, trouble: str, log: MetricsLog | None) -> None:
+        self.progress.note(f"{trouble}; not taken")
+        if log:
+            log.write(done, {"event": trouble})
+
+    def _roll_back(self, trouble: str) -> int:
+        """Go back to the newest checkpoint, but not in the data; return its step."""
+        checkpoint = self.store.latest(self.progress.note)
+        if checkpoint is None or self.rollbacks == MAX_ROLLBACKS:
+            why = f"after {self.rollbacks} rollbacks" if checkpoint else "nothing was saved to go back to"
+            raise NumericsError(
+                f"{self.job.stage}: {trouble}, {why}",
+                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or set save_every",
+            )
+        self.rollbacks += 1
+        tensors, state = saved.read_checkpoint(checkpoint)
+        self._load(checkpoint, tensors, state)
+        self.watch.recent.clear()
+        self.watch.recent.extend(state.get("recent_losses", ()))
+        self.tokens = int(state["tokens"])
+        self.progress.note(f"back to {checkpoint}, on with batch {self.next_batch}")
+        return int(state["step"])
+
+    def _step(self, done: int, batches: Prefetcher, interruption: Interruption) -> StepResult:
         try:
-            result = self.stepper.step(done - 1, batches, lambda: interruption.asked)
+            result = self.stepper.step(done - 1, batches, self.next_batch, lambda: interruption.asked)
         except NumericsError as error:
             steps = self.store.steps()
             good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
             raise NumericsError(
                 f"{self.job.stage}: {error.message}; last good checkpoint: {good}",
                 fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or use fp32; "
-                "if it is always this batch, look at its text",
+                "if it is always this batch, look at its text; on_trouble: skip or rollback go on without it",
             ) from None
+        self.next_batch += self.settings.gradient_accumulation * self.world
         if self.main and done == self.start + 1:
             self.stage.forget_previous()
         if self.average and not result.skipped:
             self.average.update(done - 1)
-        self.tokens += result.tokens
+        if not result.trouble:
+            self.tokens += result.tokens
         self.seconds += result.seconds
         self.progress.advance(done)
+        self.heartbeat.beat("training", done)
         return result
 
     def _log(self, done: int, window: Window, log: MetricsLog | None) -> None:
         figures = window.figures()
+        if not figures:
+            return
         self.progress.update(done, figures)
+        self.heartbeat.beat("training", done, figures)
         if log:
             log.write(done, figures | {"tokens": self.tokens, "seconds": round(self.seconds, 3)})
 
@@ -293,6 +310,7 @@ class _Run:
 
     def _evaluate(self, done: int, log: MetricsLog | None) -> None:
         before = saved.random_tensors()
+        self.heartbeat.beat("evaluating", done)
         model = self.job.model
         model.eval()
         with torch.no_grad(), self._weights(), self.accelerator.autocast():
@@ -318,6 +336,7 @@ class _Run:
         (folder / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
 
     def _checkpoint(self, done: int) -> None:
+        self.heartbeat.beat("saving", done)
         everyone = saved.grouped(str(self.rank), saved.random_tensors())
         if self.world > 1:
             everyone = {name: value for part in gather_object([everyone]) for name, value in part.items()}
@@ -330,7 +349,8 @@ class _Run:
             scaler = self.accelerator.scaler
             state = {
                 "step": done,
-                "next_batch": done * self.settings.gradient_accumulation * self.world,
+                "next_batch": self.next_batch,
+                "recent_losses": list(self.watch.recent),
                 "processes": self.world,
                 "precision": self.precision,
                 "tokens": self.tokens,

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import PartialState
+
+
+def process_count() -> int:
+    """Processes of the run, before any of them has met the others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_cpu() -> bool:

@@ -7,14 +7,19 @@ stage was made of.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sentcompress.errors import InputError
 from sentcompress.io import read_json, storage_errors
 from sentcompress.recipe import Recipe
 from sentcompress.training.checkpoints import write_json
+from sentcompress.training.heartbeat import read_heartbeat
+from sentcompress.training.processes import process_count
 
 RUN = "run.json"
 MARK = "config.json"
@@ -38,16 +43,24 @@ FREE = (
     "keep",
     "tensorboard",
     "gradient_checkpointing",
+    "on_trouble",
+    "spike",
 )
-"""Training settings that do not change the weights, so that they may change when a stage is resumed."""
+"""Training settings that do not change the weights (of a run without trouble), so that they may change when a stage is
+resumed."""
+ACCUMULATION, TOGETHER = "gradient_accumulation", "micro_batches_a_step"
 
 
 def stage_record(stage: str, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a stage is made of, by dotted name: the fields of its parts of the recipe, and its inputs."""
     values = recipe.model_dump(mode="json")
     record = _flat({name: values[name] for name in DEPENDS[stage]})
+    section = SECTIONS[stage]
     for name in FREE:
-        record.pop(f"{SECTIONS[stage]}.{name}", None)
+        record.pop(f"{section}.{name}", None)
+    if f"{section}.{ACCUMULATION}" in record:
+        # Three processes with one micro-batch each take the steps of one with three, and go on with what it left.
+        record[f"{section}.{TOGETHER}"] = record.pop(f"{section}.{ACCUMULATION}") * process_count()
     if stage == "baseline":
         for name in ("teacher", "teacher_share"):  # of the graft alone
             del record[f"graft.{name}"]
@@ -87,6 +100,31 @@ class StageFolder:
     def started(self) -> bool:
         return (self.path / RUN).is_file()
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the system lets it go when the process ends, however it ends.
+
+        Raises:
+            InputError: another process holds it.
+            StorageError: the folder above cannot be written.
+        """
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        with storage_errors(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                other = read_heartbeat(self.path) or {}
+                who = f" (process {other['pid']} on {other['host']})" if {"pid", "host"} <= set(other) else ""
+                raise InputError(
+                    f"{self.path}: another run is writing here{who}",
+                    fix="wait for it, stop it, or choose another --out",
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def check(self, *, resume: bool, overwrite: bool, partial: bool = False) -> None:
         """Refuse what must not be touched. Reads only.
 
@@ -123,6 +161,10 @@ class StageFolder:
             )
 
     def _check_same(self, saved: dict[str, Any]) -> None:
+        old, new = (f"{SECTIONS[self.stage]}.{name}" for name in (ACCUMULATION, TOGETHER))
+        if old in saved:  # written by a version that did not count processes: it was one
+            saved = {**saved, new: saved[old]}
+            del saved[old]
         # A field that came with a later version, at its default: the run was made as if it had been there.
         defaults = stage_record(self.stage, Recipe(name="defaults"), {})
         later = {n for n in defaults if n not in saved and self.record.get(n) == defaults[n]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,9 +17,7 @@ from torch import Tensor, nn
 from sentcompress.errors import NumericsError
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.optimization import learning_rate
-
-MAX_SKIPPED = 25
-"""fp16 steps in a row that may overflow before the run counts as broken."""
+from sentcompress.training.trouble import MAX_SKIPPED, LossWatch
 
 Batch = dict[str, Tensor]
 
@@ -57,8 +56,13 @@ class StepResult:
     metrics: list[dict[str, float | Tensor]]
     """Of this process's micro-batches."""
     interrupted: bool
+    """A process was asked to stop."""
+    terminated: bool
+    """By SIGTERM."""
     skipped: bool
-    """fp16 overflowed and the weights were left as they were."""
+    """The weights were left as they were: fp16 overflowed, or there was trouble."""
+    trouble: str | None
+    """Why the step was not taken, where the settings do not end the run for it."""
 
 
 class Stepper:
@@ -67,6 +71,7 @@ class Stepper:
     Args:
         loss: ``job.loss``.
         model, optimizer: as ``accelerator.prepare`` returned them.
+        watch: says which steps must not be taken.
     """
 
     def __init__(
@@ -76,20 +81,25 @@ class Stepper:
         optimizer: Any,
         accelerator: Accelerator,
         settings: TrainingSettings,
+        watch: LossWatch,
     ) -> None:
         self.loss, self.model, self.optimizer = loss, model, optimizer
-        self.accelerator, self.settings = accelerator, settings
+        self.accelerator, self.settings, self.watch = accelerator, settings, watch
         self.skipped = 0
 
-    def step(self, number: int, batches: Iterator[Batch], asked: Callable[[], bool]) -> StepResult:
+    def step(
+        self, number: int, batches: Iterator[Batch], first: int, asked: Callable[[], int | None]
+    ) -> StepResult:
         """Take step ``number`` (0 is the first).
 
         Args:
             batches: micro-batches of this process, in order.
-            asked: whether this process was asked to stop.
+            first: number of the step's first micro-batch, over all processes.
+            asked: the signal by which this process was asked to stop, if it was.
 
         Raises:
-            NumericsError: loss or gradient is not finite; the weights are as before.
+            NumericsError: loss or gradient is not finite, or a spike, and the settings say ``stop``, or it went on for
+                too long; the weights are as before.
         """
         began = time.perf_counter()
         settings, accelerator = self.settings, self.accelerator
@@ -119,18 +129,32 @@ class Stepper:
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
         own = torch.stack(losses)
         # One exchange of figures a step; with it, all processes stop in the same step.
-        counts = own.new_tensor([tokens, cells, real, float(asked())])
+        signal_number = asked()
+        stops = [float(signal_number is not None), float(signal_number == signal.SIGTERM)]
+        counts = own.new_tensor([tokens, cells, real, *stops])
         shared = torch.cat([own.mean()[None], counts])
         if accelerator.num_processes > 1:
             shared = accelerator.reduce(shared)
-        loss, all_tokens, all_cells, all_real, stop = shared.tolist()
-        self._check(number, loss, norm, own)
-        self.optimizer.step()
+        loss, all_tokens, all_cells, all_real, stop, terminate = shared.tolist()
+        loss /= accelerator.num_processes
+        trouble = self.watch.trouble(loss, norm, scaled=accelerator.scaler is not None)
+        if trouble is None:
+            self.optimizer.step()
+            skipped = bool(self.optimizer.step_was_skipped)
+        else:
+            skipped = True
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
         self.optimizer.zero_grad()
-        skipped = bool(self.optimizer.step_was_skipped)
         self.skipped = self.skipped + 1 if skipped else 0
+        if trouble or self.skipped:
+            where = f"step {number + 1}: {trouble or 'fp16 overflow'} at batch {self._broken(first, own)}"
+            if (trouble and settings.on_trouble == "stop") or self.skipped >= MAX_SKIPPED:
+                after = f", {self.skipped} steps skipped in a row" if self.skipped > 1 else ""
+                raise NumericsError(where + after)
+            trouble = trouble and where
         return StepResult(
-            loss=loss / accelerator.num_processes,
+            loss=loss,
             grad_norm=norm,
             learning_rate=rate,
             tokens=int(all_tokens),
@@ -139,24 +163,17 @@ class Stepper:
             seconds=time.perf_counter() - began,
             metrics=metrics,
             interrupted=stop > 0,
+            terminated=terminate > 0,
             skipped=skipped,
+            trouble=trouble,
         )
 
-    def _check(self, number: int, loss: float, norm: float, own: Tensor) -> None:
-        # With fp16 the gradient scaler meets overflows by skipping steps; only a row of them is an error.
-        scaled = self.accelerator.scaler is not None
-        finite = math.isfinite(loss) and (scaled or math.isfinite(norm))
-        if finite and self.skipped < MAX_SKIPPED:
-            return
+    def _broken(self, first: int, own: Tensor) -> str:
+        """Numbers of this process's micro-batches whose loss is no number; of all of them where that is not why."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        first = number * self.settings.gradient_accumulation
-        indexes = [(first + micro) * world + rank for micro in range(len(own))]
+        indexes = [first + micro * world + rank for micro in range(len(own))]
         broken = [i for i, value in zip(indexes, own.tolist(), strict=True) if not math.isfinite(value)]
-        raise NumericsError(
-            f"step {number + 1}: loss {loss / world:g}, gradient norm {norm:g}"
-            + (f", {self.skipped} fp16 steps skipped in a row" if self.skipped else "")
-            + f" at batch {', '.join(map(str, broken or indexes))}"
-        )
+        return ", ".join(map(str, broken or indexes))
 
 
 class Window:
@@ -183,8 +200,10 @@ class Window:
         self.began += time.perf_counter() - start
 
     def figures(self) -> dict[str, float]:
-        """Averages over the window."""
-        results = self.results
+        """Averages over the window; nothing where no step of it was taken."""
+        results = [result for result in self.results if not result.trouble]
+        if not results:
+            return {}
         seconds = max(1e-9, time.perf_counter() - self.began)
         cells = sum(result.cells for result in results)
         figures = {

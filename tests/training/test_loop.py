@@ -67,7 +67,12 @@ def test_train_inspect_resume(tmp_path, whole, make_recipe, make_job, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_job(job, folder, recipe)
     assert "go on with: " in capsys.readouterr().err
-    assert {p.name for p in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "run.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoints",
+        "heartbeat.json",
+        "metrics.jsonl",
+        "run.json",
+    }
     checkpoint = folder / "checkpoints" / "step-000004"
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
     assert {p.name for p in checkpoint.iterdir()} == CHECKPOINT_FILES

@@ -1,0 +1,94 @@
+"""Signs of life: ``heartbeat.json`` in a stage's folder, for ``sentcompress watch`` and for schedulers. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sentcompress.errors import TerminatedError
+
+FILE = "heartbeat.json"
+SECONDS = 5.0
+"""Between signs while nothing changes."""
+
+
+class Heartbeat:
+    """Writes what a stage is doing; leaves the reason behind when it fails, and nothing when it is done.
+
+    A file that cannot be written is no reason to stop training: the next checkpoint will say so better.
+
+    Args:
+        folder: of the stage.
+        steps: of the whole run.
+        shown: False (all processes but the first) writes nothing.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, shown: bool = True) -> None:
+        self.path = folder / FILE
+        self.shown = shown
+        self.facts: dict[str, Any] = {
+            "state": "starting",
+            "step": 0,
+            "steps": steps,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        self._written = float("-inf")
+
+    def beat(self, state: str, step: int, figures: Mapping[str, float] | None = None) -> None:
+        """Say what is done now; written when it changed, or some seconds after the last time.
+
+        Args:
+            state: ``training``, ``evaluating`` or ``saving``.
+            step: steps done.
+            figures: of ``metrics.jsonl``.
+        """
+        changed = state != self.facts["state"]
+        self.facts |= {"state": state, "step": step}
+        if figures:
+            kept = ("loss", "tokens_per_second")
+            self.facts |= {name: figures[name] for name in kept if name in figures}
+        if changed or time.monotonic() - self._written >= SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.shown:
+            return
+        self._written = time.monotonic()
+        temporary = self.path.with_name(f".{FILE}.{os.getpid()}.tmp")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(self.facts | {"time": time.time()}) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def __enter__(self) -> Heartbeat:
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self.shown:
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+            return
+        stopped = isinstance(error, KeyboardInterrupt | TerminatedError)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        self.facts |= {"state": "stopped" if stopped else "failed", "error": "" if stopped else reason}
+        self._write()
+
+
+def read_heartbeat(folder: Path) -> dict[str, Any] | None:
+    """The last sign of a stage that is not done, with the seconds since as ``age``; None where there is none."""
+    try:
+        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return {**facts, "age": time.time() - float(facts["time"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
