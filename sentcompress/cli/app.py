@@ -25,6 +25,7 @@ from sentcompress.cli import (
     sweep,
     train_vae,
     validate,
+    watch,
 )
 from sentcompress.cli.common import examples
 from sentcompress.cli.failures import DEBUG_VARIABLE, debugging, report
@@ -70,6 +71,7 @@ sweep.add_to(app)
 train_vae.add_to(app)
 graft.add_to(app)
 baseline.add_to(app)
+watch.add_to(app)
 generate.add_to(app)
 reconstruct.add_to(app)
 bench.add_to(app)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sentcompress.errors import InputError
 from sentcompress.io import storage_errors, write_atomically
 
+METRICS = "metrics.jsonl"
 LINE_SECONDS = 5.0
 """Seconds between plain lines where there is no terminal."""
 
@@ -73,7 +74,7 @@ class TrainingProgress:
         if now - self._printed >= LINE_SECONDS or step == self.total:
             self._printed = now
             left = (now - self._began) / max(1, step - self.start) * (self.total - step)
-            self.note(f"step {step}/{self.total}  {text}  {_duration(left)} left")
+            self.note(f"step {step}/{self.total}  {text}  {duration(left)} left")
 
     def heldout(self, step: int, figures: Mapping[str, float]) -> None:
         """Show held-out figures now, and beside the loss from now on."""
@@ -87,10 +88,11 @@ class TrainingProgress:
             self._bar.stop()
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+def duration(seconds: float) -> str:
+    """``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class MetricsLog:
@@ -106,7 +108,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         kept = [line for line in read_metrics(self.path) if line["step"] <= start]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events: Any = None
@@ -141,10 +143,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """The whole lines of a ``metrics.jsonl``; one cut short by a kill or otherwise broken is left out."""
     lines = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
@@ -152,6 +154,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict) and "step" in value:
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     return lines
