@@ -1,4 +1,4 @@
-"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel. ``nox`` runs the quick, ``nox -s NAME`` one.
+"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel, fuzz. ``nox`` runs the quick ones.
 
 An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
 constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
@@ -52,6 +52,14 @@ def lowest_constraints() -> str:
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in pinned if line.partition("==")[0].lower() in tools | KEPT]
     return "\n".join([*(f"{name}=={version}" for name, version in lowest.items()), *kept]) + "\n"
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Hostile recipes, model folders, texts and command lines, in full: about half an hour."""
+    session.install(*CONSTRAINED, "-e", ".[dev]")
+    for kind, count in (("recipes", 10_000), ("models", 2_000), ("texts", 2_000), ("commands", 1_000)):
+        session.run("python", "tools/fuzz.py", kind, "--count", str(count))
 
 
 @nox.session(python=PYTHONS)

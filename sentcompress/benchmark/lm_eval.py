@@ -200,11 +200,18 @@ def run(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: as the harness takes them; an ``--include_path`` among them replaces that of our tasks.
+
+    Raises:
+        InputError: the harness refuses them.
     """
     before = sys.argv
     sys.argv = ["lm-eval", "run", "--include_path", str(TASKS), *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        raise InputError(
+            f"lm-eval: {error}", fix="sentcompress lm-eval --help shows the harness's options"
+        ) from error
     finally:
         sys.argv = before
 

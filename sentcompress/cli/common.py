@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sentcompress.cli.failures import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +61,16 @@ def examples(*lines: str) -> str:
 
 
 def console() -> Console:
-    """Where tables are printed: as wide as the terminal, or wide enough for a file."""
-    from rich.console import Console
+    """Where tables are printed: as wide as the terminal, or wide enough for a file.
 
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.cli.failures.printable`).
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Screen(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Screen(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)

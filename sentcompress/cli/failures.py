@@ -33,8 +33,13 @@ def report(error: BaseException) -> int:
     if debugging():
         traceback.print_exception(error)
     explained = explain(error)
-    print(f"error: {explained}", file=sys.stderr)
+    print(f"error: {printable(str(explained))}", file=sys.stderr)
     return explained.exit_code
+
+
+def printable(text: str) -> str:
+    """Without anything a terminal would obey: names and contents of files may hold escape sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def explain(error: BaseException) -> SentCompressError:

@@ -10,6 +10,7 @@ import typer
 
 from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.cli.common import examples
+from sentcompress.cli.failures import printable
 
 
 def generate(
@@ -85,9 +86,10 @@ def generate(
         raise InputError(describe_validation_error(error, GenerationSettings, "")) from None
     parts = [part.strip() for part in quantize.split(",") if part.strip()]
     generator = SentenceGenerator(quantized(load_sentence_lm(folder), parts), load_saved_tokenizer(folder))
-    typer.echo(text, nl=False)
+    shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
+    typer.echo(shown(text), nl=False)
     for piece in generator.stream(text, settings):
-        typer.echo(piece, nl=False)
+        typer.echo(shown(piece), nl=False)
         sys.stdout.flush()
     typer.echo()
 

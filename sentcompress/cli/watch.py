@@ -95,14 +95,9 @@ def table(stages: list[StageView]) -> Table:
             f"{duration(stage.age)} ago" if stage.age is not None else "",
             stage.error,
         ]
-        # What stands in files and folder names never reaches the terminal as a command to it.
-        shown.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
+        # As Text, so that brackets in names are no markup.
+        shown.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
     return shown
-
-
-def plain(text: str) -> str:
-    """Without anything a terminal might obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -20,6 +20,9 @@ from sentcompress.errors import DataError, did_you_mean
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK = 1 << 20
+_ZSTD_CHUNK = 1 << 12  # a frame of nothing but repetition grows 30,000 times
+LONGEST_LINE = 1 << 28
+"""Bytes a line may have, decompressed: a file of a few kB may stand for a line of many GB."""
 
 
 class JsonlOptions(DatasetOptions):
@@ -100,12 +103,8 @@ class JsonlDataset(Dataset):
 def _lines(path: Path) -> Generator[bytes, None, None]:
     """Lines of a plain or compressed file. Raises DataError when it cannot be read to its end."""
     try:
-        if path.name.endswith(".zst"):
-            yield from _split_lines(_zstd_chunks(path))
-        else:
-            opener = gzip.open if path.name.endswith(".gz") else open
-            with opener(path, "rb") as file:
-                yield from _without_mark(file)
+        chunks = _zstd_chunks(path) if path.name.endswith(".zst") else _plain_chunks(path)
+        yield from _without_mark(_split_lines(chunks, path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short: {error}", fix="download or write it again") from None
     except OSError as error:
@@ -116,6 +115,14 @@ def _without_mark(lines: Any) -> Iterator[bytes]:
     """The lines, a byte order mark removed from the first."""
     for number, line in enumerate(lines):
         yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+
+
+def _plain_chunks(path: Path) -> Iterator[bytes]:
+    """Pieces of a plain or gzip file."""
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        while data := file.read(_CHUNK):
+            yield data
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
@@ -132,7 +139,7 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
     fresh = True
     with path.open("rb") as file:
         try:
-            while data := file.read(_CHUNK):
+            while data := file.read(_ZSTD_CHUNK):
                 while data:
                     yield frame.decompress(data)
                     fresh, data = frame.eof, frame.unused_data if frame.eof else b""
@@ -144,12 +151,21 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: damaged or cut short", fix="download or write it again")
 
 
-def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _split_lines(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """Raises DataError at a line over ``LONGEST_LINE``, before it is whole in memory."""
     parts: list[bytes] = []
+    size = number = 0
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             yield b"".join([*parts, line])
-            parts = []
+            parts, size = [], 0
+            number += 1
         parts.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{number + 1}: a line of over {LONGEST_LINE >> 20} MiB",
+                fix="cut it into documents of a line each; if it was not meant to be, the file may be a zip bomb",
+            )
     yield b"".join(parts)

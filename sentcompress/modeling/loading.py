@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import ModelFolderError, PluginError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
@@ -50,8 +51,19 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
 def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> Any:
     quiet()
     read_config(folder, model_type)
+    shown = transformers_logging.get_verbosity()
     try:
-        return cls.from_pretrained(folder, use_safetensors=True, **arguments).eval()  # type: ignore[attr-defined]
+        # Its report of what is missing is ours to give, and would show names from the file as they are.
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        model, found = cls.from_pretrained(  # type: ignore[attr-defined]
+            folder, use_safetensors=True, output_loading_info=True, **arguments
+        )
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} tensors are missing, of another shape or not of this model: {wrong[0]}"
+            )
+        return model.eval()
     except Exception as error:
         if isinstance(error, PluginError | MemoryError):
             raise
@@ -60,6 +72,8 @@ def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> A
             f"'{folder}': the weights cannot be loaded: {text}",
             fix="the file may be cut short: copy the folder again, or take an earlier one under checkpoints/",
         ) from error
+    finally:
+        transformers_logging.set_verbosity(shown)
 
 
 def load_vae(folder: Path | str) -> SentenceVAE:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sentcompress.errors import RecipeError, did_you_mean
+from sentcompress.recipe.reading import read_yaml
 from sentcompress.recipe.sections import (
     BackboneSpec,
     BaselineSettings,
@@ -177,7 +178,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 (byte {error.start})", fix="save the recipe as UTF-8") from None
     except OSError as error:
@@ -218,6 +219,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = node[key]
     try:
-        node[keys[-1]] = yaml.safe_load(value)
+        node[keys[-1]] = read_yaml(value)
     except (yaml.YAMLError, ValueError):
         raise RecipeError(f"--set {override}: the value is not valid YAML", fix="quote it") from None

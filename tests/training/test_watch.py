@@ -78,7 +78,7 @@ def test_the_table(runs, capsys):
     assert "25/100 25%" in out
     assert "3:45" in out
     assert "bits_per_token 7.25" in out
-    assert "out of ?[31mmemory" in out
+    assert "out of \\x1b[31mmemory" in out
     assert "\x1b" not in out
 
 
