@@ -8,7 +8,8 @@
 
 A case follows from the kind, ``--seed`` and its number alone, so ``--only`` runs a finding again. A finding is any
 exception that is not ours (or, of a command line, a message that offers the traceback), a case that takes over 20
-seconds of the processor, a write outside the working folder, an escape sequence on the terminal, or memory over 2 GB at the end.
+seconds of the processor, a write outside the working folder, an escape sequence on the terminal, or memory over 2 GB at
+the end.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sentcompress.cli.common import console, examples
+from sentcompress.cli.failures import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,8 +96,8 @@ def table(stages: list[StageView]) -> Table:
             f"{duration(stage.age)} ago" if stage.age is not None else "",
             stage.error,
         ]
-        # As Text, so that brackets in names are no markup.
-        shown.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+        # As Text, so that brackets in names are no markup; and as wide as it will be shown.
+        shown.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
     return shown
 
 
