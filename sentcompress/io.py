@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,22 @@ from typing import Any
 
 from sentcompress.errors import StorageError
 
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: control characters, halves of pairs, changes of direction.
+
+    Names and contents of files may hold escape sequences; they are shown as Python writes them.
+    """
+    return "".join(
+        repr(c)[1:-1]
+        if c in _DIRECTIONS or (c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cs"))
+        else c
+        for c in text
+    )
 
 
 @contextmanager

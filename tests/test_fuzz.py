@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from sentcompress.cli.app import main
 from sentcompress.cli.common import console
-from sentcompress.cli.failures import printable
 from sentcompress.datasets import jsonl
 from sentcompress.errors import DataError, ModelFolderError, RecipeError
+from sentcompress.io import printable
 from sentcompress.modeling.loading import load_sentence_lm
 from sentcompress.recipe import load_recipe
 from sentcompress.recipe.reading import read_yaml

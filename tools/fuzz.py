@@ -54,8 +54,8 @@ WRITES = {
 }
 
 
-class Finding(Exception):
-    """What should not have happened."""
+class Finding(BaseException):
+    """What should not have happened; no ``except Exception`` on the way takes it for a bad file."""
 
 
 # ---- cases
@@ -207,7 +207,7 @@ class Recipes(Kind):
 
 
 class Models(Kind):
-    """Folders of a SentenceLM with a changed configuration, weights or tokenizer."""
+    """Folders of a SentenceLM with a changed configuration or changed weights."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -288,12 +288,11 @@ class Commands(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        import click
         import typer
 
         from sentcompress.cli import app
 
-        self.paths: list[tuple[list[str], click.Command]] = []
+        self.paths: list[tuple[list[str], Any]] = []
 
         def walk(command: Any, path: list[str]) -> None:
             for name, inner in getattr(command, "commands", {}).items():
@@ -411,9 +410,11 @@ def watch_writes(allowed: list[Path]) -> list[str]:
             )
             if not writes:
                 return
-        name = os.path.abspath(os.fspath(arguments[0]))
-        if not (name + os.sep).startswith(inside) and not name.startswith("/dev/"):
-            found.append(f"{event} {name}")
+        targets = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+        for target in targets:
+            name = os.path.abspath(os.fspath(target))
+            if not (name + os.sep).startswith(inside) and not name.startswith("/dev/"):
+                found.append(f"{event} {name}")
 
     sys.addaudithook(hook)
     return found
@@ -433,8 +434,10 @@ def fuzz(kind: str, numbers: range | list[int], seed: int, report: Callable[[str
         try:
             cases = KINDS[kind](folder)
             home = Path.home()
-            caches = [Path(sys.prefix), home / ".cache", home / ".config" / "matplotlib"]
-            written = watch_writes([folder, Path(tempfile.gettempdir()), *caches])
+            # What libraries keep for themselves: compiled Python, fonts.
+            caches = [Path(sys.prefix), home / ".cache" / "matplotlib", home / ".config" / "matplotlib"]
+            tempfile.tempdir = str(folder)
+            written = watch_writes([folder, *caches])
             for number in numbers:
                 written.clear()
                 problem = ""
@@ -460,6 +463,7 @@ def fuzz(kind: str, numbers: range | list[int], seed: int, report: Callable[[str
                     report(f"{kind} {number}: {problem}")
         finally:
             os.chdir(before)
+            tempfile.tempdir = None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if peak > BYTES:
         findings += 1

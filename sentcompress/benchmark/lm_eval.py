@@ -209,6 +209,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         cli_evaluate()
     except ValueError as error:
+        if "No tasks specified" not in str(error):
+            raise
         raise InputError(
             f"lm-eval: {error}", fix="sentcompress lm-eval --help shows the harness's options"
         ) from error

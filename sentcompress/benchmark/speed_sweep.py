@@ -75,7 +75,9 @@ def sweep_speed(
     for prompt in prompt_tokens:
         require_positions(backbone, prompt, settings.new_tokens)
     plain = TokenSystem(BACKBONE, backbone, bos_token_id)
-    ours = SentenceSystem(model, sentence_tokens[:1], settings.head, settings.cache)
+    ours = SentenceSystem(
+        model, sentence_tokens[:1], settings.head, settings.cache, settings.shortlist_tokens
+    )
     cells = []
     with quiet():
         for size in settings.batch_sizes:

@@ -29,6 +29,7 @@ from sentcompress.cli import (
 )
 from sentcompress.cli.common import examples
 from sentcompress.cli.failures import DEBUG_VARIABLE, debugging, report
+from sentcompress.io import printable
 
 app = typer.Typer(
     name="sentcompress",
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
     if not debugging():
         # Where in our source a warning was raised is of no use to the reader.
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
         app(arguments, prog_name="sentcompress")
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.failures import printable
+from sentcompress.io import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +63,7 @@ def examples(*lines: str) -> str:
 def console() -> Console:
     """Where tables are printed: as wide as the terminal, or wide enough for a file.
 
-    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.cli.failures.printable`).
+    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.io.printable`).
     """
     from rich.console import Console
     from rich.segment import Segment

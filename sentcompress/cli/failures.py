@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 from sentcompress.errors import OutOfMemoryError, RunError, SentCompressError, StorageError
+from sentcompress.io import printable
 
 DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
 
@@ -35,11 +36,6 @@ def report(error: BaseException) -> int:
     explained = explain(error)
     print(f"error: {printable(str(explained))}", file=sys.stderr)
     return explained.exit_code
-
-
-def printable(text: str) -> str:
-    """Without anything a terminal would obey: names and contents of files may hold escape sequences."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def explain(error: BaseException) -> SentCompressError:

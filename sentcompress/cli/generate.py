@@ -10,7 +10,7 @@ import typer
 
 from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.cli.common import examples
-from sentcompress.cli.failures import printable
+from sentcompress.io import printable
 
 
 def generate(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sentcompress.cli.common import console, examples
-from sentcompress.cli.failures import printable
+from sentcompress.io import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -28,15 +28,15 @@ class SentenceLMOutput(ModelOutput):
     """Result of :meth:`SentenceLM.forward`.
 
     Attributes:
-        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss; in training, and with a shortlist, plus
-            ``shortlist_loss``.
+        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss.
         sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 where it is no target.
         targets: ``[S]`` int64, targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
         stop_nll: ``[S]`` nats of the decision "stop or go on" after each sentence; 0 where it is not scored.
         decisions: ``[S]`` bool, whether the decision after each sentence is scored.
         start_nll: scalar, nats of the decisions to begin (after start cells).
         hidden_states: ``[R, N, k, H]`` of the backbone.
-        shortlist_loss: scalar, nats a token of :class:`Shortlist`; None without one, and outside training.
+        shortlist_loss: scalar, nats a token of :class:`Shortlist`, to be minimized beside ``loss``; None without one,
+            and outside training.
     """
 
     loss: Tensor | None = None
@@ -252,13 +252,11 @@ class SentenceLM(PreTrainedModel):
         stop = torch.cat([torch.zeros_like(targets_at), torch.ones_like(sentence_index[ends])])
         stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
         stop_part = stop_losses.mean() if len(stop) else token_part * 0.0
-        loss = token_part + stop_weight * stop_part
         shortlist_loss = None
         if self.shortlist is not None and self.training and len(targets_at):
             shortlist_loss = self.shortlist.loss(
                 predictors, self.vae.output_weight, input_ids[targets_at], attention_mask[targets_at]
             )
-            loss = loss + shortlist_loss
         real = before >= 0
         stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(
             0, before[real], decision_nll[real]
@@ -266,7 +264,7 @@ class SentenceLM(PreTrainedModel):
         decisions = torch.zeros(size, dtype=torch.bool, device=latents.device)
         decisions[before[real]] = True
         return SentenceLMOutput(
-            loss=loss,
+            loss=token_part + stop_weight * stop_part,
             sentence_nll=sentence_nll,
             targets=targets,
             stop_nll=stop_nll,

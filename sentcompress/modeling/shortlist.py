@@ -14,7 +14,7 @@ class Shortlist(nn.Module):
 
     The score of a token is a product of ``rank`` numbers: a query made of the latents, and a key made of the token's
     row in the output head, so that rare tokens are known by what resembles them; plus a number of the token's own.
-    It learns beside the model and changes nothing in it: no gradient leaves it.
+    It learns beside the model: no gradient leaves it (training clips the gradients of both together).
 
     Args:
         hidden_size, latents: of what the decoder is told, ``[k, H]``.

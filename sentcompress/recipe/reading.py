@@ -10,6 +10,7 @@ LONGEST = 2**18
 """Characters of a recipe; the longest of ours has 3,000."""
 MOST_VALUES = 20_000
 """Values it may stand for once its aliases are written out: ten lines can make a billion."""
+LONGEST_NUMBER = 100
 DEEPEST = 50
 """Levels."""
 
@@ -53,6 +54,8 @@ def _size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
         return MOST_VALUES + 1
     if id(node) not in known:
         parts: list[yaml.Node] = []
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a whole number of over {LONGEST_NUMBER} characters")
         if isinstance(node, yaml.SequenceNode):
             parts = node.value
         elif isinstance(node, yaml.MappingNode):

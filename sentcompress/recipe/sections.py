@@ -226,7 +226,7 @@ class GraftSettings(TrainingSettings, TuneSettings):
     """Of the token loss, against the teacher's distribution; the rest is against the text."""
     shortlist_rank: int = Field(default=0, ge=0)
     """Learn also to predict which tokens a sentence may hold, by scores of this rank, for ``--head shortlist``; 0 does
-    not. The rest of the model learns the same."""
+    not. No gradient of it reaches the rest of the model; they share the gradient clipping."""
 
     @model_validator(mode="after")
     def _one_softening(self) -> GraftSettings:

@@ -118,6 +118,7 @@ class GraftJob:
             tokens=int(batch["attention_mask"].sum()),
             metrics=metrics,
             rows=batch["passage_ids"] >= 0,
+            beside=output.shortlist_loss,
         )
 
     @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,6 +43,10 @@ class Heartbeat:
             "host": socket.gethostname(),
         }
         self._written = float("-inf")
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        # A daemon: it must not keep a process alive that wants to end.
+        self._thread = threading.Thread(target=self._go_on, name="heartbeat", daemon=True)
 
     def beat(self, state: str, step: int, figures: Mapping[str, float] | None = None) -> None:
         """Say what is done now; written when it changed, or some seconds after the last time.
@@ -51,11 +57,19 @@ class Heartbeat:
             figures: of ``metrics.jsonl``.
         """
         changed = state != self.facts["state"]
-        self.facts |= {"state": state, "step": step}
-        if figures:
-            kept = ("loss", "tokens_per_second")
-            self.facts |= {name: figures[name] for name in kept if name in figures}
+        kept = ("loss", "tokens_per_second")
+        self.facts = {
+            **self.facts,
+            "state": state,
+            "step": step,
+            **{name: figures[name] for name in kept if figures and name in figures},
+        }
         if changed or time.monotonic() - self._written >= SECONDS:
+            self._write()
+
+    def _go_on(self) -> None:
+        """A sign every few seconds, also in a long step, evaluation or save."""
+        while not self._ended.wait(max(SECONDS, 0.1)):
             self._write()
 
     def _write(self) -> None:
@@ -63,17 +77,20 @@ class Heartbeat:
             return
         self._written = time.monotonic()
         temporary = self.path.with_name(f".{FILE}.{os.getpid()}.tmp")
-        with suppress(OSError):
+        with self._lock, suppress(OSError):
             temporary.write_text(json.dumps(self.facts | {"time": time.time()}) + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
 
     def __enter__(self) -> Heartbeat:
         self._write()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        self._thread.join()
         if error is None:
             if self.shown:
                 with suppress(OSError):
@@ -89,6 +106,7 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """The last sign of a stage that is not done, with the seconds since as ``age``; None where there is none."""
     try:
         facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return {**facts, "age": time.time() - float(facts["time"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        age = max(0.0, time.time() - float(facts["time"]))  # another machine's clock may be ahead
+        return {**facts, "age": age} if math.isfinite(age) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None

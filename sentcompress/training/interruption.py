@@ -9,7 +9,9 @@ from typing import Any
 
 
 class Interruption:
-    """Within the block, the first SIGINT or SIGTERM only sets ``asked``; the next one acts as usual.
+    """Within the block, the first SIGINT or SIGTERM only sets ``asked``; a Ctrl-C after it acts as usual.
+
+    A SIGTERM after it changes nothing: launchers pass on what a cluster has sent to everyone already.
 
     Outside the main thread, where Python has no signal handlers, it never asks.
 
@@ -33,5 +35,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        self.__exit__()
+        if number == signal.SIGINT:
+            self.__exit__()
+        self.asked = self.asked or number

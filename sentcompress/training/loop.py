@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
 from sentcompress.io import move_files, storage_errors, temporary_folder
@@ -30,7 +29,7 @@ from sentcompress.training.memory import explain_out_of_memory, recompute_activa
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
 from sentcompress.training.processes import on_cpu, processes
-from sentcompress.training.progress import MetricsLog, TrainingProgress
+from sentcompress.training.progress import MetricsLog, TrainingProgress, no_library_bars
 from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
 from sentcompress.training.step import Batch, StepOutput, Stepper, StepResult, Window
 from sentcompress.training.trouble import MAX_ROLLBACKS, LossWatch
@@ -39,18 +38,6 @@ __all__ = ["Batch", "Job", "StepOutput", "run_job", "seed_everything"]
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of precisions to accelerate's."""
-
-
-@contextmanager
-def _no_library_bars() -> Iterator[None]:
-    """Saving shows no bar of transformers' own in the middle of ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def seed_everything(seed: int) -> None:
@@ -202,16 +189,17 @@ class _Run:
                 while done < settings.steps:
                     done += 1
                     result = self._step(done, batches, interruption)
+                    if result.trouble and settings.on_trouble == "rollback":
+                        done = self._roll_back(result.trouble)
+                        batches.close()
+                        if log:
+                            log.close()
+                        log, batches = self._log_from(done), self._batches()
+                        window = Window(batches)
+                        self._note_trouble(done, result.trouble, log)
+                        continue
                     if result.trouble:
                         self._note_trouble(done, result.trouble, log)
-                        if settings.on_trouble == "rollback":
-                            done = self._roll_back(result.trouble)
-                            batches.close()
-                            if log:
-                                log.close()
-                            log, batches = self._log_from(done), self._batches()
-                            window = Window(batches)
-                            continue
                     window.add(result)
                     last = done == settings.steps
                     if done % settings.log_every == 0 or last:
@@ -232,7 +220,8 @@ class _Run:
                             )
                         raise KeyboardInterrupt
                 self._evaluate(settings.steps, log)
-            self._finish()
+                self._finish()
+                self._end_if_asked(interruption)
         finally:
             batches.close()
             self.progress.close()
@@ -321,7 +310,7 @@ class _Run:
             log.write(done, {"eval": self.figures})
 
     def _write_model(self, folder: Path, done: int) -> None:
-        with self._weights(), _no_library_bars():
+        with self._weights(), no_library_bars():
             self.job.save(folder)
         facts = {
             "steps": f"{done} of {self.settings.steps}",
@@ -360,6 +349,20 @@ class _Run:
             }
             self.store.save(done, lambda folder: self._write_model(folder, done), tensors, state)
         self.accelerator.wait_for_everyone()
+
+    def _end_if_asked(self, interruption: Interruption) -> None:
+        """The stage is done, but whoever asked for an end in its last moments wants none after it."""
+        asked = torch.tensor([interruption.asked is not None, interruption.asked == signal.SIGTERM])
+        asked = asked.float().to(self.accelerator.device)
+        if self.world > 1:
+            asked = self.accelerator.reduce(asked)
+        stop, terminate = (asked > 0).tolist()
+        if terminate:
+            raise TerminatedError(
+                f"{self.job.stage}: done, and asked to end (SIGTERM)", fix=f"go on with: {resume_command()}"
+            )
+        if stop:
+            raise KeyboardInterrupt
 
     def _say_how_to_go_on(self, done: int) -> None:
         self.progress.note(f"stopped after step {done} and saved {self.store.path(done)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sentcompress.errors import InputError
-from sentcompress.io import storage_errors, write_atomically
+from sentcompress.io import printable, storage_errors, write_atomically
 
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 5.0
@@ -53,7 +54,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(f"{self.stage}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(f"{self.stage}: {text}"), markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar, if there is one."""
@@ -95,6 +96,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@contextmanager
+def no_library_bars() -> Iterator[None]:
+    """Saving shows no bar of transformers' own in the middle of ours."""
+    from transformers.utils import logging as transformers_logging  # slow, and `watch` reads this module too
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 class MetricsLog:
     """``metrics.jsonl``, one object a line, and TensorBoard events beside it if wanted.
 
@@ -130,7 +145,9 @@ class MetricsLog:
             self._file.flush()
         if self._events is not None:
             for name, value in figures.items():
-                if isinstance(value, Mapping):
+                if isinstance(value, str):
+                    self._events.add_text(name, value, step)
+                elif isinstance(value, Mapping):
                     for inner, number in value.items():
                         self._events.add_scalar(f"{name}/{inner}", number, step)
                 else:

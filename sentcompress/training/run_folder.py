@@ -62,7 +62,7 @@ def stage_record(stage: str, recipe: Recipe, inputs: Mapping[str, str]) -> dict[
         # Three processes with one micro-batch each take the steps of one with three, and go on with what it left.
         record[f"{section}.{TOGETHER}"] = record.pop(f"{section}.{ACCUMULATION}") * process_count()
     if stage == "baseline":
-        for name in ("teacher", "teacher_share"):  # of the graft alone
+        for name in ("teacher", "teacher_share", "shortlist_rank"):  # of the graft alone
             del record[f"graft.{name}"]
     return record | {f"inputs.{name}": digest for name, digest in inputs.items()}
 
@@ -99,6 +99,11 @@ class StageFolder:
     @property
     def started(self) -> bool:
         return (self.path / RUN).is_file()
+
+    @property
+    def interrupted(self) -> bool:
+        """An older run still stands aside: the one that replaces it goes on, or was killed."""
+        return self._previous.exists()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -162,9 +167,11 @@ class StageFolder:
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         old, new = (f"{SECTIONS[self.stage]}.{name}" for name in (ACCUMULATION, TOGETHER))
-        if old in saved:  # written by a version that did not count processes: it was one
+        if old in saved:  # written by a version that did not count processes; mostly there was one
             saved = {**saved, new: saved[old]}
             del saved[old]
+        if self.finished and new in self.record:  # whoever computed it, it is there
+            saved[new] = self.record[new]
         # A field that came with a later version, at its default: the run was made as if it had been there.
         defaults = stage_record(self.stage, Recipe(name="defaults"), {})
         later = {n for n in defaults if n not in saved and self.record.get(n) == defaults[n]}

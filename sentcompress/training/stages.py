@@ -203,8 +203,9 @@ def _look(run: Run, stage: Stage, *, resume: bool, overwrite: bool) -> dict[str,
     """
     path = run.out / stage.name
     folder = StageFolder(path, stage.name, stage_record(stage.name, run.recipe, {}))
-    if processes().is_main_process:
-        folder.recover()
+    if processes().is_main_process and folder.interrupted:
+        with folder.locked():  # unless the run that is replacing it goes on
+            folder.recover()
     processes().wait_for_everyone()
     if folder.finished and not overwrite:
         folder.record = stage_record(stage.name, run.recipe, stage.inputs(run))

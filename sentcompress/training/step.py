@@ -28,6 +28,7 @@ class StepOutput:
 
     Attributes:
         loss: scalar to minimize; the micro-batches of a step count equally.
+        beside: a loss that is minimized too, of something that learns beside the model; not part of what is reported.
         tokens: real tokens in it, for tokens/s.
         metrics: further scalars, averaged over the micro-batches between two log lines.
         rows: ``[R, N]`` bool, True at cells that hold something, of the rows the model computes with their
@@ -38,6 +39,7 @@ class StepOutput:
     tokens: int
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
+    beside: Tensor | None = None
 
 
 @dataclass
@@ -118,7 +120,8 @@ class Stepper:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     output = self.loss(self.model, batch)
-                accelerator.backward(output.loss / settings.gradient_accumulation)
+                minimized = output.loss if output.beside is None else output.loss + output.beside
+                accelerator.backward(minimized / settings.gradient_accumulation)
             rows = batch.get("attention_mask") if output.rows is None else output.rows
             if rows is not None:
                 cells += rows.numel()
@@ -169,11 +172,11 @@ class Stepper:
         )
 
     def _broken(self, first: int, own: Tensor) -> str:
-        """Numbers of this process's micro-batches whose loss is no number; of all of them where that is not why."""
+        """Numbers of this process's micro-batches whose loss is no number; of the whole step where none is."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        indexes = [first + micro * world + rank for micro in range(len(own))]
+        indexes = range(first + rank, first + len(own) * world, world)
         broken = [i for i, value in zip(indexes, own.tolist(), strict=True) if not math.isfinite(value)]
-        return ", ".join(map(str, broken or indexes))
+        return ", ".join(map(str, broken or range(first, first + len(own) * world)))
 
 
 class Window:

@@ -15,7 +15,7 @@ from sentcompress.training.heartbeat import read_heartbeat
 from sentcompress.training.progress import METRICS, read_metrics
 
 STALE_SECONDS = 120.0
-"""Silence after which a run counts as lost; the slowest step shown may raise it."""
+"""Silence after which a run counts as lost: a living process gives a sign every few seconds, whatever it does."""
 DEPTH = 4
 """Levels below the folder at which stages are looked for."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -96,7 +96,7 @@ def view(stage: Path, root: Path) -> StageView:
     found.steps = int(_number(heartbeat.get("steps")) or 0)
     found.error = str(heartbeat.get("error") or found.error)
     pace = _seconds_a_step(steps)
-    if found.state not in ("stopped", "failed") and found.age > max(STALE_SECONDS, 5 * (pace or 0)):
+    if found.state not in ("stopped", "failed") and found.age > STALE_SECONDS:
         found.state = "lost"
     if pace is not None and found.state in ("training", "evaluating", "saving"):
         found.seconds_left = pace * (found.steps - found.step)
@@ -113,9 +113,13 @@ def _seconds_a_step(steps: list[dict[str, Any]]) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def curve(values: list[float], width: int) -> str:

@@ -63,7 +63,8 @@ def test_the_rest_learns_the_same(context):
     for each in (plain, model):
         each.train()
         torch.manual_seed(3)  # the same dropout
-        each(**copy.deepcopy(batch)).loss.backward()
+        out = each(**copy.deepcopy(batch))
+        (out.loss if out.shortlist_loss is None else out.loss + out.shortlist_loss).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     for name, p in model.named_parameters():
         if name.startswith("shortlist."):

@@ -153,7 +153,7 @@ def test_an_unfinished_run_needs_resume_or_overwrite(tmp_path, make_recipe, make
     with pytest.raises(InputError, match="not finished"):
         run_job(make_job(recipe), tmp_path / "run", recipe)
     run_job(make_job(recipe), tmp_path / "run", recipe, overwrite=True)
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 7
 
 
@@ -175,7 +175,7 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_has_taken_a_step(whole,
     shutil.copy(folder.with_name(f".{folder.name}.previous") / "run.json", folder)
     run_job(make_job(recipe), folder, recipe)
     assert weights(folder) == before
-    assert not list(folder.parent.glob(".*"))
+    assert [path.name for path in folder.parent.glob(".*")] == [".whole.lock"]
 
 
 def test_a_strangers_folder_is_never_touched(tmp_path, make_recipe, make_job):

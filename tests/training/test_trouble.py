@@ -46,7 +46,7 @@ def weights(folder: Path) -> str:
 
 
 def test_a_bad_step_can_be_left_out(tmp_path, make_recipe, make_job, capsys):
-    recipe, folder = make_recipe(on_trouble="skip"), tmp_path / "run"
+    recipe, folder = make_recipe(on_trouble="skip", tensorboard=True), tmp_path / "run"
     job = make_job(recipe)
     used = break_batches(job, 7)
     run_job(job, folder, recipe)
@@ -67,6 +67,8 @@ def test_a_bad_step_can_be_gone_back_from_and_the_data_goes_on(tmp_path, make_re
     assert used == list(range(16))
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    (event,) = [line for line in lines if "event" in line]
+    assert event == {"step": 2, "event": "step 4: loss nan, gradient norm nan at batch 7"}
 
     # Stopped and resumed after that, it still knows where in the data it was.
     job, again = make_job(recipe), tmp_path / "again"
