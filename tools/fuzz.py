@@ -430,6 +430,7 @@ def fuzz(kind: str, numbers: range | list[int], seed: int, report: Callable[[str
         folder = Path(name)
         os.environ["SENTCOMPRESS_CACHE"] = str(folder / "cache")
         os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         os.chdir(folder)
         try:
             cases = KINDS[kind](folder)

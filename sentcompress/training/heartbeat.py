@@ -106,7 +106,8 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """The last sign of a stage that is not done, with the seconds since as ``age``; None where there is none."""
     try:
         facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        age = max(0.0, time.time() - float(facts["time"]))  # another machine's clock may be ahead
-        return {**facts, "age": age} if math.isfinite(age) else None
+        age = time.time() - float(facts["time"])
+        # Another machine's clock may be ahead.
+        return {**facts, "age": max(0.0, age)} if math.isfinite(age) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
