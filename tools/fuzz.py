@@ -80,11 +80,11 @@ def mutate(value: Any, rng: random.Random) -> Any:
         changed = list(value)
         place = rng.randrange(len(changed))
         changed[place] = mutate(changed[place], rng)
-        return changed * rng.choice([1, 1, 1, 1000])
+        return changed * (rng.choice([1, 1, 1, 1000]) if len(changed) < 1000 else 1)
     if isinstance(value, bool) or value is None or rng.random() < 0.5:
         return copy.deepcopy(rng.choice(NASTY))
     if isinstance(value, int | float):
-        return rng.choice([-value, value * 10**6, value + 0.5, str(value), [value], 0, -1])
+        return rng.choice([-value, value * 10**6, value + 1, str(value), [value], 0, -1])
     if isinstance(value, str):
         return misspell(value, rng)
     return nested(rng.choice([3, 60, 300]))
