@@ -61,8 +61,11 @@ def _disk_full(folder: Path) -> StorageError:
     )
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a small text file so that a reader finds the old one or the new one, never a part.
+
+    Args:
+        durable: wait until it is on the disk; False may lose it with the power.
 
     Raises:
         StorageError: it cannot be written.
@@ -72,10 +75,12 @@ def write_atomically(path: Path, text: str) -> None:
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
-            _fsync(path.parent)
+            if durable:
+                _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from sentcompress.benchmark.records import MemoryReport
+from sentcompress.choices import CacheKind
 from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
@@ -90,7 +91,7 @@ def measure_memory(
     new_tokens: int,
     bos_token_id: int,
     budget: int = BUDGET,
-    cache: Literal["full", "int8"] = "full",
+    cache: CacheKind = "full",
 ) -> list[MemoryReport]:
     """Measure both models on the same text.
 
@@ -172,7 +173,7 @@ def _sentence_report(
     lengths: list[int],
     new_tokens: int,
     budget: int,
-    cache: Literal["full", "int8"],
+    cache: CacheKind,
 ) -> MemoryReport:
     generator = SentenceGenerator(model, None)
     generator.head("auto")  # made once, whatever the length of the text

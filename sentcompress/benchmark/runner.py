@@ -271,10 +271,12 @@ class _Bench:
             ("backbone, as it came", lambda: self.parts.as_it_came, token_model, ()),
             ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
         ]
+        approximate = ""
         if model.shortlist is not None:
             head = make_shortlist_head(model, self.settings.shortlist_tokens)
-            name = f"sentence model, shortlist of {head.tokens:,}"
-            jobs.insert(1, (name, lambda: model, partial(sentence_model, shortlist=head), self.trained_in))
+            approximate = f"sentence model, shortlist of {head.tokens:,}"
+            score_short = partial(sentence_model, shortlist=head)
+            jobs.insert(1, (approximate, lambda: model, score_short, self.trained_in))
         for system, load, score, stages in jobs:
             with Bar(f"bench: quality: {system}", len(documents), enabled=not self.quiet) as bar:
                 if (candidate := self.attempt("quality", system, load)) is None:
@@ -282,7 +284,7 @@ class _Bench:
                 found = score(candidate, system, partial(bar.advance, 1))
             sentence = self.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
-            if "shortlist" not in system:  # the cost is computed for the full head
+            if system != approximate:  # the cost is computed for the full head
                 found.cost = decoding_cost(candidate, middle, sentence)
             found.counts = model_counts(candidate, self.parts, stages, sentence)
             scores.append(found)

@@ -27,14 +27,15 @@ class Prefix:
         sentences: token ids of each.
         latents: ``[n, k, H]`` of them.
         states: ``[1, n, k, H]`` of the backbone, the start cell's among them.
-        cache: its keys and values; None where they cannot be kept for others, and the text is read each time.
+        cache: its keys and values ``[1, heads, columns, d]``, layer by layer; None where they cannot be kept for
+            others, and the text is read each time.
     """
 
     text: str
     sentences: list[list[int]]
     latents: Tensor
     states: Tensor
-    cache: DynamicCache | None
+    cache: list[tuple[Tensor, Tensor]] | None
 
     @classmethod
     @torch.no_grad()
@@ -42,7 +43,8 @@ class Prefix:
         """Run the backbone over sentences and keep what comes of it."""
         inputs, valid = _rows(model, [latents], start=model.config.start_latent)
         states, cache = _run(model, inputs, valid, use_cache=True)
-        return cls(text, sentences, latents, states, cache if _plain(cache) else None)
+        layers = [(layer.keys, layer.values) for layer in cache.layers] if _plain(cache) else None
+        return cls(text, sentences, latents, states, layers)
 
     def common(self, texts: Iterable[list[list[int]]]) -> Prefix:
         """The part of it that all texts, given as sentences, begin with: the next words may change how it is cut."""
@@ -51,12 +53,11 @@ class Prefix:
             pairs = zip(self.sentences[:shared], sentences, strict=False)
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         less = len(self.sentences) - shared
-        cells, cache = self.states.shape[1] - less, None
+        cells = self.states.shape[1] - less
+        columns = cells * self.latents.shape[1]
+        cache = None
         if self.cache is not None and cells:
-            cache = DynamicCache()
-            for number, layer in enumerate(self.cache.layers):
-                columns = cells * self.latents.shape[1]
-                cache.update(layer.keys[:, :, :columns], layer.values[:, :, :columns], number)
+            cache = [(keys[:, :, :columns], values[:, :, :columns]) for keys, values in self.cache]
         return Prefix(
             self.text, self.sentences[:shared], self.latents[:shared], self.states[:, :cells], cache
         )
@@ -164,8 +165,8 @@ class Cells:
         rows, width = valid.shape
         past, k = prefix.states.shape[1], self.model.latents
         cache = DynamicCache()
-        for number, layer in enumerate(prefix.cache.layers):
-            cache.update(*(x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values)), number)
+        for number, layer in enumerate(prefix.cache):
+            cache.update(*(x.expand(rows, -1, -1, -1) for x in layer), number)
         states = prefix.states.expand(rows, -1, -1, -1)
         if not width:
             return states, cache

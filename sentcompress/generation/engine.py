@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sentcompress.choices import HeadKind
+from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.cells import Cells, Prefix
@@ -90,7 +90,7 @@ class SentenceGenerator:
         Raises:
             InputError: it cannot be had here.
         """
-        key = (kind, shortlist_tokens)
+        key = (kind, shortlist_tokens if kind == "shortlist" else 0)
         if key not in self._heads:
             if kind == "shortlist":
                 self._heads[key] = make_shortlist_head(self.model, shortlist_tokens)
@@ -162,7 +162,7 @@ class SentenceGenerator:
                 yield number, tokens
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]], cache: str = "full") -> Cells:
+    def prefill(self, contexts: Sequence[Sequence[Sequence[int]]], cache: CacheKind = "full") -> Cells:
         """Encode whole sentences given as token ids and run the backbone over them; for benchmarks."""
         latents = [self.encode(sentences) for sentences in contexts]
         return Cells(self.model.eval(), latents, use_cache=True, int8=cache == "int8")

@@ -104,10 +104,17 @@ class Head:
     def _full(self, hidden_states: Tensor, banned: Tensor, token: int) -> Tensor:
         logits = F.linear(hidden_states, self.weight).float()
         logits[banned, token] = float("-inf")
-        best, chosen = logits.max(1)
+        return self._likeliest(hidden_states, logits)
+
+    def _likeliest(self, hidden_states: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The likeliest token of each row ``[B]``, ties settled, by logits ``[B, n]`` of ``tokens``; None: of all."""
+        best, place = logits.max(1)
+        chosen = place if tokens is None else tokens.gather(1, place[:, None]).squeeze(1)
         close = logits >= (best - self._doubt(hidden_states))[:, None]
         for row in (close.sum(1) > 1).nonzero().flatten().tolist():
-            chosen[row] = self._settle(hidden_states[row], close[row].nonzero().flatten())
+            places = close[row].nonzero().flatten()
+            near = places if tokens is None else tokens[row, places].sort().values
+            chosen[row] = self._settle(hidden_states[row], near)
         return chosen
 
     def _doubt(self, hidden_states: Tensor) -> Tensor:
@@ -246,12 +253,7 @@ class ShortlistHead(Head):
         self.picked += len(hidden_states)
         tokens, logits = self._known(hidden_states, words)
         logits[(tokens == token) & banned[:, None]] = float("-inf")
-        best, place = logits.max(1)
-        chosen = tokens.gather(1, place[:, None]).squeeze(1)
-        close = logits >= (best - self._doubt(hidden_states))[:, None]
-        for row in (close.sum(1) > 1).nonzero().flatten().tolist():
-            chosen[row] = self._settle(hidden_states[row], tokens[row, close[row]].sort().values)
-        return chosen
+        return self._likeliest(hidden_states, logits, tokens)
 
     def nats(self, hidden_states: Tensor, words: Words, targets: Tensor) -> Tensor:
         """What text costs that is written with these words: ``[t, H]`` and ``[t]`` tokens to ``[t]``.

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sentcompress.errors import TerminatedError
+from sentcompress.errors import StorageError, TerminatedError
+from sentcompress.io import write_atomically
 
 FILE = "heartbeat.json"
 SECONDS = 5.0
@@ -76,25 +77,26 @@ class Heartbeat:
         if not self.shown:
             return
         self._written = time.monotonic()
-        temporary = self.path.with_name(f".{FILE}.{os.getpid()}.tmp")
-        with self._lock, suppress(OSError):
-            temporary.write_text(json.dumps(self.facts | {"time": time.time()}) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
+        with self._lock, suppress(StorageError):
+            text = json.dumps(self.facts | {"time": time.time()}) + "\n"
+            write_atomically(self.path, text, durable=False)
 
     def __enter__(self) -> Heartbeat:
-        self._write()
-        self._thread.start()
+        if self.shown:
+            self._write()
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.shown:
+            return
         self._ended.set()
         self._thread.join()
         if error is None:
-            if self.shown:
-                with suppress(OSError):
-                    self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
             return
         stopped = isinstance(error, KeyboardInterrupt | TerminatedError)
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

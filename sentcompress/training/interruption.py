@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one lets the step finish and saves, the second one ends at once."""
+"""Ctrl-C and SIGTERM: the first one lets the step finish and saves; a Ctrl-C after it ends at once."""
 
 from __future__ import annotations
 

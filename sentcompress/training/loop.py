@@ -6,7 +6,7 @@ import random
 import signal
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -115,9 +115,9 @@ class _Run:
         tensors, state = saved.read_checkpoint(checkpoint) if checkpoint else ({}, {})
         self.start = int(state.get("step", 0))
         self.next_batch = int(state.get("next_batch", 0))
-        self.watch = LossWatch(self.settings, state.get("recent_losses", ()))
+        self.watch = LossWatch(self.settings)
         self.rollbacks = 0
-        self.tokens = int(state.get("tokens", 0))
+        self.tokens = 0
         self.seconds = float(state.get("seconds", 0.0))
         self.figures: dict[str, float] = dict(state.get("figures", {}))
         self.accelerator = self._accelerator(state.get("precision"))
@@ -173,6 +173,9 @@ class _Run:
             self.average.load(saved.ungrouped("average", tensors))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.watch.recent.clear()
+        self.watch.recent.extend(state.get("recent_losses", ()))
+        self.tokens = int(state["tokens"])
         if random_state := saved.ungrouped(f"random/{self.rank}", tensors):
             saved.load_random_tensors(random_state)
         else:  # a process that was not there before: its dropout is its own from here on
@@ -213,12 +216,7 @@ class _Run:
                             self._checkpoint(done)
                     if result.interrupted and not last:
                         self._say_how_to_go_on(done)
-                        if result.terminated:
-                            raise TerminatedError(
-                                f"{job.stage}: asked to end (SIGTERM); saved {self.store.path(done)}",
-                                fix=f"go on with: {resume_command()}",
-                            )
-                        raise KeyboardInterrupt
+                        self._end(result.terminated, f"asked to end (SIGTERM); saved {self.store.path(done)}")
                 self._evaluate(settings.steps, log)
                 self._finish()
                 self._end_if_asked(interruption)
@@ -255,9 +253,6 @@ class _Run:
         self.rollbacks += 1
         tensors, state = saved.read_checkpoint(checkpoint)
         self._load(checkpoint, tensors, state)
-        self.watch.recent.clear()
-        self.watch.recent.extend(state.get("recent_losses", ()))
-        self.tokens = int(state["tokens"])
         self.progress.note(f"back to {checkpoint}, on with batch {self.next_batch}")
         return int(state["step"])
 
@@ -356,13 +351,15 @@ class _Run:
         asked = asked.float().to(self.accelerator.device)
         if self.world > 1:
             asked = self.accelerator.reduce(asked)
-        stop, terminate = (asked > 0).tolist()
-        if terminate:
-            raise TerminatedError(
-                f"{self.job.stage}: done, and asked to end (SIGTERM)", fix=f"go on with: {resume_command()}"
-            )
+        stop, terminated = (asked > 0).tolist()
         if stop:
-            raise KeyboardInterrupt
+            self._end(terminated, "done, and asked to end (SIGTERM)")
+
+    def _end(self, terminated: bool, why: str) -> NoReturn:
+        """End as Ctrl-C does, or as SIGTERM."""
+        if terminated:
+            raise TerminatedError(f"{self.job.stage}: {why}", fix=f"go on with: {resume_command()}")
+        raise KeyboardInterrupt
 
     def _say_how_to_go_on(self, done: int) -> None:
         self.progress.note(f"stopped after step {done} and saved {self.store.path(done)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
 
 from sentcompress.recipe import TrainingSettings
 
@@ -24,12 +23,14 @@ class LossWatch:
 
     Args:
         settings: ``spike`` says what is far above.
-        recent: the losses a resumed run had seen.
+
+    Attributes:
+        recent: the last good losses; a resumed run puts back what it had seen.
     """
 
-    def __init__(self, settings: TrainingSettings, recent: Iterable[float] = ()) -> None:
+    def __init__(self, settings: TrainingSettings) -> None:
         self.factor = settings.spike
-        self.recent = deque(recent, maxlen=REMEMBERED)
+        self.recent = deque[float](maxlen=REMEMBERED)
 
     def trouble(self, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
         """What is wrong with a step, or None.

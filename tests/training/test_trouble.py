@@ -120,9 +120,11 @@ def test_a_spike_is_a_loss_far_above_the_usual():
     assert watch.trouble(15.9, 1.0, scaled=False) is None
     assert watch.trouble(16.1, 1.0, scaled=False) == "loss 16.1 is a spike, 8 is usual"
     assert 16.1 not in watch.recent
-    again = LossWatch(TrainingSettings(spike=2.0), list(watch.recent))
+    again = LossWatch(TrainingSettings(spike=2.0))
+    again.recent.extend(watch.recent)
     assert again.trouble(16.1, 1.0, scaled=False)
-    low = LossWatch(TrainingSettings(spike=2.0), [0.01] * 30)
+    low = LossWatch(TrainingSettings(spike=2.0))
+    low.recent.extend([0.01] * 30)
     assert low.trouble(0.4, 1.0, scaled=False) is None
     assert LossWatch(TrainingSettings()).trouble(1e9, 1.0, scaled=False) is None
 
