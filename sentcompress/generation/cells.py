@@ -137,7 +137,7 @@ class Cells:
         else:
             cache, past = self._store.lend(rows)
             ids = torch.where(past, 0, -1)
-            states, cache = self.model.backbone_states(
+            states, _ = self.model.backbone_states(
                 latents[:, None],
                 past.new_ones(len(rows), 1),
                 ids.new_zeros(len(rows), 1),
@@ -146,7 +146,7 @@ class Cells:
                 past_passage_ids=ids,
                 use_cache=True,
             )
-            self._store.take_back(rows, cache)
+            self._store.extend(rows)
         self.hidden_states = self.hidden_states.index_copy(0, index, states[:, -1])
 
     def keep(self, rows: list[int]) -> None:
@@ -267,7 +267,8 @@ class _Store:
     """Keys and values of texts that grow by themselves: each text's columns lie together, wherever they end.
 
     Args:
-        cache: after the texts were read, padded on the left.
+        cache: after the texts were read, padded on the left. It is emptied layer by layer, so that no more than one
+            layer is in memory twice.
         columns: of each text.
         step: columns a cell.
         int8: keep them in 8 bits.
@@ -278,42 +279,42 @@ class _Store:
         self.columns = columns
         self.capacity = max(columns)
         self.ends = [self.capacity] * len(columns)
-        self.layers = [
-            (_Columns(layer.keys, int8=int8), _Columns(layer.values, int8=int8)) for layer in cache.layers
-        ]
         self.device = cache.layers[0].keys.device
+        self.layers: list[tuple[_Columns, _Columns]] = []
+        while cache.layers:
+            layer = cache.layers.pop(0)
+            self.layers.append((_Columns(layer.keys, int8=int8), _Columns(layer.values, int8=int8)))
 
     @property
     def nbytes(self) -> int:
         return sum(columns.nbytes for layer in self.layers for columns in layer)
 
     def lend(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
-        """A cache of some texts, padded on the left, with room for one cell; which cells ``[b, N]`` hold something."""
-        longest = max(self.columns[row] for row in rows)
-        device = self.device
-        ends = torch.tensor([self.ends[row] for row in rows], device=device)[:, None]
-        within = ends - longest + torch.arange(longest + self.step, device=device)
-        first = torch.tensor(rows, device=device)[:, None] * self.capacity
-        places = first + within.clamp(0, self.capacity - 1)
-        cache = DynamicCache()
-        cache.layers = [_Lent(keys.at(places), values.at(places), longest) for keys, values in self.layers]
-        counts = torch.tensor([self.columns[row] for row in rows], device=device) // self.step
-        cells = torch.arange(longest // self.step, device=device)
-        return cache, cells >= longest // self.step - counts[:, None]
+        """A cache of some texts, padded on the left, that takes one more cell of each; which cells hold something.
 
-    def take_back(self, rows: Sequence[int], cache: Any) -> None:
-        """Keep the cell that was added to each of these texts."""
-        everything = [columns for layer in self.layers for columns in layer]
+        Returns:
+            the cache, which writes what it is given into this store, and ``[b, N]``. After the backbone has used it,
+            call :meth:`extend`.
+        """
         if max(self.ends[row] for row in rows) + self.step > self.capacity:
-            for columns in everything:
+            for columns in itertools.chain.from_iterable(self.layers):
                 columns.grow(SPARE_CELLS * self.step)
             self.capacity += SPARE_CELLS * self.step
+        longest = max(self.columns[row] for row in rows)
         ends = torch.tensor([self.ends[row] for row in rows], device=self.device)[:, None]
-        places = ends + torch.arange(self.step, device=self.device)
+        within = ends - longest + torch.arange(longest + self.step, device=self.device)
         index = torch.tensor(rows, device=self.device)[:, None]
-        lent = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-        for columns, states in zip(everything, lent, strict=True):
-            columns.put(index, places, states[:, :, -self.step :])
+        places = index * self.capacity + within.clamp_min(0)
+        cache = DynamicCache()
+        cache.layers = [
+            _Lent(keys, values, index, within[:, longest:], places) for keys, values in self.layers
+        ]
+        counts = torch.tensor([self.columns[row] for row in rows], device=self.device) // self.step
+        cells = torch.arange(longest // self.step, device=self.device)
+        return cache, cells >= longest // self.step - counts[:, None]
+
+    def extend(self, rows: Sequence[int]) -> None:
+        """Count the cell that was added to each of these texts."""
         for row in rows:
             self.ends[row] += self.step
             self.columns[row] += self.step
@@ -328,19 +329,37 @@ class _Store:
 
 
 class _Lent(DynamicLayer):
-    """Keys and values ``[b, past + step, heads, d]`` with room at the end, so that adding a cell copies nothing."""
+    """One layer of some texts, taken out of the store when the backbone comes to it and not before: a copy of one
+    layer is all the memory that reading on takes.
 
-    def __init__(self, keys: Tensor, values: Tensor, past: int) -> None:
+    Args:
+        keys: of all texts.
+        values: likewise.
+        rows: ``[b, 1]`` which texts.
+        new: ``[b, step]`` columns of each text where the next cell goes.
+        places: ``[b, past + step]`` of the whole, as :meth:`_Columns.at` counts them.
+    """
+
+    def __init__(self, keys: _Columns, values: _Columns, rows: Tensor, new: Tensor, places: Tensor) -> None:
         super().__init__()
-        self.whole = keys.transpose(1, 2), values.transpose(1, 2)
-        self.lazy_initialization(*self.whole)
-        self.keys, self.values = (x[:, :, :past] for x in self.whole)
+        self.columns = keys, values
+        self.rows, self.new, self.places = rows, new, places
+
+    def get_seq_length(self) -> int:
+        return self.places.shape[1] - self.new.shape[1]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        past = self.keys.shape[2]
-        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
-            whole[:, :, past:] = new
-        self.keys, self.values = self.whole
-        return self.whole
+        keys, values = (
+            self._joined(columns, states)
+            for columns, states in zip(self.columns, (key_states, value_states), strict=True)
+        )
+        return keys, values
+
+    def _joined(self, columns: _Columns, states: Tensor) -> Tensor:
+        """Write a cell's states, and return all with them as they were computed: what is rounded is for later."""
+        columns.put(self.rows, self.new, states)
+        whole = columns.at(self.places).transpose(1, 2)
+        whole[:, :, -states.shape[2] :] = states
+        return whole
