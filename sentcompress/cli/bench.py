@@ -158,12 +158,16 @@ def compare(
         "sentcompress sweep quickstart --grid graft.steps=60,120,240,480 --grid seed=0,1 --out out/budgets",
         "sentcompress bench scaling-law out/budgets --out out/scaling",
         "sentcompress bench scaling-law out/small out/medium out/large --out out/scaling",
+        "sentcompress bench scaling-law docs/results/scaling-law.json out/mine --out out/scaling",
     ),
 )
 def scaling_law(
-    folders: Annotated[
+    sources: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER", help="Folders of finished runs, or of sweeps of them."),
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folders of finished runs, or of sweeps of them; a scaling-law.json adds the runs of an earlier law.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the results go.")],
 ) -> None:
@@ -178,7 +182,7 @@ def scaling_law(
     from sentcompress.benchmark.scaling.tables import render
 
     require_matplotlib()
-    law = fit(folders)
+    law = fit(sources)
     page = write(law, out)
     render(law, console())
     typer.echo(f"scaling law: {page}")

@@ -362,6 +362,44 @@ def test_runs_may_be_given_one_by_one_and_twice(tmp_path):
     assert [run.folder for run in law.runs] == [str(folder) for folder in folders]
 
 
+def test_new_runs_are_added_to_an_earlier_law(tmp_path, capsys):
+    write_grid(tmp_path / "runs", FALLING, RISING, sizes=SIZES[:2])
+    whole = scaling_law([tmp_path / "runs"])
+    first, rest = (sorted((tmp_path / "runs").glob(f"{size}-*")) for size in ("n1000000", "n4000000"))
+    assert call(capsys, *first, "--out", tmp_path / "earlier")[0] == 0
+    law = scaling_law([tmp_path / "earlier" / "scaling-law.json", *rest])
+    assert law.points == whole.points
+    assert law.fits == whole.fits
+    assert any("earlier scaling-law.json" in note for note in law.notes)
+    alone = scaling_law([tmp_path / "earlier" / "scaling-law.json"])
+    assert alone.runs == [run for run in whole.runs if run.backbone_parameters == SIZES[0]]
+
+
+def test_an_earlier_law_must_be_one_of_the_same_text(tmp_path, capsys):
+    write_grid(tmp_path / "runs", FALLING, RISING, sizes=SIZES[:1])
+    assert call(capsys, tmp_path / "runs", "--out", tmp_path / "earlier")[0] == 0
+    earlier = tmp_path / "earlier" / "scaling-law.json"
+    other = write_run(tmp_path / "other", 4e6, 1e5, 2.0, 2.0, change=other_text)
+    code, _, err = call(capsys, earlier, other, "--out", tmp_path / "out")
+    assert code != 0
+    assert "not scored on the same held-out text" in err
+    raw = json.loads(earlier.read_text(encoding="utf-8"))
+    raw["runs"][0]["seed"] = "zero"
+    for text, message in (("{", "is no scaling-law.json"), (json.dumps(raw), "runs.0.seed")):
+        earlier.write_text(text, encoding="utf-8")
+        code, _, err = call(capsys, earlier, "--out", tmp_path / "out")
+        assert code != 0
+        assert message in err
+        assert str(earlier) in err
+
+
+def test_the_published_page_is_what_the_published_runs_give():
+    results = Path(__file__).parents[2] / "docs" / "results"
+    made = markdown(scaling_law([results / "scaling-law.json"]), "law.png")
+    page = (results / "scaling-law.md").read_text(encoding="utf-8")
+    assert page.endswith(made[made.index("## Points") :])
+
+
 def test_other_differences_are_said(tmp_path):
     for d, rate in zip(BUDGETS, (1e-3, 1e-3, 2e-3, 1e-3), strict=True):
         steps = {"graft": {"steps": int(d / 100), "learning_rate": rate}}

@@ -118,16 +118,16 @@ class ScalingLaw(Record):
     """Why figures may not be comparable."""
 
 
-def scaling_law(folders: Sequence[Path]) -> ScalingLaw:
+def scaling_law(sources: Sequence[Path]) -> ScalingLaw:
     """Fit the scaling of the sentence model and its equal-data twin over finished runs.
 
     Args:
-        folders: of a finished run each, or of several runs (a sweep).
+        sources: folders of a finished run each, or of several runs (a sweep); or an earlier ``scaling-law.json``.
 
     Raises:
         InputError: naming the folder that cannot be used, and why (:func:`gather`).
     """
-    found = gather(folders)
+    found = gather(sources)
     law = ScalingLaw(
         command=command(),
         commit=commit(),

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.records import DecodingCost, Honesty, ModelCounts, QualityScore, Record, Results
 from sentcompress.benchmark.results import FILE, read_results
 from sentcompress.errors import InputError
+from sentcompress.io import read_json
 
 OURS, TWIN = make_rows.OURS, make_rows.TWINS[0]
 STAGES = {OURS: "graft", TWIN: "baseline"}
@@ -87,6 +90,9 @@ class Heldout(Record):
     documents: int
     bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.bytes:,} bytes of {self.documents} documents"
+
 
 @dataclass
 class Gathered:
@@ -98,20 +104,43 @@ class Gathered:
     notes: list[str]
 
 
-def gather(folders: Sequence[Path]) -> Gathered:
-    """Read the runs in folders and average them to points, smallest size and budget first.
+class Earlier(Record):
+    """What is read of an earlier ``scaling-law.json``: its runs, without their folders."""
+
+    model_config = ConfigDict(extra="ignore")
+    heldout: Heldout
+    runs: list[RunPoint]
+    notes: list[str]
+
+
+def gather(sources: Sequence[Path]) -> Gathered:
+    """Read runs and average them to points, smallest size and budget first.
 
     Args:
-        folders: of a finished run each, or of several runs (a sweep).
+        sources: folders of a finished run each, or of several runs (a sweep); a ``scaling-law.json`` adds the runs
+            of an earlier law.
 
     Raises:
         InputError: naming the folder that has no results, no baseline, figures that are none, other held-out text, or
             the same size, budget and seed as another; or there are fewer than two points.
     """
-    found, notes = _find(folders)
+    earlier = [(path, _earlier(path)) for path in sources if path.is_file()]
+    found, notes = _find([path for path in sources if not path.is_file()])
     read = [(folder, read_results(folder)) for folder in found]
     runs = [_run(folder, results) for folder, results in read]
-    heldout = _same_text(read)
+    texts = [(path, law.heldout) for path, law in earlier]
+    if read:
+        texts.append((read[0][0], _same_text(read)))
+    heldout = texts[0][1]
+    for path, text in texts:
+        if text != heldout:
+            raise InputError(
+                f"not scored on the same held-out text: '{texts[0][0]}' ({heldout}), '{path}' ({text})",
+                fix="measure the folders with the limits of the earlier runs, or leave one of the two out",
+            )
+    for _, law in earlier:
+        runs += law.runs
+        notes += [note for note in law.notes if note not in notes]
     points = _points(runs)
     if len(points) < 2:
         raise InputError(
@@ -120,12 +149,33 @@ def gather(folders: Sequence[Path]) -> Gathered:
             "sentcompress sweep RECIPE --grid graft.steps=100,300,900",
         )
     notes += _differences([results.recipe for _, results in read])
+    if earlier and read:
+        notes.append(
+            "recipes of folders and of an earlier scaling-law.json were not compared with each other"
+        )
     if any(results.recipe.get("backbone", {}).get("init") != "random" for _, results in read):
         notes.append(
             "the backbones were pretrained: tokens do not contain that, and exponents are those of fine-tuning"
         )
     notes += setting_warnings([_quality_only(results) for _, results in read])
     return Gathered(runs, points, heldout, notes)
+
+
+def _earlier(path: Path) -> Earlier:
+    raw = read_json(path)
+    if not isinstance(raw, dict) or "runs" not in raw:
+        raise InputError(
+            f"'{path}' is no scaling-law.json", fix="give one, or folders of finished runs, or of sweeps"
+        )
+    try:
+        return Earlier.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path}: {where}: {first['msg']}",
+            fix="write it again: sentcompress bench scaling-law FOLDER ...",
+        ) from None
 
 
 def _find(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
