@@ -23,6 +23,8 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 
 UNLIMITED_TEXT = 2048
 """Tokens of the text where the backbone names no limit, as with ALiBi."""
+SLOPE_TOKENS = 512
+"""Tokens over which a slope is taken at least: a cache that grows by some cells at a time jumps within fewer."""
 BUDGET = 2**30
 """Bytes of cache the longest context is computed for unless told otherwise."""
 
@@ -72,7 +74,8 @@ def cache_tensors(cache: Any) -> list[Tensor]:
     return found
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of their elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -98,7 +101,7 @@ def measure_memory(
     Args:
         sentences: held-out text (or random tokens): a text of as many tokens as the backbone has positions.
         sentence_lengths: lengths the sentence model writes in the slope's run.
-        new_tokens: tokens generated there.
+        new_tokens: tokens generated there, at least :data:`SLOPE_TOKENS` where the backbone has positions for them.
         cache: how the sentence model keeps the backbone's keys and values.
     """
     limit = position_limit(backbone.config)
@@ -106,7 +109,7 @@ def measure_memory(
         limit = UNLIMITED_TEXT
     text = _take(sentences, limit - 1, model.backbone.max_positions // model.latents - 1)
     tokens = sum(map(len, text))
-    new_tokens = min(new_tokens, limit - 2)
+    new_tokens = min(max(new_tokens, SLOPE_TOKENS), limit - 2)
     return [
         _backbone_report(backbone.eval(), text, bos_token_id, new_tokens, limit, budget),
         _sentence_report(model.eval(), text, tokens, list(sentence_lengths), new_tokens, budget, cache),
@@ -131,7 +134,7 @@ def _backbone_report(
     device = next(model.parameters()).device
     ids = torch.tensor([[token for sentence in text for token in sentence]], device=device)
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    size = _bytes(cache_tensors(cache))
+    size = tensor_bytes(cache_tensors(cache))
     per_token = size / ids.shape[1]
     start = torch.tensor([[bos]], device=device)
 
@@ -184,7 +187,7 @@ def _sentence_report(
     per_position = cells.cache_bytes // (cells.counts[0] * model.latents)
     per_token = per_position * model.latents * len(text) / tokens
     decoder = _longest_sentence(model, generator.encode(text[:1]))
-    transient = _bytes([t for layer in decoder.layers for t in (layer.keys, layer.values)])
+    transient = tensor_bytes([t for layer in decoder.layers for t in (layer.keys, layer.values)])
     settings = GenerationSettings(
         max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=tuple(lengths), cache=cache
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark.break_even import break_even
+from sentcompress.benchmark.largest_batch import full_systems
 from sentcompress.benchmark.profile import profile
 from sentcompress.benchmark.records import Skipped, SpeedReport, SpeedRun
 from sentcompress.benchmark.roofline import backbone_bytes_per_token, bandwidth, sentence_bytes_per_token
@@ -98,7 +99,7 @@ def measure_speed(
                     systems.append(extra)
             systems += in_8_bits
             timed = _alternate(systems, prompts, settings)
-            runs = [_summary(s, timed, batch_size, settings) for s in systems]
+            runs = [_summary(s, timed, {s.name: batch_size for s in systems}, settings) for s in systems]
             head = sentence_system.head
             ours = next(run for run in runs if run.system == SENTENCES)
             ours.fallback_rate = head.fallbacks / max(1, head.picked)
@@ -108,6 +109,8 @@ def measure_speed(
             if settings.profile:
                 for system in (plain, sentence_system):
                     report.profile += profile(system, prompts, settings.new_tokens, settings.repeats)
+        if settings.largest_batch:
+            report.runs += _largest_batch(backbone, sentence_system, sentences, settings, bos_token_id)
         _summarize(report)
         if settings.break_even:
             report.break_even, report.advice = break_even(plain, sentence_system, sentences, report, settings)
@@ -119,6 +122,23 @@ def measure_speed(
             "overhead of calls for small models, other work on the machine), so expect another ratio at another size.",
         )
     return report
+
+
+def _largest_batch(
+    backbone: PreTrainedModel,
+    ours: SentenceSystem,
+    sentences: Sequence[Sequence[int]],
+    settings: BenchSettings,
+    bos_token_id: int,
+) -> list[SpeedRun]:
+    (prompt,) = make_prompts(sentences, settings.prompt_tokens, 1)
+    budget = settings.memory_budget_bytes
+    systems = full_systems(backbone, ours, prompt, settings.new_tokens, budget, bos_token_id)
+    timed = _alternate(systems, [], settings)
+    runs = [_summary(s, timed, {s.name: s.rows for s in systems}, settings) for s in systems]
+    for run in runs:
+        run.note = f"largest batch in {budget / 2**30:.3g} GiB of cache, the prompt read before"
+    return runs
 
 
 def require_positions(backbone: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
@@ -208,37 +228,42 @@ def _alternate(
             ("full", lambda s: s.write(prompts, settings.new_tokens)),
         ):
             for system in systems:
-                getattr(timed[system.name], kind).append(seconds(system, call))
+                if kind != "prefill" or system.reads:
+                    getattr(timed[system.name], kind).append(seconds(system, call))
     return timed
 
 
-def _summary(system: System, timed: dict[str, _Timed], batch_size: int, settings: BenchSettings) -> SpeedRun:
+def _summary(
+    system: System, timed: dict[str, _Timed], batch_sizes: dict[str, int], settings: BenchSettings
+) -> SpeedRun:
     mine, base = timed[system.name], timed[BACKBONE]
-    new = settings.new_tokens
+    new, batch_size = settings.new_tokens, batch_sizes[system.name]
 
-    def rates(t: _Timed) -> list[float]:
+    def rates(t: _Timed, texts: int) -> list[float]:
         if new == 1:
-            return [batch_size / full for full in t.full]
+            return [texts / full for full in t.full]
         # The two runs are timed apart, so on a noisy machine the difference can come out tiny.
         pairs = zip(t.full, t.first, strict=True)
-        return [batch_size * (new - 1) / max(full - first, 0.05 * full) for full, first in pairs]
+        return [texts * (new - 1) / max(full - first, 0.05 * full) for full, first in pairs]
 
-    own, other = rates(mine), rates(base)
+    own, other = rates(mine, batch_size), rates(base, batch_sizes[BACKBONE])
     ratios = [a / b for a, b in zip(own, other, strict=True)]
     totals = [b / a for a, b in zip(mine.full, base.full, strict=True)]
     compared = system.name != BACKBONE
     # Assisted decoding reads the prompt as plain decoding does.
-    prefill = batch_size * settings.prompt_tokens / statistics.median(mine.prefill)
+    prefill = None
+    if system.reads and system.name in (BACKBONE, SENTENCES):
+        prefill = batch_size * settings.prompt_tokens / statistics.median(mine.prefill)
     return SpeedRun(
         system=system.name,
         batch_size=batch_size,
-        prefill_tokens_per_second=prefill if system.name in (BACKBONE, SENTENCES) else None,
+        prefill_tokens_per_second=prefill,
         first_token_seconds=statistics.median(mine.first),
         output_tokens_per_second=statistics.median(own),
         total_seconds=statistics.median(mine.full),
         ratio=statistics.median(ratios) if compared else None,
         ratios=ratios if compared else [],
-        total_ratio=statistics.median(totals) if compared else None,
+        total_ratio=statistics.median(totals) if compared and system.reads else None,
         note=system.note,
     )
 

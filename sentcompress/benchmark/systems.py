@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.generation.cells import Prefix
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"
 STATIC = "backbone, static cache, compiled"
+IN_PLACE = "backbone, static cache"
 INT8 = "backbone, 8-bit weights"
 SENTENCES = "sentence model"
 
@@ -55,6 +57,8 @@ class System:
     name: str
     model: Any
     note = ""
+    reads = True
+    """False where the prompt has been read before, so that neither the prefill nor a whole run can be timed."""
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         """Read the prompts."""
@@ -122,7 +126,7 @@ class SentenceSystem(System):
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         self.generator.prefill([prompt.sentences for prompt in prompts], self.cache)
 
-    def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
+    def write(self, prompts: Sequence[Prompt], new_tokens: int, prefix: Prefix | None = None) -> int:
         settings = GenerationSettings(
             max_new_tokens=new_tokens,
             stop_threshold=1,
@@ -132,7 +136,8 @@ class SentenceSystem(System):
             cache=self.cache,
         )
         written = [0] * len(prompts)
-        for number, sentence in self.generator.continue_sentences([p.sentences for p in prompts], settings):
+        contexts = [prompt.sentences for prompt in prompts]
+        for number, sentence in self.generator.continue_sentences(contexts, settings, prefix):
             written[number] += len(sentence)
         return min(written)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,6 +50,14 @@ QuantizeOption = Annotated[
 ProfileOption = Annotated[
     bool, typer.Option("--profile", help="Also show where a token's time goes, in both models.")
 ]
+LargestBatchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Also time each system at the largest batch whose cache fits into so much, such as 4GiB; else the "
+        "recipe's bench.largest_batch.",
+    ),
+]
 
 
 def add_to(bench: typer.Typer) -> None:
@@ -58,6 +67,7 @@ def add_to(bench: typer.Typer) -> None:
             "sentcompress bench speed out/quickstart",
             "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
             "sentcompress bench speed out/quickstart --profile --quantize decoder,encoder",
+            "sentcompress bench speed out/quickstart --largest-batch 1GiB --set bench.prompt_tokens=300",
             "sentcompress bench speed --backbone opt-1.3b --init random --device cuda --dtype bf16",
             "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
         ),
@@ -88,12 +98,16 @@ def speed(
     head: HeadOption = None,
     quantize: QuantizeOption = None,
     profile: ProfileOption = False,
+    largest_batch: LargestBatchOption = None,
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
     chosen = _overrides(device=device, dtype=dtype, head=head, profile=profile or None)
     chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
+    if largest_batch is not None:
+        size = _bytes("--largest-batch", largest_batch)
+        chosen += ["bench.largest_batch=true", f"bench.memory_budget_bytes={size}"]
     _measure_shapes("speed", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
 
 
@@ -161,6 +175,17 @@ def sweep(
     target = out or (folder / "bench" if folder else _bench_folder(parts.recipe.backbone.model))
     console().print(as_rich(table(found)))
     typer.echo(f"figures: {write(found, target)}")
+
+
+def _bytes(option: str, text: str) -> int:
+    """A number of bytes, with or without a unit. Raises InputError."""
+    from sentcompress.errors import InputError
+
+    units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in units or not float(found[1]):
+        raise InputError(f"{option}: '{text}' is no size", fix="write it like 4GiB, 500MB or 4294967296")
+    return int(float(found[1]) * units[found[2].upper()])
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -140,15 +140,24 @@ class SentenceGenerator:
             raise InputError("the prefix is empty", fix="give some text, or leave it out")
         sentences = [list(ids) for _, ids in sentences_to_ids(text, self.segmenter, self.tokenizer)]
         self._require_room("the prefix", len(sentences))
+        return self.prefix_of(sentences, text)
+
+    @torch.no_grad()
+    def prefix_of(self, sentences: list[list[int]], text: str = "") -> Prefix:
+        """The same of whole sentences given as token ids, for :meth:`continue_sentences`."""
         return Prefix.read(self.model.eval(), text, sentences, self.encode(sentences))
 
     def continue_sentences(
-        self, contexts: Sequence[Sequence[Sequence[int]]], settings: GenerationSettings
+        self,
+        contexts: Sequence[Sequence[Sequence[int]]],
+        settings: GenerationSettings,
+        prefix: Prefix | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """Continue whole sentences given as token ids: what benchmarks time, with no text work in it.
 
         Args:
             contexts: the sentences of each prompt.
+            prefix: sentences that all of these begin with, from :meth:`prefix_of`.
 
         Yields:
             the prompt's number and the tokens of each new sentence, end mark left out.
@@ -157,7 +166,7 @@ class SentenceGenerator:
             _Row(number, [list(ids) for ids in sentences], [], "", Generation(""))
             for number, sentences in enumerate(contexts)
         ]
-        for number, tokens, _ in self._run(rows, settings):
+        for number, tokens, _ in self._run(rows, settings, prefix):
             if tokens:
                 yield number, tokens
 

@@ -299,8 +299,10 @@ class BenchSettings(Section):
     """Measure where a token's time goes, in both models."""
     batch_sizes: list[int] = Field(default=[1, 8], min_length=1)
     """Batch sizes of the speed runs."""
+    largest_batch: bool = False
+    """Also time each system at the largest batch whose cache fits into `memory_budget_bytes`."""
     memory_budget_bytes: int = Field(default=2**30, ge=1)
-    """Bytes of cache for which the longest context is computed."""
+    """Bytes of cache for which the longest context is computed, and the largest batch timed."""
     samples: int = Field(default=3, ge=0)
     """Generated samples in the report."""
     text_prompts: int = Field(default=32, ge=1)

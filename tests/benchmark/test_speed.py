@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sentcompress.benchmark.largest_batch import FullTokenSystem
 from sentcompress.benchmark.parts import Parts
 from sentcompress.benchmark.random_models import random_models, random_sentences
+from sentcompress.benchmark.records import SpeedRun
 from sentcompress.benchmark.roofline import (
     backbone_bytes_per_token,
     backbone_cache_bytes,
@@ -17,6 +19,7 @@ from sentcompress.benchmark.roofline import (
 from sentcompress.benchmark.speed import measure_speed
 from sentcompress.benchmark.systems import (
     BACKBONE,
+    IN_PLACE,
     LOOKUP,
     SENTENCES,
     STATIC,
@@ -26,6 +29,7 @@ from sentcompress.benchmark.systems import (
 )
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.generation.cells import SPARE_CELLS
 from sentcompress.recipe import BenchSettings, Recipe, build_recipe, load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
@@ -94,6 +98,73 @@ def test_the_profile_says_where_all_of_the_time_goes(report):
             assert len(entries) == parts
             assert sum(e.share for e in entries) == pytest.approx(1)
             assert all(e.milliseconds_per_token > 0 for e in entries if e.part != "sampling")
+
+
+def largest(budget: int, **settings: object) -> list[SpeedRun]:
+    report = measure_speed(
+        tiny_sentence_lm(),
+        tiny_opt(),
+        sentences=SENTENCE_IDS,
+        sentence_lengths=LENGTHS,
+        settings=SETTINGS.model_copy(
+            update={
+                "profile": False,
+                "batch_sizes": [1],
+                "break_even": False,
+                "largest_batch": True,
+                "memory_budget_bytes": budget,
+            }
+            | settings
+        ),
+        trained=False,
+        bos_token_id=2,
+    )
+    return report.runs[3:]
+
+
+def test_the_largest_batch_is_what_each_cache_fits_for():
+    # tiny OPT: keys and values of 3 blocks of width 32 in fp32.
+    position = 2 * 3 * 32 * 4
+    start, prompt, new = 1, 10, 9
+    sentences, room = 3, SPARE_CELLS  # 3, 6 and 1 tokens; 9 new ones are fewer cells than there is room for
+    budget = 200_000
+    rows = {
+        BACKBONE: budget // (position * (start + prompt + new)),
+        SENTENCES: budget // (position * (start + sentences + room)),
+        IN_PLACE: budget // (position * (start + prompt + new)),
+    }
+    runs = largest(budget)
+    assert {run.system: run.batch_size for run in runs} == rows
+    for run in runs:
+        assert run.output_tokens_per_second > 0
+        assert run.prefill_tokens_per_second is None
+        assert run.total_ratio is None
+        assert "largest batch in 0.000186 GiB" in run.note
+    in_8_bits = next(run for run in largest(budget, cache="int8") if run.system == SENTENCES)
+    assert in_8_bits.batch_size > 2 * rows[SENTENCES]
+
+
+def test_copies_of_a_read_prompt_are_continued_as_the_prompt_itself():
+    model, (prompt,) = tiny_sentence_lm(), make_prompts(SENTENCE_IDS, 10, 1)
+    generator = SentenceGenerator(model, None)
+    settings = GenerationSettings(max_new_tokens=9, stop_threshold=1)
+    (alone, copies) = (
+        [[tokens for n, tokens in generator.continue_sentences(*asked) if n == row] for row in range(rows)]
+        for rows, asked in (
+            (1, ([prompt.sentences], settings)),
+            (3, ([prompt.sentences] * 3, settings, generator.prefix_of(prompt.sentences))),
+        )
+    )
+    assert copies == alone * 3
+    backbone = tiny_opt()
+    system = FullTokenSystem(backbone, [2, *prompt.tokens], 9, 10**6, static=False)
+    in_place = FullTokenSystem(backbone, [2, *prompt.tokens], 9, 10**6, static=True)
+    assert system.write([], 9) == in_place.write([], 9) == 9
+
+
+def test_a_budget_for_not_even_one_text_is_refused():
+    with pytest.raises(InputError, match=r"bench.memory_budget_bytes: 5,000 bytes, but .* takes 15,360"):
+        largest(5000)
 
 
 def test_break_even_and_advice_are_given(report):
