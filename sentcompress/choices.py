@@ -6,5 +6,5 @@ from typing import Literal
 
 HeadKind = Literal["auto", "exact", "shortlist-exact", "shortlist"]
 """How the output head finds the next token (:mod:`sentcompress.generation.heads`)."""
-CacheKind = Literal["full", "int8"]
+CacheKind = Literal["full", "int8", "offloaded", "offloaded-int8"]
 """How the backbone's keys and values are kept while writing (:mod:`sentcompress.generation.cells`)."""

@@ -340,7 +340,9 @@ class _Bench:
         self.results.speed = report
         self.results.skipped += report.skipped
         why = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")
-        why += f"; head {report.head}" + ("; 8-bit cache" if self.settings.cache == "int8" else "")
+        why += f"; head {report.head}" + (
+            "" if self.settings.cache == "full" else f"; cache {self.settings.cache}"
+        )
         if report.quantized:
             why += f"; 8 bits: {', '.join(report.quantized)}"
         for run in report.runs:

@@ -42,7 +42,9 @@ def generate(
     shortlist_tokens: Annotated[int, typer.Option(help="Tokens of a predicted shortlist.")] = 1024,
     cache: Annotated[
         CacheKind,
-        typer.Option(help="Keep the backbone's keys and values as they are, or in 8 bits."),
+        typer.Option(
+            help="Keep the backbone's keys and values as they are, in 8 bits, or in the computer's memory."
+        ),
     ] = "full",
     quantize: Annotated[
         str,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from sentcompress.choices import CacheKind
 from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
 
 SPARE_CELLS = 16
@@ -71,7 +72,7 @@ class Cells:
         latents: ``[n, k, H]`` of each text's sentences, those of ``prefix`` left out.
         use_cache: False runs the backbone over everything again each time, as is done where its cache is more than keys
             and values.
-        int8: keep keys and values in 8 bits: about a quarter of the memory.
+        kind: how keys and values are kept (:class:`sentcompress.generation.GenerationSettings`).
         prefix: what all the texts begin with.
 
     Attributes:
@@ -86,7 +87,7 @@ class Cells:
         latents: list[Tensor],
         *,
         use_cache: bool,
-        int8: bool = False,
+        kind: CacheKind = "full",
         prefix: Prefix | None = None,
     ) -> None:
         self.model = model
@@ -105,7 +106,7 @@ class Cells:
         self._inputs: list[Tensor] = []
         if use_cache and _plain(cache):
             columns = [n * model.latents for n in self.counts]
-            self._store = _Store(cache, columns, model.latents, int8=int8)
+            self._store = _Store(cache, columns, model.latents, kind)
             self.cache_bytes = self._store.nbytes
         else:
             width = inputs.shape[1]
@@ -228,27 +229,31 @@ class _Columns:
 
     Args:
         states: ``[B, heads, N, d]``.
-        int8: keep them in 8 bits, with a scale a head and column.
+        kind: in 8 bits they have a scale a head and column; offloaded ones lie in the computer's memory.
     """
 
-    def __init__(self, states: Tensor, *, int8: bool) -> None:
-        self.dtype = states.dtype
-        self.parts = [x.contiguous() for x in self._written(states.transpose(1, 2), int8=int8)]
+    def __init__(self, states: Tensor, kind: CacheKind) -> None:
+        self.dtype, self.device = states.dtype, states.device
+        self.home = torch.device("cpu") if kind.startswith("offloaded") else states.device
+        self.int8 = kind.endswith("int8")
+        self.parts = [x.contiguous() for x in self._written(states.transpose(1, 2))]
 
-    def _written(self, states: Tensor, *, int8: bool) -> list[Tensor]:
-        if not int8:
-            return [states]
+    def _written(self, states: Tensor) -> list[Tensor]:
+        if not self.int8:
+            return [states.to(self.home)]
         scales = (states.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(self.dtype).tiny)
-        return [(states / scales).round().to(torch.int8), scales]
+        return [(states / scales).round().to(torch.int8).to(self.home), scales.to(self.home)]
 
     def at(self, places: Tensor) -> Tensor:
         """``[b, L]`` numbers of columns of all texts to ``[b, L, heads, d]``."""
-        found = [part.flatten(0, 1)[places] for part in self.parts]
+        places = places.to(self.home)
+        found = [part.flatten(0, 1)[places].to(self.device) for part in self.parts]
         return found[0] if len(found) == 1 else found[0].to(self.dtype) * found[1]
 
     def put(self, rows: Tensor, columns: Tensor, states: Tensor) -> None:
         """Write ``[b, heads, n, d]`` at columns ``[b, n]`` of texts ``[b, 1]``."""
-        new = self._written(states.transpose(1, 2), int8=len(self.parts) == 2)
+        new = self._written(states.transpose(1, 2))
+        rows, columns = rows.to(self.home), columns.to(self.home)
         for part, value in zip(self.parts, new, strict=True):
             part[rows, columns] = value
 
@@ -256,7 +261,7 @@ class _Columns:
         self.parts = [torch.cat([x, x.new_zeros(len(x), columns, *x.shape[2:])], 1) for x in self.parts]
 
     def keep(self, rows: Tensor) -> None:
-        self.parts = [x[rows] for x in self.parts]
+        self.parts = [x[rows.to(self.home)] for x in self.parts]
 
     @property
     def nbytes(self) -> int:
@@ -271,10 +276,10 @@ class _Store:
             layer is in memory twice.
         columns: of each text.
         step: columns a cell.
-        int8: keep them in 8 bits.
+        kind: how they are kept.
     """
 
-    def __init__(self, cache: Any, columns: list[int], step: int, *, int8: bool) -> None:
+    def __init__(self, cache: Any, columns: list[int], step: int, kind: CacheKind) -> None:
         self.step = step
         self.columns = columns
         self.capacity = max(columns)
@@ -283,7 +288,7 @@ class _Store:
         self.layers: list[tuple[_Columns, _Columns]] = []
         while cache.layers:
             layer = cache.layers.pop(0)
-            self.layers.append((_Columns(layer.keys, int8=int8), _Columns(layer.values, int8=int8)))
+            self.layers.append((_Columns(layer.keys, kind), _Columns(layer.values, kind)))
 
     @property
     def nbytes(self) -> int:

@@ -174,7 +174,7 @@ class SentenceGenerator:
     def prefill(self, contexts: Sequence[Sequence[Sequence[int]]], cache: CacheKind = "full") -> Cells:
         """Encode whole sentences given as token ids and run the backbone over them; for benchmarks."""
         latents = [self.encode(sentences) for sentences in contexts]
-        return Cells(self.model.eval(), latents, use_cache=True, int8=cache == "int8")
+        return Cells(self.model.eval(), latents, use_cache=True, kind=cache)
 
     def stream(
         self, prompt: str, settings: GenerationSettings | None = None, prefix: Prefix | None = None
@@ -197,7 +197,7 @@ class SentenceGenerator:
             model,
             [self.encode(row.context[known:]) for row in rows],
             use_cache=settings.use_cache,
-            int8=settings.cache == "int8",
+            kind=settings.cache,
             prefix=prefix,
         )
         writer = SentenceWriter(

@@ -39,7 +39,9 @@ class GenerationSettings(BaseModel):
     shortlist_tokens: int = Field(default=1024, ge=2)
     """Tokens a predicted ``shortlist`` has."""
     cache: CacheKind = "full"
-    """How the backbone's keys and values are kept: as they are, or in 8 bits, about a quarter of the memory."""
+    """How the backbone's keys and values are kept: as they are; in 8 bits, about a quarter of the memory; or, for a
+    model on a GPU, in the computer's memory (``offloaded``), as they are or in 8 bits, and one block's at a time on
+    the GPU."""
     use_cache: bool = True
     """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
     sentence_lengths: tuple[int, ...] | None = None

@@ -292,7 +292,8 @@ class BenchSettings(Section):
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []
     """Parts of the sentence model whose weights are rounded to 8 bits (on a CPU) before anything is measured."""
     cache: CacheKind = "full"
-    """How speed and memory runs keep the backbone's keys and values in the sentence model; ``int8``: in 8 bits."""
+    """How speed and memory runs keep the backbone's keys and values in the sentence model; `int8`: in 8 bits;
+    `offloaded`: in the computer's memory, for a model on a GPU."""
     break_even: bool = True
     """Measure also from which sentence and text length on the sentence model is faster, at batch 1."""
     profile: bool = False

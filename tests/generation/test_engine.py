@@ -61,6 +61,13 @@ def test_a_cache_in_8_bits_changes_little(generator):
     assert all(len(g.token_ids) == 40 for g in run(generator, PROMPTS, cache="int8"))
 
 
+def test_an_offloaded_cache_changes_nothing(generator):
+    """Without a GPU all that can be seen is that both go the same ways: where they lie is the same here."""
+    for kept, offloaded in (("full", "offloaded"), ("int8", "offloaded-int8")):
+        expected, found = (run(generator, PROMPTS, cache=kind) for kind in (kept, offloaded))
+        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+
+
 def test_a_cache_that_is_more_than_keys_and_values_is_done_without(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, PROMPTS)]
     monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
