@@ -25,6 +25,7 @@ LISTED = (
     "train-vae",
     "graft",
     "baseline",
+    "launch",
     "generate",
     "reconstruct",
     "bench",

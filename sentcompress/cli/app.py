@@ -17,6 +17,7 @@ from sentcompress.cli import (
     estimate,
     generate,
     graft,
+    launch,
     lm_eval,
     plugins,
     recipes,
@@ -72,6 +73,7 @@ sweep.add_to(app)
 train_vae.add_to(app)
 graft.add_to(app)
 baseline.add_to(app)
+launch.add_to(app)
 watch.add_to(app)
 generate.add_to(app)
 reconstruct.add_to(app)
