@@ -66,9 +66,8 @@ def launch(
         if failed is None:
             return
         code = failed.process.returncode
-        if code < 0 or (
-            failed.rank and code not in ASKED
-        ):  # rank 0 has spoken for itself, unless it was killed
+        # Rank 0 has spoken for itself, unless it was killed; of bad input it says the same as the others.
+        if code < 0 or (failed.rank and code not in (*ASKED, InputError.exit_code)):
             print(last_words(failed), file=sys.stderr)
         raise typer.Exit(code if code > 0 else RunError.exit_code)
 
