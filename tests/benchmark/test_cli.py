@@ -141,7 +141,7 @@ def test_speed_options_reach_the_results(capsys, folder, tmp_path):
     assert {"output_ratio", "prefill_ratio", "fallback_rate", "roofline_share"} <= set(speed)
     assert speed["break_even"] == {}
     notes = [row["note"] for row in results["rows"] if row["system"] == "sentence model"]
-    assert all("head shortlist-exact; 8-bit cache; 8 bits: encoder, decoder" in note for note in notes)
+    assert all("head shortlist-exact; cache int8; 8 bits: encoder, decoder" in note for note in notes)
 
 
 def test_quality_is_measured_of_the_weights_in_8_bits(capsys, folder, tmp_path):
