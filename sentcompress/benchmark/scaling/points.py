@@ -296,18 +296,18 @@ def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
     common = Counter(text for _, text in texts).most_common(1)[0][0]
     others = [(folder, text) for folder, text in texts if text != common]
     if others:
-        named = "; ".join(f"'{folder}' ({_bytes(text)})" for folder, text in others)
+        named = "; ".join(f"'{folder}' ({_heldout(text)})" for folder, text in others)
         like = next(folder for folder, text in texts if text == common)
         raise InputError(
-            f"not scored on the same held-out text as '{like}' ({_bytes(common)}): {named}",
+            f"not scored on the same held-out text as '{like}' ({_heldout(common)}): {named}",
             fix="measure all with the same data, segmenter and limits (sentcompress bench quality FOLDER --set "
             "bench.max_documents=N), or leave these folders out",
         )
-    return Heldout(documents=len(common), bytes=sum(size for _, size in common))
+    return _heldout(common)
 
 
-def _bytes(text: tuple[tuple[str, int], ...]) -> str:
-    return f"{sum(size for _, size in text):,} bytes of {len(text)} documents"
+def _heldout(text: tuple[tuple[str, int], ...]) -> Heldout:
+    return Heldout(documents=len(text), bytes=sum(size for _, size in text))
 
 
 def _points(runs: list[RunPoint]) -> list[Point]:
