@@ -85,10 +85,15 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def temporary_path(path: Path) -> Path:
+    """The sibling in which ``path`` is made."""
+    return path.with_name(f".{path.name.lstrip('.')}.tmp")
+
+
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path`` that is gone when the block ends, whatever happens in it."""
-    temporary = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     temporary.mkdir(parents=True)
     try:

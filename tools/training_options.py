@@ -27,6 +27,7 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import PassageSampler
+from sentcompress.training.footprint import count_kept
 from sentcompress.training.memory import recompute_activations
 
 Batch = dict[str, Tensor]
@@ -78,18 +79,7 @@ def compiled(model: SentenceLM) -> SentenceLM:
 
 def kept_bytes(step: Callable[[], Tensor], model: SentenceLM) -> int:
     """Bytes saved for the backward pass, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = step()
-        total = sum(kept.values())
+    loss, total = count_kept(step, {p.untyped_storage().data_ptr() for p in model.parameters()})
     loss.backward()
     return total
 

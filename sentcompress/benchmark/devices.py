@@ -39,6 +39,7 @@ class Device:
         training_flops: operations/s that training reaches.
         block_seconds: overhead of calling one block once, whatever its size.
         step_seconds: overhead of a step of transformers ``generate`` beside its blocks.
+        link: bytes/s that it exchanges with its like.
         per_weight: seconds a weight by rows, where they were measured; else from bandwidth and operations.
         per_int8_weight: the same for weights in 8 bits; empty where there are no such kernels.
         measured: whether the figures were measured here.
@@ -52,6 +53,7 @@ class Device:
     training_flops: float
     block_seconds: float
     step_seconds: float
+    link: float = math.inf
     per_weight: Mapping[int, float] = field(default_factory=dict)
     per_int8_weight: Mapping[int, float] = field(default_factory=dict)
     measured: bool = False
@@ -68,7 +70,7 @@ class Device:
         return size / self.bandwidth
 
 
-def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float) -> Device:
+def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float, link: float) -> Device:
     return Device(
         name=name,
         memory_bytes=gigabytes * 1e9,
@@ -78,14 +80,15 @@ def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float) -> Device:
         training_flops=flops * GPU_UTILIZATION,
         block_seconds=GPU_BLOCK_SECONDS,
         step_seconds=2 * GPU_BLOCK_SECONDS,
+        link=link,
     )
 
 
 GPUS = {
-    # Vendors' data sheets: memory, bytes/s, dense bf16 operations/s.
-    "h100": lambda: _gpu("h100", 80, 3.35e12, 989e12),
-    "a100": lambda: _gpu("a100", 80, 2.04e12, 312e12),
-    "4090": lambda: _gpu("4090", 24, 1.01e12, 165e12),
+    # Vendors' data sheets: memory, bytes/s, dense bf16 operations/s, bytes/s of NVLink or PCIe one way.
+    "h100": lambda: _gpu("h100", 80, 3.35e12, 989e12, 450e9),
+    "a100": lambda: _gpu("a100", 80, 2.04e12, 312e12, 300e9),
+    "4090": lambda: _gpu("4090", 24, 1.01e12, 165e12, 32e9),
 }
 NAMES = ("cpu", *GPUS)
 

@@ -22,11 +22,22 @@ def estimate(
     sentence_tokens: Annotated[
         float, typer.Option(min=1.0, help="Mean tokens of a sentence; 'bench data' measures yours.")
     ] = 15.0,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NxDEVICE",
+            help="How to train on these, such as 4xA100 or 1xcpu: memory of each by part, time, what fits.",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Of one device for an hour, for the cost of training.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Predict speed, memory and training time of a recipe beside its token-level twin, from shapes alone.
 
-    Loads no data and no weights. Batch sizes, prompt and new tokens are the recipe's bench settings.
+    Loads no data and no weights. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
+    the memory that each device needs to train, and whether DDP, FSDP or gradient checkpointing is needed.
     """
     from sentcompress.benchmark.devices import device as find
     from sentcompress.benchmark.estimate import estimate as predict
@@ -38,6 +49,14 @@ def estimate(
     resolved = resolve(recipe, set_, backbone=backbone)
     if resolved.pretrain is not None:
         raise InputError(f"recipe '{recipe}' trains an LLM from nothing: there is no twin to compare with")
+    if price is not None and devices is None:
+        raise InputError("--price: of which devices?", fix="add --devices, such as 4xA100")
+    if devices is not None:
+        from sentcompress.training.scaling import parse_devices, tables
+
+        for plain in tables(resolved, *parse_devices(devices), sentence_tokens, price):
+            console().print(as_rich(plain))
+        return
     model, twin = shapes(resolved)
     machine = find(device)
     bench = resolved.bench
@@ -62,6 +81,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "sentcompress estimate strong",
             "sentcompress estimate strong --backbone opt-1.3b --device a100",
+            "sentcompress estimate paper/sllm-1.3b-h1 --devices 4xA100 --price 1.5",
             "sentcompress estimate quickstart --sentence-tokens 20 --set 'bench.batch_sizes=[1,64]'",
         ),
     )(estimate)

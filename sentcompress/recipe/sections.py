@@ -133,8 +133,17 @@ class TrainingSettings(Section):
     """Steps between checkpoints; null saves at the end and on Ctrl-C only."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints to keep."""
+    keep_best: bool = False
+    """Keep the model with the best held-out figure so far in ``best/`` (looked at every ``eval_every`` steps)."""
+    background_saves: bool = True
+    """Go on training while a checkpoint is written, from a copy of weights, moments and average in the computer's
+    memory; false takes no copy and waits."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each holds the whole model, or a part of its weights, gradients and moments."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases too (project ``sentcompress``; ``WANDB_MODE=offline`` needs no account)."""
 
 
 class PretrainSettings(TrainingSettings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer
 from sentcompress.contracts import Dataset, Document, Segmenter
 from sentcompress.errors import DataError, PluginError, SentCompressError, StorageError
 from sentcompress.registry import describe_component
+from sentcompress.text.arrays import GrowingArray, growing_arrays
 from sentcompress.text.cache import (
     FORMAT,
     CacheDamage,
@@ -32,18 +32,20 @@ from sentcompress.text.cache import (
     read_meta,
     seal,
 )
-from sentcompress.text.encoding import (
-    Encoded,
-    Span,
-    choose_workers,
-    encode_documents,
-    offsets,
-    token_dtype,
-)
+from sentcompress.text.documents import DocumentFile
+from sentcompress.text.encoding import Encoded, choose_workers, encode_documents, token_dtype
 from sentcompress.text.heldout import choose_heldout
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import plain_backend
 
+_ARRAYS = (
+    "sentence_offsets",
+    "sentence_bytes",
+    "sentence_starts",
+    "document_offsets",
+    "train",
+    "heldout",
+)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ATTEMPTS = 3
 """Another process may damage or replace a cache folder between its publication and its opening."""
@@ -226,8 +228,6 @@ class _Builder:
     ) -> None:
         self.dataset, self.segmenter, self.tokenizer, self.backend = dataset, segmenter, tokenizer, backend
         self.console = console
-        self.spans: list[Span] = []
-        self.hashes: list[bytes] = []
         self.empty = 0
         self.surrogates = 0
 
@@ -249,60 +249,54 @@ class _Builder:
 
     def _fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
         began = time.monotonic()
-        text_file = folder / "text.bin"
-        self._store_texts(text_file)
-        heldout = choose_heldout(self.hashes, wanted)
+        documents = DocumentFile(folder)
+        documents.fill(self._texts())
+        self._say_what_was_left_out()
+        heldout = choose_heldout(documents.hashes, wanted)
         if len(heldout) < wanted:
             self.console.print(
-                f"{len(self.spans)} documents: {len(heldout)} held out, not {wanted} (half of them at most)"
+                f"{len(documents)} documents: {len(heldout)} held out, not {wanted} (half of them at most)"
             )
         learned = bool(self.segmenter.state())  # it came with a model: keep what it knows
-        training = (span for i, span in enumerate(self.spans) if i not in heldout)
-        _prepare(self.segmenter, self.tokenizer, None if learned else _texts(text_file, training))
-        total = self.spans[-1].stop
-        workers = workers or choose_workers(total)
+        texts = None if learned else documents.texts(lambda index: index not in heldout)
+        _prepare(self.segmenter, self.tokenizer, texts)
+        workers = workers or choose_workers(documents.size)
         dtype = token_dtype(self.backend)
         results = encode_documents(
-            text_file, self.spans, self.segmenter, self.backend, dtype, workers, self.console.print
+            documents.path,
+            documents.spans,
+            self.segmenter,
+            self.backend,
+            dtype,
+            workers,
+            self.console.print,
         )
-        parts: list[Encoded] = []
-        quiet = self.console.quiet
-        with Bar("tokenizing", total, enabled=not quiet) as bar, (folder / "tokens.bin").open("wb") as tokens:
-            for part in results:
-                part.tokens.tofile(tokens)
-                part.tokens = part.tokens[:0]
-                parts.append(part)
-                bar.advance(int(part.byte_lengths.sum()))
-        self._write_arrays(folder, parts, heldout)
+        too_long = self._write_arrays(folder, documents, results, heldout)
         return {
             "dtype": dtype,
             "dataset": type(self.dataset).__name__,
             "segmenter": f"{type(self.segmenter).__module__}.{type(self.segmenter).__qualname__}",
             "segmenter_options": self.segmenter.options.model_dump(mode="json"),
             "segmenter_state": self.segmenter.state(),
-            "split_sentences": sum(part.too_long for part in parts),
+            "split_sentences": too_long,
             "empty_documents": self.empty,
             "replaced_surrogates": self.surrogates,
             "seconds": round(time.monotonic() - began, 2),
             "workers": workers,
         }
 
-    def _store_texts(self, text_file: Path) -> None:
-        """Copy the documents into one file; datasets are read once only."""
+    def _texts(self) -> Iterator[tuple[bytes, str]]:
+        """The documents that have text, as bytes, and their sources; datasets are read once only."""
         limit = getattr(self.dataset.options, "max_documents", None)
-        position = 0
-        with text_file.open("wb") as file:
-            for document in islice(self._documents(), limit):
-                text, replaced = _SURROGATES.subn("\ufffd", document.text)
-                if not text.strip():
-                    self.empty += 1
-                    continue
-                self.surrogates += replaced
-                data = text.encode("utf-8")
-                file.write(data)
-                self.spans.append(Span(position, position + len(data), document.source))
-                self.hashes.append(hashlib.blake2b(data, digest_size=16).digest())
-                position += len(data)
+        for document in islice(self._documents(), limit):
+            text, replaced = _SURROGATES.subn("\ufffd", document.text)
+            if not text.strip():
+                self.empty += 1
+                continue
+            self.surrogates += replaced
+            yield text.encode("utf-8"), document.source
+
+    def _say_what_was_left_out(self) -> None:
         if self.empty:
             self.console.print(f"{self.empty} empty document(s) skipped")
         if self.surrogates:
@@ -324,34 +318,60 @@ class _Builder:
             name = describe_component("dataset", self.dataset)
             raise PluginError(f"{name} failed: {type(error).__name__}: {error}") from error
 
-    def _write_arrays(self, folder: Path, parts: list[Encoded], heldout: set[int]) -> None:
-        sentences = np.concatenate([part.sentences for part in parts])
-        lengths = np.concatenate([part.lengths for part in parts])
-        byte_lengths = np.concatenate([part.byte_lengths for part in parts])
-        # A document the tokenizer has no tokens for has no sentences: it is left out like an empty one.
-        kept = np.flatnonzero(sentences)
-        self.empty += len(sentences) - len(kept)
-        begins = np.array([span.start for span in self.spans], dtype=np.int64)
-        held = np.array([index in heldout for index in kept], dtype=bool)
-        if not held.any() or held.all():
+    def _write_arrays(
+        self, folder: Path, documents: DocumentFile, results: Iterator[Encoded], heldout: set[int]
+    ) -> int:
+        """Write what is encoded as it comes; return how many pieces had to be split further."""
+        too_long = done = 0
+        has_tokens = bytearray()
+        with (
+            Bar("tokenizing", documents.size, enabled=not self.console.quiet) as bar,
+            (folder / "tokens.bin").open("wb") as tokens,
+            growing_arrays(folder, *_ARRAYS) as arrays,
+        ):
+            arrays["sentence_offsets"].append(np.zeros(1, dtype=np.int64))
+            arrays["document_offsets"].append(np.zeros(1, dtype=np.int64))
+            written = 0
+            for part in results:
+                part.tokens.tofile(tokens)
+                too_long += part.too_long
+                self._append(arrays, part, documents, done, written, heldout)
+                has_tokens += (part.sentences > 0).astype(np.uint8).tobytes()
+                done += len(part.sentences)
+                written += int(part.lengths.sum())
+                bar.advance(int(part.byte_lengths.sum()))
+            counts = {name: arrays[name].length for name in ("train", "heldout")}
+        if not all(counts.values()):
             raise DataError("too few documents have tokens", fix="add documents with text in them")
+        # A document the tokenizer has no tokens for has no sentences: it is left out like an empty one.
+        self.empty += has_tokens.count(0)
+        documents.write_sources(folder / "sources.json", map(bool, has_tokens))
+        return too_long
+
+    @staticmethod
+    def _append(
+        arrays: dict[str, GrowingArray],
+        part: Encoded,
+        documents: DocumentFile,
+        first: int,
+        tokens: int,
+        heldout: set[int],
+    ) -> None:
+        """Add documents from number ``first`` on, before which there are so many tokens."""
+        sentences, kept = part.sentences, np.flatnonzero(part.sentences)
+        before = arrays["sentence_bytes"].length
+        arrays["sentence_offsets"].append(tokens + np.cumsum(part.lengths))
+        arrays["sentence_bytes"].append(part.byte_lengths)
         # Sentences lie one after the other in their document, documents one after the other in the file.
-        running = np.cumsum(byte_lengths) - byte_lengths
-        firsts = np.cumsum(sentences) - sentences
-        shift = np.zeros(len(sentences), dtype=np.int64)
-        shift[kept] = begins[kept] - running[firsts[kept]]
-        arrays = {
-            "sentence_offsets": offsets(lengths),
-            "sentence_bytes": byte_lengths,
-            "sentence_starts": running + np.repeat(shift, sentences),
-            "document_offsets": offsets(sentences[kept]),
-            "train": np.flatnonzero(~held),
-            "heldout": np.flatnonzero(held),
-        }
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
-        sources = [self.spans[index].source for index in kept]
-        (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+        running = np.cumsum(part.byte_lengths) - part.byte_lengths
+        firsts = (np.cumsum(sentences) - sentences)[kept]
+        begins = np.array([documents.start(first + index) for index in kept.tolist()], dtype=np.int64)
+        arrays["sentence_starts"].append(running + np.repeat(begins - running[firsts], sentences[kept]))
+        number = arrays["document_offsets"].length - 1
+        arrays["document_offsets"].append(before + np.cumsum(sentences[kept]))
+        held = np.array([first + index in heldout for index in kept.tolist()], dtype=bool)
+        arrays["train"].append(number + np.flatnonzero(~held))
+        arrays["heldout"].append(number + np.flatnonzero(held))
 
 
 def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | None) -> None:
@@ -363,13 +383,6 @@ def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | No
         name = describe_component("segmenter", segmenter)
         message = f"{name} failed to prepare: {type(error).__name__}: {error}"
         raise PluginError(message, fix="report this to its author, or use another segmenter") from error
-
-
-def _texts(text_file: Path, spans: Iterator[Span]) -> Iterator[str]:
-    with text_file.open("rb") as file:
-        for span in spans:
-            file.seek(span.start)
-            yield file.read(span.stop - span.start).decode("utf-8")
 
 
 def _remove_leftovers(root: Path) -> None:

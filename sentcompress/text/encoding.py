@@ -7,11 +7,12 @@ import pickle
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +106,7 @@ def offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def batches_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
+def batches_of(spans: Iterable[Span]) -> Iterator[list[Span]]:
     """Consecutive documents of about BATCH_BYTES."""
     batch: list[Span] = []
     size = 0
@@ -127,28 +128,33 @@ def choose_workers(total_bytes: int) -> int:
 
 def encode_documents(
     text_file: Path,
-    spans: Sequence[Span],
+    spans: Callable[[], Iterable[Span]],
     segmenter: Segmenter,
     backend: Tokenizer,
     dtype: str,
     workers: int,
     say: Callable[[str], None],
 ) -> Iterator[Encoded]:
-    """Encode all documents in order, in worker processes where ``workers`` > 1 and they can be used."""
-    batches = list(batches_of(spans))
+    """Encode all documents in order, in worker processes where ``workers`` > 1 and they can be used.
+
+    Args:
+        spans: the documents, from the first, each time it is called.
+    """
     done = 0
-    workers = min(workers, len(batches))
+    workers = min(workers, -(-text_file.stat().st_size // BATCH_BYTES))
     payload = _pickled(segmenter, say) if workers > 1 else None
     if payload is not None:
         try:
-            for result in _encode_in_workers(text_file, batches, payload, backend, dtype, workers):
+            for result in _encode_in_workers(
+                text_file, batches_of(spans()), payload, backend, dtype, workers
+            ):
                 yield result
                 done += 1
             return
         except BrokenProcessPool:
             say("the worker processes died (memory, or a segmenter they cannot import); going on without")
     encoder = Encoder(text_file, segmenter, backend, dtype)
-    for batch in batches[done:]:
+    for batch in islice(batches_of(spans()), done, None):
         yield encoder(batch)
 
 
@@ -165,7 +171,7 @@ def _pickled(segmenter: Segmenter, say: Callable[[str], None]) -> bytes | None:
 
 def _encode_in_workers(
     text_file: Path,
-    batches: Sequence[list[Span]],
+    batches: Iterator[list[Span]],
     payload: bytes,
     backend: Tokenizer,
     dtype: str,
@@ -178,9 +184,9 @@ def _encode_in_workers(
     waiting: deque[Future[Encoded]] = deque()
     try:
         with _without_main():
-            for batch in batches[:workers]:
+            for batch in islice(batches, workers):
                 waiting.append(pool.submit(_work, batch))
-        for batch in batches[workers:]:
+        for batch in batches:
             if len(waiting) > 3 * workers:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(_work, batch))

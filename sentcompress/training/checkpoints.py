@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sentcompress.errors import ModelFolderError
-from sentcompress.io import damage, manifest, read_json, whole_folder, write_atomically
+from sentcompress.io import damage, manifest, read_json, temporary_path, whole_folder, write_atomically
+from sentcompress.training.sharding import read_parts, spread_like
 
 MANIFEST = "manifest.json"
 TENSORS = "training_state.safetensors"
+PARTS = "training_state"
+"""In place of the file above, a folder of what each process has of a model that is spread over them."""
 STATE = "training_state.json"
 
 
@@ -45,15 +48,23 @@ class CheckpointStore:
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
         return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
 
+    def parts(self, step: int) -> Path:
+        """Where all processes write their parts while the first one saves."""
+        return temporary_path(self.path(step)) / PARTS
+
     def save(
-        self, step: int, write: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        write_tensors: Callable[[Path], None],
+        state: dict[str, Any],
     ) -> Path:
         """Write a checkpoint whole or not at all, then drop those over ``keep``.
 
         Args:
             step: steps done.
             write: fills a folder with the model.
-            tensors: by ``group/name``.
+            write_tensors: puts the training state there, such as :func:`write_tensors`.
             state: JSON values.
 
         Raises:
@@ -62,7 +73,7 @@ class CheckpointStore:
         path = self.path(step)
         with whole_folder(path) as temporary:
             write(temporary)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+            write_tensors(temporary)
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             files = manifest(temporary)
             (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
@@ -103,10 +114,27 @@ def check_checkpoint(path: Path) -> str | None:
     return damage(path, record["files"])
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON state of a checkpoint that :func:`check_checkpoint` found whole."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return load_file(path / TENSORS), state
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint that :func:`check_checkpoint` found whole."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by ``group/name`` into a checkpoint's folder."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+
+
+def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a whole checkpoint, spread over the processes as the model is.
+
+    Args:
+        like: the model's parameters by name.
+    """
+    if (path / PARTS).is_dir():
+        return read_parts(path / PARTS, like)
+    tensors = load_file(path / TENSORS)
+    return {name: spread_like(value, like.get(name.rpartition("/")[2])) for name, value in tensors.items()}
 
 
 def grouped(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ class GraftJob:
             start=self.settings.start_latent,
         )
 
+    @property
+    def units(self) -> Iterable[torch.nn.Module]:
+        return self.model.backbone.blocks
+
     def batch(self, index: int) -> dict[str, Tensor]:
         return self._train.batch(index)
 
@@ -136,8 +141,11 @@ class GraftJob:
             tokens += int(output.targets.sum() - (output.targets > 0).sum())
         return {"bits_per_token": nats / math.log(2) / max(1, tokens)}
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, state_dict=merged_state(self.model))
+    def state(self) -> dict[str, Tensor]:
+        return merged_state(self.model)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
 
     def card(self) -> Card:

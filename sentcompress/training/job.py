@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.card import Card
@@ -48,8 +49,15 @@ class Job(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures of ``self.model``, the most telling first."""
 
-    def save(self, folder: Path) -> None:
-        """Write ``self.model`` and its tokenizer; the loop adds ``recipe.yaml`` and the card."""
+    @property
+    def units(self) -> Iterable[nn.Module]:
+        """Modules whose weights are gathered by themselves where the model is spread over processes: its blocks."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that :meth:`save` is to write, whole; all processes ask for them."""
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write the model with these tensors, and its tokenizer; the loop adds ``recipe.yaml`` and the card."""
 
     def card(self) -> Card:
         """What the card says."""

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from torch import Tensor
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
-from sentcompress.io import move_files, storage_errors, temporary_folder
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
 from sentcompress.training import checkpoints as saved
@@ -29,8 +27,11 @@ from sentcompress.training.memory import explain_out_of_memory, recompute_activa
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
 from sentcompress.training.processes import on_cpu, processes
-from sentcompress.training.progress import MetricsLog, TrainingProgress, no_library_bars
-from sentcompress.training.run_folder import MARK, RUN, SECTIONS, StageFolder, stage_record
+from sentcompress.training.progress import MetricsLog, TrainingProgress
+from sentcompress.training.run_folder import BEST, SECTIONS, StageFolder, stage_record
+from sentcompress.training.saving import Saver
+from sentcompress.training.sharding import let_go, spread
+from sentcompress.training.state import TrainingState
 from sentcompress.training.step import Batch, StepOutput, Stepper, StepResult, Window
 from sentcompress.training.trouble import MAX_ROLLBACKS, LossWatch
 
@@ -112,7 +113,7 @@ class _Run:
         self.progress = TrainingProgress(job.stage, self.settings.steps, shown=self.main, console=console)
         self.store = saved.CheckpointStore(stage.checkpoints, self.settings.keep)
         checkpoint = self.store.latest(self.progress.note)
-        tensors, state = saved.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        state = saved.read_state(checkpoint) if checkpoint else {}
         self.start = int(state.get("step", 0))
         self.next_batch = int(state.get("next_batch", 0))
         self.watch = LossWatch(self.settings)
@@ -120,10 +121,11 @@ class _Run:
         self.tokens = 0
         self.seconds = float(state.get("seconds", 0.0))
         self.figures: dict[str, float] = dict(state.get("figures", {}))
+        self.best: float | None = state.get("best")
         self.accelerator = self._accelerator(state.get("precision"))
         self._prepare()
         if checkpoint:
-            self._load(checkpoint, tensors, state)
+            self._load(checkpoint, state)
             self.progress.start = self.start
             self.progress.note(f"going on from {checkpoint}")
         else:
@@ -155,30 +157,35 @@ class _Run:
                     fix=f"set it to false, and lower {' or '.join(self.job.batch_fields)} instead",
                 )
             recompute_activations(model)
-        model.to(self.accelerator.device)
+        spreading = settings.distributed == "fsdp" and self.world > 1
+        if spreading:
+            spread(model, self.job.units, self.accelerator.device, self.world)
+        else:
+            model.to(self.accelerator.device)
         if settings.compile:
             model.compile()  # in place, so that weights keep their names
-        optimizer, self.names = build_optimizer(model, settings)
+        optimizer, names = build_optimizer(model, settings)
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
-        prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        prepared = model if spreading else self.accelerator.prepare(model)
+        self.state = TrainingState(
+            model, self.optimizer.optimizer, names, self.average, self.rank, self.world
+        )
+        self.saver = Saver(
+            self.job, self.stage, self.recipe, self.store, self.state, settings.background_saves
+        )
         self.stepper = Stepper(
             self.job.loss, prepared, self.optimizer, self.accelerator, settings, self.watch
         )
 
-    def _load(self, checkpoint: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        saved.load_model_tensors(self.job.model, saved.ungrouped("weights", tensors), checkpoint)
-        optimizer = saved.ungrouped("optimizer", tensors)
-        saved.load_optimizer_tensors(self.optimizer.optimizer, self.names, optimizer)
-        if self.average:
-            self.average.load(saved.ungrouped("average", tensors))
+    def _load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        own_random_state = self.state.load(checkpoint)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.watch.recent.clear()
         self.watch.recent.extend(state.get("recent_losses", ()))
         self.tokens = int(state["tokens"])
-        if random_state := saved.ungrouped(f"random/{self.rank}", tensors):
-            saved.load_random_tensors(random_state)
-        else:  # a process that was not there before: its dropout is its own from here on
+        if not own_random_state:  # a process that was not there before: its dropout is its own from here on
             seed_everything(self.recipe.seed + self.rank + int(state["next_batch"]))
 
     def train(self) -> dict[str, float]:
@@ -208,16 +215,20 @@ class _Run:
                     if done % settings.log_every == 0 or last:
                         self._log(done, window, log)
                         window = Window(batches)
+                    self.saver.check()
                     with window.paused():
                         if settings.eval_every and done % settings.eval_every == 0 and not last:
                             self._evaluate(done, log)
+                            self._keep_best(done)
                         due = settings.save_every and done % settings.save_every == 0
                         if due or last or result.interrupted:
                             self._checkpoint(done)
                     if result.interrupted and not last:
+                        self.saver.wait()
                         self._say_how_to_go_on(done)
                         self._end(result.terminated, f"asked to end (SIGTERM); saved {self.store.path(done)}")
                 self._evaluate(settings.steps, log)
+                self._keep_best(settings.steps)
                 self._finish()
                 self._end_if_asked(interruption)
         finally:
@@ -225,11 +236,14 @@ class _Run:
             self.progress.close()
             if log:
                 log.close()
+            self.saver.close()
         return self.figures
 
     def _log_from(self, step: int) -> MetricsLog | None:
         """``metrics.jsonl`` after the lines up to ``step``, in the first process."""
-        return MetricsLog(self.stage.path, step, self.settings.tensorboard) if self.main else None
+        if not self.main:
+            return None
+        return MetricsLog(self.stage.path, step, self.settings.tensorboard, self.settings.wandb)
 
     def _batches(self) -> Prefetcher:
         """This process's micro-batches from ``next_batch`` on."""
@@ -243,6 +257,7 @@ class _Run:
 
     def _roll_back(self, trouble: str) -> int:
         """Go back to the newest checkpoint, but not in the data; return its step."""
+        self.saver.wait()
         checkpoint = self.store.latest(self.progress.note)
         if checkpoint is None or self.rollbacks == MAX_ROLLBACKS:
             why = f"after {self.rollbacks} rollbacks" if checkpoint else "nothing was saved to go back to"
@@ -251,8 +266,8 @@ class _Run:
                 fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or set save_every",
             )
         self.rollbacks += 1
-        tensors, state = saved.read_checkpoint(checkpoint)
-        self._load(checkpoint, tensors, state)
+        state = saved.read_state(checkpoint)
+        self._load(checkpoint, state)
         self.progress.note(f"back to {checkpoint}, on with batch {self.next_batch}")
         return int(state["step"])
 
@@ -288,25 +303,20 @@ class _Run:
         if log:
             log.write(done, figures | {"tokens": self.tokens, "seconds": round(self.seconds, 3)})
 
-    def _weights(self) -> Any:
-        """A context in which the model has the weights that count: the averaged ones, if there are any."""
-        return self.average.in_place() if self.average else nullcontext()
-
     def _evaluate(self, done: int, log: MetricsLog | None) -> None:
         before = saved.random_tensors()
         self.heartbeat.beat("evaluating", done)
         model = self.job.model
         model.eval()
-        with torch.no_grad(), self._weights(), self.accelerator.autocast():
+        with torch.no_grad(), self.state.final_weights(), self.accelerator.autocast():
             self.figures = self.job.evaluate(model)
+        let_go(model)
         saved.load_random_tensors(before)  # training goes on as if nothing had been measured
         self.progress.heldout(done, self.figures)
         if log:
             log.write(done, {"eval": self.figures})
 
-    def _write_model(self, folder: Path, done: int) -> None:
-        with self._weights(), no_library_bars():
-            self.job.save(folder)
+    def _card(self, done: int) -> str:
         facts = {
             "steps": f"{done} of {self.settings.steps}",
             "training_tokens": f"{self.tokens:,}",
@@ -315,35 +325,34 @@ class _Run:
             f"{torch.get_num_threads()} thread(s)",
             "seed": self.recipe.seed,
         }
-        card = render_card(self.job.card(), self.recipe, self.stage.path, facts, self.figures)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
+        return render_card(self.job.card(), self.recipe, self.stage.path, facts, self.figures)
 
     def _checkpoint(self, done: int) -> None:
         self.heartbeat.beat("saving", done)
-        everyone = saved.grouped(str(self.rank), saved.random_tensors())
-        if self.world > 1:
-            everyone = {name: value for part in gather_object([everyone]) for name, value in part.items()}
-        if self.main:
-            tensors = saved.grouped("weights", saved.model_tensors(self.job.model))
-            optimizer = saved.optimizer_tensors(self.optimizer.optimizer, self.names)
-            tensors |= saved.grouped("optimizer", optimizer) | saved.grouped("random", everyone)
-            if self.average:
-                tensors |= saved.grouped("average", self.average.average)
-            scaler = self.accelerator.scaler
-            state = {
-                "step": done,
-                "next_batch": self.next_batch,
-                "recent_losses": list(self.watch.recent),
-                "processes": self.world,
-                "precision": self.precision,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "figures": self.figures,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            self.store.save(done, lambda folder: self._write_model(folder, done), tensors, state)
-        self.accelerator.wait_for_everyone()
+        scaler = self.accelerator.scaler
+        values = {
+            "step": done,
+            "next_batch": self.next_batch,
+            "recent_losses": list(self.watch.recent),
+            "processes": self.world,
+            "precision": self.precision,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "figures": self.figures,
+            "best": self.best,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        self.saver.checkpoint(done, self._card(done), values)
+
+    def _keep_best(self, done: int) -> None:
+        """Keep the weights if the first held-out figure has never been lower."""
+        if not self.settings.keep_best or not self.figures:
+            return
+        name, value = next(iter(self.figures.items()))
+        if self.best is None or value < self.best:
+            self.best = value
+            self.saver.best(self._card(done))
+            self.progress.note(f"best so far after step {done}: {name} {value:.4g}, kept in {BEST}/")
 
     def _end_if_asked(self, interruption: Interruption) -> None:
         """The stage is done, but whoever asked for an end in its last moments wants none after it."""
@@ -366,23 +375,18 @@ class _Run:
         self.progress.note(f"go on with: {resume_command()}")
 
     def _finish(self) -> None:
-        if self.main:
-            with storage_errors(self.stage.path), temporary_folder(self.stage.path / ".final") as folder:
-                self._write_model(folder, self.settings.steps)
-                about = {
-                    "stage": self.job.stage,
-                    "fields": self.stage.record,
-                    **provenance(self.recipe),
-                    "steps": self.settings.steps,
-                    "tokens": self.tokens,
-                    "trainable_parameters": sum(p.numel() for p in trainable(self.job.model).values()),
-                    "seconds": self.seconds,
-                    "precision": self.precision,
-                    "device": str(self.accelerator.device),
-                    "processes": self.world,
-                    "figures": self.figures,
-                }
-                saved.write_json(folder / RUN, about)
-                move_files(folder, self.stage.path, last=MARK)
-            self.progress.note(f"done: {self.stage.path}")
-        self.accelerator.wait_for_everyone()
+        about = {
+            "stage": self.job.stage,
+            "fields": self.stage.record,
+            **provenance(self.recipe),
+            "steps": self.settings.steps,
+            "tokens": self.tokens,
+            "trainable_parameters": sum(p.numel() for p in trainable(self.job.model).values()),
+            "seconds": self.seconds,
+            "precision": self.precision,
+            "device": str(self.accelerator.device),
+            "processes": self.world,
+            "figures": self.figures,
+        }
+        self.saver.final(self._card(self.settings.steps), about)
+        self.progress.note(f"done: {self.stage.path}")

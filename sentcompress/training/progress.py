@@ -1,7 +1,8 @@
-"""What a run shows and records: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard."""
+"""What a run shows and records: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard, W&B."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -111,18 +112,19 @@ def no_library_bars() -> Iterator[None]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one object a line, and TensorBoard events beside it if wanted.
+    """``metrics.jsonl``, one object a line, and what a recipe wants beside it.
 
     Args:
         folder: of the stage.
         start: steps done before; later lines of an earlier attempt are dropped.
         tensorboard: also write events.
+        wandb: also log to Weights & Biases, through Accelerate.
 
     Raises:
-        InputError: TensorBoard is wanted and not installed.
+        InputError: one of them is wanted and not installed, or W&B refuses.
     """
 
-    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, start: int, tensorboard: bool, wandb: bool = False) -> None:
         self.path = folder / METRICS
         kept = [line for line in read_metrics(self.path) if line["step"] <= start]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -136,6 +138,7 @@ class MetricsLog:
                     fix="pip install 'sentcompress[tensorboard]', or set it to false",
                 ) from error
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._wandb = _wandb_run(folder) if wandb else None
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -153,10 +156,38 @@ class MetricsLog:
                 else:
                     self._events.add_scalar(f"train/{name}", value, step)
 
+        if self._wandb is not None:
+            self._wandb.log(dict(figures), step=step)
+
     def close(self) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(folder: Path) -> Any:
+    """A W&B run that goes on when the stage does. Raises InputError."""
+    from accelerate.tracking import WandBTracker
+    from accelerate.utils import is_wandb_available
+
+    fix = "pip install 'sentcompress[wandb]' and 'wandb login', set WANDB_MODE=offline, or wandb to false"
+    if not is_wandb_available():
+        raise InputError("wandb: true, but Weights & Biases is not installed", fix=fix)
+    place = folder.resolve()
+    tracker = WandBTracker(
+        "sentcompress",
+        name="/".join(place.parts[-2:]),
+        id=hashlib.blake2b(str(place).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest(),
+        resume="allow",
+        dir=str(folder),
+    )
+    try:
+        tracker.start()
+    except Exception as error:
+        raise InputError(f"wandb: {type(error).__name__}: {error}", fix=fix) from error
+    return tracker
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ from sentcompress.training.processes import process_count
 
 RUN = "run.json"
 MARK = "config.json"
+BEST = "best"
+"""Folder in a stage's, of the model with the best held-out figure so far."""
 
 SECTIONS = {"pretrain": "pretrain", "vae": "train_vae", "graft": "graft", "baseline": "graft"}
 """The section of the recipe with each stage's training settings."""
@@ -41,7 +43,11 @@ FREE = (
     "eval_batches",
     "save_every",
     "keep",
+    "keep_best",
+    "background_saves",
+    "distributed",
     "tensorboard",
+    "wandb",
     "gradient_checkpointing",
     "on_trouble",
     "spike",

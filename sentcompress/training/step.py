@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sentcompress.errors import NumericsError
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.optimization import learning_rate
+from sentcompress.training.sharding import whole
 from sentcompress.training.trouble import MAX_SKIPPED, LossWatch
 
 Batch = dict[str, Tensor]
@@ -129,7 +130,7 @@ class Stepper:
             losses.append(output.loss.detach().float())
             metrics.append(output.metrics)
             tokens += output.tokens
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
+        norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
         own = torch.stack(losses)
         # One exchange of figures a step; with it, all processes stop in the same step.
         signal_number = asked()

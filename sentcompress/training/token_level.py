@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, Toke
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.memory import recompute_activations
+from sentcompress.training.sharding import is_spread
 from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
@@ -28,7 +29,6 @@ from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
 IGNORED = -100
 """Label of a position that is no target."""
 SIMILAR = 0.9
-"""Rows computed together are at least this share of the longest among them."""
 
 
 class TokenLM(nn.Module):
@@ -45,6 +45,12 @@ class TokenLM(nn.Module):
     def gradient_checkpointing_enable(self, _: dict[str, Any]) -> None:
         recompute_activations(self.lm)
 
+    @property
+    def similar(self) -> float:
+        """Rows computed together are at least this share of the longest among them."""
+        # Spread over processes, all must call each block as often.
+        return 0.0 if is_spread(self) else SIMILAR
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Next-token cross-entropy.
 
@@ -57,7 +63,7 @@ class TokenLM(nn.Module):
         """
         weight = self.lm.get_output_embeddings().weight
         states, targets = [], []
-        for rows, hidden in hidden_states_by_length(self.lm, input_ids, attention_mask):
+        for rows, hidden in hidden_states_by_length(self.lm, input_ids, attention_mask, self.similar):
             following = labels[rows, 1 : hidden.shape[1]]
             kept = following != IGNORED
             states.append(hidden[:, :-1][kept])
@@ -66,17 +72,18 @@ class TokenLM(nn.Module):
 
 
 def hidden_states_by_length(
-    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, similar: float = SIMILAR
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Last hidden states, rows of similar length together.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padding on the right.
+        similar: as in :func:`rows_of_similar_length`.
 
     Yields:
         numbers of rows ``[b]`` and their states ``[b, t, H]``, ``t`` being the longest among them.
     """
-    for rows, length in rows_of_similar_length(attention_mask):
+    for rows, length in rows_of_similar_length(attention_mask, similar):
         mask = attention_mask[rows, :length]
         yield (
             rows,
@@ -89,11 +96,12 @@ def hidden_states_by_length(
         )
 
 
-def rows_of_similar_length(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
+def rows_of_similar_length(attention_mask: Tensor, similar: float = SIMILAR) -> list[tuple[Tensor, int]]:
     """Rows that are computed together, so that little of it is padding.
 
     Args:
         attention_mask: ``[B, T]``, padding on the right.
+        similar: the shortest is at least this share of the longest.
 
     Returns:
         numbers of rows ``[b]``, and the length of the longest, of each group.
@@ -101,7 +109,7 @@ def rows_of_similar_length(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
     lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
     groups: list[tuple[list[int], int]] = []
     for row, length in zip(order.tolist(), lengths.tolist(), strict=True):
-        if not groups or length < SIMILAR * groups[-1][1]:
+        if not groups or length < similar * groups[-1][1]:
             groups.append(([], length))
         groups[-1][0].append(row)
     return [(torch.tensor(rows, device=attention_mask.device), length) for rows, length in groups]
@@ -122,7 +130,9 @@ class TokenLevelJob:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
         loss, _ = model(**batch)
         mask = batch["attention_mask"]
-        computed = [mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask)]
+        computed = [
+            mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask, self.model.similar)
+        ]
         return StepOutput(loss.mean(), tokens=int(mask.sum()), rows=torch.cat(computed)[None])
 
     def heldout_batches(self) -> int:
@@ -145,8 +155,15 @@ class TokenLevelJob:
         figures = {"bits_per_byte": nats / math.log(2) / size} if size else {}
         return figures | {"nats_per_token": nats / max(1, targets)}
 
-    def save(self, folder: Path) -> None:
-        self.model.lm.save_pretrained(folder, state_dict=merged_state(self.model.lm))
+    @property
+    def units(self) -> Iterable[nn.Module]:
+        return blocks_of(self.model.lm)
+
+    def state(self) -> dict[str, Tensor]:
+        return merged_state(self.model.lm)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.model.lm.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
 
     @property

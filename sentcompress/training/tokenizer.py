@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from sentcompress.contracts import Dataset
-from sentcompress.text.heldout import choose_heldout
+from sentcompress.text.heldout import choose_heldout, text_hash
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 """Ids 0 to 3, as in OPT; ``</s>`` begins and ends texts."""
@@ -22,7 +21,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 def training_texts(dataset: Dataset) -> Iterator[str]:
     """Texts of the documents that are not held out: the same choice as the corpus makes."""
-    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in _texts(dataset)]
+    hashes = b"".join(text_hash(text.encode()) for text in _texts(dataset))
     heldout = choose_heldout(hashes, int(getattr(dataset.options, "heldout_documents", 20)))
     for index, text in enumerate(_texts(dataset)):
         if index not in heldout:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sentcompress.errors import InputError
 from sentcompress.recipe import TuneSettings
+from sentcompress.training.sharding import whole, whole_state
 
 
 def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, where: str) -> None:
@@ -59,17 +60,17 @@ def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with adapters folded into the weights they adapt, under the plain names.
+    """The model's state with adapters folded into the weights they adapt, under the plain names, every tensor whole.
 
-    The model itself is left as it is, so that training can go on bit by bit.
+    The model itself is left as it is, so that training can go on bit by bit. All processes must ask for it.
     """
     deltas = {
-        f"{name}.weight": module.get_delta_weight("default")
+        f"{name}.weight": whole(module.get_delta_weight("default"))
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight")
     }
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in whole_state(model).items():
         if ".lora_" in key:
             continue
         plain = key.replace(".base_layer.", ".")

@@ -18,6 +18,7 @@ from sentcompress.text.sampling import SentenceSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
 from sentcompress.training.loop import StepOutput
+from sentcompress.training.sharding import gathered, whole_state
 
 RECONSTRUCTED = 64
 """Held-out sentences written free-running at each evaluation."""
@@ -28,6 +29,7 @@ class VAEJob:
 
     stage = "vae"
     batch_fields = ("train_vae.sentences_per_batch",)
+    units = ()
 
     def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:
         self.recipe = recipe
@@ -90,15 +92,19 @@ class VAEJob:
         # A sample across batches: each batch holds sentences of about one length.
         sample = sentences[:: max(1, len(sentences) // RECONSTRUCTED)][:RECONSTRUCTED]
         registry = get_registry()
-        written = reconstruct(model, self.text.tokenizer, sample)  # type: ignore[arg-type]
+        with gathered(model):
+            written = reconstruct(model, self.text.tokenizer, sample)  # type: ignore[arg-type]
         return {
             "perplexity": float(torch.tensor(nats / targets).exp()),
             "tokens_right": registry.create("metric", "token-accuracy").compute(written)["tokens"],
             "sentences_exact": registry.create("metric", "exact-match").compute(written)["sentences"],
         }
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def state(self) -> dict[str, Tensor]:
+        return whole_state(self.model)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, state_dict=state)
         self.text.tokenizer.save_pretrained(folder)
 
     def card(self) -> Card:

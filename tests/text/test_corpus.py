@@ -23,7 +23,7 @@ from sentcompress.errors import DataError, PluginError, StorageError
 from sentcompress.registry import get_registry
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.heldout import choose_heldout
+from sentcompress.text.heldout import choose_heldout, text_hash
 from sentcompress.text.whole import open_whole
 
 TEXTS = ("First. Second one. ", "A b c. D e.\n\nF", "Ünïcode 你好。 \U0001f600 ok. ", "one")
@@ -391,22 +391,27 @@ class TestDocuments:
 
 
 class TestHeldout:
+    def held(self, texts: list[bytes], wanted: int) -> set[int]:
+        return choose_heldout(b"".join(map(text_hash, texts)), wanted)
+
+    def chosen(self, texts: list[bytes], wanted: int) -> set[bytes]:
+        return {texts[index] for index in self.held(texts, wanted)}
+
     def test_the_same_texts_whatever_their_order(self) -> None:
-        hashes = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        chosen = {hashes[i] for i in choose_heldout(hashes, 2)}
-        assert chosen == {hashes[::-1][i] for i in choose_heldout(hashes[::-1], 2)} == {b"\x01", b"\x03"}
+        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
+        assert self.chosen(texts, 2) == self.chosen(texts[::-1], 2)
+        assert self.chosen(texts, 2) == set(sorted(texts, key=text_hash)[:2])
 
     def test_one_more_document_moves_at_most_one(self) -> None:
-        hashes = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        before = {hashes[i] for i in choose_heldout(hashes, 3)}
-        more = [*hashes, b"\x02"]
-        assert len(before - {more[i] for i in choose_heldout(more, 3)}) <= 1
+        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
+        for more in (b"\x02", b"\x04", b"\x06"):
+            assert len(self.chosen(texts, 3) - self.chosen([*texts, more], 3)) <= 1
 
     def test_copies_are_on_one_side_and_something_is_left(self) -> None:
-        hashes = [b"b", b"a", b"a", b"c", b"a"]
-        assert choose_heldout(hashes, 1) == {1, 2, 4}
-        assert choose_heldout([b"a", b"a", b"b"], 1) == {0, 1}
-        assert choose_heldout([b"b", b"b", b"b", b"a"], 3) == {3}
+        a, b, c = sorted([b"a", b"b", b"c"], key=text_hash)
+        assert self.held([b, a, a, c, a], 1) == {1, 2, 4}
+        assert self.held([a, a, b], 1) == {0, 1}
+        assert self.held([b, b, b, a], 3) == {3}
 
 
 def test_large_caches_are_checked_by_size_only() -> None:

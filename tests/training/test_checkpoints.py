@@ -40,10 +40,14 @@ def write_model(folder: Path) -> None:
     (folder / "model").write_text("weights")
 
 
+def write_state(folder: Path) -> None:
+    checkpoints.write_tensors(folder, {"a/b": torch.ones(2)})
+
+
 def store(folder: Path, keep: int = 2) -> CheckpointStore:
     found = CheckpointStore(folder, keep)
     for step in (1, 2, 3):
-        found.save(step, write_model, {"a/b": torch.ones(2)}, {"step": step})
+        found.save(step, write_model, write_state, {"step": step})
     return found
 
 
@@ -88,7 +92,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(StorageError, match="disk is full") as caught:
-        found.save(4, lambda _: None, {}, {})
+        found.save(4, lambda _: None, write_state, {})
     assert str(tmp_path) in caught.value.message
     assert found.steps() == [2, 3]
     assert found.latest(pytest.fail) == found.path(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,10 @@ from typer.testing import CliRunner
 
 from sentcompress.cli import app
 from sentcompress.errors import InputError
+from sentcompress.training.checkpoints import PARTS
 from sentcompress.training.progress import read_metrics
 
-STEPS = 6
+STEPS = 50
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
@@ -29,12 +31,19 @@ def environment(cache: Path) -> dict[str, str]:
 
 @pytest.fixture
 def run(tmp_path, cache, make_recipe):
-    """``run(out, processes)``: six micro-batches a step, whoever computes them."""
+    """``run(out, processes, distributed)``: six micro-batches a step, whoever computes them."""
 
-    def run(out: Path, processes: int, *options: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        out: Path, processes: int, distributed: str = "ddp", *options: str
+    ) -> subprocess.CompletedProcess[str]:
         plain = make_recipe().pretrain.config | {"dropout": 0.0}
         recipe = make_recipe(
-            steps=STEPS, gradient_accumulation=6 // processes, config=plain, save_every=2, keep=9, ema=None
+            steps=STEPS,
+            gradient_accumulation=6 // processes,
+            config=plain,
+            save_every=20,
+            keep=9,
+            distributed=distributed,
         )
         path = tmp_path / f"recipe-{processes}.yaml"
         path.write_text(recipe.dump())
@@ -48,7 +57,7 @@ def run(tmp_path, cache, make_recipe):
             [sys.executable, *launcher[processes], "run", str(path), "--out", str(out), *options],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=150,
             env=environment(cache),
             check=False,
         )
@@ -66,46 +75,122 @@ def back_to(step: int, out: Path) -> None:
     for path in (stage / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
-    (stage / "config.json").unlink()
+    (stage / "config.json").unlink(missing_ok=True)
 
 
-def test_two_processes_go_on_as_one_and_one_as_three(tmp_path, run):
-    one, many = tmp_path / "one", tmp_path / "many"
-    done = run(one, 1)
+@pytest.fixture
+def alone(tmp_path, run):
+    """What one process does."""
+    done = run(tmp_path / "one", 1)
     assert done.returncode == 0, done.stderr
-    expected = losses(one)
-    assert len(expected) == STEPS
+    assert len(losses(tmp_path / "one")) == STEPS
+    return tmp_path / "one"
 
-    for processes, step in ((2, 2), (1, 4), (3, STEPS)):
-        done = run(many, processes, *(["--resume"] if processes != 2 else []))
+
+def assert_same(out: Path, alone: Path) -> None:
+    """The same losses, the same files, the same weights as one process gives."""
+    assert losses(out) == pytest.approx(losses(alone), abs=1e-4)
+    files = [sorted(path.name for path in (folder / "pretrain").iterdir()) for folder in (out, alone)]
+    assert files[0] == files[1]
+    results = [load_file(folder / "pretrain" / "model.safetensors") for folder in (alone, out)]
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    configs = [json.loads((folder / "pretrain" / "config.json").read_text()) for folder in (alone, out)]
+    assert configs[0] == configs[1]
+
+
+def test_processes_and_their_number_make_no_difference(tmp_path, run, alone):
+    """Two whole copies to step 20, one process to step 40, three from there."""
+    many = tmp_path / "many"
+    for processes, step in ((2, 20), (1, 40), (3, STEPS)):
+        done = run(many, processes, "ddp", *(["--resume"] if processes != 2 else []))
         assert done.returncode == 0, done.stderr
-        assert losses(many) == pytest.approx(expected, abs=1e-4)
+        assert_same(many, alone)
         if step < STEPS:
             back_to(step, many)
-    results = [load_file(out / "pretrain" / "model.safetensors") for out in (one, many)]
-    for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
-    back_to(4, many)
-    refused = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sentcompress",
-            "run",
-            str(tmp_path / "recipe-3.yaml"),
-            "--out",
-            str(many),
-            "--resume",
-        ],
+    back_to(40, many)
+    refused = run_recipe(tmp_path / "recipe-3.yaml", many)
+    assert refused.returncode == 2
+    assert "pretrain.micro_batches_a_step: 6 there, 2 now" in refused.stderr
+
+
+def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, run, alone):
+    """Weights cut in three to step 20, in two to step 40, in one process from there."""
+    parts = tmp_path / "parts"
+    for processes, step in ((3, 20), (2, 40), (1, STEPS)):
+        done = run(parts, processes, "fsdp", *(["--resume"] if processes != 3 else []))
+        assert done.returncode == 0, done.stderr
+        assert_same(parts, alone)
+        saved = parts / "pretrain" / "checkpoints" / f"step-{STEPS:06d}"
+        assert (saved / PARTS).is_dir() == (processes > 1)
+        if processes > 1:
+            held = [path.stat().st_size for path in (saved / PARTS).iterdir()]
+            assert len(held) == processes
+            assert max(held) < 2 * min(held)
+        if step < STEPS:
+            back_to(step, parts)
+
+    # What a whole copy left, two that spread it go on with.
+    back_to(40, alone)
+    done = run(alone, 2, "fsdp", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same(alone, parts)
+
+
+def test_all_trainings_spread_over_two_processes(tmp_path, cache):
+    """SentenceVAE, graft with adapters and twin: the same figures as in one process."""
+    figures = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launcher = ["launch", "-n", "2"] if processes == 2 else []
+        steps = [
+            f"{section}.{name}"
+            for section in ("train_vae", "graft")
+            for name in (
+                "distributed=fsdp",
+                "steps=4",
+                f"gradient_accumulation={4 // processes}",
+                "ema=0.9",
+                "precision=fp32",
+            )
+        ]
+        chosen = [
+            *steps,
+            "data.options.max_documents=8",
+            "data.options.heldout_documents=2",
+            "vae.dropout=0",
+            "graft.tune=lora",
+            "graft.shortlist_rank=4",
+        ]
+        done = subprocess.run(
+            [
+                *[sys.executable, "-m", "sentcompress", *launcher, "run", "quickstart", "--out", str(out)],
+                *[part for choice in chosen for part in ("--set", choice)],
+                *["--set", "bench.metrics=[data]"],
+            ],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env=environment(cache),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
+        figures.append([value for about in runs for value in about["figures"].values()])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+
+
+def run_recipe(path: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sentcompress", "run", str(path), "--out", str(out), "--resume"],
         capture_output=True,
         text=True,
         timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert refused.returncode == 2
-    assert "pretrain.micro_batches_a_step: 6 there, 2 now" in refused.stderr
 
 
 @pytest.fixture

@@ -1,0 +1,248 @@
+"""What training takes before anything is trained: memory of each device by part, time, and what fits where.
+
+Weights, gradients and moments follow from shapes. Activations are counted, not guessed: a model of the same width with
+one block and with two is run on a few made-up sentences, with a vocabulary of a few tokens, and what autograd keeps for
+the backward pass is added up; it is linear in blocks and in text.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sentcompress.benchmark.random_models import random_models
+from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
+from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.recipe import Recipe, TrainingSettings
+from sentcompress.training.memory import recompute_activations
+from sentcompress.training.optimization import trainable
+from sentcompress.training.tuning import apply_tune
+
+Stage = Literal["vae", "graft"]
+SENTENCES = (8, 16)
+"""Sentences of the two runs from which activations are extrapolated."""
+TOKENS_KEPT = 64
+"""Vocabulary of these runs: activations do not depend on it."""
+LOSS_COPIES = 3
+"""Blocks of logits alive at once in the loss: the logits, their exponentials, their gradients."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters, in numbers, and activations of a micro-batch, in bytes.
+
+    Attributes:
+        weights, learned: of the whole model.
+        root, root_learned: of these, what is in no block of the backbone.
+        unit: of the largest block.
+        head: of the output head, if it learns.
+        activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``.
+    """
+
+    weights: int
+    learned: int
+    root: int
+    root_learned: int
+    unit: int
+    head: int
+    activations: float
+    recomputed: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on each device, by part, of one way to train.
+
+    Attributes:
+        name: ``ddp`` or ``fsdp``, with ``gradient_checkpointing`` or without.
+        weights: and, spread over devices, what is gathered of them at a time.
+        gradients: and, of several whole copies, what they are exchanged in.
+        optimizer: two moments, and averaged weights if there are any.
+        activations: of one micro-batch.
+        logits: of the loss.
+        peak: at the worst moment of a step, which is less than the sum: gradients come as activations go.
+    """
+
+    name: str
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    peak: float
+
+
+def sizes(recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
+    """Count a stage's parameters and activations. Takes seconds, and the memory of two of the backbone's blocks.
+
+    Args:
+        sentence_tokens: mean length of a sentence.
+        bf16: products in bf16, weights in fp32.
+    """
+    with torch.device("meta"):
+        shape, _ = random_models(recipe)
+    model = copy.deepcopy(shape)
+    with torch.device("meta"):
+        part = _part(model, recipe, stage)
+    blocks = list(model.backbone.blocks) if stage == "graft" else []
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    learned = trainable(part).values()
+    return Sizes(
+        weights=_count(part.parameters()),
+        learned=_count(learned),
+        root=_count(p for p in part.parameters() if id(p) not in inside),
+        root_learned=_count(p for p in learned if id(p) not in inside),
+        unit=max((_count(block.parameters()) for block in blocks), default=0),
+        head=model.vae.output_weight.numel() * model.vae.output_weight.requires_grad,
+        activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
+        recomputed=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True)
+        if stage == "graft"
+        else float("nan"),
+    )
+
+
+def footprints(found: Sizes, settings: TrainingSettings, devices: int) -> list[Footprint]:
+    """All ways to train on so many devices, the fastest first."""
+    ways: list[tuple[str, bool, bool]] = [("ddp", False, False)]
+    if found.recomputed == found.recomputed:
+        ways.append(("ddp, gradient_checkpointing", False, True))
+    if devices > 1:
+        ways.append(("fsdp", True, False))
+        if found.recomputed == found.recomputed:
+            ways.append(("fsdp, gradient_checkpointing", True, True))
+    return [
+        _footprint(name, found, settings, devices, spread=spread, recomputed=recomputed)
+        for name, spread, recomputed in ways
+    ]
+
+
+def _footprint(
+    name: str, found: Sizes, settings: TrainingSettings, devices: int, *, spread: bool, recomputed: bool
+) -> Footprint:
+    share = devices if spread else 1
+    weights = 4 * found.weights / share
+    gradients = 4 * found.learned / share
+    if spread:
+        weights += 4 * (found.root + 2 * found.unit)
+        gradients += 4 * (found.root_learned + found.unit)
+    elif devices > 1:
+        gradients *= 2  # the buckets they are exchanged in
+    optimizer = (12 if settings.ema else 8) * found.learned / share
+    activations = found.recomputed if recomputed else found.activations
+    logits = 4 * LOSS_COPIES * LOGITS_BUDGET
+    # Activations go as gradients come; those of earlier micro-batches are there from the start.
+    if settings.gradient_accumulation > 1 or devices > 1:
+        moving = activations + gradients
+    else:
+        moving = max(activations + 4 * found.head, gradients)
+    return Footprint(
+        name, weights, gradients, optimizer, activations, logits, weights + optimizer + moving + logits
+    )
+
+
+def saving_bytes(found: Sizes, settings: TrainingSettings) -> float:
+    """Bytes of the computer's memory that saving takes: a copy of the model, in the background of all state too."""
+    state = 4 * found.weights + (12 if settings.ema else 8) * found.learned
+    return 4 * found.weights + (state if settings.background_saves else 0)
+
+
+def _part(model: SentenceLM, recipe: Recipe, stage: Stage) -> nn.Module:
+    """What a stage trains, with what does not learn frozen."""
+    if recipe.vae.freeze == "embeddings":
+        for table in (model.vae.embed_tokens, getattr(model.vae, "decoder_embed_tokens", None)):
+            if table is not None:
+                table.requires_grad_(False)
+        model.vae.output_weight.requires_grad_(False)
+    if stage == "vae":
+        return model.vae
+    apply_tune(model.backbone, model.backbone.blocks, recipe.graft, "graft")
+    return model
+
+
+def _count(parameters: object) -> int:
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())  # type: ignore[attr-defined]
+
+
+def _activations(
+    shape: SentenceLM, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
+) -> float:
+    """Bytes kept for the backward pass of a micro-batch, extrapolated from small runs."""
+    blocks = (1, 2) if stage == "graft" else (1,)
+    kept = {}
+    full = 0
+    for number in blocks:
+        model = copy.deepcopy(shape)
+        stack: Any = model.backbone
+        full = len(stack.blocks)
+        del stack.blocks[number:]
+        stack.config.num_hidden_layers = number
+        with torch.device("meta"):
+            part = _part(model, recipe, stage)  # adapters are made here
+        _cut_vocabulary(part, int(model.vae.config.vocab_size))
+        # Not even filled: what is counted does not depend on values.
+        part.to_empty(device="cpu").train()
+        if recomputed:
+            recompute_activations(part)
+        for sentences in SENTENCES:
+            kept[number, sentences] = _kept(part, stage, sentences, round(sentence_tokens), bf16=bf16)
+    few, many = SENTENCES
+    if stage == "graft":
+        wanted = float(recipe.graft.passages_per_batch * recipe.graft.max_sentences)
+        by_blocks = {s: kept[1, s] + (full - 1) * (kept[2, s] - kept[1, s]) for s in SENTENCES}
+    else:
+        wanted = float(recipe.train_vae.sentences_per_batch)
+        by_blocks = {s: kept[1, s] for s in SENTENCES}
+    slope = (by_blocks[many] - by_blocks[few]) / (many - few)
+    return by_blocks[few] + slope * (wanted - few)
+
+
+def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
+    """Keep the first few tokens of every table."""
+    for parameter in model.parameters():
+        index = tuple(slice(TOKENS_KEPT if size == vocab_size else None) for size in parameter.shape)
+        parameter.data = parameter.data[index]
+
+
+def _kept(model: nn.Module, stage: Stage, sentences: int, tokens: int, *, bf16: bool) -> int:
+    """Bytes that one forward pass keeps, weights left out."""
+    batch: dict[str, Tensor] = {
+        "input_ids": torch.ones(sentences, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(sentences, tokens, dtype=torch.long),
+    }
+    if stage == "graft":
+        batch |= {
+            "sentence_index": torch.arange(sentences)[None],
+            "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
+            "scored": torch.ones(sentences, dtype=torch.bool),
+            "last": torch.zeros(sentences, dtype=torch.bool),
+        }
+    around: AbstractContextManager[object] = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with around:
+        _, kept = count_kept(lambda: model(**batch, token_loss=TokenLoss(gamma=0.0)).loss, weights)
+    return kept
+
+
+def count_kept(step: Callable[[], Tensor], weights: set[int]) -> tuple[Tensor, int]:
+    """Run a forward pass; its loss, and the bytes that are kept for the backward pass.
+
+    Args:
+        weights: addresses of what is there anyway.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, or its address might be given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = step()
+    return loss, sum(storage.nbytes() for storage in kept.values())
