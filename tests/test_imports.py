@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": CONTRACT,
     "recipe": CONTRACT | {"choices", "registry"},
     **dict.fromkeys(BUILT_INS, CONTRACT),
+    "datasets": CONTRACT | {"registry"},  # 'mix' is made of others
     "text": FOUNDATION,
     "modeling": FOUNDATION | {"text"},
     "generation": FOUNDATION | {"text", "modeling"},

@@ -23,7 +23,8 @@ from sentcompress.benchmark.parts import Parts
 from sentcompress.benchmark.random_models import random_models
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
-from sentcompress.text.sampling import START, PassageSampler, PassageTokenSampler
+from sentcompress.text.sampling import START, PassageSampler
+from sentcompress.text.token_sampling import PassageTokenSampler
 from sentcompress.training.token_level import TokenLM
 
 PAD = 64

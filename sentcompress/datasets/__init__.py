@@ -9,3 +9,4 @@ def register_datasets(register: Register) -> None:
     register("jsonl", "sentcompress.datasets.jsonl:JsonlDataset")
     register("python-package", "sentcompress.datasets.python_package:PythonPackageDataset")
     register("hub", "sentcompress.datasets.hub:HubDataset")
+    register("mix", "sentcompress.datasets.mix:MixDataset")

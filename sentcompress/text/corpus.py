@@ -34,7 +34,7 @@ from sentcompress.text.cache import (
 )
 from sentcompress.text.documents import DocumentFile
 from sentcompress.text.encoding import Encoded, choose_workers, encode_documents, token_dtype
-from sentcompress.text.heldout import choose_heldout
+from sentcompress.text.heldout import choose_heldout, first_copies
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import plain_backend
 
@@ -271,7 +271,8 @@ class _Builder:
             workers,
             self.console.print,
         )
-        too_long = self._write_arrays(folder, documents, results, heldout)
+        scored = first_copies(documents.hashes, heldout)
+        too_long = self._write_arrays(folder, documents, results, heldout, scored)
         return {
             "dtype": dtype,
             "dataset": type(self.dataset).__name__,
@@ -319,9 +320,19 @@ class _Builder:
             raise PluginError(f"{name} failed: {type(error).__name__}: {error}") from error
 
     def _write_arrays(
-        self, folder: Path, documents: DocumentFile, results: Iterator[Encoded], heldout: set[int]
+        self,
+        folder: Path,
+        documents: DocumentFile,
+        results: Iterator[Encoded],
+        heldout: set[int],
+        scored: set[int],
     ) -> int:
-        """Write what is encoded as it comes; return how many pieces had to be split further."""
+        """Write what is encoded as it comes; return how many pieces had to be split further.
+
+        Args:
+            heldout: documents that are not trained on.
+            scored: of these, those that are scored.
+        """
         too_long = done = 0
         has_tokens = bytearray()
         with (
@@ -335,7 +346,7 @@ class _Builder:
             for part in results:
                 part.tokens.tofile(tokens)
                 too_long += part.too_long
-                self._append(arrays, part, documents, done, written, heldout)
+                self._append(arrays, part, documents, done, written, heldout, scored)
                 has_tokens += (part.sentences > 0).astype(np.uint8).tobytes()
                 done += len(part.sentences)
                 written += int(part.lengths.sum())
@@ -356,6 +367,7 @@ class _Builder:
         first: int,
         tokens: int,
         heldout: set[int],
+        scored: set[int],
     ) -> None:
         """Add documents from number ``first`` on, before which there are so many tokens."""
         sentences, kept = part.sentences, np.flatnonzero(part.sentences)
@@ -369,9 +381,11 @@ class _Builder:
         arrays["sentence_starts"].append(running + np.repeat(begins - running[firsts], sentences[kept]))
         number = arrays["document_offsets"].length - 1
         arrays["document_offsets"].append(before + np.cumsum(sentences[kept]))
-        held = np.array([first + index in heldout for index in kept.tolist()], dtype=bool)
-        arrays["train"].append(number + np.flatnonzero(~held))
-        arrays["heldout"].append(number + np.flatnonzero(held))
+        places = [first + index for index in kept.tolist()]
+        trained = [number + i for i, place in enumerate(places) if place not in heldout]
+        arrays["train"].append(np.array(trained, dtype=np.int64))
+        measured = [number + i for i, place in enumerate(places) if place in scored]
+        arrays["heldout"].append(np.array(measured, dtype=np.int64))
 
 
 def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | None) -> None:

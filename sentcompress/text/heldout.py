@@ -53,3 +53,11 @@ def choose_heldout(hashes: bytes | bytearray, wanted: int) -> set[int]:
             fix="add documents with other texts",
         )
     return set(heldout)
+
+
+def first_copies(hashes: bytes | bytearray, chosen: set[int]) -> set[int]:
+    """The first of those that have the same text: what is held out is scored once, however often it is there."""
+    first: dict[bytes, int] = {}
+    for index in sorted(chosen):
+        first.setdefault(bytes(hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]), index)
+    return set(first.values())

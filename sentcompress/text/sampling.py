@@ -5,7 +5,8 @@ An epoch is ``batches_per_epoch`` batches; the last one of an epoch may be small
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 
 from sentcompress.text.corpus import Corpus
-from sentcompress.text.whole import open_whole
+from sentcompress.text.order import Epochs, Shuffle
 
 Batch = dict[str, Tensor]
 
-IGNORED = -100
-"""Label of a position that is no target (the convention of transformers)."""
 PADDING, START = -1, -2
 """Cells of ``sentence_index`` that hold no sentence: padding, and the start of a document."""
 BUCKET_BATCHES = 64
 """Batches whose sentences are sorted by length together: many for little padding, few to stay random."""
+LISTED = 1 << 24
+"""Sentences of which an epoch's order is a list in memory; of more, each place of it is computed when it is needed."""
 
 
 class Passage(NamedTuple):
@@ -57,30 +58,13 @@ class Passages(Sequence[Passage]):
         return Passage(*self.table[index].tolist())
 
 
-class _Epochs:
-    """The orders of recent epochs, each a function of the seed and its number."""
-
-    def __init__(self, seed: int, make_order: Callable[[np.random.Generator], np.ndarray]) -> None:
-        self.seed = seed
-        self.make_order = make_order
-        self._recent: dict[int, np.ndarray] = {}
-
-    def order(self, epoch: int) -> np.ndarray:
-        order = self._recent.get(epoch)
-        if order is None:
-            order = self.make_order(np.random.default_rng([self.seed, epoch]))
-            # Replaced whole, never changed: a prefetching thread may be reading it.
-            self._recent = {**dict(list(self._recent.items())[-1:]), epoch: order}
-        return order
-
-
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def _pad(rows: Sequence[np.ndarray], value: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[np.ndarray], value: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows of tokens to ``input_ids [S, L]`` and ``attention_mask [S, L]``, padded on the right."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(width or lengths.max()) < lengths[:, None]
@@ -89,9 +73,28 @@ def _pad(rows: Sequence[np.ndarray], value: int, width: int | None = None) -> tu
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def _sentences_of(corpus: Corpus, documents: Sequence[int] | np.ndarray) -> np.ndarray:
-    ranges = [corpus.document_sentences(int(document)) for document in documents]
-    return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+class _Sentences:
+    """The sentences of some documents, numbered from 0, without a list of them: a large corpus has many millions."""
+
+    def __init__(self, corpus: Corpus, documents: Sequence[int] | np.ndarray) -> None:
+        chosen = np.asarray(documents, dtype=np.int64)
+        self.corpus = corpus
+        self.firsts = np.asarray(corpus.document_offsets[chosen])
+        self.ends = np.cumsum(corpus.document_offsets[chosen + 1] - self.firsts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def numbers(self, indexes: np.ndarray) -> np.ndarray:
+        """Numbers in the corpus."""
+        documents = np.searchsorted(self.ends, indexes, side="right")
+        return self.firsts[documents] + indexes - np.concatenate([[0], self.ends])[documents]
+
+    def lengths(self, indexes: np.ndarray) -> np.ndarray:
+        """Tokens."""
+        offsets = self.corpus.sentence_offsets
+        numbers = self.numbers(indexes)
+        return np.asarray(offsets[numbers + 1]) - np.asarray(offsets[numbers])
 
 
 class SentenceSampler:
@@ -110,36 +113,53 @@ class SentenceSampler:
         seed: int,
         pad_token_id: int,
     ) -> None:
-        _check_counts(documents=len(documents), sentences_per_batch=sentences_per_batch)
+        check_counts(documents=len(documents), sentences_per_batch=sentences_per_batch)
         self.corpus = corpus
         self.size = sentences_per_batch
+        self.seed = seed
         self.pad_token_id = pad_token_id
-        self.sentences = _sentences_of(corpus, documents)
-        self._lengths = np.asarray(corpus.sentence_lengths)[self.sentences]
+        self.sentences = _Sentences(corpus, documents)
         self.batches_per_epoch = -(-len(self.sentences) // self.size)
-        self._epochs = _Epochs(seed, self._make_order)
+        self._epochs = Epochs(seed, self._make_order)
+        self._bucket: tuple[tuple[int, int], np.ndarray] | None = None
 
     def _make_order(self, rng: np.random.Generator) -> np.ndarray:
         """``[batches, S]`` indexes into ``sentences``; -1 fills the one smaller batch."""
         shuffled = rng.permutation(len(self.sentences))
-        filled = np.full(self.batches_per_epoch * self.size, -1, dtype=np.int64)
         step = BUCKET_BATCHES * self.size
-        for start in range(0, len(shuffled), step):
-            bucket = shuffled[start : start + step]
-            filled[start : start + len(bucket)] = bucket[np.argsort(self._lengths[bucket], kind="stable")]
-            batches = filled[start : start + step].reshape(-1, self.size)
-            batches[:] = batches[rng.permutation(len(batches))]
-        return filled.reshape(-1, self.size)
+        buckets = [shuffled[start : start + step] for start in range(0, len(shuffled), step)]
+        return np.concatenate([self._batches(bucket, rng) for bucket in buckets])
+
+    def _batches(self, bucket: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Sentences of similar length together, these batches in random order: ``[batches, S]``."""
+        filled = np.full(-(-len(bucket) // self.size) * self.size, -1, dtype=np.int64)
+        filled[: len(bucket)] = bucket[np.argsort(self.sentences.lengths(bucket), kind="stable")]
+        batches = filled.reshape(-1, self.size)
+        return batches[rng.permutation(len(batches))]
+
+    def _chosen(self, epoch: int, place: int) -> np.ndarray:
+        count = len(self.sentences)
+        if count <= LISTED:
+            return self._epochs.order(epoch)[place]
+        number, place = divmod(place, BUCKET_BATCHES)
+        bucket = self._bucket
+        if bucket is None or bucket[0] != (epoch, number):
+            start = number * BUCKET_BATCHES * self.size
+            places = np.arange(start, min(count, start + BUCKET_BATCHES * self.size))
+            members = Shuffle(count, [self.seed, epoch])(places)
+            rng = np.random.default_rng([self.seed, epoch, number])
+            bucket = self._bucket = ((epoch, number), self._batches(members, rng))
+        return bucket[1][place]
 
     def indexes(self, index: int) -> np.ndarray:
         """Numbers of the sentences of a batch."""
         epoch, place = divmod(index, self.batches_per_epoch)
-        chosen = self._epochs.order(epoch)[place]
-        return self.sentences[chosen[chosen >= 0]]
+        chosen = self._chosen(epoch, place)
+        return self.sentences.numbers(chosen[chosen >= 0])
 
     def batch(self, index: int) -> Batch:
         """``input_ids [S, L]`` and ``attention_mask [S, L]``, int64, without special tokens."""
-        input_ids, attention_mask = _pad(
+        input_ids, attention_mask = pad(
             [self.corpus.sentence(i) for i in self.indexes(index)], self.pad_token_id
         )
         return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -172,7 +192,7 @@ class PassageSampler:
         shuffle: bool = True,
         start: bool = False,
     ) -> None:
-        _check_counts(
+        check_counts(
             documents=len(documents),
             passages_per_batch=passages_per_batch,
             overlap_sentences=overlap_sentences,
@@ -189,7 +209,7 @@ class PassageSampler:
         self.passages = Passages(_cut_passages(corpus, documents, max_sentences, overlap_sentences))
         self.batches_per_epoch = -(-len(self.passages) // self.size)
         count = len(self.passages)
-        self._epochs = _Epochs(seed, lambda rng: rng.permutation(count) if shuffle else np.arange(count))
+        self._epochs = Epochs(seed, lambda rng: rng.permutation(count) if shuffle else np.arange(count))
 
     def passages_of(self, index: int) -> list[Passage]:
         """The passages of a batch, in the order of their ids."""
@@ -222,7 +242,7 @@ class PassageSampler:
             scored += [False] * unscored + [True] * (stop - start - unscored)
             ends = stop == int(self.corpus.document_offsets[document + 1])
             last += [False] * (stop - start - 1) + [ends]
-        input_ids, attention_mask = _pad(sentences, self.pad_token_id)
+        input_ids, attention_mask = pad(sentences, self.pad_token_id)
         rows = _first_fit([len(row) for row in cells], self.row_width)
         width = max(sum(len(cells[passage]) for passage in row) for row in rows)
         sentence_index = np.full((len(rows), width), PADDING, dtype=np.int64)
@@ -248,17 +268,17 @@ def _cut_passages(
     corpus: Corpus, documents: Sequence[int] | np.ndarray, max_sentences: int, overlap: int
 ) -> np.ndarray:
     """``[P, 4]`` int64 rows of :class:`Passage`, in the order of the documents."""
-    table = []
+    table = array("q")
     for document in map(int, documents):
         sentences = corpus.document_sentences(document)
         start, context = sentences.start, 0
         while True:
             stop = min(start + max_sentences, sentences.stop)
-            table.append((document, start, stop, context))
+            table.extend((document, start, stop, context))
             if stop == sentences.stop:
                 break
             start, context = stop - overlap, overlap
-    return np.array(table, dtype=np.int64)
+    return np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
 
 
 def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -274,128 +294,3 @@ def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
         rows[row].append(item)
         room[row] -= lengths[item]
     return rows
-
-
-class TokenSampler:
-    """Documents tokenized whole, each ended by ``eos``, one after the other, cut into equal sequences.
-
-    The documents' order changes every epoch, and so do the cuts.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        documents: Sequence[int] | np.ndarray,
-        sequence_length: int,
-        sequences_per_batch: int,
-        seed: int,
-        eos_token_id: int,
-    ) -> None:
-        _check_counts(
-            documents=len(documents), sequence_length=sequence_length, sequences_per_batch=sequences_per_batch
-        )
-        self._whole = open_whole(corpus)
-        self.documents = np.asarray(documents, dtype=np.int64)
-        self.length = sequence_length
-        self.size = sequences_per_batch
-        self.eos_token_id = eos_token_id
-        self._lengths = np.diff(self._whole.offsets)[self.documents] + 1  # with eos
-        self.sequences = -(-int(self._lengths.sum()) // self.length)
-        self.batches_per_epoch = -(-self.sequences // self.size)
-        self._documents = _Epochs(seed, lambda rng: rng.permutation(len(self.documents)))
-        # Neighbouring sequences of one long document should not make up a batch.
-        self._sequences = _Epochs(seed + 1, lambda rng: rng.permutation(self.sequences))
-
-    def batch(self, index: int) -> Batch:
-        """``input_ids, attention_mask, labels [B, T]`` int64; only an epoch's last sequence has padding."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        order = self._documents.order(epoch)
-        ends = np.cumsum(self._lengths[order])
-        chosen = self._sequences.order(epoch)[place * self.size : (place + 1) * self.size]
-        rows = [self._read(order, ends, int(i) * self.length) for i in chosen]
-        input_ids, attention_mask = _pad(rows, self.eos_token_id, self.length)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": input_ids.masked_fill(attention_mask == 0, IGNORED),
-        }
-
-    def _read(self, order: np.ndarray, ends: np.ndarray, start: int) -> np.ndarray:
-        """Up to ``sequence_length`` tokens of the epoch's stream from position ``start``."""
-        parts: list[np.ndarray] = []
-        stop = min(start + self.length, int(ends[-1]))
-        while start < stop:
-            at = int(np.searchsorted(ends, start, side="right"))
-            document = int(self.documents[order[at]])
-            offset = start - (int(ends[at]) - int(self._lengths[order[at]]))
-            begin, end = self._whole.offsets[document : document + 2].tolist()
-            wanted = stop - start
-            tokens = self._whole.tokens[begin + offset : min(end, begin + offset + wanted)].astype(np.int64)
-            if len(tokens) < wanted:
-                tokens = np.append(tokens, self.eos_token_id)
-            parts.append(tokens)
-            start += len(tokens)
-        return np.concatenate(parts)
-
-
-class PassageTokenSampler:
-    """The passages of a :class:`PassageSampler` as rows of tokens, for the equal-data baseline.
-
-    A passage's text is tokenized whole, as a token-level model is used; one of more than ``max_length``
-    tokens becomes several rows. Text that was carried over as context is read but not scored.
-
-    Args:
-        max_length: ``T`` at most.
-        bos: put before each row, or None.
-        eos: put after a document's last passage, or None.
-    """
-
-    def __init__(
-        self,
-        passage_sampler: PassageSampler,
-        max_length: int,
-        pad_token_id: int,
-        bos: int | None,
-        eos: int | None = None,
-    ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, not {max_length}")
-        self.passage_sampler = passage_sampler
-        self.max_length = max_length
-        self.pad_token_id = pad_token_id
-        self.bos, self.eos = bos, eos
-        self.batches_per_epoch = passage_sampler.batches_per_epoch
-
-    def batch(self, index: int) -> Batch:
-        """``input_ids, attention_mask, labels [B, T]`` int64; labels are -100 at bos, padding and context."""
-        rows: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        head = [] if self.bos is None else [self.bos]
-        step = self.max_length - len(head)
-        for passage in self.passage_sampler.passages_of(index):
-            ids, targets = self._tokens(passage)
-            for start in range(0, len(ids), step):
-                rows.append(np.array(head + ids[start : start + step], dtype=np.int64))
-                labels.append(np.array([IGNORED] * len(head) + targets[start : start + step], dtype=np.int64))
-        input_ids, attention_mask = _pad(rows, self.pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": _pad(labels, IGNORED)[0],
-        }
-
-    def _tokens(self, passage: Passage) -> tuple[list[int], list[int]]:
-        corpus = self.passage_sampler.corpus
-        document, start, stop, context = passage
-        encoding = corpus.backend.encode(corpus.span_text(start, stop), add_special_tokens=False)
-        ids = list(encoding.ids)
-        targets = list(ids)
-        if context:
-            carried = len(corpus.span_text(start, start + context))
-            # A token that begins in the context and ends after it is new.
-            old = sum(end <= carried for _, end in encoding.offsets)
-            targets[:old] = [IGNORED] * old
-        if self.eos is not None and stop == corpus.document_offsets[document + 1]:
-            ids.append(self.eos)
-            targets.append(self.eos)
-        return ids, targets

@@ -17,7 +17,8 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm, shaped_config
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
-from sentcompress.text.sampling import PassageSampler, PassageTokenSampler, TokenSampler
+from sentcompress.text.sampling import PassageSampler
+from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.memory import recompute_activations
@@ -26,8 +27,6 @@ from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
 
-IGNORED = -100
-"""Label of a position that is no target."""
 SIMILAR = 0.9
 
 

@@ -15,16 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from sentcompress.contracts import Dataset, Document
 from sentcompress.datasets.text import TextDataset
 from sentcompress.registry import get_registry
+from sentcompress.text import sampling
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.sampling import (
-    IGNORED,
-    PADDING,
-    START,
-    PassageSampler,
-    PassageTokenSampler,
-    SentenceSampler,
-    TokenSampler,
-)
+from sentcompress.text.order import Shuffle
+from sentcompress.text.sampling import PADDING, START, PassageSampler, SentenceSampler
+from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 
 PAD, EOS = 1, 2
 
@@ -81,7 +76,40 @@ def test_epochs_differ(corpus: Corpus) -> None:
         assert not all(same(sampler.batch(i), sampler.batch(n + i)) for i in range(min(n, 3)))
 
 
+class TestShuffle:
+    @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])
+    def test_each_number_once(self, count: int) -> None:
+        assert sorted(Shuffle(count, [3, 0])(np.arange(count)).tolist()) == list(range(count))
+
+    def test_it_depends_on_the_seed_and_looks_random(self) -> None:
+        orders = [Shuffle(10_000, [seed, 0])(np.arange(10_000)) for seed in (1, 2)]
+        assert np.mean(orders[0] == orders[1]) < 0.01
+        assert abs(np.corrcoef(orders[0], np.arange(10_000))[0, 1]) < 0.05
+        assert abs(np.corrcoef(orders[0][1:], orders[0][:-1])[0, 1]) < 0.05
+
+    def test_places_of_a_huge_order_cost_nothing(self) -> None:
+        found = Shuffle(10**15, [0])(np.array([0, 10**15 - 1, 123]))
+        assert len(set(found.tolist())) == 3
+        assert found.max() < 10**15
+
+
 class TestSentences:
+    @pytest.mark.parametrize("size", [7, 64])
+    def test_an_order_that_is_not_listed_has_each_sentence_once_too(
+        self, large: Corpus, size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed = SentenceSampler(large, large.train, size, 0, PAD)
+        expected = sorted(i for n in range(listed.batches_per_epoch) for i in listed.indexes(n).tolist())
+        monkeypatch.setattr(sampling, "LISTED", 0)
+        sampler = SentenceSampler(large, large.train, size, 0, PAD)
+        batches = [sampler.indexes(n) for n in range(sampler.batches_per_epoch)]
+        assert sorted(i for batch in batches for i in batch.tolist()) == expected
+        assert [len(batch) for batch in batches].count(size) >= len(batches) - 1
+        again = SentenceSampler(large, large.train, size, 0, PAD)
+        assert (again.indexes(len(batches) - 1) == batches[-1]).all()
+        padding = [1 - float(sampler.batch(n)["attention_mask"].float().mean()) for n in range(len(batches))]
+        assert np.mean(padding) < 0.2
+
     @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
     def test_each_sentence_once_an_epoch(self, corpus: Corpus, size: int) -> None:
         sampler = SentenceSampler(corpus, corpus.train, size, 0, PAD)
