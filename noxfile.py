@@ -1,4 +1,4 @@
-"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel, fuzz. ``nox`` runs the quick ones.
+"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel, fuzz, faults. ``nox`` runs the quick ones.
 
 An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
 constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
@@ -60,6 +60,14 @@ def fuzz(session: nox.Session) -> None:
     session.install(*CONSTRAINED, "-e", ".[dev]")
     for kind, count in (("recipes", 10_000), ("models", 2_000), ("texts", 2_000), ("commands", 1_000)):
         session.run("python", "tools/fuzz.py", kind, "--count", str(count))
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Runs that are killed, that find the disk full at every write, and worse: about an hour."""
+    session.install(*CONSTRAINED, "-e", ".[dev]")
+    kinds = ("kills:30", "kills-of-two:6", "flips:10", "clock:5", "refused:20", "full-disk:60")
+    session.run("python", "tools/faults.py", *kinds)
 
 
 @nox.session(python=PYTHONS)

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -235,7 +236,7 @@ class _Builder:
         temporary = folder.with_name(f".{key}.{uuid4().hex[:8]}.tmp")
         try:
             temporary.mkdir(parents=True)
-            _remove_leftovers(folder.parent)
+            _remove_leftovers(temporary)
             meta = self._fill(temporary, wanted, workers)
             seal(temporary, {"format": FORMAT, "key": key, **meta})
             publish(temporary, folder, key)
@@ -399,8 +400,13 @@ def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | No
         raise PluginError(message, fix="report this to its author, or use another segmenter") from error
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Delete what builds that were killed left behind more than a day ago."""
-    for path in root.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_leftovers(beside: Path) -> None:
+    """Delete what builds that were killed left behind more than a day before ``beside`` was made.
+
+    Both times are the file system's, so a clock that is changed meanwhile makes nothing look old.
+    """
+    now = beside.stat().st_mtime
+    for path in beside.parent.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if now - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
@@ -144,7 +144,9 @@ class _Run:
         self.progress.note(f"{self.precision} on {ranks.device} ({choice[1]})")
         # Accelerate keeps one precision for the whole process, but a recipe's stages may differ.
         AcceleratorState._reset_state()
-        return Accelerator(mixed_precision=MIXED[self.precision], cpu=on_cpu())
+        # One latent has nothing to choose from: queries and keys of the attention to it are in no product.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        return Accelerator(mixed_precision=MIXED[self.precision], cpu=on_cpu(), kwargs_handlers=[unused])
 
     def _prepare(self) -> None:
         model, settings = self.job.model, self.settings

@@ -139,36 +139,39 @@ def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, r
     assert_same(alone, parts)
 
 
-def test_all_trainings_spread_over_two_processes(tmp_path, cache):
-    """SentenceVAE, graft with adapters and twin: the same figures as in one process."""
+@pytest.mark.parametrize(("distributed", "fusion"), [("ddp", "mean"), ("fsdp", "attention")])
+def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion):
+    """SentenceVAE, graft (with adapters) and twin: the same figures as in one process."""
     figures = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         launcher = ["launch", "-n", "2"] if processes == 2 else []
-        steps = [
-            f"{section}.{name}"
+        chosen = [
+            f"{section}.{choice}"
             for section in ("train_vae", "graft")
-            for name in (
-                "distributed=fsdp",
+            for choice in (
+                f"distributed={distributed}",
                 "steps=4",
                 f"gradient_accumulation={4 // processes}",
                 "ema=0.9",
                 "precision=fp32",
             )
         ]
-        chosen = [
-            *steps,
+        chosen += [
             "data.options.max_documents=8",
             "data.options.heldout_documents=2",
+            f"fusion.name={fusion}",
+            f"fusion.options={'{latents: 4}' if fusion == 'attention' else '{}'}",
+            f"vae.conditioning={'prefix' if fusion == 'attention' else 'cross-attention'}",
             "vae.dropout=0",
-            "graft.tune=lora",
+            f"graft.tune={'lora' if distributed == 'fsdp' else 'full'}",
             "graft.shortlist_rank=4",
+            "bench.metrics=[data]",
         ]
         done = subprocess.run(
             [
                 *[sys.executable, "-m", "sentcompress", *launcher, "run", "quickstart", "--out", str(out)],
                 *[part for choice in chosen for part in ("--set", choice)],
-                *["--set", "bench.metrics=[data]"],
             ],
             capture_output=True,
             text=True,
