@@ -42,6 +42,7 @@ class Sizes:
         root, root_learned: of these, what is in no block of the backbone.
         unit: of the largest block.
         head: of the output head, if it learns.
+        blocks: of all parts.
         activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``.
     """
 
@@ -51,6 +52,7 @@ class Sizes:
     root_learned: int
     unit: int
     head: int
+    blocks: int
     activations: float
     recomputed: float
 
@@ -100,6 +102,7 @@ def sizes(recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -
         root_learned=_count(p for p in learned if id(p) not in inside),
         unit=max((_count(block.parameters()) for block in blocks), default=0),
         head=model.vae.output_weight.numel() * model.vae.output_weight.requires_grad,
+        blocks=len(blocks) + recipe.vae.encoder_layers + recipe.vae.decoder_layers,
         activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
         recomputed=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True)
         if stage == "graft"

@@ -72,7 +72,9 @@ def ways(
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and not on_cpu)
     found = sizes(recipe, stage, sentence_tokens, bf16=bf16)
     tokens = budget(recipe).get(stage, 0)
-    compute = tokens * _token_seconds(recipe, stage, machine, sentence_tokens) / number
+    micro_batches = settings.steps * settings.gradient_accumulation
+    called = found.blocks * BACKWARD * machine.block_seconds * micro_batches
+    compute = (tokens * _token_seconds(recipe, stage, machine, sentence_tokens) + called) / number
     result = []
     for footprint in footprints(found, settings, number):
         spread = footprint.name.startswith("fsdp")

@@ -1,0 +1,87 @@
+"""Writing that training does not wait for; the best model so far."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sentcompress.errors import StorageError
+from sentcompress.training import checkpoints, saving
+from sentcompress.training.background import BackgroundWriter
+from sentcompress.training.loop import run_job
+from sentcompress.training.state import snapshot
+
+
+def test_it_returns_before_the_writing_is_done_and_does_one_thing_at_a_time():
+    writer, go, done = BackgroundWriter(True), threading.Event(), []
+    writer.submit(lambda: (go.wait(10), done.append(1)))
+    writer.check()
+    assert not done
+    go.set()
+    writer.submit(lambda: done.append(2))
+    writer.wait()
+    assert done == [1, 2]
+
+
+def test_what_went_wrong_is_raised_once():
+    writer = BackgroundWriter(True)
+    writer.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+    writer.wait()
+    with pytest.raises(ZeroDivisionError):
+        BackgroundWriter(False).submit(lambda: 1 / 0)
+
+
+def test_copies_do_not_change_and_share_what_was_shared():
+    weight = torch.ones(2, 2)
+    copies = snapshot({"a": weight, "b": weight, "row": weight[0]})
+    weight.zero_()
+    assert copies["a"].data_ptr() == copies["b"].data_ptr()
+    assert copies["a"].sum() == 4
+    assert copies["row"].sum() == 2
+
+
+def test_a_disk_that_fills_up_in_the_background_ends_the_run(tmp_path, make_recipe, make_job, monkeypatch):
+    recipe, real, calls = make_recipe(steps=6, save_every=2), saving.write_tensors, []
+
+    def full(folder, tensors):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, tensors)
+
+    monkeypatch.setattr(saving, "write_tensors", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        run_job(make_job(recipe), tmp_path / "run", recipe)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [path.name for path in kept] == ["step-000002"]
+    assert checkpoints.check_checkpoint(kept[0]) is None
+    run_job(make_job(recipe), tmp_path / "run", recipe, resume=True)
+
+
+def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job, monkeypatch):
+    recipe, folder = (
+        make_recipe(steps=8, eval_every=2, save_every=6, keep_best=True, ema=None),
+        tmp_path / "run",
+    )
+    job, figures = make_job(recipe), iter([3.0, 2.0, 4.0, 5.0])
+    weights = {}
+
+    def evaluate(model):
+        figure = next(figures)
+        weights[figure] = snapshot(job.state())
+        return {"bits_per_byte": figure}
+
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    run_job(job, folder, recipe)
+    assert "| bits per byte | 2 |" in (folder / "best" / "README.md").read_text()
+    best, last = load_file(folder / "best" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(best[name], weights[2.0][name]) for name in best)
+    assert all(torch.equal(last[name], weights[5.0][name]) for name in last)
+    state = checkpoints.read_state(folder / "checkpoints" / "step-000006")
+    assert state["best"] == 2.0

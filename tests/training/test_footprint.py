@@ -1,0 +1,115 @@
+"""What training takes, predicted: arithmetic that can be checked by hand, and what autograd really keeps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sentcompress.benchmark.devices import device
+from sentcompress.benchmark.random_models import random_models
+from sentcompress.cli.app import app
+from sentcompress.errors import InputError
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.recipe import load_recipe
+from sentcompress.training.footprint import count_kept, footprints, sizes
+from sentcompress.training.scaling import parse_devices, tables, ways
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_batch=1"]
+
+
+def batch(sentences: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.ones(sentences, tokens, dtype=torch.long)
+    return {
+        "input_ids": ids,
+        "attention_mask": ids,
+        "sentence_index": torch.arange(sentences)[None],
+        "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
+        "scored": torch.ones(sentences, dtype=torch.bool),
+        "last": torch.zeros(sentences, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_whole_model_keeps(checkpointing):
+    recipe = load_recipe("strong", SMALL)
+    model, _ = random_models(recipe)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    _, kept = count_kept(lambda: model(**batch(24, 15), token_loss=TokenLoss(gamma=0.0)).loss, weights)
+    found = sizes(recipe, "graft", 15.0, bf16=False)
+    predicted = found.recomputed if checkpointing else found.activations
+    # A small vocabulary's logits are kept whole; in the count they are left out.
+    logits = 4 * 23 * 16 * model.config.vae_config.vocab_size
+    assert predicted == pytest.approx(kept - logits, rel=0.1)
+
+
+def test_parts_follow_from_shapes():
+    recipe = load_recipe("strong", [*SMALL, "graft.ema=0.99"])
+    found = sizes(recipe, "graft", 15.0, bf16=False)
+    one, checkpointing = footprints(found, recipe.graft, 1)
+    assert one.weights == one.gradients == 4 * found.weights
+    assert one.optimizer == 12 * found.weights
+    assert checkpointing.activations < one.activations
+    ddp, _, fsdp, _ = footprints(found, recipe.graft, 4)
+    assert ddp.gradients == 2 * one.gradients
+    assert fsdp.optimizer == one.optimizer / 4
+    assert found.root + 6 * found.unit == found.weights  # opt-tiny has six blocks
+    assert fsdp.weights == 4 * (found.weights / 4 + found.root + 2 * found.unit)
+
+
+def test_what_does_not_learn_takes_no_moments():
+    recipe = load_recipe(
+        "strong", [*SMALL, "graft.tune=lora", "vae.freeze=embeddings", "vae.init=embeddings"]
+    )
+    found = sizes(recipe, "graft", 15.0, bf16=False)
+    assert found.learned < 0.5 * found.weights
+    assert found.head == 0
+
+
+def test_a_large_model_needs_to_be_spread():
+    recipe = load_recipe("strong", ["backbone.model=opt-6.7b", "backbone.config={}"])
+    _, found = ways(recipe, "graft", device("a100"), 8, 15.0)
+    assert {way.footprint.name: way.fits for way in found}["ddp"] is False
+    assert {way.footprint.name: way.fits for way in found}["fsdp"] is True
+    plain = tables(recipe, 8, device("a100"), 15.0, price=2.0)[-1]
+    assert "What is needed: fsdp" in plain.notes[0]
+    assert plain.columns[-1] == "cost"
+
+
+def test_more_devices_take_less_time_and_exchanges_take_some():
+    recipe = load_recipe("paper/sllm-125m-h1", ["graft.passages_per_batch=64"])
+    hours = {}
+    for number in (1, 2, 4):
+        _, found = ways(recipe, "graft", device("4090"), number, 15.0)
+        hours[number] = found[0].hours
+    assert hours[4] < hours[2] < hours[1]
+    assert hours[4] > hours[1] / 4
+
+
+@pytest.mark.parametrize("text", ["4", "x", "0xa100", "2xcpu", "4xb200", "-1xa100", "9999999xa100"])
+def test_devices_that_are_none_are_refused(text):
+    with pytest.raises(InputError, match="not a number of devices"):
+        parse_devices(text)
+
+
+def test_the_command_prints_every_way():
+    done = CliRunner().invoke(app, ["estimate", "strong", "--devices", "2xA100", "--price", "2"])
+    assert done.exit_code == 0, done.output
+    assert len(re.findall(r"^fsdp", done.output, re.M)) == 3
+    assert "Training graft of strong on 2 x a100" in done.output
+
+
+def test_the_table_of_the_published_set_up_is_current():
+    command = [sys.executable, str(ROOT / "tools" / "scaling_table.py"), "4xA100", "sllm-125m-h1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = done.stdout.splitlines()[-1]
+    assert row in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

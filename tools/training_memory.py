@@ -1,0 +1,68 @@
+"""Peak memory of training, predicted (``estimate --devices 1xcpu``) and measured here, on a machine without a GPU.
+
+    python tools/training_memory.py strong smollm2
+    python tools/training_memory.py strong --set backbone.model=opt-125m --set "backbone.config={}"
+
+Each stage is a process of its own, of a few steps; what the system says it had at most is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.training.inputs import load_inputs
+from sentcompress.training.scaling import parse_devices, ways
+
+STEPS = 6
+COMMANDS = (("vae", "train-vae", "train_vae"), ("graft", "graft", "graft"))
+
+
+def measured(command: str, recipe: Path, out: Path) -> int:
+    """Bytes that a training command had in memory at most."""
+    line = [sys.executable, "-m", "sentcompress", command, str(recipe), "--out", str(out)]
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(line)} ended with {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss * 1024
+
+
+def short(name: str, sets: list[str], section: str) -> Recipe:
+    return load_recipe(name, [*sets, f"{section}.steps={STEPS}", f"{section}.precision=fp32"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    asked = parser.parse_args()
+    number, cpu = parse_devices("1xcpu")
+    for name in asked.recipes:
+        corpus = load_inputs(load_recipe(name, asked.set)).corpus
+        tokens = len(corpus.tokens) / corpus.num_sentences
+        with tempfile.TemporaryDirectory() as folder:
+            for stage, command, section in COMMANDS:
+                recipe = short(name, asked.set, section)
+                if stage == "vae" and load_recipe(name, asked.set).train_vae.steps == 0:
+                    recipe = load_recipe(name, [*asked.set, "train_vae.precision=fp32"])
+                path = Path(folder) / f"{stage}.yaml"
+                path.write_text(recipe.dump())
+                peak = measured(command, path, Path(folder) / "out")
+                _, possible = ways(recipe, stage, cpu, number, tokens)  # type: ignore[arg-type]
+                checkpointing = getattr(recipe, section).gradient_checkpointing
+                expected = possible[1 if checkpointing else 0].total
+                print(
+                    f"{name} {stage}: {peak / 2**30:.2f} GiB measured, {expected / 2**30:.2f} predicted "
+                    f"({expected / peak - 1:+.1%})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
