@@ -72,7 +72,7 @@ def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job,
     job, figures = make_job(recipe), iter([3.0, 2.0, 4.0, 5.0])
     weights = {}
 
-    def evaluate(model):
+    def evaluate(_):
         figure = next(figures)
         weights[figure] = snapshot(job.state())
         return {"bits_per_byte": figure}
