@@ -112,10 +112,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with storage_errors(path.parent), temporary_folder(path) as temporary:
         yield temporary
         fsync_tree(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        with removed(path):
+            os.rename(temporary, path)
         _fsync(path.parent)
+
+
+@contextmanager
+def removed(path: Path) -> Iterator[None]:
+    """A folder has lost its name within the block, if it is there, and is deleted after it.
+
+    It is renamed first: who is killed while deleting leaves nothing under a name that means something is whole.
+    """
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)  # of one that was killed here
+    if path.exists():
+        os.rename(path, gone)
+    yield
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def move_files(source: Path, target: Path, last: str) -> None:

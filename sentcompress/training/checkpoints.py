@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sentcompress.errors import ModelFolderError
-from sentcompress.io import damage, manifest, read_json, temporary_path, whole_folder, write_atomically
+from sentcompress.io import (
+    damage,
+    manifest,
+    read_json,
+    removed,
+    storage_errors,
+    temporary_path,
+    whole_folder,
+    write_atomically,
+)
 from sentcompress.training.sharding import read_parts, spread_like
 
 MANIFEST = "manifest.json"
@@ -78,7 +87,10 @@ class CheckpointStore:
             files = manifest(temporary)
             (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+            with storage_errors(self.folder), removed(self.path(old)):
+                pass
+        for left in self.folder.glob(".step-*.gone"):  # of runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
         return path
 
     def latest(self, warn: Callable[[str], None]) -> Path | None:

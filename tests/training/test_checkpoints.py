@@ -56,6 +56,20 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_who_is_killed_while_deleting_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    def killed(path: Path, **_: object) -> None:
+        if Path(path).is_dir():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path)
+    assert all(checkpoints.check_checkpoint(path) is None for path in tmp_path.glob("step-*"))
+    store(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
     found = store(tmp_path)
