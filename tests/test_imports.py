@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hookspecs": set(),
     "io": {"errors"},
+    "processes": set(),
     "choices": set(),
     "contracts": {"errors", "hookspecs"},
     "registry": CONTRACT,
@@ -27,11 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "text": FOUNDATION,
     "modeling": FOUNDATION | {"text"},
     "generation": FOUNDATION | {"text", "modeling"},
-    "benchmark": FOUNDATION | {"text", "modeling", "generation"},
-    "training": FOUNDATION | {"text", "modeling", "generation", "benchmark"},
+    "benchmark": FOUNDATION | {"processes", "text", "modeling", "generation"},
+    "training": FOUNDATION | {"processes", "text", "modeling", "generation", "benchmark"},
     "testing": FOUNDATION | {"text", "modeling", "generation"},
     "sweep": FOUNDATION | {"benchmark", "training"},
-    "cli": FOUNDATION | {"text", "modeling", "generation", "benchmark", "training", "sweep"},
+    "cli": FOUNDATION | {"processes", "text", "modeling", "generation", "benchmark", "training", "sweep"},
     "__main__": {"cli"},
 }
 """What each part of the package may import besides itself. ``training`` runs ``benchmark`` as the last stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import CoverageError
 from sentcompress.generation.heads import ShortlistHead
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.processes import gathered_shares, own_share
 from sentcompress.text.corpus import Corpus
 
 LOGITS_AT_A_TIME = 2**26
@@ -78,17 +79,18 @@ def score_sentence_model(
     require_causal(causality)
     model.eval()
     size = window_size(model, context_sentences)
-    rows, kinds, charges = [], Counter[str](), list[Charges]()
-    for document in documents:
+    scored = []
+    for document in own_share(documents):
         tally = charge_document(model, document, size, shortlist)
-        rows.append(check_document(document, tally, counter))
-        kinds.update(tally.kinds)
+        row = check_document(document, tally, counter)
+        charges = None
         if places:
             nats = tally.nats - tally.decision_nats
             eos = model.config.eos_token_id
-            charges.append(sentence_charges(document, counter, eos, tally.paid, nats, tally.decision_nats))
+            charges = sentence_charges(document, counter, eos, tally.paid, nats, tally.decision_nats)
+        scored.append(_Scored(row, tally.kinds, charges))
         progress()
-    return _summary(system, rows, f"{size} sentences", dict(kinds), charges, places)
+    return _summary(system, scored, documents, f"{size} sentences", places)
 
 
 def charge_document(
@@ -233,7 +235,7 @@ def score_unigram(
 
 def _score_tokens(
     nll: Callable[[Tensor], Tensor],
-    documents: Iterable[HeldoutDocument],
+    documents: Sequence[HeldoutDocument],
     counter: ByteCounter,
     bos_token_id: int,
     system: str,
@@ -242,8 +244,8 @@ def _score_tokens(
     places: Places | None = None,
 ) -> QualityScore:
     """Score with a function from ``[T]`` tokens to the NLL ``[T - 1]`` of all but the first."""
-    rows, charges = [], list[Charges]()
-    for document in documents:
+    scored_documents = []
+    for document in own_share(documents):
         # Apart, so that no token reaches from the context into the scored text: the bytes must match exactly.
         before = [bos_token_id, *counter.encode(document.context_text)]
         scored = counter.encode(document.scored_text)
@@ -255,21 +257,21 @@ def _score_tokens(
             )
         covered = counter.bytes_of(scored, document.scored_text)
         check_bytes(f"document {document.number} ({document.source})", covered, document.scored_bytes)
-        rows.append(
-            DocumentScore(
-                document=document.number,
-                source=document.source,
-                bytes=document.scored_bytes,
-                covered_bytes=covered,
-                nats=float(charged.sum()),
-                targets=len(scored),
-                baseline_tokens=len(scored),
-            )
+        row = DocumentScore(
+            document=document.number,
+            source=document.source,
+            bytes=document.scored_bytes,
+            covered_bytes=covered,
+            nats=float(charged.sum()),
+            targets=len(scored),
+            baseline_tokens=len(scored),
         )
+        charges = None
         if places:
-            charges.append(Charges(charged.numpy(), np.array(counter.sizes_of(scored, document.scored_text))))
+            charges = Charges(charged.numpy(), np.array(counter.sizes_of(scored, document.scored_text)))
+        scored_documents.append(_Scored(row, Counter(), charges))
         progress()
-    return _summary(system, rows, context, {}, charges, places)
+    return _summary(system, scored_documents, documents, context, places)
 
 
 @torch.no_grad()
@@ -302,15 +304,37 @@ def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
 # ---- both
 
 
+@dataclass
+class _Scored:
+    """A document's score, what it was paid for, and where (if that was asked for)."""
+
+    row: DocumentScore
+    kinds: Counter[str]
+    charges: Charges | None
+
+
 def _summary(
     system: str,
-    rows: list[DocumentScore],
+    own: list[_Scored],
+    documents: Sequence[HeldoutDocument],
     context: str,
-    breakdown: dict[str, float],
-    charges: list[Charges],
     places: Places | None,
 ) -> QualityScore:
-    """Totals over documents; figures come from sums, never from averages of averages."""
+    """Totals over the documents of all processes; figures come from sums, never from averages of averages.
+
+    Raises:
+        CoverageError: a document was scored twice or by nobody, or the total is no number.
+    """
+    scored = gathered_shares(own)
+    rows = [one.row for one in scored]
+    if [row.document for row in rows] != [document.number for document in documents]:
+        raise CoverageError(
+            f"{system}: {len(rows)} documents were scored, {len(documents)} are held out, or not in order"
+        )
+    breakdown = Counter[str]()
+    for one in scored:
+        breakdown.update(one.kinds)
+    charges = [one.charges for one in scored if one.charges is not None]
     nats, size = sum(row.nats for row in rows), sum(row.bytes for row in rows)
     tokens = sum(row.baseline_tokens for row in rows)
     if not math.isfinite(nats):
@@ -324,7 +348,7 @@ def _summary(
         targets=sum(row.targets for row in rows),
         baseline_tokens=tokens,
         context=context,
-        breakdown=breakdown,
+        breakdown=dict(breakdown),
         by=places.split(system, charges, nats) if places else {},
         documents=rows,
     )

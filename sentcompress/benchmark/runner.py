@@ -46,6 +46,7 @@ from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.heads import ShortlistHead, make_shortlist_head
 from sentcompress.io import storage_errors, write_atomically
+from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.progress import Bar
 
@@ -65,7 +66,8 @@ def run_bench(
 ) -> Results:
     """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
 
-    Parts that were measured before and are not asked for now are kept, with their own honesty lines.
+    Parts that were measured before and are not asked for now are kept, with their own honesty lines. In several
+    processes each scores its share of the held-out documents; the first measures the rest, and writes.
 
     Args:
         parts: names of :data:`PARTS`; None takes the recipe's ``bench.metrics``.
@@ -92,7 +94,8 @@ def run_bench(
         raise InputError("only quality is broken down, and it is not measured", fix="add it to bench.metrics")
     target = out or (place.path / "bench" if place else Path("out") / "bench")
     transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
-    bench = _Bench(Parts(recipe, place), quiet, chosen(recipe.bench.by if by is None else by))
+    first = processes().is_main_process
+    bench = _Bench(Parts(recipe, place), quiet or not first, chosen(recipe.bench.by if by is None else by))
     if "text" in wanted and (judge := judge or recipe.bench.text_judge):
         bench.judge = Judge(judge, bench.parts.device)  # one that does not exist is said now, not in an hour
     if set(wanted) - {"causality", "segments"}:
@@ -101,6 +104,10 @@ def run_bench(
     if place is not None:
         results.curves = read_curves(place)
         results.models = model_digests(place.stages())
+    if not first:
+        if "quality" in wanted:
+            bench.measure("quality")
+        return results
     for number, part in enumerate(wanted, 1):
         bench.measure(part)
         # What is measured is kept, should a later part be killed; it is not taken for the whole.

@@ -43,8 +43,12 @@ def measure(
 
 
 def show(results: Results, target: Path, parts: list[str] | None = None) -> None:
-    """Print the tables (of the parts just measured), then where the report is."""
+    """Print the tables (of the parts just measured) and where the report is, in the first of several processes."""
     from sentcompress.benchmark.tables import render
+    from sentcompress.processes import processes
+
+    if not processes().is_main_process:
+        return
 
     if parts is not None:
         kept = [row for row in results.rows if row.part in parts]

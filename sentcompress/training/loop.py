@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from rich.console import Console
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
+from sentcompress.processes import on_cpu, processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
 from sentcompress.training import checkpoints as saved
@@ -26,7 +27,6 @@ from sentcompress.training.job import Job
 from sentcompress.training.memory import explain_out_of_memory, recompute_activations
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
-from sentcompress.training.processes import on_cpu, processes
 from sentcompress.training.progress import MetricsLog, TrainingProgress
 from sentcompress.training.run_folder import BEST, SECTIONS, StageFolder, stage_record
 from sentcompress.training.saving import Saver

@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from sentcompress.errors import InputError
 from sentcompress.io import read_json, storage_errors
+from sentcompress.processes import process_count
 from sentcompress.recipe import Recipe
 from sentcompress.training.checkpoints import write_json
 from sentcompress.training.heartbeat import read_heartbeat
-from sentcompress.training.processes import process_count
 
 RUN = "run.json"
 MARK = "config.json"

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from sentcompress.errors import InputError, did_you_mean
 from sentcompress.io import folder_digest, storage_errors, write_atomically
+from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.loop import Job, run_job, seed_everything
 from sentcompress.training.plan import plan
-from sentcompress.training.processes import processes
 from sentcompress.training.run_folder import StageFolder, stage_record
 
 __all__ = ["STAGES", "Stage", "plan", "run_recipe"]

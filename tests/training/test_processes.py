@@ -183,6 +183,30 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
         runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
         figures.append([value for about in runs for value in about["figures"].values()])
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    assert_scored_alike(tmp_path / "1", cache)
+
+
+def assert_scored_alike(run: Path, cache: Path) -> None:
+    """``bench quality`` in two processes: every document once, the same figures to the last digits."""
+    scores = []
+    for name, launcher in (("alone", []), ("shared", ["launch", "-n", "2"])):
+        command = [*launcher, "bench", "quality", str(run), "--out", str(run / name), "--by", "length"]
+        done = subprocess.run(
+            [sys.executable, "-m", "sentcompress", *command],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env=environment(cache),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        scores.append(json.loads((run / name / "results.json").read_text())["quality"])
+    for alone, shared in zip(*scores, strict=True):
+        assert shared["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-9)
+        assert shared["bytes"] == alone["bytes"]
+        assert [d["document"] for d in shared["documents"]] == [d["document"] for d in alone["documents"]]
+        assert shared["by"].keys() == alone["by"].keys() == {"length"}
 
 
 def run_recipe(path: Path, out: Path) -> subprocess.CompletedProcess[str]:
