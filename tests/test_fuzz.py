@@ -124,3 +124,13 @@ def test_a_zip_bomb_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, suf
     dataset = jsonl.JsonlDataset(jsonl.JsonlOptions(paths=[str(path)]))
     with pytest.raises(DataError, match=r":1: a line of over 1 MiB"):
         list(dataset.documents())
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, ["sentence-lm"], None, 7])
+def test_a_model_type_that_is_no_text_is_refused(tmp_path, value):
+    """models 398 and 1381, seed 0."""
+    tiny_sentence_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match="holds a model of type"):
+        load_sentence_lm(tmp_path)

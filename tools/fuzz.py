@@ -80,7 +80,9 @@ def mutate(value: Any, rng: random.Random) -> Any:
         changed = list(value)
         place = rng.randrange(len(changed))
         changed[place] = mutate(changed[place], rng)
-        return changed * (rng.choice([1, 1, 1, 1000]) if len(changed) < 1000 else 1)
+        # A list of lists that were repeated themselves would be a billion values before it is a recipe.
+        plain = len(changed) < 1000 and not any(isinstance(item, list | dict) for item in changed)
+        return changed * (rng.choice([1, 1, 1, 1000]) if plain else 1)
     if isinstance(value, bool) or value is None or rng.random() < 0.5:
         return copy.deepcopy(rng.choice(NASTY))
     if isinstance(value, int | float):

@@ -43,8 +43,8 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFolderError(f"{file}: damaged: {error}", fix="train or copy the model again") from None
     allowed = {expected} if expected else {SentenceVAEConfig.model_type, SentenceLMConfig.model_type}
-    if model_type not in allowed:
-        raise ModelFolderError(f"'{folder}' holds a model of type '{model_type}', not {what}")
+    if not isinstance(model_type, str) or model_type not in allowed:
+        raise ModelFolderError(f"'{folder}' holds a model of type {model_type!r}, not {what}")
     return config
 
 
