@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 
 import sentcompress
 import sentcompress.testing
-from sentcompress.errors import DataError
-from sentcompress.registry import KINDS, Registry
+from sentcompress.errors import DataError, InputError, PluginError, TerminatedError
+from sentcompress.registry import KINDS, Registry, get_registry
 from sentcompress.testing import check_backbone, check_dataset, check_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,3 +269,42 @@ def test_the_guides_metric_computes(registry: Registry):
 
 def test_the_guides_backbone_passes_the_kit(registry: Registry):
     check_backbone(registry.get("backbone", "stablelm"))
+
+
+# Files shown
+
+
+def yaml_blocks(page: str) -> list[dict]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.+?)^```$", text, re.M | re.S)]
+
+
+def test_the_sources_shown_are_a_dataset():
+    (shown,) = (
+        block["data"] for block in yaml_blocks("data.md") if block.get("data", {}).get("name") == "mix"
+    )
+    options = get_registry().options("dataset", "mix", shown["options"], "data.options")
+    assert [source.weight for source in options.sources] == [2, 1, 0.3]
+
+
+def test_the_job_for_kubernetes_runs_a_command_of_ours():
+    (job,) = (block for block in yaml_blocks("training.md") if block.get("kind") == "Job")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"][:2] == ["sentcompress", "launch"]
+    test_every_command_shown_parses(shlex.join(container["command"]))
+    assert "--resume" in container["command"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert job["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == [
+        InputError.exit_code,
+        PluginError.exit_code,
+    ]
+
+
+def test_the_job_for_slurm_is_a_shell_script():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```text\n(.+?)^```$", text, re.M | re.S) if "#SBATCH" in b)
+    done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[ $? -ne 75 ] || scontrol requeue" in block
+    assert TerminatedError.exit_code == 75

@@ -297,6 +297,24 @@ def test_tensorboard_events_are_written(tmp_path, make_recipe, make_job):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+def test_wandb_gets_the_same_figures(tmp_path, make_recipe, make_job, monkeypatch):
+    pytest.importorskip("wandb", reason="W&B is not installed (extra 'wandb')")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = make_recipe(steps=2, wandb=True)
+    run_job(make_job(recipe), tmp_path / "run", recipe)
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    data = file.read_bytes()
+    assert b"tokens_per_second" in data
+    assert b"bits_per_byte" in data
+
+
+def test_wandb_that_is_not_there_is_said(tmp_path, make_recipe, make_job, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
+    recipe = make_recipe(steps=2, wandb=True)
+    with pytest.raises(InputError, match="wandb: true, but Weights & Biases is not installed"):
+        run_job(make_job(recipe), tmp_path / "run", recipe)
+
+
 def test_broken_data_ends_the_run_with_its_own_error(tmp_path, make_recipe, make_job):
     recipe = make_recipe()
     job = make_job(recipe)

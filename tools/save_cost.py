@@ -1,0 +1,79 @@
+"""What saving a checkpoint costs training, in the background and not.
+
+    python tools/save_cost.py opt-125m
+    python tools/save_cost.py opt-tiny --steps 40
+
+Trains a graft of random weights in the backbone's shape (recipe ``strong``) and saves after every few steps. A save
+holds up training while it is called and, in the background, by what it takes of the next steps' processor: what these
+take over the median of steps with nothing beside them is counted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sentcompress.recipe import load_recipe
+from sentcompress.training.saving import Saver
+from sentcompress.training.stages import run_recipe
+from sentcompress.training.step import Stepper
+
+EVERY = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("backbone")
+    parser.add_argument("--steps", type=int, default=12)
+    asked = parser.parse_args()
+    events: list[tuple[str, float]] = []
+
+    def timed(cls: type, name: str, kind: str) -> None:
+        real = getattr(cls, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            result = real(*arguments, **named)
+            events.append((kind, time.perf_counter() - began))
+            return result
+
+        setattr(cls, name, call)
+
+    timed(Stepper, "step", "step")
+    timed(Saver, "checkpoint", "save")
+    for background in (True, False):
+        sets = [
+            f"backbone.model={asked.backbone}",
+            "backbone.config={}",
+            "train_vae.steps=0",
+            f"graft.steps={asked.steps}",
+            f"graft.save_every={EVERY}",
+            "graft.keep=1",
+            f"graft.background_saves={str(background).lower()}",
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            run_recipe(load_recipe("strong", sets), Path(folder), stages=["vae"])
+            events.clear()
+            run_recipe(load_recipe("strong", sets), Path(folder), stages=["vae", "graft"])
+            (newest,) = Path(folder).glob("graft/checkpoints/step-*")
+            size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+        steps = [seconds for kind, seconds in events if kind == "step"][1:]
+        saves = [seconds for kind, seconds in events if kind == "save"]
+        # The step before a save has nothing written beside it.
+        alone = statistics.median(steps[EVERY - 2 :: EVERY])
+        beside = sum(max(0.0, seconds - alone) for seconds in steps) / len(saves)
+        held = statistics.median(saves) + beside
+        print(
+            f"{'background' if background else 'waiting'}: a checkpoint of {size / 1e9:.2f} GB, a step of {alone:.2f} s; "
+            f"called for {statistics.median(saves):.2f} s, later steps {beside:.2f} s longer: {held:.2f} s a save, "
+            f"5% of training at one in {held / alone / 0.05:,.0f} steps",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
