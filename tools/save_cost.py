@@ -69,7 +69,8 @@ def main() -> None:
         held = statistics.median(saves) + beside
         print(
             f"{'background' if background else 'waiting'}: a checkpoint of {size / 1e9:.2f} GB, "
-            f"a step of {alone:.2f} s; called for {statistics.median(saves):.2f} s, later steps {beside:.2f} s longer: {held:.2f} s a save, "
+            f"a step of {alone:.2f} s; called for {statistics.median(saves):.2f} s, "
+            f"later steps {beside:.2f} s longer: {held:.2f} s a save, "
             f"5% of training at one in {held / alone / 0.05:,.0f} steps",
             flush=True,
         )

@@ -54,7 +54,7 @@ class Job(Protocol):
         """Modules whose weights are gathered by themselves where the model is spread over processes: its blocks."""
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that :meth:`save` is to write, whole; all processes ask for them."""
+        """The tensors that :meth:`save` is to write, whole in the first process; all processes ask for them."""
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the model with these tensors, and its tokenizer; the loop adds ``recipe.yaml`` and the card."""

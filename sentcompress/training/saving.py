@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sentcompress.io import move_files, storage_errors, temporary_folder, whole_folder
 from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
@@ -108,9 +110,13 @@ class Saver:
         self.writer.finish()
 
     def _model(self, card: str) -> Callable[[Path], None]:
-        """What writes the model as it is now, whatever becomes of it meanwhile."""
-        with self.state.final_weights():
-            weights = snapshot(self.job.state())
+        """What writes the model as it is now, whatever becomes of it meanwhile; for the first process."""
+        weights: dict[str, Tensor] = {}
+        if self.main or self.spread:
+            with self.state.final_weights():
+                weights = self.job.state()
+                if not self.spread:  # what was collected from all processes is a copy already
+                    weights = snapshot(weights)
 
         def write(folder: Path) -> None:
             with no_library_bars():

@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sentcompress.processes import processes
+
 
 def spread(model: nn.Module, units: Iterable[nn.Module], device: torch.device, processes: int) -> None:
     """Spread a model over all processes, in place; parameters become ``DTensor`` under their old names.
@@ -68,8 +70,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def collected(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread, whole in the first process's memory and empty in the others; all must ask for it.
+
+    So that no device has to hold a model that was spread because none can.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if processes().is_main_process else full.new_empty(0)
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's ``state_dict`` with whole tensors, those that are shared still shared; all processes ask for it."""
+    """The model's ``state_dict``, every tensor :func:`collected`, those that are shared still shared."""
     first: dict[int, str] = {}
     owners = {
         name: first.setdefault(id(parameter), name)
@@ -80,7 +93,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         owner = owners.get(name, name)
         if owner not in found:
-            found[owner] = whole(value)
+            found[owner] = collected(value)
         state[name] = found[owner]
     return state
 

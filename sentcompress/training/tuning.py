@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sentcompress.errors import InputError
 from sentcompress.recipe import TuneSettings
-from sentcompress.training.sharding import whole, whole_state
+from sentcompress.training.sharding import collected, whole_state
 
 
 def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, where: str) -> None:
@@ -60,12 +60,13 @@ def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with adapters folded into the weights they adapt, under the plain names, every tensor whole.
+    """The model's state with adapters folded into the weights they adapt, under the plain names, every tensor
+    whole in the first process.
 
     The model itself is left as it is, so that training can go on bit by bit. All processes must ask for it.
     """
     deltas = {
-        f"{name}.weight": whole(module.get_delta_weight("default"))
+        f"{name}.weight": collected(module.get_delta_weight("default"))
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight")
     }
