@@ -1,9 +1,8 @@
 """What saving a checkpoint costs training, in the background and not.
 
-    python tools/save_cost.py opt-125m
-    python tools/save_cost.py opt-tiny --steps 40
+    python tools/save_cost.py strong --steps 40
 
-Trains a graft of random weights in the backbone's shape (recipe ``strong``) and saves after every few steps. A save
+Trains the graft of a recipe, of a SentenceVAE that learned nothing, and saves after every few steps. A save
 holds up training while it is called and, in the background, by what it takes of the next steps' processor: what these
 take over the median of steps with nothing beside them is counted too.
 """
@@ -27,8 +26,9 @@ EVERY = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("backbone")
+    parser.add_argument("recipe")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     asked = parser.parse_args()
     events: list[tuple[str, float]] = []
 
@@ -47,8 +47,7 @@ def main() -> None:
     timed(Saver, "checkpoint", "save")
     for background in (True, False):
         sets = [
-            f"backbone.model={asked.backbone}",
-            "backbone.config={}",
+            *asked.set,
             "train_vae.steps=0",
             f"graft.steps={asked.steps}",
             f"graft.save_every={EVERY}",
@@ -56,9 +55,9 @@ def main() -> None:
             f"graft.background_saves={str(background).lower()}",
         ]
         with tempfile.TemporaryDirectory() as folder:
-            run_recipe(load_recipe("strong", sets), Path(folder), stages=["vae"])
+            run_recipe(load_recipe(asked.recipe, sets), Path(folder), stages=["vae"])
             events.clear()
-            run_recipe(load_recipe("strong", sets), Path(folder), stages=["vae", "graft"])
+            run_recipe(load_recipe(asked.recipe, sets), Path(folder), stages=["vae", "graft"])
             (newest,) = Path(folder).glob("graft/checkpoints/step-*")
             size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
         steps = [seconds for kind, seconds in events if kind == "step"][1:]
