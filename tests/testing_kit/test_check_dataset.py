@@ -161,6 +161,7 @@ def test_every_dataset_that_is_built_in_passes(text_files: Path, tmp_path: Path)
         "jsonl": {"paths": [str(lines)]},
         "python-package": {"package": "sentcompress", "pattern": "fusions/*.py"},
         "hub": {"path": str(tmp_path)},
+        "mix": {"sources": [{"name": "jsonl", "options": {"paths": [str(lines)]}, "weight": 2}]},
     }
     own = {
         n for n in get_registry().names("dataset") if get_registry().owner("dataset", n).name == "datasets"

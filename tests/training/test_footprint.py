@@ -18,6 +18,7 @@ from sentcompress.errors import InputError
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
 from sentcompress.training.footprint import count_kept, footprints, sizes
+from sentcompress.training.memory import recompute_activations
 from sentcompress.training.scaling import parse_devices, tables, ways
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
     model, _ = random_models(recipe)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     _, kept = count_kept(lambda: model(**batch(24, 15), token_loss=TokenLoss(gamma=0.0)).loss, weights)
     found = sizes(recipe, "graft", 15.0, bf16=False)
