@@ -4,7 +4,7 @@
 
 Makes JSON lines (plain, gzipped and zstd shards in turn) of State of the Union addresses, each document with a number
 that makes it another text, tokenizes them into a token cache of its own and draws batches of sentences and of passages.
-Once a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints the
+Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints the
 slope of that over the bytes done.
 """
 
@@ -80,7 +80,7 @@ def children(process: int) -> list[int]:
 
 
 class Watch:
-    """Notes memory and bytes done once a second.
+    """Notes memory and bytes done five times a second.
 
     Args:
         cache: of tokens; what is in it counts as done.
@@ -94,7 +94,7 @@ class Watch:
         self._thread.start()
 
     def _go_on(self) -> None:
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(0.2):
             sizes = {}
             for name in ("text.bin", "tokens.bin"):
                 found = list(self.cache.glob(f"corpora/.*/{name}"))
@@ -109,8 +109,8 @@ class Watch:
 
 
 def slope(points: list[tuple[float, int]]) -> tuple[float, float]:
-    """MiB a GB of text, by least squares over the last nine tenths; and the most MiB there were."""
-    table = np.array(points[len(points) // 10 :])
+    """MiB a GB of text, by least squares over the second half; and the most MiB there were."""
+    table = np.array(points[len(points) // 2 :])
     if len(table) < 3 or np.ptp(table[:, 0]) == 0:
         return float("nan"), float(table[:, 1].max()) / 2**20 if len(table) else float("nan")
     line = np.polyfit(table[:, 0] / 1e9, table[:, 1] / 2**20, 1)
