@@ -4,8 +4,8 @@
 
 Makes JSON lines (plain, gzipped and zstd shards in turn) of State of the Union addresses, each document with a number
 that makes it another text, tokenizes them into a token cache of its own and draws batches of sentences and of passages.
-Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints the
-slope of that over the bytes done.
+Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints
+the slope of that over the bytes done, where there was time to see one.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Watch:
 def slope(points: list[tuple[float, int]]) -> tuple[float, float]:
     """MiB a GB of text, by least squares over the second half; and the most MiB there were."""
     table = np.array(points[len(points) // 2 :])
-    if len(table) < 3 or np.ptp(table[:, 0]) == 0:
+    if len(table) < 20 or np.ptp(table[:, 0]) == 0:
         return float("nan"), float(table[:, 1].max()) / 2**20 if len(table) else float("nan")
     line = np.polyfit(table[:, 0] / 1e9, table[:, 1] / 2**20, 1)
     return float(line[0]), float(table[:, 1].max()) / 2**20
