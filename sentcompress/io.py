@@ -112,23 +112,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with storage_errors(path.parent), temporary_folder(path) as temporary:
         yield temporary
         fsync_tree(temporary)
-        with removed(path):
-            os.rename(temporary, path)
+        gone = set_aside(path)
+        os.rename(temporary, path)
+        shutil.rmtree(gone, ignore_errors=True)
         _fsync(path.parent)
 
 
-@contextmanager
-def removed(path: Path) -> Iterator[None]:
-    """A folder has lost its name within the block, if it is there, and is deleted after it.
+def set_aside(path: Path) -> Path:
+    """Take a folder's name from it, if it is there, and return the one under which it is to be deleted.
 
-    It is renamed first: who is killed while deleting leaves nothing under a name that means something is whole.
+    Who is killed while deleting then leaves nothing under a name that means something is whole.
     """
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)  # of one that was killed here
     if path.exists():
         os.rename(path, gone)
-    yield
-    shutil.rmtree(gone, ignore_errors=True)
+    return gone
 
 
 def move_files(source: Path, target: Path, last: str) -> None:

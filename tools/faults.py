@@ -113,6 +113,13 @@ class Broken:
     def run(self, before: Callable[[], None] = lambda: None) -> int:
         return self.finish(self.start(before))
 
+    def kill_after(self, seconds: float) -> int:
+        """Begin, or go on, and kill -9; its exit code, which is another if it had ended before."""
+        process = self.start()
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+        return self.finish(process)
+
     def last_words(self) -> str:
         return self.said.read_text(errors="replace")[-2000:]
 
@@ -168,17 +175,21 @@ class Broken:
         self.check_whole()
 
 
+def is_write(event: str, arguments: tuple[object, ...]) -> bool:
+    """Whether an audit event is something opened for writing, a folder made, or a renaming."""
+    if event != "open":
+        return event in ("os.rename", "os.mkdir")
+    path, _, flags = arguments
+    return isinstance(flags, int) and bool(flags & WRITING) and not str(path).startswith("/dev/")
+
+
 def fail_at(number: int, code: int) -> Callable[[], None]:
-    """From the ``number``-th write on, all are refused; counts opening for writing, renaming, making and removing."""
+    """From the ``number``-th write on, all are refused."""
     seen = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event == "open":
-            path, _, flags = arguments
-            if not isinstance(flags, int) or not flags & WRITING or str(path).startswith("/dev/"):
-                return
-        elif event not in ("os.rename", "os.mkdir"):
+        if not is_write(event, arguments):
             return
         seen += 1
         if seen >= number:
@@ -193,9 +204,7 @@ def count_writes(work: Path) -> int:
 
     def count() -> None:
         def hook(event: str, arguments: tuple[object, ...]) -> None:
-            if event in ("os.rename", "os.mkdir") or (
-                event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
-            ):
+            if is_write(event, arguments):
                 os.write(handle, b".")
 
         handle = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -227,10 +236,7 @@ def kills(
     while sum(phases.values()) < count:
         run = Broken(work)
         for _ in range(6):
-            process = run.start()
-            time.sleep(rng.uniform(0.0, seconds))
-            os.kill(process, signal.SIGKILL)
-            if run.finish(process) != -signal.SIGKILL:
+            if run.kill_after(rng.uniform(0.0, seconds)) != -signal.SIGKILL:
                 break  # it had ended before
             phases[run.phase()] += 1
             run.check_whole()
@@ -279,10 +285,7 @@ def flips(
     found: Counter[str] = Counter()
     while sum(found.values()) < count:
         run = Broken(work)
-        process = run.start()
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
-        os.kill(process, signal.SIGKILL)
-        run.finish(process)
+        run.kill_after(rng.uniform(0.3, 1.0) * seconds)
         stages = [s for s in STAGES if not (run.out / s / "config.json").is_file()]
         saved = [sorted(run.out.glob(f"{s}/checkpoints/step-*")) for s in stages]
         if not (saved := [steps for steps in saved if len(steps) > 1]):
@@ -315,7 +318,6 @@ def clock(work: Path, rng: random.Random, count: int, expected: dict[str, str]) 
         if run.digests() != expected:
             raise Finding("other weights under a jumping clock")
         shutil.rmtree(run.work)
-        rng.random()
     return Counter({"the same weights": count})
 
 

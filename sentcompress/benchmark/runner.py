@@ -101,13 +101,13 @@ def run_bench(
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
     earlier, results = _earlier(target), bench.results
-    if place is not None:
-        results.curves = read_curves(place)
-        results.models = model_digests(place.stages())
     if not first:
         if "quality" in wanted:
             bench.measure("quality")
         return results
+    if place is not None:
+        results.curves = read_curves(place)
+        results.models = model_digests(place.stages())
     for number, part in enumerate(wanted, 1):
         bench.measure(part)
         # What is measured is kept, should a later part be killed; it is not taken for the whole.

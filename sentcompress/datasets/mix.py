@@ -63,7 +63,8 @@ class MixDataset(Dataset):
         for dataset, weight in self._sources():
             times, share = divmod(weight, 1)
             for document in dataset.documents():
-                for _ in range(int(times) + (_place(document.text) < share)):
+                once_more = share > 0 and _place(document.text) < share
+                for _ in range(int(times) + once_more):
                     yield document
 
 

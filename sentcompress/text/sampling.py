@@ -80,7 +80,9 @@ class _Sentences:
         chosen = np.asarray(documents, dtype=np.int64)
         self.corpus = corpus
         self.firsts = np.asarray(corpus.document_offsets[chosen])
-        self.ends = np.cumsum(corpus.document_offsets[chosen + 1] - self.firsts)
+        counts = corpus.document_offsets[chosen + 1] - self.firsts
+        self.ends = np.cumsum(counts)
+        self.begins = self.ends - counts
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -88,7 +90,7 @@ class _Sentences:
     def numbers(self, indexes: np.ndarray) -> np.ndarray:
         """Numbers in the corpus."""
         documents = np.searchsorted(self.ends, indexes, side="right")
-        return self.firsts[documents] + indexes - np.concatenate([[0], self.ends])[documents]
+        return self.firsts[documents] + indexes - self.begins[documents]
 
     def lengths(self, indexes: np.ndarray) -> np.ndarray:
         """Tokens."""

@@ -22,7 +22,7 @@ from sentcompress.io import (
     damage,
     manifest,
     read_json,
-    removed,
+    set_aside,
     storage_errors,
     temporary_path,
     whole_folder,
@@ -87,9 +87,9 @@ class CheckpointStore:
             files = manifest(temporary)
             (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
         for old in self.steps()[: -self.keep]:
-            with storage_errors(self.folder), removed(self.path(old)):
-                pass
-        for left in self.folder.glob(".step-*.gone"):  # of runs that were killed
+            with storage_errors(self.folder):
+                set_aside(self.path(old))
+        for left in self.folder.glob(".step-*.gone"):  # those of runs that were killed too
             shutil.rmtree(left, ignore_errors=True)
         return path
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sentcompress.benchmark.random_models import random_models
+from sentcompress.modeling.grafting import freeze_embeddings
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe, TrainingSettings
@@ -43,7 +43,7 @@ class Sizes:
         unit: of the largest block.
         head: of the output head, if it learns.
         blocks: of all parts.
-        activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``.
+        activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``, None where there is none.
     """
 
     weights: int
@@ -54,7 +54,7 @@ class Sizes:
     head: int
     blocks: int
     activations: float
-    recomputed: float
+    recomputed: float | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Footprint:
     """Bytes on each device, by part, of one way to train.
 
     Attributes:
-        name: ``ddp`` or ``fsdp``, with ``gradient_checkpointing`` or without.
+        spread: ``fsdp``, else ``ddp``.
+        recomputed: with ``gradient_checkpointing``.
         weights: and, spread over devices, what is gathered of them at a time.
         gradients: and, of several whole copies, what they are exchanged in.
         optimizer: two moments, and averaged weights if there are any.
@@ -71,7 +72,8 @@ class Footprint:
         peak: at the worst moment of a step, which is less than the sum: gradients come as activations go.
     """
 
-    name: str
+    spread: bool
+    recomputed: bool
     weights: float
     gradients: float
     optimizer: float
@@ -79,16 +81,19 @@ class Footprint:
     logits: float
     peak: float
 
+    @property
+    def name(self) -> str:
+        return ("fsdp" if self.spread else "ddp") + (", gradient_checkpointing" if self.recomputed else "")
 
-def sizes(recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
+
+def sizes(shape: SentenceLM, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
     """Count a stage's parameters and activations. Takes seconds, and the memory of two of the backbone's blocks.
 
     Args:
+        shape: the recipe's model on the meta device.
         sentence_tokens: mean length of a sentence.
         bf16: products in bf16, weights in fp32.
     """
-    with torch.device("meta"):
-        shape, _ = random_models(recipe)
     model = copy.deepcopy(shape)
     with torch.device("meta"):
         part = _part(model, recipe, stage)
@@ -106,27 +111,28 @@ def sizes(recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -
         activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
         recomputed=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True)
         if stage == "graft"
-        else float("nan"),
+        else None,
     )
 
 
 def footprints(found: Sizes, settings: TrainingSettings, devices: int) -> list[Footprint]:
     """All ways to train on so many devices, the fastest first."""
-    ways: list[tuple[str, bool, bool]] = [("ddp", False, False)]
-    if found.recomputed == found.recomputed:
-        ways.append(("ddp, gradient_checkpointing", False, True))
-    if devices > 1:
-        ways.append(("fsdp", True, False))
-        if found.recomputed == found.recomputed:
-            ways.append(("fsdp, gradient_checkpointing", True, True))
     return [
-        _footprint(name, found, settings, devices, spread=spread, recomputed=recomputed)
-        for name, spread, recomputed in ways
+        _footprint(found, settings, devices, activations, spread=spread, recomputed=recomputed)
+        for spread in ((False, True) if devices > 1 else (False,))
+        for recomputed, activations in ((False, found.activations), (True, found.recomputed))
+        if activations is not None
     ]
 
 
 def _footprint(
-    name: str, found: Sizes, settings: TrainingSettings, devices: int, *, spread: bool, recomputed: bool
+    found: Sizes,
+    settings: TrainingSettings,
+    devices: int,
+    activations: float,
+    *,
+    spread: bool,
+    recomputed: bool,
 ) -> Footprint:
     share = devices if spread else 1
     weights = 4 * found.weights / share
@@ -137,7 +143,6 @@ def _footprint(
     elif devices > 1:
         gradients *= 2  # the buckets they are exchanged in
     optimizer = (12 if settings.ema else 8) * found.learned / share
-    activations = found.recomputed if recomputed else found.activations
     logits = 4 * LOSS_COPIES * LOGITS_BUDGET
     # Activations go as gradients come; those of earlier micro-batches are there from the start.
     if settings.gradient_accumulation > 1 or devices > 1:
@@ -145,23 +150,31 @@ def _footprint(
     else:
         moving = max(activations + 4 * found.head, gradients)
     return Footprint(
-        name, weights, gradients, optimizer, activations, logits, weights + optimizer + moving + logits
+        spread=spread,
+        recomputed=recomputed,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        peak=weights + optimizer + moving + logits,
     )
+
+
+def state_bytes(found: Sizes, settings: TrainingSettings) -> int:
+    """Bytes of what training must remember: weights, moments, averaged weights if there are any."""
+    return 4 * found.weights + (12 if settings.ema else 8) * found.learned
 
 
 def saving_bytes(found: Sizes, settings: TrainingSettings) -> float:
     """Bytes of the computer's memory that saving takes: a copy of the model, in the background of all state too."""
-    state = 4 * found.weights + (12 if settings.ema else 8) * found.learned
-    return 4 * found.weights + (state if settings.background_saves else 0)
+    return 4 * found.weights + (state_bytes(found, settings) if settings.background_saves else 0)
 
 
 def _part(model: SentenceLM, recipe: Recipe, stage: Stage) -> nn.Module:
     """What a stage trains, with what does not learn frozen."""
     if recipe.vae.freeze == "embeddings":
-        for table in (model.vae.embed_tokens, getattr(model.vae, "decoder_embed_tokens", None)):
-            if table is not None:
-                table.requires_grad_(False)
-        model.vae.output_weight.requires_grad_(False)
+        freeze_embeddings(model.vae)
     if stage == "vae":
         return model.vae
     apply_tune(model.backbone, model.backbone.blocks, recipe.graft, "graft")

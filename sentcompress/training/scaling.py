@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
+from transformers import PreTrainedModel
 
 from sentcompress.benchmark.cells import Plain
 from sentcompress.benchmark.devices import GPUS, Device, device
 from sentcompress.benchmark.estimate import BACKWARD, estimate, shapes
 from sentcompress.benchmark.roofline import products
 from sentcompress.errors import InputError
+from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import GraftSettings, Recipe, TrainVAESettings
-from sentcompress.training.footprint import Footprint, Sizes, Stage, footprints, saving_bytes, sizes
+from sentcompress.training.footprint import (
+    Footprint,
+    Sizes,
+    Stage,
+    footprints,
+    saving_bytes,
+    sizes,
+    state_bytes,
+)
 from sentcompress.training.plan import budget
 
 GPU_CONTEXT = 1e9
@@ -67,19 +77,18 @@ def ways(
     Args:
         sentence_tokens: mean length of a sentence.
     """
-    settings = recipe.graft if stage == "graft" else recipe.train_vae
+    settings, (model, twin) = _settings(recipe, stage), shapes(recipe)
     on_cpu = machine.name == "cpu"
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and not on_cpu)
-    found = sizes(recipe, stage, sentence_tokens, bf16=bf16)
+    found = sizes(model, recipe, stage, sentence_tokens, bf16=bf16)
     tokens = budget(recipe).get(stage, 0)
     micro_batches = settings.steps * settings.gradient_accumulation
     called = found.blocks * BACKWARD * machine.block_seconds * micro_batches
-    compute = (tokens * _token_seconds(recipe, stage, machine, sentence_tokens) + called) / number
+    compute = (tokens * _token_seconds(model, twin, stage, machine, sentence_tokens) + called) / number
     result = []
     for footprint in footprints(found, settings, number):
-        spread = footprint.name.startswith("fsdp")
-        seconds = compute * (AGAIN if "checkpointing" in footprint.name else 1.0)
-        seconds += _exchange_bytes(found, settings, number, spread=spread) / machine.link
+        seconds = compute * (AGAIN if footprint.recomputed else 1.0)
+        seconds += _exchange_bytes(found, settings, number, spread=footprint.spread) / machine.link
         total = footprint.peak
         if on_cpu:
             saving = footprint.weights + footprint.optimizer + saving_bytes(found, settings)
@@ -91,8 +100,13 @@ def ways(
     return found, result
 
 
-def _token_seconds(recipe: Recipe, stage: Stage, machine: Device, sentence_tokens: float) -> float:
-    model, twin = shapes(recipe)
+def _settings(recipe: Recipe, stage: Stage) -> GraftSettings | TrainVAESettings:
+    return recipe.graft if stage == "graft" else recipe.train_vae
+
+
+def _token_seconds(
+    model: SentenceLM, twin: PreTrainedModel, stage: Stage, machine: Device, sentence_tokens: float
+) -> float:
     if stage == "graft":
         return estimate(
             model,
@@ -144,10 +158,9 @@ def _table(
     if price is None:
         hours = min(way.hours for way in possible) * number
         notes.append(f"{hours:,.2f} device-hours; --price 2.5 (an hour of one) gives the cost.")
-    settings = recipe.graft if stage == "graft" else recipe.train_vae
-    state = 4 * found.weights + 8 * found.learned
+    settings = _settings(recipe, stage)
     notes.append(
-        f"A checkpoint has {(4 * found.weights + state) / _GIB:.2f} GiB; saving one takes "
+        f"A checkpoint has {(4 * found.weights + state_bytes(found, settings)) / _GIB:.2f} GiB; saving one takes "
         f"{saving_bytes(found, settings) / _GIB:.2f} GiB of the computer's memory (of the first process with ddp)."
     )
     if not machine.measured:

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from sentcompress.benchmark.devices import device
+from sentcompress.benchmark.estimate import shapes
 from sentcompress.benchmark.random_models import random_models
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
@@ -46,7 +47,7 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
         recompute_activations(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     _, kept = count_kept(lambda: model(**batch(24, 15), token_loss=TokenLoss(gamma=0.0)).loss, weights)
-    found = sizes(recipe, "graft", 15.0, bf16=False)
+    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
     predicted = found.recomputed if checkpointing else found.activations
     # A small vocabulary's logits are kept whole; in the count they are left out.
     logits = 4 * 23 * 16 * model.config.vae_config.vocab_size
@@ -55,7 +56,7 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
 
 def test_parts_follow_from_shapes():
     recipe = load_recipe("strong", [*SMALL, "graft.ema=0.99"])
-    found = sizes(recipe, "graft", 15.0, bf16=False)
+    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
     one, checkpointing = footprints(found, recipe.graft, 1)
     assert one.weights == one.gradients == 4 * found.weights
     assert one.optimizer == 12 * found.weights
@@ -71,7 +72,7 @@ def test_what_does_not_learn_takes_no_moments():
     recipe = load_recipe(
         "strong", [*SMALL, "graft.tune=lora", "vae.freeze=embeddings", "vae.init=embeddings"]
     )
-    found = sizes(recipe, "graft", 15.0, bf16=False)
+    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
     assert found.learned < 0.5 * found.weights
     assert found.head == 0
 

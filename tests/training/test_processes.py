@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "SENTCOMPRESS_CACHE": str(cache)}
+
+
+def call(*words: str, cache: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """``sentcompress WORDS`` to its end, in processes of one thread."""
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "sentcompress", *words],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=environment(cache),
+        check=False,
+    )
 
 
 @pytest.fixture
@@ -48,19 +61,9 @@ def run(tmp_path, cache, make_recipe):
         path = tmp_path / f"recipe-{processes}.yaml"
         path.write_text(recipe.dump())
         # Ours starts two, torchrun three.
-        launcher = {
-            1: ["-m", "sentcompress"],
-            2: ["-m", "sentcompress", "launch", "-n", "2"],
-            3: [*TORCHRUN, "3", "-m", "sentcompress"],
-        }
-        return subprocess.run(
-            [sys.executable, *launcher[processes], "run", str(path), "--out", str(out), *options],
-            capture_output=True,
-            text=True,
-            timeout=150,
-            env=environment(cache),
-            check=False,
-        )
+        ours = ["launch", "-n", "2"] if processes == 2 else []
+        theirs = (*TORCHRUN, "3") if processes == 3 else ()
+        return call(*ours, "run", str(path), "--out", str(out), *options, cache=cache, launcher=theirs)
 
     return run
 
@@ -100,18 +103,27 @@ def assert_same(out: Path, alone: Path) -> None:
     assert configs[0] == configs[1]
 
 
-def test_processes_and_their_number_make_no_difference(tmp_path, run, alone):
+def legs(run, out: Path, alone: Path, distributed: str, plan: list[tuple[int, int]]) -> Iterator[int]:
+    """Run as so many processes up to a step, others from there: each time to the end, to the same as one process.
+
+    Yields the number of processes, before what lies after the step is taken away.
+    """
+    for number, (processes, step) in enumerate(plan):
+        done = run(out, processes, distributed, *(["--resume"] if number else []))
+        assert done.returncode == 0, done.stderr
+        assert_same(out, alone)
+        yield processes
+        if step < STEPS:
+            back_to(step, out)
+
+
+def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alone):
     """Two whole copies to step 20, one process to step 40, three from there."""
     many = tmp_path / "many"
-    for processes, step in ((2, 20), (1, 40), (3, STEPS)):
-        done = run(many, processes, "ddp", *(["--resume"] if processes != 2 else []))
-        assert done.returncode == 0, done.stderr
-        assert_same(many, alone)
-        if step < STEPS:
-            back_to(step, many)
+    assert list(legs(run, many, alone, "ddp", [(2, 20), (1, 40), (3, STEPS)])) == [2, 1, 3]
 
     back_to(40, many)
-    refused = run_recipe(tmp_path / "recipe-3.yaml", many)
+    refused = call("run", str(tmp_path / "recipe-3.yaml"), "--out", str(many), "--resume", cache=cache)
     assert refused.returncode == 2
     assert "pretrain.micro_batches_a_step: 6 there, 2 now" in refused.stderr
 
@@ -119,18 +131,13 @@ def test_processes_and_their_number_make_no_difference(tmp_path, run, alone):
 def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, run, alone):
     """Weights cut in three to step 20, in two to step 40, in one process from there."""
     parts = tmp_path / "parts"
-    for processes, step in ((3, 20), (2, 40), (1, STEPS)):
-        done = run(parts, processes, "fsdp", *(["--resume"] if processes != 3 else []))
-        assert done.returncode == 0, done.stderr
-        assert_same(parts, alone)
+    for processes in legs(run, parts, alone, "fsdp", [(3, 20), (2, 40), (1, STEPS)]):
         saved = parts / "pretrain" / "checkpoints" / f"step-{STEPS:06d}"
         assert (saved / PARTS).is_dir() == (processes > 1)
         if processes > 1:
             held = [path.stat().st_size for path in (saved / PARTS).iterdir()]
             assert len(held) == processes
             assert max(held) < 2 * min(held)
-        if step < STEPS:
-            back_to(step, parts)
 
     # What a whole copy left, two that spread it go on with.
     back_to(40, alone)
@@ -168,17 +175,8 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
             "graft.shortlist_rank=4",
             "bench.metrics=[data]",
         ]
-        done = subprocess.run(
-            [
-                *[sys.executable, "-m", "sentcompress", *launcher, "run", "quickstart", "--out", str(out)],
-                *[part for choice in chosen for part in ("--set", choice)],
-            ],
-            capture_output=True,
-            text=True,
-            timeout=150,
-            env=environment(cache),
-            check=False,
-        )
+        sets = [part for choice in chosen for part in ("--set", choice)]
+        done = call(*launcher, "run", "quickstart", "--out", str(out), *sets, cache=cache)
         assert done.returncode == 0, done.stderr
         runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
         figures.append([value for about in runs for value in about["figures"].values()])
@@ -190,15 +188,8 @@ def assert_scored_alike(run: Path, cache: Path) -> None:
     """``bench quality`` in two processes: every document once, the same figures to the last digits."""
     scores = []
     for name, launcher in (("alone", []), ("shared", ["launch", "-n", "2"])):
-        command = [*launcher, "bench", "quality", str(run), "--out", str(run / name), "--by", "length"]
-        done = subprocess.run(
-            [sys.executable, "-m", "sentcompress", *command],
-            capture_output=True,
-            text=True,
-            timeout=150,
-            env=environment(cache),
-            check=False,
-        )
+        words = [*launcher, "bench", "quality", str(run), "--out", str(run / name), "--by", "length"]
+        done = call(*words, cache=cache)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("report:") == 1
         scores.append(json.loads((run / name / "results.json").read_text())["quality"])
@@ -207,17 +198,6 @@ def assert_scored_alike(run: Path, cache: Path) -> None:
         assert shared["bytes"] == alone["bytes"]
         assert [d["document"] for d in shared["documents"]] == [d["document"] for d in alone["documents"]]
         assert shared["by"].keys() == alone["by"].keys() == {"length"}
-
-
-def run_recipe(path: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sentcompress", "run", str(path), "--out", str(out), "--resume"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
 
 
 @pytest.fixture
