@@ -1,9 +1,10 @@
 """Output speed at the largest batch of each system: as many texts as their caches fit into a budget of memory.
 
 A cache that is a tenth as large lets ten times as many texts be written together. Each system gets the batch that its
-own cache allows, and what is compared is tokens/s. The prompt is the same in every row: it is read once and its cache
-copied, so that a few gigabytes of cache take seconds to fill and not minutes. Reading and copying are not in the
-figures, which are of what comes after the first token, as everywhere (:mod:`sentcompress.benchmark.speed`).
+own caches allow (the sentence model's decoder has one too), and what is compared is tokens/s. The prompt is the same in
+every row: it is read once and its cache copied, so that a few gigabytes of cache take seconds to fill and not minutes.
+Reading and copying are not in the figures, which are of what comes after the first token, as everywhere
+(:mod:`sentcompress.benchmark.speed`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from sentcompress.benchmark.memory import cache_tensors, tensor_bytes
+from sentcompress.benchmark.memory import cache_tensors, decoder_cache_bytes, tensor_bytes
 from sentcompress.benchmark.systems import BACKBONE, IN_PLACE, Prompt, SentenceSystem, System
 from sentcompress.errors import InputError
 from sentcompress.generation.cells import SPARE_CELLS
@@ -106,7 +107,8 @@ class FullSentenceSystem(FullSystem):
         # There is room for so many more whenever it has to grow.
         new_cells = SPARE_CELLS * math.ceil(new_tokens / statistics.mean(ours.lengths) / SPARE_CELLS)
         per_cell = cells.cache_bytes / cells.counts[0]
-        self.fit(math.ceil(per_cell * (cells.counts[0] + new_cells)), budget)
+        cell_bytes = math.ceil(per_cell * (cells.counts[0] + new_cells))
+        self.fit(cell_bytes + decoder_cache_bytes(self.model), budget)
 
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
         return self.ours.write([Prompt(self.prefix.sentences)] * self.rows, new_tokens, self.prefix)

@@ -186,8 +186,7 @@ def _sentence_report(
         raise RunError("the backbone's cache is more than keys and values: its bytes cannot be counted")
     per_position = cells.cache_bytes // (cells.counts[0] * model.latents)
     per_token = per_position * model.latents * len(text) / tokens
-    decoder = _longest_sentence(model, generator.encode(text[:1]))
-    transient = tensor_bytes([t for layer in decoder.layers for t in (layer.keys, layer.values)])
+    transient = decoder_cache_bytes(model)
     settings = GenerationSettings(
         max_new_tokens=new_tokens, stop_threshold=1, sentence_lengths=tuple(lengths), cache=cache
     )
@@ -213,14 +212,16 @@ def _sentence_report(
     )
 
 
-def _longest_sentence(model: SentenceLM, latents: Tensor) -> Any:
-    """The decoder's cache after a sentence as long as they get."""
+@torch.no_grad()
+def decoder_cache_bytes(model: SentenceLM) -> int:
+    """Bytes of the decoder's keys and values of one text, after a sentence as long as they get."""
     decoder: Any = model.vae.decoder
+    latents = model.termination.weight.new_zeros(1, model.latents, model.vae.config.hidden_size)
     cache = decoder.allocate(1, latents)
     unread = decoder.restart(cache, torch.zeros(1, dtype=torch.long, device=latents.device), latents)
     for _ in range(unread + 1 + model.config.vae_config.max_sentence_tokens):
         decoder.step(latents[:, 0], cache)
-    return cache
+    return tensor_bytes([t for layer in cache.layers for t in (layer.keys, layer.values)])
 
 
 def _series(generate: Callable[[Callable[[int], None]], None]) -> list[tuple[int, int]]:

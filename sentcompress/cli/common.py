@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +60,17 @@ ResumeOption = Annotated[
 def examples(*lines: str) -> str:
     """The end of a help text. The leading ``\\b`` keeps its lines as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import large libraries without looking for garbage meanwhile: a fifth of the time, as all they make stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def console() -> Console:

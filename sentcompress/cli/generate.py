@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sentcompress.choices import CacheKind, HeadKind
-from sentcompress.cli.common import examples
+from sentcompress.cli.common import examples, quick_imports
 from sentcompress.io import printable
 
 
@@ -64,9 +64,10 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty", fix="give some text to continue")
 
-    from sentcompress.generation import GenerationSettings, SentenceGenerator
-    from sentcompress.modeling.int8 import quantize as quantized
-    from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
+    with quick_imports():
+        from sentcompress.generation import GenerationSettings, SentenceGenerator
+        from sentcompress.modeling.int8 import quantize as quantized
+        from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 
     try:
         settings = GenerationSettings(

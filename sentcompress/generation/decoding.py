@@ -18,8 +18,12 @@ from transformers import (
 
 from sentcompress.generation.heads import Head, Words
 from sentcompress.generation.settings import GenerationSettings
+from sentcompress.modeling.decoder import DecoderContext
 from sentcompress.modeling.ragged import Ragged
 from sentcompress.modeling.vae import SentenceVAE
+
+READ_AT_A_TIME = 64
+"""Texts whose last sentences are read together; bounds memory for large batches."""
 
 
 @dataclass
@@ -169,11 +173,32 @@ class SentenceWriter:
             tails = [self._tail(text) for text in texts]
             self.past = tails
             if self.use_cache and any(tail.sentences for tail in tails):
-                embeddings, layout, latents = self._inputs(tails)
-                context = self.decoder.read(embeddings, layout, latents, len(tails))
+                context = self._context(tails)
         if self.use_cache:
             self.past = []
             self.cache = self.decoder.allocate(len(texts), texts[0].latents, context)
+
+    def _context(self, tails: Sequence[Told]) -> DecoderContext:
+        """What the decoder keeps of texts: equal ones are read once, and a few together, to bound memory."""
+        different: list[Told] = []
+        known: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        places = [0] * len(tails)
+        # A text without a sentence comes first, as it cannot be read alone.
+        for row in sorted(range(len(tails)), key=lambda row: len(tails[row].sentences)):
+            tail = tails[row]
+            alike = known.setdefault(tuple(map(tuple, tail.sentences)), [])
+            place = next((n for n in alike if torch.equal(different[n].latents, tail.latents)), None)
+            if place is None:
+                place = len(different)
+                alike.append(place)
+                different.append(tail)
+            places[row] = place
+        parts = []
+        for begin in range(0, len(different), READ_AT_A_TIME):
+            block = different[begin : begin + READ_AT_A_TIME]
+            embeddings, layout, latents = self._inputs(block)
+            parts.append(self.decoder.read(embeddings, layout, latents, len(block)))
+        return DecoderContext.joined(parts, torch.tensor(places, device=self.vae.device))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
@@ -233,27 +258,24 @@ class SentenceWriter:
         return sorted(done, key=lambda written: written.row)
 
     def _step(self, rows: list[int]) -> Tensor:
-        """Hidden states: of all texts with a cache, of ``rows`` alone without."""
+        """Hidden states ``[b, H]`` of the texts ``rows``."""
         if not self.use_cache:
             sentences = [cast(_Sentence, self.open[row]) for row in rows]
             latents = torch.stack([sentence.latents for sentence in sentences])
             return self.last_hidden(latents, [sentence.tokens for sentence in sentences], rows)
         device = self.vae.device
-        active = None
-        if len(rows) < len(self.open):
-            active = torch.tensor([sentence is not None for sentence in self.open], device=device)
-        return self.decoder.step(
-            self.vae.embed_targets(torch.tensor(self.feed, device=device)), self.cache, active
-        )
+        some = torch.tensor(rows, device=device) if len(rows) < len(self.open) else None
+        feed = torch.tensor([self.feed[row] for row in rows], device=device)
+        return self.decoder.step(self.vae.embed_targets(feed), self.cache, some)
 
     def _pick(self, hidden: Tensor, rows: list[int], asked: list[int]) -> list[int]:
         """The next token of the texts ``asked``."""
         if not asked:
             return []
         config = self.vae.config
-        places = asked if self.use_cache else [rows.index(row) for row in asked]
-        if len(places) < len(hidden):
-            hidden = hidden[places]
+        if len(asked) < len(rows):
+            place = {row: i for i, row in enumerate(rows)}
+            hidden = hidden[[place[row] for row in asked]]
         sentences = [cast(_Sentence, self.open[row]) for row in asked]
         # An empty sentence is no sentence, and one of a given length ends there.
         goes_on = [s.plan.length is not None or not s.tokens for s in sentences]

@@ -28,6 +28,20 @@ class DecoderContext:
     filled: Tensor
     stream_positions: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[DecoderContext], rows: Tensor) -> DecoderContext:
+        """Rows ``[B]`` of several contexts one after another; a row may be taken more than once."""
+        layers = [
+            LayerCache(
+                torch.cat([layer.keys for layer in layers])[rows],
+                torch.cat([layer.values for layer in layers])[rows],
+            )
+            for layers in zip(*(part.layers for part in parts), strict=True)
+        ]
+        filled = torch.cat([part.filled for part in parts])
+        positions = torch.cat([part.stream_positions for part in parts])
+        return cls(layers, filled[rows], positions[rows])
+
 
 @dataclass
 class DecoderCache:
@@ -207,31 +221,37 @@ class SentenceDecoder(nn.Module):
         cache.reading = self.prefix
         return self.prefix
 
-    def step(self, embeddings: Tensor, cache: DecoderCache, active: Tensor | None = None) -> Tensor:
-        """One more position in every row: ``[B, H] -> [B, H]``, extending ``cache``.
+    def step(self, embeddings: Tensor, cache: DecoderCache, rows: Tensor | None = None) -> Tensor:
+        """One more position in some rows: ``[b, H] -> [b, H]``, extending ``cache``.
 
         The first ``prefix`` steps of a sentence read its latents, whatever ``embeddings`` holds.
 
         Args:
-            active: ``[B]`` bool; the other rows wait, what comes out for them means nothing. None: all are.
+            rows: ``[b]`` int64; the others wait. None: all.
         """
-        positions = cache.positions
+        some = slice(None) if rows is None else rows
+        positions, latents = cache.positions[some], cache.latents[some]
         if self.unpack is not None and cache.slots is not None:
-            rows = torch.arange(len(embeddings), device=embeddings.device)
+            each = torch.arange(len(cache.slots), device=embeddings.device)[some]
             at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
-            embeddings = embeddings + self.unpack(cache.slots, rows, at)
+            embeddings = embeddings + self.unpack(cache.slots, each, at)
         if cache.reading:
             cache.reading -= 1
-            embeddings = latents_first(embeddings, cache.latents, positions)
-        hidden_states = embeddings + self.embed_positions(positions.clamp_max(self.capacity - 1))
-        place = self._place(cache)
+            embeddings = latents_first(embeddings, latents, positions)
+        hidden_states = embeddings + self.embed_positions(positions)
+        cache.even = cache.even if rows is None else None
+        place = self._place(cache, rows)
         for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
-            hidden_states = block.step(hidden_states, layer, place, prepared)
-        cache.positions = positions + (1 if active is None else active)
-        cache.even = None if active is not None or cache.even is None else cache.even + 1
+            told = tuple(x[some] for x in prepared)
+            hidden_states = block.step(hidden_states, layer, place, told)
+        if rows is None:
+            cache.positions = positions + 1
+        else:
+            cache.positions = cache.positions.index_copy(0, rows, positions + 1)
+        cache.even = None if cache.even is None else cache.even + 1
         return self.norm(hidden_states)
 
-    def _place(self, cache: DecoderCache) -> Place:
+    def _place(self, cache: DecoderCache, some: Tensor | None) -> Place:
         positions, filled, n = cache.positions, cache.before.filled, self.context
         texts = len(positions)
         if cache.even is not None:
@@ -243,12 +263,13 @@ class SentenceDecoder(nn.Module):
                 return Place(None, n + cache.even, first, end, None, angles)
             mask = torch.cat([filled, filled.new_ones(texts, cache.even + 1)], 1)
             return Place(None, n + cache.even, 0, end, mask[:, None, None], angles)
-        rows = torch.arange(texts, device=positions.device)
-        angles = _of_each(cache.angles, lambda x: x[rows, positions])
-        end = int(positions.max()) + 1
+        rows = torch.arange(texts, device=positions.device) if some is None else some
+        columns = positions[rows]
+        angles = _of_each(cache.angles, lambda x: x[rows, columns])
+        end = int(columns.max()) + 1
         mask = torch.arange(end, device=positions.device) <= positions[:, None]
         mask = torch.cat([filled, mask], 1) if n else mask
-        return Place(rows, n + positions, 0, n + end, mask[:, None, None], angles)
+        return Place(rows, n + columns, 0, n + end, mask[:, None, None], angles)
 
     def retire(self, cache: DecoderCache, rows: Tensor, lengths: Tensor) -> None:
         """Let the sentences of some rows ``[b]`` become what stands before their next ones.
@@ -284,5 +305,5 @@ class SentenceDecoder(nn.Module):
 def _of_each(
     angles: tuple[Tensor, Tensor] | None, pick: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """The angles ``[B, d / 2]`` of one position a row, as ``[B, 1, 1, d / 2]``."""
+    """The angles ``[b, d / 2]`` of one position a row, as ``[b, 1, 1, d / 2]``."""
     return None if angles is None else (pick(angles[0])[:, None, None], pick(angles[1])[:, None, None])

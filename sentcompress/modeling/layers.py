@@ -71,11 +71,11 @@ class Place:
     """Where the next position of each row goes in the cache, and what it sees; the same in every block.
 
     Attributes:
-        rows: ``[B]`` int64 of all rows, beside ``column [B]``; None where one column serves all.
+        rows: ``[b]`` int64, the rows that go on, beside ``column [b]``; None where one column serves all.
         column: where keys and values are written.
         first, end: the columns that are looked at.
         mask: ``[B, 1, 1, end - first]`` bool of what each row sees of them; None: all.
-        angles: cosine and sine ``[B, 1, 1, d / 2]``; None without rotary positions.
+        angles: cosine and sine ``[b, 1, 1, d / 2]``; None without rotary positions.
     """
 
     rows: Tensor | None
@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(layout.unpad(join_heads(attended))), (k, v)
 
     def step(self, hidden_states: Tensor, cache: LayerCache, place: Place) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``, writing its keys and values into the cache."""
+        """One position a row: ``[b, H] -> [b, H]``, writing its keys and values into the cache."""
         states = self.qkv_proj(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
         q, k, v = states.unbind(1)
         if place.angles is not None:
@@ -142,12 +142,17 @@ class SelfAttention(nn.Module):
         else:
             cache.keys[place.rows, :, place.column] = k
             cache.values[place.rows, :, place.column] = v
+        some = place.rows is not None and len(q) < len(cache.keys)
+        if some:  # to look with all rows is less work than to take the keys of some out
+            q = q.new_zeros(len(cache.keys), *q.shape[1:]).index_copy(0, place.rows, q)
         attended = F.scaled_dot_product_attention(
             q[:, :, None],
             cache.keys[:, :, place.first : place.end],
             cache.values[:, :, place.first : place.end],
             attn_mask=place.mask,
         )
+        if some:
+            attended = attended[place.rows]
         return self.out_proj(attended.squeeze(2).flatten(1))
 
 

@@ -149,15 +149,19 @@ class LLMDecoder(nn.Module):
             cache.reading = 0
         return cache.reading
 
-    def step(self, embeddings: Tensor, cache: LLMDecoderCache, active: Tensor | None = None) -> Tensor:
-        """One more position in every row: ``[B, H] -> [B, H]``; as ``SentenceDecoder.step``."""
-        if active is not None:
-            cache.starts = cache.starts.where(active, cache.filled)  # rows that wait keep no columns alive
+    def step(self, embeddings: Tensor, cache: LLMDecoderCache, rows: Tensor | None = None) -> Tensor:
+        """One more position in some rows: ``[b, H] -> [b, H]``; as ``SentenceDecoder.step``."""
+        if rows is not None:
+            waits = torch.ones_like(cache.starts, dtype=torch.bool).index_fill(0, rows, False)
+            cache.starts = cache.starts.masked_fill(waits, cache.filled)  # they keep no columns alive
+            every = embeddings.new_zeros(len(waits), embeddings.shape[-1])
+            embeddings = every.index_copy(0, rows, embeddings)
         positions = cache.filled - cache.starts
         if cache.reading:
             cache.reading -= 1
             embeddings = latents_first(embeddings, cache.latents * self.latent_gain, positions)
-        return self._extend(embeddings[:, None], cache)[:, 0]
+        states = self._extend(embeddings[:, None], cache)[:, 0]
+        return states if rows is None else states[rows]
 
     def _extend(self, inputs: Tensor, cache: LLMDecoderCache) -> Tensor:
         """``[B, n, H] -> [B, n, H]``: n more columns, each row from its own beginning on."""

@@ -127,10 +127,12 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
     position = 2 * 3 * 32 * 4
     start, prompt, new = 1, 10, 9
     sentences, room = 3, SPARE_CELLS  # 3, 6 and 1 tokens; 9 new ones are fewer cells than there is room for
+    vae = tiny_sentence_lm().config.vae_config
+    decoder = 2 * vae.decoder_layers * 32 * 4 * (vae.max_sentence_tokens + 2)
     budget = 200_000
     rows = {
         BACKBONE: budget // (position * (start + prompt + new)),
-        SENTENCES: budget // (position * (start + sentences + room)),
+        SENTENCES: budget // (position * (start + sentences + room) + decoder),
         IN_PLACE: budget // (position * (start + prompt + new)),
     }
     runs = largest(budget)
@@ -141,7 +143,7 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
         assert run.total_ratio is None
         assert "largest batch in 0.000186 GiB" in run.note
     in_8_bits = next(run for run in largest(budget, cache="int8") if run.system == SENTENCES)
-    assert in_8_bits.batch_size > 2 * rows[SENTENCES]
+    assert in_8_bits.batch_size > 1.5 * rows[SENTENCES]  # the decoder's stays as it is
 
 
 def test_copies_of_a_read_prompt_are_continued_as_the_prompt_itself():

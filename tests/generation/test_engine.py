@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, reconstruct
+from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, decoding, reconstruct
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.reconstruct import differences
 from sentcompress.recipe import Recipe, build_recipe
@@ -59,6 +59,20 @@ def test_a_cache_in_8_bits_changes_little(generator):
     difference = (full.hidden_states - small.hidden_states).abs().max()
     assert 0 < difference < 0.05 * full.hidden_states.abs().max()
     assert all(len(g.token_ids) == 40 for g in run(generator, PROMPTS, cache="int8"))
+
+
+def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeypatch):
+    expected = [g.token_ids for g in run(generator, PROMPTS)]
+    monkeypatch.setattr(decoding, "READ_AT_A_TIME", 2)
+    texts = []
+    read = generator.model.vae.decoder.read
+    monkeypatch.setattr(
+        generator.model.vae.decoder, "read", lambda *given: texts.append(given[3]) or read(*given)
+    )
+    found = run(generator, [*PROMPTS, *PROMPTS[::-1]])
+    assert [g.token_ids for g in found] == expected + expected[::-1]
+    assert sum(texts) <= len(PROMPTS)
+    assert max(texts, default=0) <= 2
 
 
 def test_an_offloaded_cache_changes_nothing(generator):

@@ -1,0 +1,52 @@
+"""What it costs a batch that its sentences are of uneven length: tokens/s beside sentences that all have the mean.
+
+    python tools/uneven.py opt-125m --batch-size 32 --new-tokens 92
+
+Random weights in the shapes of the recipe `strong`; lengths as they are in held-out text. Both are timed in turns, and
+where their time goes is printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+from sentcompress.benchmark.data import draw_lengths
+from sentcompress.benchmark.parts import Parts
+from sentcompress.benchmark.profile import profile
+from sentcompress.benchmark.speed_models import speed_models
+from sentcompress.benchmark.systems import SentenceSystem, alternate, make_prompts
+from sentcompress.recipe import load_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("backbone")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=92)
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    recipe = load_recipe("strong", [f"backbone.model={asked.backbone}", "backbone.init=random"])
+    parts = Parts(recipe, None)
+    timed = speed_models(parts)
+    lengths = draw_lengths(parts.corpus, 64, recipe.seed)
+    uneven = SentenceSystem(timed.model, lengths)
+    mean = round(statistics.mean(lengths))
+    systems = {"uneven": uneven, f"all {mean}": uneven.with_lengths([mean])}
+    prompts = make_prompts(timed.sentences, asked.prompt_tokens, asked.batch_size)
+    for system in systems.values():
+        system.write(prompts, asked.new_tokens)
+    times = alternate(list(systems.values()), prompts, asked.new_tokens, asked.repeats)
+    tokens = asked.batch_size * asked.new_tokens
+    for name, seconds in zip(systems, zip(*times, strict=True), strict=True):
+        print(f"sentences {name}: {tokens / statistics.median(seconds):,.0f} tokens/s")
+    lost = [1 - even / odd for odd, even in times]
+    print(f"lost to unevenness: {statistics.median(lost):.1%} ({min(lost):.1%} to {max(lost):.1%})")
+    for name, system in systems.items():
+        for part in profile(system, prompts, asked.new_tokens, 3):
+            print(f"{name}: {part.part}: {part.milliseconds_per_token:.3f} ms a token")
+
+
+if __name__ == "__main__":
+    main()
