@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +17,7 @@ from sentcompress.benchmark.records import Curve
 from sentcompress.benchmark.results import STAGES
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.io import read_json
+from sentcompress.modeling.device_map import blocks_of, spread_blocks
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.loading import (
     load_saved_tokenizer,
@@ -26,11 +28,15 @@ from sentcompress.modeling.loading import (
 from sentcompress.modeling.pretrained import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.processes import process_count
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
 
 CURVES = ("loss", "nats_per_token")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of ``bench.dtype``."""
+Placed = TypeVar("Placed", SentenceLM, PreTrainedModel)
 
 
 class Missing(Exception):
@@ -131,6 +137,40 @@ class Parts:
                 fix="use auto or cpu, or install a build of torch for your GPU",
             )
         self.device = torch.device("cuda" if gpu and wanted != "cpu" else "cpu")
+        self.is_spread = recipe.bench.device_map != "none"
+        if self.is_spread and recipe.bench.quantize:
+            raise InputError(
+                "bench.device_map: a model whose weights are in 8 bits cannot be spread over devices",
+                fix="leave bench.quantize or bench.device_map out",
+            )
+        if self.is_spread and process_count() > 1:
+            raise InputError(
+                "bench.device_map: in several processes each has a device of its own",
+                fix="leave bench.device_map out, or measure in one process",
+            )
+        self.places: list[str] = []
+        """For each model that was spread, where its blocks lie."""
+        self._on_disk = tempfile.TemporaryDirectory(prefix="sentcompress-")
+
+    def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
+        """Bring a model to where it is measured, in eval mode.
+
+        Args:
+            dtype: of its weights; a model that is spread over devices has ``bench.dtype`` whatever is measured.
+
+        Raises:
+            InputError: ``bench.max_memory`` is too little.
+        """
+        model = model.eval()
+        if not self.is_spread:
+            return model.to(self.device, dtype)
+        model = model.to(DTYPES[self.recipe.bench.dtype])
+        blocks = model.backbone.blocks if isinstance(model, SentenceLM) else blocks_of(model)
+        folder = Path(self._on_disk.name) / str(len(self.places))
+        found = spread_blocks(model, blocks, self.device, folder, self.recipe.bench.max_memory)
+        counts = (f"{place} {found.count(place)}" for place in dict.fromkeys(found))
+        self.places.append(f"blocks by device: {', '.join(counts)}")
+        return model
 
     def _stage(self, name: str) -> Path:
         if self.folder is None:
@@ -159,7 +199,7 @@ class Parts:
 
     @cached_property
     def sentence_lm(self) -> SentenceLM:
-        model = load_sentence_lm(self._stage("graft")).to(self.device)
+        model = self.place(load_sentence_lm(self._stage("graft")))
         return quantize(model, self.recipe.bench.quantize)
 
     @cached_property
@@ -174,7 +214,7 @@ class Parts:
     def backbone(self) -> PreTrainedModel:
         """The LLM, with random weights where the recipe says so."""
         try:
-            return load_causal_lm(self.recipe.backbone).eval().to(self.device)
+            return self.place(load_causal_lm(self.recipe.backbone))
         except InputError as error:
             raise Missing(f"the backbone {self.recipe.backbone.model}: {error.message}") from error
 
@@ -198,13 +238,13 @@ class Parts:
         except (OSError, ValueError, json.JSONDecodeError) as error:
             text = " ".join(str(error).split())[:200]
             raise ModelFolderError(f"'{folder}' cannot be loaded: {text}", fix="train it again") from error
-        return model.eval().to(self.device)
+        return self.place(model)
 
     def untrained(self) -> SentenceLM:
         """A SentenceLM of the same shape with weights drawn from the recipe's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            return SentenceLM(copy.deepcopy(self.sentence_lm.config)).eval().to(self.device)
+            return self.place(SentenceLM(copy.deepcopy(self.sentence_lm.config)))
 
     @property
     def bos_token_id(self) -> int:

@@ -237,6 +237,19 @@ class PartTime(Record):
     """Of the system's time; the shares of its parts sum to 1."""
 
 
+class Throughput(Record):
+    """Output speed of some of a run's processes, each with a device and a batch of its own."""
+
+    system: str
+    devices: int
+    batch_size: int
+    """Of each process."""
+    tokens_per_second: float
+    """Of all together, the prefill included."""
+    efficiency: float
+    """Over as many times what the first brings alone; median over the repeats, measured in turns."""
+
+
 class SpeedReport(Record):
     """Speed beside the backbone's."""
 
@@ -261,6 +274,8 @@ class SpeedReport(Record):
     roofline_share: float | None = None
     """Of the sentence model, at batch 1."""
     profile: list[PartTime] = []
+    throughput: list[Throughput] = []
+    """By number of devices, where several processes measured."""
     skipped: list[Skipped] = []
     break_even: dict[str, Figure] = {}
     advice: list[str] = []

@@ -20,7 +20,7 @@ from sentcompress.benchmark.data import draw_lengths, heldout_lengths, measure_d
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.memory import measure_memory
-from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
+from sentcompress.benchmark.parts import DTYPES, Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
 from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
@@ -35,13 +35,15 @@ from sentcompress.benchmark.records import (
     Row,
     Sample,
     Skipped,
+    Throughput,
 )
 from sentcompress.benchmark.results import FILE, model_digests, read_results, write_results
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
-from sentcompress.benchmark.speed_models import DTYPES, SpeedModels, speed_models
+from sentcompress.benchmark.speed_models import SpeedModels, speed_models
 from sentcompress.benchmark.text import measure_text
+from sentcompress.benchmark.throughput import measure_throughput
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.heads import ShortlistHead, make_shortlist_head
@@ -67,7 +69,8 @@ def run_bench(
     """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
 
     Parts that were measured before and are not asked for now are kept, with their own honesty lines. In several
-    processes each scores its share of the held-out documents; the first measures the rest, and writes.
+    processes each scores its share of the held-out documents, and all write texts at the same time; the first measures
+    the rest, and writes.
 
     Args:
         parts: names of :data:`PARTS`; None takes the recipe's ``bench.metrics``.
@@ -104,6 +107,8 @@ def run_bench(
     if not first:
         if "quality" in wanted:
             bench.measure("quality")
+        if "speed" in wanted:
+            bench.attempt("speed", "throughput", bench.throughput)
         return results
     if place is not None:
         results.curves = read_curves(place)
@@ -206,8 +211,9 @@ class _Bench:
         elif not stages:
             tokens = 0
         honesty = self.provenance.honesty(tokens)
-        if part in ("speed", "memory"):
+        if part in ("speed", "memory") or self.parts.is_spread:
             honesty.dtype = str(DTYPES[self.settings.dtype]).removeprefix("torch.")
+        honesty.device = "; ".join([honesty.device, *dict.fromkeys(self.parts.places)])
         self.results.rows.append(Row(part=part, system=system, figures=figures, note=note, honesty=honesty))
 
     def know_the_text(self) -> None:
@@ -333,8 +339,13 @@ class _Bench:
     def _lengths(self) -> list[int]:
         return draw_lengths(self.parts.corpus, DRAWN_LENGTHS, self.recipe.seed)
 
+    def throughput(self) -> list[Throughput]:
+        """What all processes write together; each must call it."""
+        return measure_throughput(self._timed, self._lengths(), self.settings)
+
     def speed(self) -> None:
         timed = self._timed
+        together = self.throughput() if processes().num_processes > 1 else []
         report = measure_speed(
             timed.model,
             timed.backbone,
@@ -344,6 +355,7 @@ class _Bench:
             trained=timed.trained,
             bos_token_id=timed.bos_token_id,
         )
+        report.throughput = together
         self.results.speed = report
         self.results.skipped += report.skipped
         why = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")

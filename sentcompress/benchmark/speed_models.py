@@ -9,12 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.data import draw_lengths, heldout_text
-from sentcompress.benchmark.parts import Missing, Parts
+from sentcompress.benchmark.parts import DTYPES, Missing, Parts
 from sentcompress.benchmark.random_models import random_models, random_sentences
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELDOUT_SENTENCES = 2000
 RANDOM_SENTENCES = 400
 
@@ -45,7 +44,9 @@ def speed_models(parts: Parts) -> SpeedModels:
     if parts.folder is not None:
         sentences = heldout_text(parts.corpus, HELDOUT_SENTENCES)
         model, twin = parts.sentence_lm, _token_twin(parts)
-        if dtype != torch.float32:  # the models of the other measurements stay as they are
+        if (
+            dtype != torch.float32 and not parts.is_spread
+        ):  # the models of the other measurements stay as they are
             model, twin = copy.deepcopy(model).to(dtype), copy.deepcopy(twin).to(dtype)
         return SpeedModels(model, twin, sentences, trained=True)
     model, backbone = random_models(recipe)
@@ -54,8 +55,8 @@ def speed_models(parts: Parts) -> SpeedModels:
     sentences = random_sentences(
         [min(n, vae.max_sentence_tokens) for n in lengths], vae.vocab_size, recipe.seed
     )
-    model = quantize(model.to(parts.device, dtype), recipe.bench.quantize)
-    return SpeedModels(model, backbone.to(parts.device, dtype), sentences, trained=False)
+    model = quantize(parts.place(model, dtype), recipe.bench.quantize)
+    return SpeedModels(model, parts.place(backbone, dtype), sentences, trained=False)
 
 
 def _token_twin(parts: Parts) -> PreTrainedModel:

@@ -255,6 +255,7 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
                 f"{max(rates):.2%} of them."
             )
         notes += _profile(speed)
+        notes += _throughput(speed)
         notes += speed.advice
     columns = [
         "batch",
@@ -267,6 +268,19 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         "roofline",
     ]
     return Plain(TITLES["speed"], [*columns, "note"], lines, notes + _paper_notes(results, "speed"))
+
+
+def _throughput(speed: SpeedReport) -> list[str]:
+    """What more devices bring, a line a system."""
+    lines: dict[str, list[str]] = {}
+    for found in speed.throughput:
+        shown = f"{found.devices}: {found.tokens_per_second:,.1f}"
+        if found.devices > 1:
+            shown += f" ({found.efficiency:.0%} of as many times one)"
+        lines.setdefault(f"{found.system}, batch {found.batch_size} each", []).append(shown)
+    return [
+        f"Tokens/s by number of processes, {system}: {', '.join(found)}." for system, found in lines.items()
+    ]
 
 
 def _profile(speed: SpeedReport) -> list[str]:

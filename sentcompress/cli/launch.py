@@ -19,7 +19,7 @@ import typer
 from sentcompress.cli.common import examples
 from sentcompress.errors import InputError, RunError, TerminatedError
 
-COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"])
+COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])
 """What runs in several processes."""
 GRACE_SECONDS = 10.0
 """What the others have to end by themselves once one has failed; then they are killed."""
@@ -42,7 +42,7 @@ def launch(
     context: typer.Context,
     processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="How many; on GPUs, one each.")],
 ) -> None:
-    """Run a training command, or bench quality, in several processes of this machine: launch -n 4 graft RECIPE ...
+    """Run training, bench quality or bench speed in several processes of this machine: launch -n 4 graft RECIPE ...
 
     Ctrl-C and SIGTERM reach all of them, and what they end with is what one process would end with. When one dies, the
     others are ended. On several machines, start the command itself with torchrun or srun.
@@ -155,6 +155,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             "sentcompress launch -n 2 run quickstart --out out/quickstart",
             "sentcompress launch -n 2 bench quality out/quickstart",
+            "sentcompress launch -n 2 bench speed out/quickstart",
             "sentcompress launch -n 8 graft my-recipe.yaml --out out/mine --resume",
         ),
     )(launch)

@@ -106,7 +106,7 @@ class Cells:
         self._inputs: list[Tensor] = []
         if use_cache and _plain(cache):
             columns = [n * model.latents for n in self.counts]
-            self._store = _Store(cache, columns, model.latents, kind)
+            self._store = _Store(cache, columns, model.latents, kind, self.states.device)
             self.cache_bytes = self._store.nbytes
         else:
             width = inputs.shape[1]
@@ -189,7 +189,7 @@ class Cells:
         columns = (order[:, :, None] * k + torch.arange(k, device=valid.device)).flatten(1)[:, None, :, None]
         for layer in cache.layers:
             layer.keys, layer.values = (
-                x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3]))
+                x.gather(2, columns.to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))
                 for x in (layer.keys, layer.values)
             )
         return states, cache
@@ -277,14 +277,17 @@ class _Store:
         columns: of each text.
         step: columns a cell.
         kind: how they are kept.
+        device: of what the backbone reads; its layers may lie on others.
     """
 
-    def __init__(self, cache: Any, columns: list[int], step: int, kind: CacheKind) -> None:
+    def __init__(
+        self, cache: Any, columns: list[int], step: int, kind: CacheKind, device: torch.device
+    ) -> None:
         self.step = step
         self.columns = columns
         self.capacity = max(columns)
         self.ends = [self.capacity] * len(columns)
-        self.device = cache.layers[0].keys.device
+        self.device = device
         self.layers: list[tuple[_Columns, _Columns]] = []
         while cache.layers:
             layer = cache.layers.pop(0)

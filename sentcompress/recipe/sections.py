@@ -293,7 +293,12 @@ class BenchSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything is measured; ``auto`` takes a GPU where there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Weights of both models in the speed and memory runs; quality is always measured in fp32."""
+    """Weights of both models in the speed and memory runs; quality is measured in fp32, but for ``device_map``."""
+    device_map: Literal["none", "auto"] = "none"
+    """`auto` spreads the LLM's blocks over all GPUs, then the computer's memory, then its disk, for models that one
+    device does not hold; everything is measured in ``dtype`` then."""
+    max_memory: dict[int | Literal["cpu"], int | str] | None = None
+    """What ``device_map`` may take of each device, such as `{0: 20GiB, cpu: 60GiB}`; null takes what is free."""
     head: HeadKind = "auto"
     """How the sentence model finds the likeliest token in the speed runs; all but ``shortlist`` write the same."""
     shortlist_tokens: int = Field(default=1024, ge=2)

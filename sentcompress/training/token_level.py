@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
+from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pretrained import load_causal_lm, shaped_config
 from sentcompress.recipe import Recipe
@@ -25,7 +26,7 @@ from sentcompress.training.memory import recompute_activations
 from sentcompress.training.sharding import is_spread
 from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
-from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
+from sentcompress.training.tuning import apply_tune, merged_state
 
 SIMILAR = 0.9
 

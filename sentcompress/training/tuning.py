@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sentcompress.errors import InputError
@@ -51,12 +50,6 @@ def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, wh
             inject_adapter_in_model(config, llm)
         except ValueError as error:
             raise InputError(f"{where}.lora.target_modules: {error}") from None
-
-
-def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a transformers causal LM, by structure: its list of as many as the configuration says."""
-    number = causal_lm.config.num_hidden_layers
-    return next(m for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

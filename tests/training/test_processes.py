@@ -182,6 +182,7 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
         figures.append([value for about in runs for value in about["figures"].values()])
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
     assert_scored_alike(tmp_path / "1", cache)
+    assert_timed_together(tmp_path / "1", cache)
 
 
 def assert_scored_alike(run: Path, cache: Path) -> None:
@@ -198,6 +199,25 @@ def assert_scored_alike(run: Path, cache: Path) -> None:
         assert shared["bytes"] == alone["bytes"]
         assert [d["document"] for d in shared["documents"]] == [d["document"] for d in alone["documents"]]
         assert shared["by"].keys() == alone["by"].keys() == {"length"}
+
+
+def assert_timed_together(run: Path, cache: Path) -> None:
+    """``bench speed`` in two processes: what both write at once, beside the first alone."""
+    short = ["prompt_tokens=20", "new_tokens=8", "repeats=1", "break_even=false", "batch_sizes=[1,2]"]
+    sets = [word for setting in short for word in ("--set", f"bench.{setting}")]
+    done = call(
+        "launch", "-n", "2", "bench", "speed", str(run), *sets, "--out", str(run / "fast"), cache=cache
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Tokens/s by number of processes, sentence model, batch 2 each: 1: " in done.stdout
+    found = json.loads((run / "fast" / "results.json").read_text())["speed"]["throughput"]
+    assert [(one["devices"], one["efficiency"] > 0) for one in found] == [(1, True), (2, True)] * 2
+    assert found[0]["efficiency"] == 1
+    spread = call(
+        *("launch", "-n", "2", "bench", "speed", str(run), "--set", "bench.device_map=auto"), cache=cache
+    )
+    assert spread.returncode == 2
+    assert "in several processes each has a device of its own" in spread.stderr
 
 
 @pytest.fixture
@@ -260,7 +280,7 @@ def test_bad_input_is_said_once_and_with_its_code(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["bench", "all"], []])
-def test_only_training_runs_in_several_processes(command):
+def test_not_every_command_runs_in_several_processes(command):
     done = CliRunner().invoke(app, ["launch", "-n", "2", *command])
     assert isinstance(done.exception, InputError)
     assert "name one of run, train-vae" in done.exception.fix

@@ -6,9 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from sentcompress.errors import InputError
 from sentcompress.modeling import SentenceLM
+from sentcompress.modeling.device_map import blocks_of
 from sentcompress.recipe import BaselineSettings, GraftSettings
 from sentcompress.testing import tiny_opt, tiny_passages, tiny_sentence_lm
-from sentcompress.training.tuning import apply_tune, blocks_of, merged_state
+from sentcompress.training.tuning import apply_tune, merged_state
 
 
 def tuned(**settings):
