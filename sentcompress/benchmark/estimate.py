@@ -13,6 +13,7 @@ from sentcompress.benchmark.cells import Plain
 from sentcompress.benchmark.devices import Device
 from sentcompress.benchmark.random_models import random_models
 from sentcompress.benchmark.roofline import backbone_cache_bytes, products
+from sentcompress.generation.engine import TOGETHER
 from sentcompress.generation.heads import WORTH_IT
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
@@ -94,12 +95,17 @@ def estimate(
     token = device.product(whole + head, b) + device.read(b * text * cache)
     token += layers * device.block_seconds + device.step_seconds
 
-    sentence = device.product(encoder, b * sentence_tokens) + device.product(middle, b * k)
-    sentence += device.read(b * text / sentence_tokens * k * cache)
-    sentence += (layers + vae.config.encoder_layers) * device.block_seconds
-    step = device.product(decoder, b) + vae.config.decoder_layers * device.block_seconds
-    picked = device.product(head, b, int8=head >= WORTH_IT) + device.block_seconds
-    sentence += (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
+    # Sentences are of uneven length: the backbone reads those of a share of the texts together, and until there are as
+    # many they wait, half of that share on average.
+    share = max(TOGETHER, 1 / b)
+    going = b if b == 1 else b * (1 - share / 2)
+    read = device.product(encoder, share * b * sentence_tokens) + device.product(middle, share * b * k)
+    read += (layers + vae.config.encoder_layers) * device.block_seconds
+    sentence = read / share + device.read(b * text / sentence_tokens * k * cache)
+    step = device.product(decoder, going) + vae.config.decoder_layers * device.block_seconds
+    picked = device.product(head, going, int8=head >= WORTH_IT) + device.block_seconds
+    written = (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
+    sentence += written * b / going
 
     rows = b * prompt_tokens
     cells = rows / sentence_tokens * k
