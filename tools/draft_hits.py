@@ -2,9 +2,9 @@
 
     python tools/draft_hits.py smollm2
 
-Counted on held-out text, as if the model wrote exactly that: a guess is a token that is verified in the same pass as the
-one before it. Two ways to guess: what followed the same words before in this text (prompt lookup), and what follows them
-most often in the training text. The second says what any table of word sequences can hope for.
+Counted on held-out text, as if the model wrote exactly that: a guess is a token that is verified in the same pass as
+the one before it. Two ways to guess: what followed the same words before in this text (prompt lookup), and what follows
+them most often in the training text. The second says what any table of word sequences can hope for.
 """
 
 from __future__ import annotations
