@@ -272,6 +272,17 @@ def test_weights_cut_short(shop, tmp_path, refused):
     refused(["generate", tmp_path / "cut", "Hello."], "weights cannot be loaded", "checkpoints")
 
 
+def test_a_tokenizer_of_another_model(shop, tmp_path, refused):
+    folder = tmp_path / "graft"
+    shutil.copytree(shop.run / "graft", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    known = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    more = dict(tokenizer["added_tokens"][0], id=max(known) + 1, content="zzz")
+    tokenizer["added_tokens"].append(more)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(["generate", folder, "The zzz of"], "its tokenizer has a token", "copy tokenizer.json")
+
+
 def test_a_pickle_is_never_loaded(shop, tmp_path, refused):
     shutil.copytree(shop.run / "graft", tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()

@@ -19,16 +19,17 @@ from sentcompress.cli.common import console
 from sentcompress.datasets import jsonl
 from sentcompress.errors import DataError, ModelFolderError, RecipeError
 from sentcompress.io import printable
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
 from sentcompress.recipe.reading import read_yaml
 from sentcompress.testing import tiny_sentence_lm
+from sentcompress.text.segmentation import plain_backend
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "fuzz.py"
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("recipes", 60), ("models", 30), ("texts", 40), ("commands", 12)]
+    ("kind", "count"), [("recipes", 60), ("models", 30), ("tokenizers", 30), ("texts", 40), ("commands", 12)]
 )
 def test_a_sample_finds_nothing(kind, count):
     command = [sys.executable, str(TOOL), kind, "--count", str(count), "--seed", "1"]
@@ -134,3 +135,15 @@ def test_a_model_type_that_is_no_text_is_refused(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelFolderError, match="holds a model of type"):
         load_sentence_lm(tmp_path)
+
+
+def test_a_tokenizer_whose_merges_name_a_token_it_lacks_is_refused(tmp_path, tokenizer):
+    """tokenizers 1692, seed 0: the library reads it, and builds no other one of what it has read."""
+    tokenizer.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    parts = values["model"]["merges"][-1]
+    vocabulary = values["model"]["vocab"]
+    del vocabulary["".join(parts if isinstance(parts, list) else parts.split())]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises((ModelFolderError, DataError), match="out of vocabulary"):
+        plain_backend(load_saved_tokenizer(tmp_path))

@@ -2,6 +2,7 @@
 
     python tools/fuzz.py recipes --count 10000
     python tools/fuzz.py models --count 2000
+    python tools/fuzz.py tokenizers --count 2000
     python tools/fuzz.py texts --count 2000
     python tools/fuzz.py commands --count 1000
     python tools/fuzz.py recipes --only 4711
@@ -246,6 +247,44 @@ class Models(Kind):
         load_sentence_lm(self.model)
 
 
+class Tokenizers(Kind):
+    """Folders with a changed tokenizer, which is loaded and written with."""
+
+    FILES = ("tokenizer.json", "tokenizer_config.json")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from sentcompress.modeling.pretrained import load_backbone_tokenizer, quiet
+        from sentcompress.recipe import BackboneSpec
+        from sentcompress.testing import tiny_sentence_lm
+
+        quiet()
+        self.changed, whole = folder / "tokenizer", folder / "whole"
+        tokenizer = load_backbone_tokenizer(BackboneSpec(model="opt-tiny"))
+        tokenizer.save_pretrained(whole)
+        self.files = {name: (whole / name).read_bytes() for name in self.FILES}
+        self.model = tiny_sentence_lm(len(tokenizer))
+
+    def run(self, rng: random.Random) -> None:
+        from sentcompress.generation import GenerationSettings, SentenceGenerator
+        from sentcompress.modeling.loading import load_saved_tokenizer
+
+        shutil.rmtree(self.changed, ignore_errors=True)
+        self.changed.mkdir()
+        chosen = rng.choice(self.FILES)
+        for name, data in self.files.items():
+            if name == chosen and rng.random() < 0.7:
+                values = json.loads(data)
+                for _ in range(rng.choice([1, 1, 3])):
+                    values = mutate(values, rng)
+                data = json.dumps(values, default=str).encode("utf-8", "replace")
+            elif name == chosen:
+                data = damage(data, rng)
+            (self.changed / name).write_bytes(data)
+        generator = SentenceGenerator(self.model, load_saved_tokenizer(self.changed))
+        generator.generate(["The Union is strong. It is"], GenerationSettings(max_new_tokens=4))
+
+
 class Texts(Kind):
     """Texts cut by every preset, and JSON lines around them, plain, gzipped or damaged."""
 
@@ -372,7 +411,13 @@ class Commands(Kind):
             raise Finding(f"{words}: an escape sequence reached the terminal: {said[:300]!r}")
 
 
-KINDS: dict[str, type[Kind]] = {"recipes": Recipes, "models": Models, "texts": Texts, "commands": Commands}
+KINDS: dict[str, type[Kind]] = {
+    "recipes": Recipes,
+    "models": Models,
+    "tokenizers": Tokenizers,
+    "texts": Texts,
+    "commands": Commands,
+}
 
 
 # ---- running them

@@ -87,13 +87,32 @@ def load_sentence_lm(folder: Path | str, attn_implementation: str = "sdpa") -> S
 
 
 def load_saved_tokenizer(folder: Path | str) -> Any:
-    """The tokenizer saved with a model of ours."""
+    """The tokenizer saved with a model of ours.
+
+    Raises:
+        ModelFolderError: it cannot be loaded, or has tokens that the model does not know.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **SAFE)
     except Exception as error:
         raise ModelFolderError(f"'{folder}': its tokenizer cannot be loaded: {error}") from error
     tokenizer.model_max_length = int(1e30)
+    _check_vocabulary(tokenizer, Path(folder))
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vae", config)["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # whoever loads the model says what is wrong with it
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if isinstance(size, int) and largest >= size:
+        raise ModelFolderError(
+            f"'{folder}': its tokenizer has a token {largest:,}, the model's vocabulary ends before {size:,}",
+            fix="copy tokenizer.json and tokenizer_config.json from where the model was trained",
+        )
 
 
 def load_segmenter(vae_config: SentenceVAEConfig, tokenizer: Any) -> Any:

@@ -31,7 +31,7 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
         tokenizer: a fast transformers tokenizer.
 
     Raises:
-        DataError: a tokenizer without a Rust core.
+        DataError: a tokenizer without a Rust core, or one that contradicts itself.
     """
     source = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(source, Tokenizer):
@@ -41,7 +41,13 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
     size = len(tokenizer)
     if tokenizer in _backends and _backends[tokenizer][0] == size:
         return _backends[tokenizer][1]
-    backend = Tokenizer.from_str(source.to_str())
+    try:
+        backend = Tokenizer.from_str(source.to_str())
+    except Exception as error:  # what the library raises; it builds from parts what it would not read
+        raise DataError(
+            f"the tokenizer contradicts itself: {error}",
+            fix="copy tokenizer.json from where the model came from",
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
