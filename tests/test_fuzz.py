@@ -99,10 +99,13 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
         load_sentence_lm(tmp_path)
 
 
-def test_escape_sequences_are_shown_and_not_obeyed(capsys):
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_escape_sequences_are_shown_and_not_obeyed(capsys, monkeypatch, debug):
+    monkeypatch.delenv("SENTCOMPRESS_DEBUG", raising=False)
     with pytest.raises(SystemExit):
-        main(["validate", "\x1b[2J\u202egnp"])
+        main(["validate", "\x1b[2J\u202egnp", *debug])
     err = capsys.readouterr().err
+    assert ("Traceback" in err) == bool(debug)
     assert "\\x1b[2J\\u202egnp" in err
     assert "\x1b" not in err
     assert printable("a\tb\n\ud800") == "a\tb\n\\ud800"

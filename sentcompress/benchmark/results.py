@@ -6,12 +6,12 @@ was measured part by part stays true.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from sentcompress.benchmark.records import SCHEMA_VERSION, Results
+from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
 from sentcompress.errors import InputError, RunError
 from sentcompress.io import folder_digest, storage_errors, write_atomically
 from sentcompress.recipe import Recipe
@@ -46,6 +46,38 @@ def write_results(results: Results, folder: Path) -> None:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FILE, results.model_dump_json(indent=1) + "\n")
+
+
+def earlier_results(target: Path) -> Results | None:
+    """What was measured into a folder before; None where there is nothing, or nothing of this version."""
+    try:
+        return read_results(target / FILE) if (target / FILE).is_file() else None
+    except InputError:
+        return None  # of another version or damaged: replaced
+
+
+def merged(old: Results | None, new: Results, measured: Sequence[str]) -> Results:
+    """Keep what an earlier benchmark of the same folder measured and this one did not."""
+    if old is None or old.models != new.models or old.title != new.title:
+        return new
+    kept = [part for part in PARTS if part not in measured]
+    new.rows = [row for part in PARTS for row in (old if part in kept else new).rows if row.part == part]
+    new.skipped += [skipped for skipped in old.skipped if skipped.part in kept]
+    fields = {
+        "causality": "causality",
+        "quality": "quality",
+        "text": "text",
+        "reconstruct": "reconstruction",
+        "speed": "speed",
+        "memory": "memory",
+        "data": "data",
+    }
+    for part, field in fields.items():
+        # Quality measures causality on its way.
+        if part in kept and not getattr(new, field):
+            setattr(new, field, getattr(old, field))
+    new.samples = new.samples or old.samples
+    return new
 
 
 def model_digests(stages: Iterable[Path]) -> dict[str, str]:

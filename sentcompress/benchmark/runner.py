@@ -37,7 +37,7 @@ from sentcompress.benchmark.records import (
     Skipped,
     Throughput,
 )
-from sentcompress.benchmark.results import FILE, model_digests, read_results, write_results
+from sentcompress.benchmark.results import earlier_results, merged, model_digests, write_results
 from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
@@ -103,7 +103,7 @@ def run_bench(
         bench.judge = Judge(judge, bench.parts.device)  # one that does not exist is said now, not in an hour
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
-    earlier, results = _earlier(target), bench.results
+    earlier, results = earlier_results(target), bench.results
     if not first:
         if "quality" in wanted:
             bench.measure("quality")
@@ -116,10 +116,10 @@ def run_bench(
     for number, part in enumerate(wanted, 1):
         bench.measure(part)
         # What is measured is kept, should a later part be killed; it is not taken for the whole.
-        write_results(_merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
+        write_results(merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
     if place is not None and (parts is None or set(wanted) >= {"quality", "speed"}):
         bench.attempt("samples", "samples", bench.samples)
-    results = _merged(earlier, results, wanted)
+    results = merged(earlier, results, wanted)
     with storage_errors(target):
         write_report(results, target / "report.html")
         write_atomically(
@@ -134,37 +134,6 @@ def _checked(parts: Sequence[str]) -> list[Part]:
         if part not in PARTS:
             raise InputError(f"no part of the benchmark is called '{part}'", fix=f"use {', '.join(PARTS)}")
     return [part for part in PARTS if part in parts]
-
-
-def _earlier(target: Path) -> Results | None:
-    try:
-        return read_results(target / FILE) if (target / FILE).is_file() else None
-    except InputError:
-        return None  # of another version or damaged: replaced
-
-
-def _merged(old: Results | None, new: Results, measured: Sequence[Part]) -> Results:
-    """Keep what an earlier benchmark of the same folder measured and this one did not."""
-    if old is None or old.models != new.models or old.title != new.title:
-        return new
-    kept = [part for part in PARTS if part not in measured]
-    new.rows = [row for part in PARTS for row in (old if part in kept else new).rows if row.part == part]
-    new.skipped += [skipped for skipped in old.skipped if skipped.part in kept]
-    fields = {
-        "causality": "causality",
-        "quality": "quality",
-        "text": "text",
-        "reconstruct": "reconstruction",
-        "speed": "speed",
-        "memory": "memory",
-        "data": "data",
-    }
-    for part, field in fields.items():
-        # Quality measures causality on its way.
-        if part in kept and not getattr(new, field):
-            setattr(new, field, getattr(old, field))
-    new.samples = new.samples or old.samples
-    return new
 
 
 class _Bench:

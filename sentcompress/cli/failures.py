@@ -32,7 +32,7 @@ def report(error: BaseException) -> int:
     SENTCOMPRESS_DEBUG (set by ``--debug``) adds the traceback.
     """
     if debugging():
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     explained = explain(error)
     print(f"error: {printable(str(explained))}", file=sys.stderr)
     return explained.exit_code
