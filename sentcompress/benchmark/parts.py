@@ -150,7 +150,11 @@ class Parts:
             )
         self.places: list[str] = []
         """For each model that was spread, where its blocks lie."""
-        self._on_disk = tempfile.TemporaryDirectory(prefix="sentcompress-")
+
+    @cached_property
+    def _on_disk(self) -> tempfile.TemporaryDirectory[str]:
+        """Where blocks lie that fit into no memory; made for the first model that is spread."""
+        return tempfile.TemporaryDirectory(prefix="sentcompress-")
 
     def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
         """Bring a model to where it is measured, in eval mode.

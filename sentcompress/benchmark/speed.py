@@ -26,6 +26,7 @@ from sentcompress.benchmark.systems import (
     SentenceSystem,
     System,
     TokenSystem,
+    both_systems,
     make_prompts,
     seconds,
 )
@@ -73,8 +74,7 @@ def measure_speed(
     longest = model.config.vae_config.max_sentence_tokens
     # The first token of a run is the prefill's; a draw for all the others, reused from its start when used up.
     lengths = [min(int(n), longest) for n in sentence_lengths]
-    sentence_system = SentenceSystem(model, lengths, settings.head, settings.cache, settings.shortlist_tokens)
-    plain = TokenSystem(BACKBONE, backbone, bos_token_id)
+    plain, sentence_system = both_systems(model, backbone, lengths, settings, bos_token_id)
     # What 8 bits bring without sentences, so that the one is not taken for the other.
     in_8_bits = [TokenSystem(INT8, _in_8_bits(backbone), bos_token_id)] if settings.quantize else []
     report = SpeedReport(

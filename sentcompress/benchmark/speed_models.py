@@ -44,9 +44,8 @@ def speed_models(parts: Parts) -> SpeedModels:
     if parts.folder is not None:
         sentences = heldout_text(parts.corpus, HELDOUT_SENTENCES)
         model, twin = parts.sentence_lm, _token_twin(parts)
-        if (
-            dtype != torch.float32 and not parts.is_spread
-        ):  # the models of the other measurements stay as they are
+        # The models of the other measurements stay as they are; those that are spread have this dtype everywhere.
+        if dtype != torch.float32 and not parts.is_spread:
             model, twin = copy.deepcopy(model).to(dtype), copy.deepcopy(twin).to(dtype)
         return SpeedModels(model, twin, sentences, trained=True)
     model, backbone = random_models(recipe)

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from sentcompress.benchmark.cells import Plain
 from sentcompress.benchmark.speed import LOOKUP_TOKENS, quiet, require_positions
 from sentcompress.benchmark.systems import (
-    BACKBONE,
     LOOKUP,
-    SentenceSystem,
     System,
     TokenSystem,
     alternate,
+    both_systems,
     make_prompts,
 )
 from sentcompress.errors import InputError
@@ -74,10 +73,7 @@ def sweep_speed(
         )
     for prompt in prompt_tokens:
         require_positions(backbone, prompt, settings.new_tokens)
-    plain = TokenSystem(BACKBONE, backbone, bos_token_id)
-    ours = SentenceSystem(
-        model, sentence_tokens[:1], settings.head, settings.cache, settings.shortlist_tokens
-    )
+    plain, ours = both_systems(model, backbone, sentence_tokens[:1], settings, bos_token_id)
     cells = []
     with quiet():
         for size in settings.batch_sizes:

@@ -17,6 +17,7 @@ from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.cells import Prefix
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.recipe import BenchSettings
 
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"
@@ -140,6 +141,18 @@ class SentenceSystem(System):
         for number, sentence in self.generator.continue_sentences(contexts, settings, prefix):
             written[number] += len(sentence)
         return min(written)
+
+
+def both_systems(
+    model: SentenceLM,
+    backbone: PreTrainedModel,
+    sentence_lengths: Sequence[int],
+    settings: BenchSettings,
+    bos_token_id: int,
+) -> tuple[TokenSystem, SentenceSystem]:
+    """The backbone as it is used most, and the sentence model as the recipe wants it timed."""
+    ours = SentenceSystem(model, sentence_lengths, settings.head, settings.cache, settings.shortlist_tokens)
+    return TokenSystem(BACKBONE, backbone, bos_token_id), ours
 
 
 def seconds(system: System, call: Callable[[Any], Any]) -> float:

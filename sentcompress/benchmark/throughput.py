@@ -14,15 +14,7 @@ from accelerate.utils import gather_object
 from sentcompress.benchmark.records import Throughput
 from sentcompress.benchmark.speed import quiet, require_positions
 from sentcompress.benchmark.speed_models import SpeedModels
-from sentcompress.benchmark.systems import (
-    BACKBONE,
-    Prompt,
-    SentenceSystem,
-    System,
-    TokenSystem,
-    make_prompts,
-    seconds,
-)
+from sentcompress.benchmark.systems import Prompt, System, both_systems, make_prompts, seconds
 from sentcompress.processes import processes
 from sentcompress.recipe import BenchSettings
 
@@ -39,12 +31,7 @@ def measure_throughput(
     """
     require_positions(timed.backbone, settings.prompt_tokens, settings.new_tokens)
     prompts = make_prompts(timed.sentences, settings.prompt_tokens, max(settings.batch_sizes))
-    systems = [
-        TokenSystem(BACKBONE, timed.backbone, timed.bos_token_id),
-        SentenceSystem(
-            timed.model, sentence_lengths, settings.head, settings.cache, settings.shortlist_tokens
-        ),
-    ]
+    systems = both_systems(timed.model, timed.backbone, sentence_lengths, settings, timed.bos_token_id)
     with quiet():
         return _by_devices(systems, prompts, settings.new_tokens, settings.repeats)
 

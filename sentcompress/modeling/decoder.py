@@ -33,9 +33,8 @@ class DecoderContext:
         """Rows ``[B]`` of several contexts one after another; a row may be taken more than once."""
         layers = [
             LayerCache(
-                torch.cat([layer.keys for layer in layers])[rows],
-                torch.cat([layer.values for layer in layers])[rows],
-            )
+                torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
+            ).keep(rows)
             for layers in zip(*(part.layers for part in parts), strict=True)
         ]
         filled = torch.cat([part.filled for part in parts])
@@ -230,16 +229,17 @@ class SentenceDecoder(nn.Module):
             rows: ``[b]`` int64; the others wait. None: all.
         """
         some = slice(None) if rows is None else rows
-        positions, latents = cache.positions[some], cache.latents[some]
+        positions = cache.positions[some]
         if self.unpack is not None and cache.slots is not None:
             each = torch.arange(len(cache.slots), device=embeddings.device)[some]
             at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
             embeddings = embeddings + self.unpack(cache.slots, each, at)
         if cache.reading:
             cache.reading -= 1
-            embeddings = latents_first(embeddings, latents, positions)
+            embeddings = latents_first(embeddings, cache.latents[some], positions)
         hidden_states = embeddings + self.embed_positions(positions)
-        cache.even = cache.even if rows is None else None
+        if rows is not None:
+            cache.even = None
         place = self._place(cache, rows)
         for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
             told = tuple(x[some] for x in prepared)
@@ -248,7 +248,8 @@ class SentenceDecoder(nn.Module):
             cache.positions = positions + 1
         else:
             cache.positions = cache.positions.index_copy(0, rows, positions + 1)
-        cache.even = None if cache.even is None else cache.even + 1
+        if cache.even is not None:
+            cache.even += 1
         return self.norm(hidden_states)
 
     def _place(self, cache: DecoderCache, some: Tensor | None) -> Place:

@@ -90,13 +90,14 @@ def spread_blocks(
 def _quiet() -> Iterator[None]:
     """Accelerate warns of tensors without a module of their own, and of weights that are on no device, as is meant."""
     said = logging.getLogger("accelerate.big_modeling")
-    before, said.level = said.level, logging.ERROR
+    before = said.level
+    said.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             yield
     finally:
-        said.level = before
+        said.setLevel(before)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

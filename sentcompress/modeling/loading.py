@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import ModelFolderError, PluginError
+from sentcompress.io import read_json
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.pretrained import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
@@ -102,13 +103,12 @@ def load_saved_tokenizer(folder: Path | str) -> Any:
 
 
 def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        size = config.get("vae", config)["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    config = read_json(folder / "config.json")
+    inner = config.get("vae", config) if isinstance(config, dict) else None
+    size = inner.get("vocab_size") if isinstance(inner, dict) else None
+    if not isinstance(size, int):
         return  # whoever loads the model says what is wrong with it
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if isinstance(size, int) and largest >= size:
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= size:
         raise ModelFolderError(
             f"'{folder}': its tokenizer has a token {largest:,}, the model's vocabulary ends before {size:,}",
             fix="copy tokenizer.json and tokenizer_config.json from where the model was trained",

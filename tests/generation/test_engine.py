@@ -71,6 +71,7 @@ def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeyp
     )
     found = run(generator, [*PROMPTS, *PROMPTS[::-1]])
     assert [g.token_ids for g in found] == expected + expected[::-1]
+    assert bool(texts) == bool(generator.model.vae.decoder.context)
     assert sum(texts) <= len(PROMPTS)
     assert max(texts, default=0) <= 2
 
