@@ -23,7 +23,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import string
@@ -512,15 +511,17 @@ def fuzz(kind: str, numbers: range | list[int], seed: int, report: Callable[[str
         finally:
             os.chdir(before)
             tempfile.tempdir = None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if peak > BYTES:
-        findings += 1
-        report(f"{kind}: {peak / 2**30:.1f} GiB of memory")
     report(
         f"{kind}, seed {seed}: {len(numbers):,} cases, {passed:,} accepted, {ours:,} refused with a message, "
-        f"{findings:,} findings; {peak / 2**20:,.0f} MiB at most"
+        f"{findings:,} findings"
     )
     return findings
+
+
+def peak_memory() -> int:
+    """Bytes this process had at most; ``getrusage`` would count the peak of what started it, a test say, as well."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:
@@ -531,7 +532,12 @@ def main() -> None:
     parser.add_argument("--only", type=int)
     asked = parser.parse_args()
     numbers = range(asked.count) if asked.only is None else [asked.only]
-    sys.exit(bool(fuzz(asked.kind, numbers, asked.seed)))
+    findings = fuzz(asked.kind, numbers, asked.seed)
+    peak = peak_memory()
+    print(f"{asked.kind}: {peak / 2**20:,.0f} MiB at most")
+    if peak > BYTES:
+        print(f"{asked.kind}: finding: over {BYTES / 2**30:.0f} GiB of memory")
+    sys.exit(bool(findings or peak > BYTES))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ Each stage is a process of its own, of a few steps; what the system says it had 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from sentcompress.recipe import Recipe, load_recipe
@@ -24,13 +25,21 @@ COMMANDS = (("vae", "train-vae", "train_vae"), ("graft", "graft", "graft"))
 
 
 def measured(command: str, recipe: Path, out: Path) -> int:
-    """Bytes that a training command had in memory at most."""
+    """Bytes that a training command had in memory at most.
+
+    Read while it runs: in what the system says of a process that has ended, the peak of this one is included.
+    """
     line = [sys.executable, "-m", "sentcompress", command, str(recipe), "--out", str(out)]
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(line)} ended with {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss * 1024
+    peak = 0
+    while process.poll() is None:
+        with suppress(OSError):  # it ends just now
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = next((int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM")), peak)
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{' '.join(line)} ended with {process.returncode}")
+    return peak
 
 
 def short(name: str, sets: list[str], section: str) -> Recipe:
