@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.benchmark.records import Curve
 from sentcompress.benchmark.results import STAGES
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
-from sentcompress.io import read_json
-from sentcompress.modeling.device_map import blocks_of, spread_blocks
+from sentcompress.io import read_json, storage_errors
+from sentcompress.modeling.device_map import Place, blocks_of, room_for_one, spread_blocks
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.loading import (
     load_saved_tokenizer,
@@ -124,12 +127,14 @@ class Parts:
     Args:
         recipe: of the run.
         folder: None where there is no trained model (``bench speed --init random``).
+        out: where results go, and blocks of a model that no memory holds; None takes the system's temporary folder.
     """
 
-    def __init__(self, recipe: Recipe, folder: Folder | None) -> None:
+    def __init__(self, recipe: Recipe, folder: Folder | None, out: Path | None = None) -> None:
         """Raises InputError where the recipe's ``bench.device`` is not there."""
         self.recipe = recipe
         self.folder = folder
+        self.out = out
         wanted, gpu = recipe.bench.device, torch.cuda.is_available()
         if wanted == "cuda" and not gpu:
             raise InputError(
@@ -148,13 +153,26 @@ class Parts:
                 "bench.device_map: in several processes each has a device of its own",
                 fix="leave bench.device_map out, or measure in one process",
             )
-        self.places: list[str] = []
-        """For each model that was spread, where its blocks lie."""
+        self._room: dict[Place, float] | None = None
+        self._places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     @cached_property
     def _on_disk(self) -> tempfile.TemporaryDirectory[str]:
         """Where blocks lie that fit into no memory; made for the first model that is spread."""
-        return tempfile.TemporaryDirectory(prefix="sentcompress-")
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="blocks-", dir=self.out)
+
+    def about(self, model: nn.Module) -> tuple[str, str]:
+        """Dtype of a model's weights, and where its blocks lie; empty where all is on one device."""
+        return str(next(model.parameters()).dtype).removeprefix("torch."), self._places.get(model, "")
+
+    def _make_room(self) -> None:
+        """Only two models are held where memory is short: the sentence model, and what it is compared with."""
+        if self.is_spread:
+            for name in ("backbone", "baseline"):
+                self.__dict__.pop(name, None)  # loaded again when it is asked for
+            gc.collect()  # Accelerate's hooks hold a model in a circle
 
     def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
         """Bring a model to where it is measured, in eval mode.
@@ -164,16 +182,20 @@ class Parts:
 
         Raises:
             InputError: ``bench.max_memory`` is too little.
+            StorageError: blocks cannot be put on the disk.
         """
         model = model.eval()
         if not self.is_spread:
             return model.to(self.device, dtype)
         model = model.to(DTYPES[self.recipe.bench.dtype])
+        if self._room is None:
+            self._room = room_for_one(self.device, self.recipe.bench.max_memory, model)
         blocks = model.backbone.blocks if isinstance(model, SentenceLM) else blocks_of(model)
-        folder = Path(self._on_disk.name) / str(len(self.places))
-        found = spread_blocks(model, blocks, self.device, folder, self.recipe.bench.max_memory)
+        with storage_errors(self.out or Path(tempfile.gettempdir())):
+            folder = tempfile.mkdtemp(dir=self._on_disk.name)
+            found = spread_blocks(model, blocks, self._room, Path(folder))
         counts = (f"{place} {found.count(place)}" for place in dict.fromkeys(found))
-        self.places.append(f"blocks by device: {', '.join(counts)}")
+        self._places[model] = f"blocks by device: {', '.join(counts)}"
         return model
 
     def _stage(self, name: str) -> Path:
@@ -217,10 +239,12 @@ class Parts:
     @cached_property
     def backbone(self) -> PreTrainedModel:
         """The LLM, with random weights where the recipe says so."""
+        self._make_room()
         try:
-            return self.place(load_causal_lm(self.recipe.backbone))
+            model = load_causal_lm(self.recipe.backbone)
         except InputError as error:
             raise Missing(f"the backbone {self.recipe.backbone.model}: {error.message}") from error
+        return self.place(model)
 
     @property
     def as_it_came(self) -> PreTrainedModel:
@@ -235,6 +259,7 @@ class Parts:
         if not self.recipe.baseline.enabled:
             raise Missing("the recipe has baseline.enabled: false")
         folder = self._stage("baseline")
+        self._make_room()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, **SAFE
@@ -246,6 +271,7 @@ class Parts:
 
     def untrained(self) -> SentenceLM:
         """A SentenceLM of the same shape with weights drawn from the recipe's seed."""
+        self._make_room()
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
             return self.place(SentenceLM(copy.deepcopy(self.sentence_lm.config)))

@@ -238,14 +238,16 @@ class PartTime(Record):
 
 
 class Throughput(Record):
-    """Output speed of some of a run's processes, each with a device and a batch of its own."""
+    """Output speed of some of a run's processes, each with a device and prompts of its own."""
 
     system: str
-    devices: int
+    processes: int
     batch_size: int
     """Of each process."""
     tokens_per_second: float
-    """Of all together, the prefill included."""
+    """Of all together, the prefill included; median of ``rates``."""
+    rates: list[float]
+    """Of each repeat."""
     efficiency: float
     """Over as many times what the first brings alone; median over the repeats, measured in turns."""
 

@@ -20,7 +20,7 @@ from sentcompress.benchmark.data import draw_lengths, heldout_lengths, measure_d
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.memory import measure_memory
-from sentcompress.benchmark.parts import DTYPES, Folder, Missing, Parts, read_curves
+from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.provenance import Provenance
 from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
@@ -33,19 +33,18 @@ from sentcompress.benchmark.records import (
     QualityScore,
     Results,
     Row,
-    Sample,
     Skipped,
     Throughput,
 )
 from sentcompress.benchmark.results import earlier_results, merged, model_digests, write_results
 from sentcompress.benchmark.roofline import decoding_cost
+from sentcompress.benchmark.samples import write_samples
 from sentcompress.benchmark.segments import regex_presets, score_segmenters
 from sentcompress.benchmark.speed import measure_speed
 from sentcompress.benchmark.speed_models import SpeedModels, speed_models
-from sentcompress.benchmark.text import measure_text
+from sentcompress.benchmark.text import BASELINE, measure_text
 from sentcompress.benchmark.throughput import measure_throughput
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.heads import ShortlistHead, make_shortlist_head
 from sentcompress.io import storage_errors, write_atomically
 from sentcompress.processes import processes
@@ -69,8 +68,8 @@ def run_bench(
     """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
 
     Parts that were measured before and are not asked for now are kept, with their own honesty lines. In several
-    processes each scores its share of the held-out documents, and all write texts at the same time; the first measures
-    the rest, and writes.
+    processes each scores its share of the held-out documents, and all write texts at the same time; then the first
+    measures the rest, and writes.
 
     Args:
         parts: names of :data:`PARTS`; None takes the recipe's ``bench.metrics``.
@@ -98,12 +97,16 @@ def run_bench(
     target = out or (place.path / "bench" if place else Path("out") / "bench")
     transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
     first = processes().is_main_process
-    bench = _Bench(Parts(recipe, place), quiet or not first, chosen(recipe.bench.by if by is None else by))
+    bench = _Bench(
+        Parts(recipe, place, target), quiet or not first, chosen(recipe.bench.by if by is None else by)
+    )
     if "text" in wanted and (judge := judge or recipe.bench.text_judge):
         bench.judge = Judge(judge, bench.parts.device)  # one that does not exist is said now, not in an hour
     if set(wanted) - {"causality", "segments"}:
         bench.know_the_text()
     earlier, results = earlier_results(target), bench.results
+    if processes().num_processes > 1:  # together first: nobody waits for what one does alone
+        wanted.sort(key=lambda part: part not in ("quality", "speed"))
     if not first:
         if "quality" in wanted:
             bench.measure("quality")
@@ -171,18 +174,24 @@ class _Bench:
         self.console.print(f"bench: {part}: {what} not measured: {reason}", markup=False)
 
     def row(
-        self, part: Part, system: str, figures: dict[str, Figure], stages: Sequence[str] = (), note: str = ""
+        self,
+        part: Part,
+        system: str,
+        figures: dict[str, Figure],
+        stages: Sequence[str] = (),
+        note: str = "",
+        about: tuple[str, str] | None = None,
     ) -> None:
-        """Add a row; ``stages`` are what the system was trained in."""
+        """Add a row; ``stages`` are what the system was trained in, ``about`` is of the model that was measured."""
         tokens = None
         if self.parts.folder is not None and stages:
             tokens = self.parts.folder.training_tokens(*stages)
         elif not stages:
             tokens = 0
         honesty = self.provenance.honesty(tokens)
-        if part in ("speed", "memory") or self.parts.is_spread:
-            honesty.dtype = str(DTYPES[self.settings.dtype]).removeprefix("torch.")
-        honesty.device = "; ".join([honesty.device, *dict.fromkeys(self.parts.places)])
+        if about is not None:
+            honesty.dtype, where = about
+            honesty.device = "; ".join(filter(None, (honesty.device, where)))
         self.results.rows.append(Row(part=part, system=system, figures=figures, note=note, honesty=honesty))
 
     def know_the_text(self) -> None:
@@ -206,6 +215,7 @@ class _Bench:
                     f"{check.name} ({check.attention})",
                     make_rows.causality(check),
                     self.trained_in,
+                    about=self.parts.about(self.parts.sentence_lm),
                 )
         return self.results.causality
 
@@ -270,7 +280,9 @@ class _Bench:
                 found.cost = decoding_cost(candidate, middle, sentence)
             found.counts = model_counts(candidate, self.parts, stages, sentence)
             scores.append(found)
-            self.row("quality", system, make_rows.quality(found), stages, _context_note(system, found))
+            note = _context_note(system, found)
+            self.row("quality", system, make_rows.quality(found), stages, note, self.parts.about(candidate))
+            candidate = None  # so that it need not lie beside the next one
         vocab_size = model.config.vae_config.vocab_size
         unigram = score_unigram(self.parts.corpus, documents, counter, vocab_size, bos, places)
         note = "frequencies of the training documents, add one"
@@ -281,11 +293,19 @@ class _Bench:
 
     def text(self) -> None:
         require_causal(self.causality())
-        report = measure_text(self.parts, self.judge, self.attempt, quiet=self.quiet)
+        abouts: dict[str, tuple[str, str]] = {}
+        report = measure_text(
+            self.parts,
+            self.judge,
+            self.attempt,
+            lambda system, model: abouts.update({system: self.parts.about(model)}),
+            quiet=self.quiet,
+        )
         self.results.text = report
-        stages = {"sentence model": self.trained_in, "baseline, equal data": ("baseline",)}
+        stages = {"sentence model": self.trained_in, BASELINE: ("baseline",)}
         for score in report.scores:
-            self.row("text", score.system, make_rows.text(score, report), stages.get(score.system, ()))
+            figures, trained = make_rows.text(score, report), stages.get(score.system, ())
+            self.row("text", score.system, figures, trained, about=abouts.get(score.system))
 
     def reconstruct(self) -> None:
         system, vae = self.parts.vae
@@ -299,7 +319,7 @@ class _Bench:
         self.results.reconstruction = report
         stages = ("vae",) if system == "SentenceVAE" else self.trained_in
         note = "" if stages == ("vae",) else "the graft trained it for prediction, not for reconstruction"
-        self.row("reconstruct", system, make_rows.reconstruction(report), stages, note)
+        self.row("reconstruct", system, make_rows.reconstruction(report), stages, note, self.parts.about(vae))
 
     @cached_property
     def _timed(self) -> SpeedModels:
@@ -342,6 +362,7 @@ class _Bench:
                 make_rows.speed(run),
                 self.trained_in if timed.trained and ours else (),
                 note,
+                self.parts.about(timed.model if ours else timed.backbone),
             )
 
     def memory(self) -> None:
@@ -357,8 +378,10 @@ class _Bench:
             cache=self.settings.cache,
         )
         for report in self.results.memory:
-            stages = self.trained_in if timed.trained and report.system == "sentence model" else ()
-            self.row("memory", report.system, make_rows.memory(report), stages)
+            ours = report.system == "sentence model"
+            stages = self.trained_in if timed.trained and ours else ()
+            about = self.parts.about(timed.model if ours else timed.backbone)
+            self.row("memory", report.system, make_rows.memory(report), stages, about=about)
 
     def data(self) -> None:
         tokenizer = self.parts.tokenizer
@@ -370,23 +393,11 @@ class _Bench:
             self.row("segments", scored["segmenter"], make_rows.segments(scored))
 
     def samples(self) -> None:
-        """What the sentence model writes after the beginnings of held-out documents."""
-        generator = SentenceGenerator(self.parts.sentence_lm, self.parts.tokenizer)
-        settings = GenerationSettings(
-            max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9, seed=self.recipe.seed
-        )
-        documents = heldout_documents(self.parts.corpus, self.settings)[: self.settings.samples]
-        if not documents:
-            return
-        for generation in generator.generate(["".join(d.texts[:3]) for d in documents], settings):
-            self.results.samples.append(
-                Sample(
-                    system="sentence model, temperature 0.7, top-p 0.9",
-                    prompt=generation.prompt,
-                    text=generation.text,
-                    finish_reason=generation.finish_reason,
-                )
-            )
+        texts = [
+            d.texts for d in heldout_documents(self.parts.corpus, self.settings)[: self.settings.samples]
+        ]
+        model, tokenizer = self.parts.sentence_lm, self.parts.tokenizer
+        self.results.samples += write_samples(model, tokenizer, texts, self.recipe.seed)
 
 
 def _context_note(system: str, score: QualityScore) -> str:

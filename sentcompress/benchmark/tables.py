@@ -271,15 +271,16 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
 
 
 def _throughput(speed: SpeedReport) -> list[str]:
-    """What more devices bring, a line a system."""
+    """What more processes bring, a line a system."""
     lines: dict[str, list[str]] = {}
     for found in speed.throughput:
-        shown = f"{found.devices}: {found.tokens_per_second:,.1f}"
-        if found.devices > 1:
+        shown = f"{found.processes}: {found.tokens_per_second:,.1f}"
+        if found.processes > 1:
             shown += f" ({found.efficiency:.0%} of as many times one)"
         lines.setdefault(f"{found.system}, batch {found.batch_size} each", []).append(shown)
     return [
-        f"Tokens/s by number of processes, {system}: {', '.join(found)}." for system, found in lines.items()
+        f"Tokens/s by number of processes, prefill included, {system}: {', '.join(found)}."
+        for system, found in lines.items()
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sentcompress.benchmark.heldout import ByteCounter
@@ -32,13 +33,19 @@ BATCH = 16
 
 
 def measure_text(
-    parts: Parts, judge: Judge | None, attempt: Callable[[str, str, Callable[[], Any]], Any], *, quiet: bool
+    parts: Parts,
+    judge: Judge | None,
+    attempt: Callable[[str, str, Callable[[], Any]], Any],
+    seen: Callable[[str, nn.Module], None],
+    *,
+    quiet: bool,
 ) -> TextReport:
     """Have each system continue the same prompts, and measure what they wrote.
 
     Args:
         judge: scores it; None leaves that out.
         attempt: calls with a part's and a system's name; gives None for a system that is not there.
+        seen: told of each system's model once it is loaded.
 
     Raises:
         Missing: no held-out document is long enough.
@@ -50,20 +57,29 @@ def measure_text(
     prompts = text_prompts(parts.corpus, counter, settings)
     beginnings = [prompt.text for prompt in prompts]
     writer = TextWriter(beginnings, parts.tokenizer, settings, seed, parts.bos_token_id)
-    systems: dict[str, Callable[[Advance], list[str]]] = {
-        "sentence model": lambda advance: writer.by_sentences(parts.sentence_lm, advance),
-        BASELINE: lambda advance: writer.by_tokens(parts.baseline, advance),
-        "backbone, as it came": lambda advance: writer.by_tokens(parts.as_it_came, advance),
-        HUMAN: lambda _: [prompt.reference for prompt in prompts],
+    models: dict[str, Callable[[], SentenceLM | PreTrainedModel]] = {
+        "sentence model": lambda: parts.sentence_lm,
+        BASELINE: lambda: parts.baseline,
+        TWINS[1]: lambda: parts.as_it_came,
     }
+
+    def write(system: str, advance: Advance) -> list[str]:
+        if system == HUMAN:
+            return [prompt.reference for prompt in prompts]
+        model = models[system]()
+        seen(system, model)
+        if isinstance(model, SentenceLM):
+            return writer.by_sentences(model, advance)
+        return writer.by_tokens(model, advance)
+
     if judge:
         judge.load()  # before hours of writing
     texts: dict[str, list[str]] = {}
     measures: dict[str, dict[str, Measure]] = {}
-    for system, write in systems.items():
+    for system in (*models, HUMAN):
         work = len(prompts) * (2 if judge else 1)
         with Bar(f"bench: text: {system}", work, enabled=not quiet) as bar:
-            written = attempt("text", system, lambda: write(bar.advance))  # noqa: B023
+            written = attempt("text", system, lambda: write(system, bar.advance))  # noqa: B023
             if written is None:
                 continue
             judged = judge.score(system, beginnings, written, lambda: bar.advance(1)) if judge else None

@@ -15,6 +15,7 @@ from sentcompress.benchmark.records import Throughput
 from sentcompress.benchmark.speed import quiet, require_positions
 from sentcompress.benchmark.speed_models import SpeedModels
 from sentcompress.benchmark.systems import Prompt, System, both_systems, make_prompts, seconds
+from sentcompress.errors import RunError
 from sentcompress.processes import processes
 from sentcompress.recipe import BenchSettings
 
@@ -28,15 +29,18 @@ def measure_throughput(
 
     Raises:
         InputError: prompt and new tokens do not fit in the backbone's positions.
+        RunError: a system wrote more or fewer tokens than it was asked for.
     """
     require_positions(timed.backbone, settings.prompt_tokens, settings.new_tokens)
-    prompts = make_prompts(timed.sentences, settings.prompt_tokens, max(settings.batch_sizes))
+    batch, ranks = max(settings.batch_sizes), processes()
+    all_prompts = make_prompts(timed.sentences, settings.prompt_tokens, batch * ranks.num_processes)
+    prompts = all_prompts[ranks.process_index :: ranks.num_processes]
     systems = both_systems(timed.model, timed.backbone, sentence_lengths, settings, timed.bos_token_id)
     with quiet():
-        return _by_devices(systems, prompts, settings.new_tokens, settings.repeats)
+        return _by_processes(systems, prompts, settings.new_tokens, settings.repeats)
 
 
-def _by_devices(
+def _by_processes(
     systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, repeats: int
 ) -> list[Throughput]:
     ranks = processes()
@@ -52,8 +56,9 @@ def _by_devices(
     return [
         Throughput(
             system=name,
-            devices=count,
+            processes=count,
             batch_size=len(prompts),
+            rates=found,
             tokens_per_second=statistics.median(found),
             efficiency=statistics.median(
                 rate / (count * alone) for rate, alone in zip(found, rates[name, 1], strict=True)
@@ -67,7 +72,16 @@ def _together(system: System, prompts: Sequence[Prompt], new_tokens: int, count:
     """Seconds until the last of the first ``count`` processes has written, from when all began."""
     ranks = processes()
     ranks.wait_for_everyone()
-    took = 0.0
+    took, written = 0.0, new_tokens
+
+    def write(asked: System) -> None:
+        nonlocal written
+        written = asked.write(prompts, new_tokens)
+
     if ranks.process_index < count:
-        took = seconds(system, lambda s: s.write(prompts, new_tokens))
-    return max(gather_object([took]))
+        took = seconds(system, write)
+    found = gather_object([(took, written)])
+    if any(tokens != new_tokens for _, tokens in found):  # in every process, so that none waits for another
+        wrote = ", ".join(str(tokens) for _, tokens in found)
+        raise RunError(f"bench: '{system.name}' wrote {wrote} tokens by process instead of {new_tokens}")
+    return max(seconds for seconds, _ in found)

@@ -159,9 +159,12 @@ def sweep(
     if folder is not None:
         _only_folder(backbone, init)
         place = Folder(folder)
-        parts = Parts(place.recipe(overrides), place)
+        target = out or folder / "bench"
+        parts = Parts(place.recipe(overrides), place, target)
     else:
-        parts = Parts(_random_recipe(recipe, backbone, init, overrides), None)
+        asked = _random_recipe(recipe, backbone, init, overrides)
+        target = out or _bench_folder(asked.backbone.model)
+        parts = Parts(asked, None, target)
     timed = speed_models(parts)
     found = sweep_speed(
         timed.model,
@@ -172,7 +175,6 @@ def sweep(
         prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
         sentence_tokens=_numbers("--sentence-tokens", sentence_tokens),
     )
-    target = out or (folder / "bench" if folder else _bench_folder(parts.recipe.backbone.model))
     console().print(as_rich(table(found)))
     typer.echo(f"figures: {write(found, target)}")
 

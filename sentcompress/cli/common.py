@@ -65,12 +65,14 @@ def examples(*lines: str) -> str:
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Import large libraries without looking for garbage meanwhile: all they make stays. A seventh of the start."""
+    collected = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if collected:
+            gc.enable()
 
 
 def console() -> Console:

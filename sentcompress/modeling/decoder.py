@@ -168,8 +168,7 @@ class SentenceDecoder(nn.Module):
             context: what stands before the first sentences; None where nothing does.
         """
         width = self.norm.normalized_shape[0]
-        # One column more than a sentence needs, for rows that wait for a new one.
-        shape = (texts, self.num_heads, self.context + self.capacity + 1, width // self.num_heads)
+        shape = (texts, self.num_heads, self.context + self.capacity, width // self.num_heads)
         positions = torch.zeros(texts, dtype=torch.long, device=like.device)
         if context is None:
             filled = torch.zeros(texts, self.context, dtype=torch.bool, device=like.device)
@@ -209,7 +208,7 @@ class SentenceDecoder(nn.Module):
         if self.unpack is not None:
             cache.slots = put(cache.slots, self.unpack.prepare(latents))
         if self.context:
-            steps = torch.arange(self.capacity + 1, device=rows.device)
+            steps = torch.arange(self.capacity, device=rows.device)
             places = cache.before.stream_positions[rows, None] + steps
             size = cache.layers[0].keys.shape[-1]
             old_angles = cache.angles or (None, None)
@@ -288,7 +287,7 @@ class SentenceDecoder(nn.Module):
             index = places[:, None, :, None].expand(-1, self.num_heads, -1, layer.keys.shape[-1])
             for states in (layer.keys, layer.values):
                 states[rows, :, : self.context] = states[rows].gather(2, index)
-        own = before.filled.new_ones(len(rows), self.capacity + 1)
+        own = before.filled.new_ones(len(rows), self.capacity)
         before.filled[rows] = torch.cat([before.filled[rows], own], 1).gather(1, places)
         before.stream_positions[rows] += used
 

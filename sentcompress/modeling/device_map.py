@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -26,6 +26,8 @@ from sentcompress.errors import InputError
 DISK = "disk"
 Place = int | str
 """The number of an accelerator, ``cpu`` or ``disk``."""
+SHARE = 0.9
+"""Of the memory that is free now, for weights; what is computed needs the rest."""
 
 
 def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
@@ -34,51 +36,88 @@ def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
     return next(m for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
 
 
+def room_for_one(
+    device: torch.device, max_memory: Mapping[Any, int | str] | None, model: nn.Module
+) -> dict[Place, float]:
+    """Bytes of each device that one of two models may take, the first device first.
+
+    Args:
+        device: the first device, which computes what has no device of its own.
+        max_memory: bytes (``20GiB``) by device (``0``, ``1``, ``cpu``) for both; a device that is not named holds
+            nothing. None takes nine tenths of what is free now.
+        model: the first of them, which lies in the computer's memory.
+
+    Raises:
+        InputError: ``max_memory`` cannot be read, or names a device that is not there.
+    """
+    if max_memory is None:
+        found = get_max_memory()
+        found["cpu"] = found.get("cpu", 0) + _bytes(list(_tensors(model)))
+        found = {place: SHARE * free for place, free in found.items()}
+    else:
+        found = _limits(max_memory)
+    main = _place(device)
+    numbers = [place for place in found if isinstance(place, int) and place != main]
+    order = [main] if main == "cpu" else [main, *numbers, "cpu"]
+    return {place: found.get(place, 0) / 2 for place in order}
+
+
+def _limits(max_memory: Mapping[Any, int | str]) -> dict[Place, float]:
+    try:
+        found = get_max_memory(dict(max_memory))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"bench.max_memory: {error}", fix="write it like {0: 20GiB, cpu: 60GiB}") from error
+    there = torch.cuda.device_count()
+    for place in found:
+        if isinstance(place, int) and not 0 <= place < there:
+            raise InputError(
+                f"bench.max_memory: there is no device {place}; this machine has {there} that torch can use",
+                fix="number them from 0, and name the computer's memory cpu",
+            )
+    return found
+
+
 def spread_blocks(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    device: torch.device,
-    folder: Path,
-    max_memory: Mapping[Any, int | str] | None = None,
+    model: nn.Module, blocks: nn.ModuleList, room: Mapping[Place, float], folder: Path
 ) -> list[Place]:
     """Spread a model in place; it cannot be moved afterwards.
 
     Args:
         model: on the CPU.
         blocks: those of its modules that may lie anywhere, called one after the other.
-        device: the first device, which computes what has no device of its own.
+        room: bytes of each device, the first one first: it computes what lies in the computer's memory or on its disk.
         folder: an empty one, for what fits into no memory.
-        max_memory: bytes (``20GiB``) by device (``0``, ``1``, ``cpu``); None takes what is free now.
 
     Returns:
         where each block lies.
 
     Raises:
-        InputError: ``max_memory`` cannot be read, or the first device does not hold what is not in the blocks.
+        InputError: the first device does not hold what is not in the blocks, and one of those that lie elsewhere.
     """
     inside = {id(t) for t in _tensors(blocks)}
     rest = [t for t in _tensors(model) if id(t) not in inside]
-    room = _room(device, max_memory)
-    first, free = room[0]
-    needed = _bytes(rest)
-    if needed > free:
+    sizes = [_bytes(list(_tensors(block))) for block in blocks]
+    main, needed = next(iter(room)), _bytes(rest)
+    free = room[main] - needed
+    found = _assign(sizes, {**room, main: free})
+    visiting = _visiting(sizes, found, main)
+    if visiting > free:
+        also = f", one of the blocks that lie elsewhere {visiting:,}" if visiting else ""
         raise InputError(
-            f"bench.max_memory: device '{first}' has {free:,.0f} bytes, what is not in the backbone's blocks takes "
-            f"{needed:,}",
+            f"bench.max_memory: device '{main}' has {room[main]:,.0f} bytes for each of two models, what is not in "
+            f"the backbone's blocks takes {needed:,}{also}",
             fix="give it more",
         )
-    room[0] = (first, free - needed)
     for tensor in rest:  # in place, so that tied weights stay tied
-        tensor.data = tensor.data.to(device)
-    places = dict(_others(model, blocks, _place(device)))
+        tensor.data = tensor.data.to(main)
+    places = dict(_others(model, blocks, main))
     name = next(name for name, module in model.named_modules() if module is blocks)
-    found = _assign([_bytes(list(_tensors(block))) for block in blocks], room)
     places |= {f"{name}.{number}": place for number, place in enumerate(found)}
     with _quiet():
         dispatch_model(
             model,
             places,
-            main_device=_place(device),
+            main_device=main,
             offload_dir=folder,
             skip_keys=["past_key_values"],
             force_hooks=True,
@@ -112,36 +151,40 @@ def _place(device: torch.device) -> Place:
     return "cpu" if device.type == "cpu" else device.index or 0
 
 
-def _room(device: torch.device, max_memory: Mapping[Any, int | str] | None) -> list[tuple[Place, float]]:
-    """Bytes of each device, the first one first, the disk left out."""
-    try:
-        found = get_max_memory(None if max_memory is None else dict(max_memory))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"bench.max_memory: {error}", fix="write it like {0: 20GiB, cpu: 60GiB}") from error
-    main = _place(device)
-    if main == "cpu":
-        return [("cpu", found.get("cpu", 0))]
-    others = [key for key in found if isinstance(key, int) and key != main]
-    return [(key, found.get(key, 0)) for key in (main, *others, "cpu")]
+def _assign(sizes: Sequence[int], room: Mapping[Place, float]) -> list[Place]:
+    """A place for each block, in order: as evenly over the accelerators as they have room, then ``cpu``, then disk.
+
+    The first device keeps room for one of the blocks that lie where nothing is computed.
+    """
+    main, accelerators = next(iter(room)), [place for place in room if isinstance(place, int)]
+    number = len(sizes)
+    if accelerators:
+        for share in range(math.ceil(number / len(accelerators)), number + 1):
+            places = _fill(sizes, {place: room[place] for place in accelerators}, share)
+            if len(places) == number:
+                return places
+    places = _fill(sizes, room, number)
+    if len(places) < number or _visiting(sizes, places, main):
+        places = _fill(sizes, {**room, main: room[main] - max(sizes)}, number)
+    return [*places, *[DISK] * (number - len(places))]
 
 
-def _assign(sizes: Sequence[int], room: Sequence[tuple[Place, float]]) -> list[Place]:
-    """A place for each block, in order: as evenly over the accelerators as they have room, then ``cpu``, then disk."""
-    accelerators = sum(isinstance(place, int) for place, _ in room)
+def _fill(sizes: Sequence[int], room: Mapping[Place, float], most: int) -> list[Place]:
+    """Places of the first blocks, until none has room; each takes ``most`` at the most."""
     places: list[Place] = []
-    for share in range(math.ceil(len(sizes) / max(1, accelerators)), len(sizes) + 1):
-        places = []
-        for place, free in room:
-            taken = 0
-            while len(places) < len(sizes) and sizes[len(places)] <= free:
-                if isinstance(place, int) and taken == share:
-                    break
-                free -= sizes[len(places)]
-                places.append(place)
-                taken += 1
-        if len(places) == len(sizes) and all(isinstance(place, int) for place in places):
-            break
-    return [*places, *[DISK] * (len(sizes) - len(places))]
+    for place, free in room.items():
+        taken = 0
+        while len(places) < len(sizes) and sizes[len(places)] <= free and taken < most:
+            free -= sizes[len(places)]
+            places.append(place)
+            taken += 1
+    return places
+
+
+def _visiting(sizes: Sequence[int], places: Collection[Place], main: Place) -> int:
+    """Bytes of the largest block that comes to the first device when it is its turn."""
+    away = [DISK] if main == "cpu" else ["cpu", DISK]
+    return max((size for size, place in zip(sizes, places, strict=False) if place in away), default=0)
 
 
 def _others(

@@ -298,7 +298,8 @@ class BenchSettings(Section):
     """`auto` spreads the LLM's blocks over all GPUs, then the computer's memory, then its disk, for models that one
     device does not hold; everything is measured in ``dtype`` then."""
     max_memory: dict[int | Literal["cpu"], int | str] | None = None
-    """What ``device_map`` may take of each device, such as `{0: 20GiB, cpu: 60GiB}`; null takes what is free."""
+    """Weights that ``device_map`` may put on each device, such as `{0: 20GiB, cpu: 60GiB}`: half of it for the sentence
+    model, half for what it is compared with; null takes nine tenths of what is free."""
     head: HeadKind = "auto"
     """How the sentence model finds the likeliest token in the speed runs; all but ``shortlist`` write the same."""
     shortlist_tokens: int = Field(default=1024, ge=2)

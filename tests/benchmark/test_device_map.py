@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from sentcompress.benchmark.parts import Folder
+from sentcompress.benchmark.parts import Folder, Parts
+from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError
-from sentcompress.modeling.device_map import _assign, blocks_of, spread_blocks
+from sentcompress.modeling.device_map import _assign, blocks_of, room_for_one, spread_blocks
 from sentcompress.modeling.loading import load_sentence_lm
 from sentcompress.testing import tiny_opt
+
+CPU = torch.device("cpu")
 
 
 def size(module: torch.nn.Module) -> int:
@@ -23,8 +28,8 @@ def test_blocks_on_the_disk_compute_what_they_did(tmp_path):
     with torch.no_grad():
         expected = model(ids).logits
         rest = size(model) - size(blocks)
-        room = {"cpu": rest + int(1.5 * size(blocks[0]))}
-        places = spread_blocks(model, blocks, torch.device("cpu"), tmp_path, room)
+        room = {"cpu": rest + 2.5 * size(blocks[0])}  # one of them for blocks whose turn it is
+        places = spread_blocks(model, blocks, room, tmp_path)
         assert places == ["cpu", *["disk"] * (len(blocks) - 1)]
         assert next(blocks[-1].parameters()).device.type == "meta"
         assert torch.equal(model(ids).logits, expected)
@@ -33,31 +38,72 @@ def test_blocks_on_the_disk_compute_what_they_did(tmp_path):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
-    parts, place = ["quality", "speed", "memory"], Folder(run_folder)
-    overrides = ["bench.repeats=1", "bench.break_even=false", "bench.batch_sizes=[2]"]
-    whole = run_bench(parts, place, place.recipe(overrides), tmp_path / "whole", quiet=True)
+def test_what_is_free_now_holds_a_small_model(tmp_path):
+    model = tiny_opt().eval()
+    room = room_for_one(CPU, None, model)
+    assert spread_blocks(model, blocks_of(model), room, tmp_path) == ["cpu"] * len(blocks_of(model))
+    assert not list(tmp_path.iterdir())
+
+
+def scarce(run_folder: Path, blocks: float) -> str:
+    """Memory for so many of the three blocks of the sentence model, and as much for what it is compared with."""
     model = load_sentence_lm(run_folder / "graft")
-    blocks = model.backbone.blocks
-    room = f"bench.max_memory={{cpu: {size(model) - size(blocks) + int(1.5 * size(blocks[0]))}}}"
-    recipe = place.recipe([*overrides, "bench.device_map=auto", room])
-    spread = run_bench(parts, place, recipe, tmp_path / "spread", quiet=True)
+    own = model.backbone.blocks
+    return f"bench.max_memory={{cpu: {2 * (size(model) - size(own) + int(blocks * size(own[0])))}}}"
+
+
+def measure(run_folder: Path, out: Path, parts: list[str], *settings: str) -> Results:
+    place = Folder(run_folder)
+    fast = ["bench.repeats=1", "bench.break_even=false", "bench.batch_sizes=[2]", "bench.text_prompts=1"]
+    short = ["bench.prompt_tokens=8", "bench.text_new_tokens=8"]
+    return run_bench(parts, place, place.recipe([*fast, *short, *settings]), out, quiet=True)
+
+
+def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
+    parts = ["quality", "text", "speed", "memory"]
+    whole = measure(run_folder, tmp_path / "whole", parts)
+    # One of the blocks' room is for those whose turn it is.
+    spread = measure(run_folder, tmp_path / "spread", parts, "bench.device_map=auto", scarce(run_folder, 2.5))
     assert [(s.system, s.bits_per_byte) for s in spread.quality] == [
         (s.system, s.bits_per_byte) for s in whole.quality
     ]
     assert {run.system for run in spread.speed.runs} == {run.system for run in whole.speed.runs}
-    assert all("blocks by device: " in row.honesty.device for row in spread.rows if row.part == "speed")
-    assert "blocks by device: cpu 1, disk 2" in spread.rows[-1].honesty.device
+    assert [m.cache_bytes_per_token for m in spread.memory] == [m.cache_bytes_per_token for m in whole.memory]
+    places = {(row.part, row.system): row.honesty.device for row in spread.rows}
+    assert [(row.part, row.system) for row in whole.rows] == list(places)
+    for about, device in places.items():
+        modelless = about[1] in ("unigram", "human")
+        assert ("blocks by device: " in device) != modelless, about
+    assert "blocks by device: cpu 1, disk 2" in places["memory", "sentence model"]
+
+
+def test_rows_tell_the_dtype_of_their_own_model(run_folder, tmp_path):
+    asked = ["bench.device_map=auto", "bench.dtype=bf16"]
+    rows = measure(run_folder, tmp_path, ["reconstruct", "speed", "data"], *asked).rows
+    dtypes = {row.part: row.honesty.dtype for row in rows}
+    assert dtypes == {"reconstruct": "float32", "speed": "bfloat16", "data": "float32"}
+    assert {row.part for row in rows if "blocks by device" in row.honesty.device} == {"speed"}
+
+
+def test_an_llm_without_room_is_an_error_not_something_missing(run_folder, tmp_path):
+    place = Folder(run_folder)
+    recipe = place.recipe(["bench.device_map=auto", "bench.max_memory={cpu: 10KB}"])
+    with pytest.raises(InputError, match=r"bench\.max_memory"):
+        Parts(recipe, place, tmp_path).backbone  # noqa: B018
 
 
 def test_blocks_are_shared_out_evenly_and_in_order():
-    def shares(*room):
-        return _assign([10] * 6, room)
+    def shares(**room):
+        return _assign([10] * 6, {int(k[1:]) if k[1:].isdigit() else k: v for k, v in room.items()})
 
-    assert shares((0, 100.0), (1, 100.0), ("cpu", 100.0)) == [0, 0, 0, 1, 1, 1]
-    assert shares((0, 15.0), (1, 100.0), ("cpu", 100.0)) == [0, 1, 1, 1, 1, 1]
-    assert shares((0, 25.0), (1, 15.0), ("cpu", 20.0)) == [0, 0, 1, "cpu", "cpu", "disk"]
-    assert shares(("cpu", 0.0)) == ["disk"] * 6
+    assert shares(d0=100.0, d1=100.0, cpu=100.0) == [0, 0, 0, 1, 1, 1]
+    assert shares(d0=15.0, d1=100.0, cpu=100.0) == [0, 1, 1, 1, 1, 1]
+    # Blocks in the computer's memory come to the first device when it is their turn.
+    assert shares(d0=35.0, d1=15.0, cpu=20.0) == [0, 0, 1, "cpu", "cpu", "disk"]
+    assert shares(d0=5.0, d1=15.0, cpu=90.0) == [1, *["cpu"] * 5]
+    assert shares(cpu=35.0) == ["cpu"] * 2 + ["disk"] * 4
+    assert shares(cpu=60.0) == ["cpu"] * 6
+    assert shares(cpu=0.0) == ["disk"] * 6
 
 
 @pytest.mark.parametrize(
@@ -66,8 +112,9 @@ def test_blocks_are_shared_out_evenly_and_in_order():
         (["bench.max_memory={cpu: much}"], "bench.max_memory"),
         (
             ["bench.max_memory={cpu: 10KB}"],
-            "device 'cpu' has 10,000 bytes, what is not in the backbone's blocks",
+            "device 'cpu' has 5,000 bytes for each of two models, what is not in the backbone's blocks",
         ),
+        (["bench.max_memory={99: 1GB, cpu: 1GB}", "bench.device=cpu"], "there is no device 99"),
         (["bench.quantize=[decoder]"], "8 bits cannot be spread"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
     start, prompt, new = 1, 10, 9
     sentences, room = 3, SPARE_CELLS  # 3, 6 and 1 tokens; 9 new ones are fewer cells than there is room for
     vae = tiny_sentence_lm().config.vae_config
-    decoder = 2 * vae.decoder_layers * 32 * 4 * (vae.max_sentence_tokens + 2)
+    decoder = 2 * vae.decoder_layers * 32 * 4 * (vae.max_sentence_tokens + 1)
     budget = 200_000
     rows = {
         BACKBONE: budget // (position * (start + prompt + new)),

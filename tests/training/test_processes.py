@@ -209,9 +209,11 @@ def assert_timed_together(run: Path, cache: Path) -> None:
         "launch", "-n", "2", "bench", "speed", str(run), *sets, "--out", str(run / "fast"), cache=cache
     )
     assert done.returncode == 0, done.stderr
-    assert "Tokens/s by number of processes, sentence model, batch 2 each: 1: " in done.stdout
+    assert (
+        "Tokens/s by number of processes, prefill included, sentence model, batch 2 each: 1: " in done.stdout
+    )
     found = json.loads((run / "fast" / "results.json").read_text())["speed"]["throughput"]
-    assert [(one["devices"], one["efficiency"] > 0) for one in found] == [(1, True), (2, True)] * 2
+    assert [(one["processes"], one["efficiency"] > 0) for one in found] == [(1, True), (2, True)] * 2
     assert found[0]["efficiency"] == 1
     spread = call(
         *("launch", "-n", "2", "bench", "speed", str(run), "--set", "bench.device_map=auto"), cache=cache
