@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**23
-"""Logits held at a time; larger blocks cost page faults rather than save time."""
+"""Logits held at a time, where that is not too few rows; larger blocks cost page faults rather than save time."""
+MIN_ROWS = 512
+"""Targets whose logits are held at a time at least: with fewer, adding up the head's gradient takes as long."""
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Targets whose logits a loss with gradients holds at a time."""
+    return max(MIN_ROWS, LOGITS_BUDGET // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -40,75 +47,109 @@ class TokenLoss:
         Returns:
             loss ``[T]`` and NLL ``[T]`` in nats, both fp32; only the loss carries gradients.
         """
-        return _ChunkedFocalLoss.apply(hidden_states, weight, targets, self.gamma, self.label_smoothing)
+        learning = torch.is_grad_enabled()  # inside a Function it never is
+        return _ChunkedFocalLoss.apply(
+            hidden_states, weight, targets, self.gamma, self.label_smoothing, learning
+        )
 
 
 class _ChunkedFocalLoss(torch.autograd.Function):
-    """The loss over blocks of the vocabulary: a running log-sum-exp forward, logits again backward."""
+    """The loss over blocks of rows. Gradients are made in the same pass, while a block's logits are there.
+
+    They are those of the sum of the losses, and the backward pass scales them. Where it has to weigh targets
+    differently, or runs a second time, it makes them anew.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, gamma: float, smoothing: float
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        gamma: float,
+        smoothing: float,
+        learning: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        hidden, rows, vocab = hidden_states.to(dtype), hidden_states.shape[0], weight.shape[0]
-        step = max(256, LOGITS_BUDGET // max(rows, 1))
-        total = hidden.new_full((rows,), float("-inf"), dtype=torch.float32)
-        mean = torch.zeros_like(total)
-        target_logit = torch.zeros_like(total)
-        logits = None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, vocab, step):
-                logits = (hidden @ weight[start : start + step].to(dtype).t()).float()
-                total = torch.logaddexp(total, logits.logsumexp(1))
-                if smoothing:
-                    mean += logits.sum(1) / vocab
-                inside = (targets >= start) & (targets < start + step)
-                picked = logits.gather(1, (targets - start).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-                target_logit = torch.where(inside, picked, target_logit)
-        nll = total - target_logit
-        smoothed = (1 - smoothing) * nll + smoothing * (total - mean) if smoothing else nll
-        p = torch.exp(-nll)
-        miss = (1 - p).clamp_min(1e-12)
-        loss = miss**gamma * smoothed if gamma else smoothed.clone()
-        # One block held everything: keep it, and the backward pass need not multiply again.
-        kept = logits if step >= vocab else None
-        ctx.save_for_backward(hidden, weight, targets, total, p, miss, smoothed, kept)
-        ctx.settings = (gamma, smoothing, step, hidden_states.dtype)
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.settings = gamma, smoothing
+        ctx.wanted = tuple(learning and needed for needed in ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden_states, weight, targets)
+        ones = torch.ones(len(targets), device=targets.device)
+        loss, nll, ctx.gradients = _by_rows(ctx, hidden_states, weight, targets, ones)
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        hidden, weight, targets, total, p, miss, smoothed, kept = ctx.saved_tensors
-        gamma, smoothing, step, input_dtype = ctx.settings
-        vocab = weight.shape[0]
-        grad_loss = grad_outputs[0].float()
-        focus = miss**gamma if gamma else torch.ones_like(miss)
-        push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
-        on_all = grad_loss * (focus + push)
-        on_target = grad_loss * (focus * (1 - smoothing) + push)
-        on_even = grad_loss * focus * (smoothing / vocab)
-        grad_hidden = torch.zeros_like(hidden)
-        # A frozen head is a third of its work cheaper.
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        rows = torch.arange(targets.shape[0], device=targets.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, vocab, step):
-                block = weight[start : start + step].to(hidden.dtype)
-                logits = (hidden @ block.t()).float() if kept is None else kept
-                grad = torch.exp(logits - total[:, None]) * on_all[:, None]
-                inside = (targets >= start) & (targets < start + step)
-                grad[rows[inside], targets[inside] - start] -= on_target[inside]
-                if smoothing:
-                    grad -= on_even[:, None]
-                grad = grad.to(hidden.dtype)
-                grad_hidden += grad @ block
-                if grad_weight is not None:
-                    grad_weight[start : start + step] = grad.t() @ hidden
-        return grad_hidden.to(input_dtype), grad_weight, None, None, None
+        upstream = grad_outputs[0].float()
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and bool((upstream == upstream[:1]).all()):
+            for gradient in gradients:
+                if gradient is not None and len(upstream):
+                    gradient *= upstream[0]
+        else:
+            hidden_states, weight, targets = ctx.saved_tensors
+            *_, gradients = _by_rows(ctx, hidden_states, weight, targets, upstream)
+        return *gradients, None, None, None, None
+
+
+def _by_rows(
+    ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Loss and NLL ``[T]``; gradients of ``(upstream * loss).sum()`` for what is wanted."""
+    (gamma, smoothing), dtype = ctx.settings, ctx.dtype or hidden_states.dtype
+    hidden, head, vocab = hidden_states.to(dtype), weight.to(dtype), len(weight)
+    at_once = rows_at_once(vocab)
+    loss, nll = torch.empty_like(upstream), torch.empty_like(upstream)
+    grad_hidden = torch.empty_like(hidden) if ctx.wanted[0] else None
+    # A frozen head is a third of its work cheaper.
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.wanted[1] else None
+    exact = dtype == torch.float32
+    part = None if grad_weight is None or exact else torch.empty_like(head)
+    # Written over by each block, and in place: new memory costs page faults.
+    memory = hidden.new_empty(min(at_once, len(hidden)), vocab)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), at_once):
+            block = slice(start, start + at_once)
+            states, wanted, scale = hidden[block], targets[block, None], upstream[block]
+            low = torch.mm(states, head.t(), out=memory[: len(states)])
+            logits = low.float()
+            highest, target_logit = logits.amax(1), logits.gather(1, wanted).squeeze(1)
+            mean = logits.sum(1) / vocab if smoothing else 0.0
+            unscaled = logits.sub_(highest[:, None]).exp_()
+            sums = unscaled.sum(1)
+            total = highest + sums.log()
+            target_nll = total - target_logit
+            smoothed = (1 - smoothing) * target_nll + smoothing * (total - mean)
+            p = torch.exp(-target_nll)
+            miss = (1 - p).clamp_min(1e-12)
+            nll[block], loss[block] = target_nll, miss**gamma * smoothed if gamma else smoothed
+            if grad_hidden is None and grad_weight is None:
+                continue
+            focus = miss**gamma if gamma else torch.ones_like(miss)
+            push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
+            grad = unscaled.mul_((scale * (focus + push) / sums)[:, None])
+            on_target = scale * (focus * (1 - smoothing) + push)
+            grad.scatter_(1, wanted, grad.gather(1, wanted) - on_target[:, None])
+            if smoothing:
+                grad -= (scale * focus * (smoothing / vocab))[:, None]
+            if not exact:
+                grad = low.copy_(grad)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[block])
+            if grad_weight is not None and part is None:
+                grad_weight.addmm_(grad.t(), states)
+            elif grad_weight is not None:
+                grad_weight += torch.mm(grad.t(), states, out=part)
+    return (
+        loss,
+        nll,
+        (
+            None if grad_hidden is None else grad_hidden.to(hidden_states.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+        ),
+    )
 
 
 @dataclass(frozen=True)

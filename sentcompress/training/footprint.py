@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.grafting import freeze_embeddings
-from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
+from sentcompress.modeling.losses import TokenLoss, rows_at_once
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe, TrainingSettings
 from sentcompress.training.memory import recompute_activations
@@ -29,8 +29,6 @@ SENTENCES = (8, 16)
 """Sentences of the two runs from which activations are extrapolated."""
 TOKENS_KEPT = 64
 """Vocabulary of these runs: activations do not depend on it."""
-LOSS_COPIES = 3
-"""Blocks of logits alive at once in the loss: the logits, their exponentials, their gradients."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Sizes:
         root, root_learned: of these, what is in no block of the backbone.
         unit: of the largest block.
         head: of the output head, if it learns.
+        loss: bytes of the loss while it runs: a block's logits, and what it makes of the head in bf16.
         blocks: of all parts.
         activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``, None where there is none.
     """
@@ -52,6 +51,7 @@ class Sizes:
     root_learned: int
     unit: int
     head: int
+    loss: int
     blocks: int
     activations: float
     recomputed: float | None
@@ -107,6 +107,9 @@ def sizes(shape: SentenceLM, recipe: Recipe, stage: Stage, sentence_tokens: floa
         root_learned=_count(p for p in learned if id(p) not in inside),
         unit=max((_count(block.parameters()) for block in blocks), default=0),
         head=model.vae.output_weight.numel() * model.vae.output_weight.requires_grad,
+        loss=_loss_bytes(
+            model.vae.output_weight, _sentences(recipe, stage) * (sentence_tokens + 1), bf16=bf16
+        ),
         blocks=len(blocks) + recipe.vae.encoder_layers + recipe.vae.decoder_layers,
         activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
         recomputed=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True)
@@ -143,7 +146,6 @@ def _footprint(
     elif devices > 1:
         gradients *= 2  # the buckets they are exchanged in
     optimizer = (12 if settings.ema else 8) * found.learned / share
-    logits = 4 * LOSS_COPIES * LOGITS_BUDGET
     # Activations go as gradients come; those of earlier micro-batches are there from the start.
     if settings.gradient_accumulation > 1 or devices > 1:
         moving = activations + gradients
@@ -156,8 +158,8 @@ def _footprint(
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        logits=logits,
-        peak=weights + optimizer + moving + logits,
+        logits=found.loss,
+        peak=weights + optimizer + moving + found.loss,
     )
 
 
@@ -208,14 +210,25 @@ def _activations(
         for sentences in SENTENCES:
             kept[number, sentences] = _kept(part, stage, sentences, round(sentence_tokens), bf16=bf16)
     few, many = SENTENCES
+    wanted = _sentences(recipe, stage)
     if stage == "graft":
-        wanted = float(recipe.graft.passages_per_batch * recipe.graft.max_sentences)
         by_blocks = {s: kept[1, s] + (full - 1) * (kept[2, s] - kept[1, s]) for s in SENTENCES}
     else:
-        wanted = float(recipe.train_vae.sentences_per_batch)
         by_blocks = {s: kept[1, s] for s in SENTENCES}
     slope = (by_blocks[many] - by_blocks[few]) / (many - few)
     return by_blocks[few] + slope * (wanted - few)
+
+
+def _sentences(recipe: Recipe, stage: Stage) -> int:
+    """Of a micro-batch."""
+    if stage == "graft":
+        return recipe.graft.passages_per_batch * recipe.graft.max_sentences
+    return recipe.train_vae.sentences_per_batch
+
+
+def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
+    logits = len(head) * min(rows_at_once(len(head)), round(targets))
+    return 6 * logits + 4 * head.numel() if bf16 else 4 * logits
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:

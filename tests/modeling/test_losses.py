@@ -2,20 +2,33 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sentcompress.modeling import losses
 from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal, stop_loss
 
 
-@pytest.mark.parametrize("budget", [2**23, 7 * 300], ids=["one-block", "many-blocks"])
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Three rows a block."""
+    monkeypatch.setattr(losses, "rows_at_once", lambda _: 3)
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request):
+    if request.param == "many blocks":
+        request.getfixturevalue("few_rows")
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("weigh", [torch.arange, torch.ones], ids=["weighed", "alike"])
 @pytest.mark.parametrize(("gamma", "smoothing"), [(2.0, 0.0), (0.0, 0.1), (2.0, 0.1), (0.0, 0.0), (1.0, 0.0)])
-def test_matches_the_formula_and_its_gradients(monkeypatch, budget, gamma, smoothing):
-    monkeypatch.setattr(losses, "LOGITS_BUDGET", budget)
+def test_matches_the_formula_and_its_gradients(weigh, gamma, smoothing):
     torch.manual_seed(0)
     hidden = torch.randn(7, 16, dtype=torch.double, requires_grad=True)
     weight = torch.randn(1000, 16, dtype=torch.double, requires_grad=True)
     targets = torch.randint(0, 1000, (7,))
-    share = torch.arange(7)
+    share = 0.3 * weigh(7)
 
     loss, nll = TokenLoss(gamma, smoothing)(hidden.float(), weight.float(), targets)
     ours = torch.autograd.grad((loss * share).sum(), (hidden, weight))
@@ -32,25 +45,68 @@ def test_matches_the_formula_and_its_gradients(monkeypatch, budget, gamma, smoot
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_the_logits_never_exist_whole(monkeypatch):
-    rows, vocab = 64, 4096
-    monkeypatch.setattr(losses, "LOGITS_BUDGET", rows * 256)
-    seen = []
-    original = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: seen.append(x.numel()) or original(x, dim))
-    TokenLoss()(torch.randn(rows, 8), torch.randn(vocab, 8), torch.zeros(rows, dtype=torch.long))
-    assert max(seen) <= rows * 256
-    assert sum(seen) == rows * vocab
-
-
-def test_bf16_autocast_stays_close():
+def head_of(rows, vocab=300, size=16):
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(5, 16), torch.randn(300, 16) * 0.2, torch.randint(0, 300, (5,))
+    hidden, weight = torch.randn(rows, size), torch.randn(vocab, size) * 0.2
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, vocab, (rows,))
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of matrix products, ``(rows, inner, columns)``."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.seen.append((*left.shape, right.shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_blocks_of_rows_are_multiplied_with_the_head_once_and_twice_for_gradients():
+    with Products() as products:
+        TokenLoss()(*head_of(6))[0].mean().backward()
+    of_a_block = [(3, 16, 300), (3, 300, 16), (300, 3, 16)]
+    assert products.seen == 2 * of_a_block
+    with Products() as products, torch.no_grad():
+        TokenLoss()(*head_of(6))
+    assert products.seen == 2 * of_a_block[:1]
+
+
+def test_gradients_may_be_asked_for_twice():
+    hidden, weight, targets = head_of(5)
+    loss, _ = TokenLoss()(hidden, weight, targets)
+    first = torch.autograd.grad(loss.mean(), (hidden, weight), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(2 * loss.mean(), (hidden, weight))
+    for once, before, twice in zip(first, kept, second, strict=True):
+        assert torch.equal(once, before)
+        torch.testing.assert_close(twice, 2 * once)
+
+
+def test_no_target_at_all_is_no_error():
+    hidden, weight, targets = head_of(0)
+    loss, nll = TokenLoss()(hidden, weight, targets)
+    loss.sum().backward()
+    assert len(nll) == 0
+    assert not weight.grad.any()
+
+
+@pytest.mark.usefixtures("blocks")
+def test_bf16_autocast_stays_close():
+    hidden, weight, targets = head_of(7)
     exact, _ = TokenLoss()(hidden, weight, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough, _ = TokenLoss()(hidden, weight, targets)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, atol=0.1, rtol=0.05)
+    gradients = [torch.autograd.grad(loss.mean(), (hidden, weight)) for loss in (exact, rough)]
+    for right, close in zip(*gradients, strict=True):
+        assert close.dtype == torch.float32
+        torch.testing.assert_close(close, right, atol=0.02 * right.abs().max().item(), rtol=0.05)
 
 
 def test_stop_loss_is_focal_cross_entropy():
