@@ -1,11 +1,12 @@
 """Training throughput in real tokens/s: the graft, the same graft fed as the paper does, its token-level twin.
 
     python tools/training_speed.py opt-125m
+    python tools/training_speed.py opt-125m --precision bf16
     python tools/training_speed.py opt-tiny --steps 9
 
 Random weights in the backbone's shape, State of the Union addresses, recipe ``strong``. Steps alternate between the
-three, whole steps: building the batch, forward, backward, AdamW. "Padded" is one document a batch, 64 sentences of 64
-tokens, padding computed like text, as the paper's set-up and the public implementations do.
+three, whole steps: building the batch, forward, backward, AdamW as in training. "Padded" is one document a batch, 64
+sentences of 64 tokens, padding computed like text, as the paper's set-up and the public implementations do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import AdamW
 
 from sentcompress.benchmark.parts import Parts
 from sentcompress.benchmark.random_models import random_models
@@ -25,6 +25,7 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import START, PassageSampler
 from sentcompress.text.token_sampling import PassageTokenSampler
+from sentcompress.training.optimization import build_optimizer
 from sentcompress.training.token_level import TokenLM
 
 PAD = 64
@@ -51,6 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("backbone")
     parser.add_argument("--steps", type=int, default=5, help="alternating steps after one to warm up")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of products; weights are fp32"
+    )
     asked = parser.parse_args()
     recipe = load_recipe(
         "strong",
@@ -73,9 +77,12 @@ def main() -> None:
     alone = passages(1, PAD)
     tokens = PassageTokenSampler(packed, 2048, pad, parts.bos_token_id)
     adam = {
-        "sentence": AdamW(model.parameters(), lr=1e-5),
-        "twin": AdamW(twin.parameters(), lr=1e-5),
+        "sentence": build_optimizer(model, graft)[0],
+        "twin": build_optimizer(twin, graft)[0],
     }
+
+    def products() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=asked.precision == "bf16")
 
     def graft_step(sampler: PassageSampler, change: Callable[[Any], Any]) -> Step:
         def step(index: int) -> tuple[int, float]:
@@ -83,7 +90,9 @@ def main() -> None:
             batch = sampler.batch(index)
             waited = time.perf_counter() - began
             real = int(batch["attention_mask"].sum())
-            model(**change(batch), token_loss=loss).loss.backward()
+            with products():
+                found = model(**change(batch), token_loss=loss).loss
+            found.backward()
             adam["sentence"].step()
             adam["sentence"].zero_grad()
             return real, waited
@@ -94,7 +103,9 @@ def main() -> None:
         began = time.perf_counter()
         batch = tokens.batch(index)
         waited = time.perf_counter() - began
-        twin(**batch)[0].mean().backward()
+        with products():
+            found = twin(**batch)[0].mean()
+        found.backward()
         adam["twin"].step()
         adam["twin"].zero_grad()
         return int(batch["attention_mask"].sum()), waited

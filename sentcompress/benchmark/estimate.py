@@ -20,6 +20,10 @@ from sentcompress.recipe import Recipe
 
 BACKWARD = 3
 """A step of training costs three times its forward pass."""
+CACHE_PASSES = 3
+"""Times a token's step of transformers ``generate`` goes over its cache: it puts it together anew, and reads that."""
+LOGIT_PASSES, PROOF_PASSES = 4, 7
+"""Times logits are gone over until the largest is known: plainly, and with a shortlist that is proved."""
 TRAINED_BYTES = 12
 """Gradient and two moments of a weight that learns, in fp32, beside the weight."""
 
@@ -92,8 +96,11 @@ def estimate(
     layers = config.num_hidden_layers
     prefix = int(getattr(vae.decoder, "prefix", 0))
 
-    token = device.product(whole + head, b) + device.read(b * text * cache)
-    token += layers * device.block_seconds + device.step_seconds
+    def picking(rows: float, passes: int) -> float:
+        return device.read(passes * rows * 4 * vae.config.vocab_size)
+
+    token = device.product(whole + head, b) + CACHE_PASSES * device.read(b * text * cache)
+    token += picking(b, LOGIT_PASSES) + layers * device.block_seconds + device.step_seconds
 
     # Sentences are of uneven length: the backbone reads those of a share of the texts together, and until there are as
     # many they wait, half of that share on average.
@@ -103,7 +110,9 @@ def estimate(
     read += (layers + vae.config.encoder_layers) * device.block_seconds
     sentence = read / share + device.read(b * text / sentence_tokens * k * cache)
     step = device.product(decoder, going) + vae.config.decoder_layers * device.block_seconds
-    picked = device.product(head, going, int8=head >= WORTH_IT) + device.block_seconds
+    proved = device.per_int8_weight and head >= WORTH_IT
+    picked = device.product(head, going, int8=bool(proved)) + device.block_seconds
+    picked += picking(going, PROOF_PASSES if proved else LOGIT_PASSES)
     written = (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
     sentence += written * b / going
 

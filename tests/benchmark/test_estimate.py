@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from sentcompress.benchmark.devices import Device, device, measure_cpu
-from sentcompress.benchmark.estimate import estimate, shapes
+from sentcompress.benchmark.estimate import CACHE_PASSES, LOGIT_PASSES, estimate, shapes
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
 from sentcompress.recipe import load_recipe
@@ -23,7 +23,9 @@ def test_a_step_of_the_backbone_reads_its_weights_and_its_cache():
     model = tiny_opt()
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_positions" not in n)
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * 4
-    assert of_tiny().backbone_token == pytest.approx((4 * weights + 15 * cache) / 1e9, rel=1e-6)
+    logits = 4 * LOGIT_PASSES * model.config.vocab_size
+    expected = 4 * weights + 15 * CACHE_PASSES * cache + logits
+    assert of_tiny().backbone_token == pytest.approx(expected / 1e9, rel=1e-6)
     assert of_tiny().backbone_cache == cache
     assert of_tiny().sentence_cache == cache / 5
 
