@@ -21,9 +21,10 @@ from sentcompress.recipe import Recipe
 BACKWARD = 3
 """A step of training costs three times its forward pass."""
 CACHE_PASSES = 3
-"""Times a token's step of transformers ``generate`` goes over its cache: it puts it together anew, and reads that."""
-LOGIT_PASSES, PROOF_PASSES = 4, 7
-"""Times logits are gone over until the largest is known: plainly, and with a shortlist that is proved."""
+"""Times a step of a backbone goes over its cache: it is put together anew, of other texts or longer, and read."""
+GENERATE_PASSES, LOGIT_PASSES, PROOF_PASSES = 8, 4, 7
+"""Times logits are written or read until the largest is known: in transformers ``generate`` (to fp32, a copy for its
+processors, what they change), in the plain head, and in one that is proved by a pass over weights in 8 bits."""
 TRAINED_BYTES = 12
 """Gradient and two moments of a weight that learns, in fp32, beside the weight."""
 
@@ -100,7 +101,7 @@ def estimate(
         return device.read(passes * rows * 4 * vae.config.vocab_size)
 
     token = device.product(whole + head, b) + CACHE_PASSES * device.read(b * text * cache)
-    token += picking(b, LOGIT_PASSES) + layers * device.block_seconds + device.step_seconds
+    token += picking(b, GENERATE_PASSES) + layers * device.block_seconds + device.step_seconds
 
     # Sentences are of uneven length: the backbone reads those of a share of the texts together, and until there are as
     # many they wait, half of that share on average.
@@ -108,10 +109,10 @@ def estimate(
     going = b if b == 1 else b * (1 - share / 2)
     read = device.product(encoder, share * b * sentence_tokens) + device.product(middle, share * b * k)
     read += (layers + vae.config.encoder_layers) * device.block_seconds
-    sentence = read / share + device.read(b * text / sentence_tokens * k * cache)
+    sentence = read / share + CACHE_PASSES * device.read(b * text / sentence_tokens * k * cache)
     step = device.product(decoder, going) + vae.config.decoder_layers * device.block_seconds
-    proved = device.per_int8_weight and head >= WORTH_IT
-    picked = device.product(head, going, int8=bool(proved)) + device.block_seconds
+    proved = bool(device.per_int8_weight) and head >= WORTH_IT
+    picked = device.product(head, going, int8=proved) + device.block_seconds
     picked += picking(going, PROOF_PASSES if proved else LOGIT_PASSES)
     written = (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
     sentence += written * b / going

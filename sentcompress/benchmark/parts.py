@@ -6,11 +6,12 @@ import copy
 import gc
 import json
 import math
+import shutil
 import tempfile
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -154,7 +155,7 @@ class Parts:
                 fix="leave bench.device_map out, or measure in one process",
             )
         self._room: dict[Place, float] | None = None
-        self._places: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     @cached_property
     def _on_disk(self) -> tempfile.TemporaryDirectory[str]:
@@ -192,8 +193,9 @@ class Parts:
             self._room = room_for_one(self.device, self.recipe.bench.max_memory, model)
         blocks = model.backbone.blocks if isinstance(model, SentenceLM) else blocks_of(model)
         with storage_errors(self.out or Path(tempfile.gettempdir())):
-            folder = tempfile.mkdtemp(dir=self._on_disk.name)
-            found = spread_blocks(model, blocks, self._room, Path(folder))
+            folder = Path(tempfile.mkdtemp(dir=self._on_disk.name))
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        found = spread_blocks(model, blocks, self._room, folder)
         counts = (f"{place} {found.count(place)}" for place in dict.fromkeys(found))
         self._places[model] = f"blocks by device: {', '.join(counts)}"
         return model

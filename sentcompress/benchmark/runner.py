@@ -106,7 +106,7 @@ def run_bench(
         bench.know_the_text()
     earlier, results = earlier_results(target), bench.results
     if processes().num_processes > 1:  # together first: nobody waits for what one does alone
-        wanted.sort(key=lambda part: part not in ("quality", "speed"))
+        wanted.sort(key=lambda part: part not in ("causality", "quality", "speed"))
     if not first:
         if "quality" in wanted:
             bench.measure("quality")

@@ -1,4 +1,4 @@
-"""Output speed of several devices: every process of the run writes a batch of its own, at the same time.
+"""Output speed of several processes: every process of the run writes a batch of its own, at the same time.
 
 What a number of processes bring is measured beside what the first brings alone, in turns, in one run. On a CPU a
 process has the threads that ``sentcompress launch`` or torchrun gave it, when it is alone too.

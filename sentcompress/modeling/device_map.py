@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, StorageError
 
 DISK = "disk"
 Place = int | str
@@ -50,13 +52,15 @@ def room_for_one(
     Raises:
         InputError: ``max_memory`` cannot be read, or names a device that is not there.
     """
+    main = _place(device)
     if max_memory is None:
         found = get_max_memory()
+        if main == "cpu":  # where it is shared with an accelerator, Accelerate counts it as that one's
+            found.setdefault("cpu", psutil.virtual_memory().available)
         found["cpu"] = found.get("cpu", 0) + _bytes(list(_tensors(model)))
         found = {place: SHARE * free for place, free in found.items()}
     else:
         found = _limits(max_memory)
-    main = _place(device)
     numbers = [place for place in found if isinstance(place, int) and place != main]
     order = [main] if main == "cpu" else [main, *numbers, "cpu"]
     return {place: found.get(place, 0) / 2 for place in order}
@@ -93,6 +97,7 @@ def spread_blocks(
 
     Raises:
         InputError: the first device does not hold what is not in the blocks, and one of those that lie elsewhere.
+        StorageError: the disk does not hold what fits into no memory.
     """
     inside = {id(t) for t in _tensors(blocks)}
     rest = [t for t in _tensors(model) if id(t) not in inside]
@@ -107,6 +112,15 @@ def spread_blocks(
             f"bench.max_memory: device '{main}' has {room[main]:,.0f} bytes for each of two models, what is not in "
             f"the backbone's blocks takes {needed:,}{also}",
             fix="give it more",
+        )
+    on_disk = sum(size for size, place in zip(sizes, found, strict=True) if place == DISK)
+    free_disk = shutil.disk_usage(folder).free
+    if (
+        on_disk > free_disk
+    ):  # Accelerate maps files into memory: a full disk would end the process without a word
+        raise StorageError(
+            f"{folder}: {on_disk:,} bytes of the backbone's blocks fit into no memory, and the disk has {free_disk:,}",
+            fix="free some space, or give more in bench.max_memory",
         )
     for tensor in rest:  # in place, so that tied weights stay tied
         tensor.data = tensor.data.to(main)

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**23
 """Logits held at a time, where that is not too few rows; larger blocks cost page faults rather than save time."""
 MIN_ROWS = 512
-"""Targets whose logits are held at a time at least: with fewer, adding up the head's gradient takes as long."""
+"""Targets whose logits are held at a time at least where the head learns: with fewer, adding up its gradient takes as
+long as making it."""
 
 
-def rows_at_once(vocab_size: int) -> int:
-    """Targets whose logits a loss with gradients holds at a time."""
-    return max(MIN_ROWS, LOGITS_BUDGET // vocab_size)
+def rows_at_once(vocab_size: int, *, learning: bool) -> int:
+    """Targets whose logits the loss holds at a time."""
+    return max(MIN_ROWS if learning else 1, LOGITS_BUDGET // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class TokenLoss:
     gamma: float = 2.0
     label_smoothing: float = 0.0
 
+    @torch.compiler.disable  # products and passes over memory that is there: nothing is left to compile
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and negative log-likelihood of each target.
+
+        Where gradients are on, they are made at once, for the backward pass.
 
         Args:
             hidden_states: ``[T, H]``.
@@ -54,10 +59,11 @@ class TokenLoss:
 
 
 class _ChunkedFocalLoss(torch.autograd.Function):
-    """The loss over blocks of rows. Gradients are made in the same pass, while a block's logits are there.
+    """The loss over blocks of targets. Gradients are made in the same pass, while a block's logits are there.
 
     They are those of the sum of the losses, and the backward pass scales them. Where it has to weigh targets
-    differently, or runs a second time, it makes them anew.
+    differently, or runs a second time, it makes them anew; with fp16 too, where the scaler's factor must be in them
+    before they are rounded.
     """
 
     @staticmethod
@@ -71,51 +77,63 @@ class _ChunkedFocalLoss(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_states.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         ctx.settings = gamma, smoothing
-        ctx.wanted = tuple(learning and needed for needed in ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden_states, weight, targets)
+        wanted = (False, False) if ctx.dtype == torch.float16 or not learning else ctx.needs_input_grad[:2]
         ones = torch.ones(len(targets), device=targets.device)
-        loss, nll, ctx.gradients = _by_rows(ctx, hidden_states, weight, targets, ones)
+        loss, nll, *ctx.gradients = _by_rows(ctx, hidden_states, weight, targets, ones, wanted)
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        upstream = grad_outputs[0].float()
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None and bool((upstream == upstream[:1]).all()):
-            for gradient in gradients:
-                if gradient is not None and len(upstream):
-                    gradient *= upstream[0]
-        else:
-            hidden_states, weight, targets = ctx.saved_tensors
-            *_, gradients = _by_rows(ctx, hidden_states, weight, targets, upstream)
-        return *gradients, None, None, None, None
+        upstream, wanted = grad_outputs[0].float(), ctx.needs_input_grad[:2]
+        made, ctx.gradients = ctx.gradients, (None, None)
+        if wanted == tuple(gradient is not None for gradient in made):
+            on_hidden, on_weight = made
+            # A frozen head needs no look at the values, for which a GPU would be waited for.
+            if on_weight is None or bool((upstream == upstream[:1]).all()):
+                if on_hidden is not None:
+                    on_hidden *= upstream[:, None]
+                if on_weight is not None and len(upstream):
+                    on_weight *= upstream[0]
+                return on_hidden, on_weight, None, None, None, None
+        hidden_states, weight, targets = ctx.saved_tensors
+        *_, on_hidden, on_weight = _by_rows(ctx, hidden_states, weight, targets, upstream, wanted)
+        return on_hidden, on_weight, None, None, None, None
 
 
 def _by_rows(
-    ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Loss and NLL ``[T]``; gradients of ``(upstream * loss).sum()`` for what is wanted."""
-    (gamma, smoothing), dtype = ctx.settings, ctx.dtype or hidden_states.dtype
-    hidden, head, vocab = hidden_states.to(dtype), weight.to(dtype), len(weight)
-    at_once = rows_at_once(vocab)
+    ctx: Any,
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss and NLL ``[T]``, and gradients of ``(upstream * loss).sum()`` by hidden states and weight, where wanted."""
+    gamma, smoothing = ctx.settings
+    hidden, head, vocab = hidden_states.to(ctx.dtype), weight.to(ctx.dtype), len(weight)
     loss, nll = torch.empty_like(upstream), torch.empty_like(upstream)
-    grad_hidden = torch.empty_like(hidden) if ctx.wanted[0] else None
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     # A frozen head is a third of its work cheaper.
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.wanted[1] else None
-    exact = dtype == torch.float32
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+    exact = ctx.dtype == torch.float32
     part = None if grad_weight is None or exact else torch.empty_like(head)
+    at_once = rows_at_once(vocab, learning=any(wanted))
     # Written over by each block, and in place: new memory costs page faults.
-    memory = hidden.new_empty(min(at_once, len(hidden)), vocab)
+    rough = hidden.new_empty(min(at_once, len(hidden)), vocab)
+    precise = rough if exact else rough.new_empty(rough.shape, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), at_once):
             block = slice(start, start + at_once)
-            states, wanted, scale = hidden[block], targets[block, None], upstream[block]
-            low = torch.mm(states, head.t(), out=memory[: len(states)])
-            logits = low.float()
-            highest, target_logit = logits.amax(1), logits.gather(1, wanted).squeeze(1)
+            states, wished, scale = hidden[block], targets[block, None], upstream[block]
+            low = torch.mm(states, head.t(), out=rough[: len(states)])
+            logits = low if exact else precise[: len(states)].copy_(low)
+            highest, target_logit = logits.amax(1), logits.gather(1, wished).squeeze(1)
             mean = logits.sum(1) / vocab if smoothing else 0.0
             unscaled = logits.sub_(highest[:, None]).exp_()
             sums = unscaled.sum(1)
@@ -125,13 +143,13 @@ def _by_rows(
             p = torch.exp(-target_nll)
             miss = (1 - p).clamp_min(1e-12)
             nll[block], loss[block] = target_nll, miss**gamma * smoothed if gamma else smoothed
-            if grad_hidden is None and grad_weight is None:
+            if not any(wanted):
                 continue
             focus = miss**gamma if gamma else torch.ones_like(miss)
             push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
             grad = unscaled.mul_((scale * (focus + push) / sums)[:, None])
             on_target = scale * (focus * (1 - smoothing) + push)
-            grad.scatter_(1, wanted, grad.gather(1, wanted) - on_target[:, None])
+            grad.scatter_(1, wished, grad.gather(1, wished) - on_target[:, None])
             if smoothing:
                 grad -= (scale * focus * (smoothing / vocab))[:, None]
             if not exact:
@@ -142,14 +160,8 @@ def _by_rows(
                 grad_weight.addmm_(grad.t(), states)
             elif grad_weight is not None:
                 grad_weight += torch.mm(grad.t(), states, out=part)
-    return (
-        loss,
-        nll,
-        (
-            None if grad_hidden is None else grad_hidden.to(hidden_states.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-        ),
-    )
+    on_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
+    return loss, nll, on_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 @dataclass(frozen=True)

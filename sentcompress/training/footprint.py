@@ -40,7 +40,7 @@ class Sizes:
         root, root_learned: of these, what is in no block of the backbone.
         unit: of the largest block.
         head: of the output head, if it learns.
-        loss: bytes of the loss while it runs: a block's logits, and what it makes of the head in bf16.
+        loss: bytes that the loss takes while it runs, the head's gradient left out.
         blocks: of all parts.
         activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``, None where there is none.
     """
@@ -148,7 +148,7 @@ def _footprint(
     optimizer = (12 if settings.ema else 8) * found.learned / share
     # Activations go as gradients come; those of earlier micro-batches are there from the start.
     if settings.gradient_accumulation > 1 or devices > 1:
-        moving = activations + gradients
+        moving = activations + 4 * found.head + gradients
     else:
         moving = max(activations + 4 * found.head, gradients)
     return Footprint(
@@ -227,8 +227,13 @@ def _sentences(recipe: Recipe, stage: Stage) -> int:
 
 
 def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
-    logits = len(head) * min(rows_at_once(len(head)), round(targets))
-    return 6 * logits + 4 * head.numel() if bf16 else 4 * logits
+    """A block's logits and the states' gradient; in bf16 the logits twice, the head and its gradient once more."""
+    vocab, width = head.shape
+    logits = vocab * min(rows_at_once(vocab, learning=True), round(targets))
+    states = round(targets) * width
+    if not bf16:
+        return 4 * (logits + states)
+    return 6 * logits + 2 * states + (4 if head.requires_grad else 2) * head.numel()
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:

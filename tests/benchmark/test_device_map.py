@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sentcompress.benchmark.parts import Folder, Parts
 from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.runner import run_bench
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, StorageError
+from sentcompress.modeling import device_map
 from sentcompress.modeling.device_map import _assign, blocks_of, room_for_one, spread_blocks
 from sentcompress.modeling.loading import load_sentence_lm
 from sentcompress.testing import tiny_opt
@@ -45,11 +49,9 @@ def test_what_is_free_now_holds_a_small_model(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def scarce(run_folder: Path, blocks: float) -> str:
-    """Memory for so many of the three blocks of the sentence model, and as much for what it is compared with."""
-    model = load_sentence_lm(run_folder / "graft")
-    own = model.backbone.blocks
-    return f"bench.max_memory={{cpu: {2 * (size(model) - size(own) + int(blocks * size(own[0])))}}}"
+def scarce(model: torch.nn.Module, blocks: torch.nn.ModuleList, number: float) -> str:
+    """Memory for so many of a model's three blocks, and as much for what it is compared with."""
+    return f"bench.max_memory={{cpu: {2 * (size(model) - size(blocks) + int(number * size(blocks[0])))}}}"
 
 
 def measure(run_folder: Path, out: Path, parts: list[str], *settings: str) -> Results:
@@ -62,8 +64,9 @@ def measure(run_folder: Path, out: Path, parts: list[str], *settings: str) -> Re
 def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
     parts = ["quality", "text", "speed", "memory"]
     whole = measure(run_folder, tmp_path / "whole", parts)
-    # One of the blocks' room is for those whose turn it is.
-    spread = measure(run_folder, tmp_path / "spread", parts, "bench.device_map=auto", scarce(run_folder, 2.5))
+    model = load_sentence_lm(run_folder / "graft")
+    few = scarce(model, model.backbone.blocks, 2.5)  # one of the blocks' room is for those whose turn it is
+    spread = measure(run_folder, tmp_path / "spread", parts, "bench.device_map=auto", few)
     assert [(s.system, s.bits_per_byte) for s in spread.quality] == [
         (s.system, s.bits_per_byte) for s in whole.quality
     ]
@@ -75,6 +78,45 @@ def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
         modelless = about[1] in ("unigram", "human")
         assert ("blocks by device: " in device) != modelless, about
     assert "blocks by device: cpu 1, disk 2" in places["memory", "sentence model"]
+
+
+def test_a_model_that_is_not_compared_any_more_is_let_go(run_folder, tmp_path):
+    place = Folder(run_folder)
+    twin = AutoModelForCausalLM.from_pretrained(run_folder / "baseline")
+    few = scarce(twin, blocks_of(twin), 1.5)
+    parts = Parts(place.recipe(["bench.device_map=auto", few]), place, tmp_path)
+    gone = weakref.ref(parts.baseline)
+    assert "disk" in parts.about(gone())[1]
+    assert len(list(tmp_path.glob("blocks-*/*"))) == 1
+    backbone = parts.backbone
+    assert gone() is None
+    assert len(list(tmp_path.glob("blocks-*/*"))) == 1
+    assert parts.backbone is backbone
+
+
+def test_half_of_each_device_that_is_named(monkeypatch):
+    model = tiny_opt()
+    free = {0: 100.0, 1: 60.0, "cpu": 40.0}
+    monkeypatch.setattr(device_map, "get_max_memory", lambda asked=None: asked or dict(free))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = torch.device("cuda", 1)
+    assert room_for_one(second, {0: 80, 1: 20}, model) == {1: 10, 0: 40, "cpu": 0}
+    assert room_for_one(second, {0: 80}, model) == {1: 0, 0: 40, "cpu": 0}
+    assert room_for_one(second, None, model) == pytest.approx(
+        {1: 27, 0: 45, "cpu": 0.45 * (40 + size(model))}
+    )
+    free.pop("cpu")
+    assert room_for_one(CPU, None, model)["cpu"] > 2**20
+
+
+def test_the_disk_must_hold_what_no_memory_does(monkeypatch, tmp_path):
+    model = tiny_opt()
+    blocks = blocks_of(model)
+    monkeypatch.setattr(device_map.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(StorageError, match="the disk has 10"):
+        spread_blocks(model, blocks, {"cpu": size(model) - size(blocks) + size(blocks[0])}, tmp_path)
+    with pytest.raises(InputError, match="one of the blocks that lie elsewhere"):
+        spread_blocks(model, blocks, {"cpu": size(model) - size(blocks)}, tmp_path)
 
 
 def test_rows_tell_the_dtype_of_their_own_model(run_folder, tmp_path):

@@ -1,11 +1,13 @@
 """Estimates: arithmetic that can be checked by hand, and the direction of what is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from sentcompress.benchmark.devices import Device, device, measure_cpu
-from sentcompress.benchmark.estimate import CACHE_PASSES, LOGIT_PASSES, estimate, shapes
+from sentcompress.benchmark.estimate import CACHE_PASSES, GENERATE_PASSES, estimate, shapes
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
 from sentcompress.recipe import load_recipe
@@ -23,7 +25,7 @@ def test_a_step_of_the_backbone_reads_its_weights_and_its_cache():
     model = tiny_opt()
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_positions" not in n)
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * 4
-    logits = 4 * LOGIT_PASSES * model.config.vocab_size
+    logits = 4 * GENERATE_PASSES * model.config.vocab_size
     expected = 4 * weights + 15 * CACHE_PASSES * cache + logits
     assert of_tiny().backbone_token == pytest.approx(expected / 1e9, rel=1e-6)
     assert of_tiny().backbone_cache == cache
@@ -52,6 +54,18 @@ def test_the_cpu_is_measured():
     assert cpu.product(1e6, 3) == pytest.approx(cpu.product(2e6, 3) / 2)
     assert cpu.bandwidth > 1e8
     assert cpu.block_seconds >= 0
+
+
+def test_a_head_in_8_bits_is_read_faster_where_it_is_large():
+    def writing(int8, more):
+        model = tiny_sentence_lm(2**22 // 32 + more)
+        machine = replace(PLAIN, per_weight={1: 4e-9}, per_int8_weight={1: 1e-9} if int8 else {})
+        return estimate(
+            model, tiny_opt(), machine, batch_size=1, prompt_tokens=9, new_tokens=1, sentence_tokens=5.0
+        ).sentence_token
+
+    assert writing(True, 8) < 0.5 * writing(False, 8)
+    assert writing(True, -8) == writing(False, -8)
 
 
 def test_shapes_take_no_memory():

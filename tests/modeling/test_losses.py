@@ -11,7 +11,7 @@ from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal, stop_
 @pytest.fixture
 def few_rows(monkeypatch):
     """Three rows a block."""
-    monkeypatch.setattr(losses, "rows_at_once", lambda _: 3)
+    monkeypatch.setattr(losses, "rows_at_once", lambda _, learning: 3 if learning else 4)
 
 
 @pytest.fixture(params=["one block", "many blocks"])
@@ -72,8 +72,39 @@ def test_blocks_of_rows_are_multiplied_with_the_head_once_and_twice_for_gradient
     of_a_block = [(3, 16, 300), (3, 300, 16), (300, 3, 16)]
     assert products.seen == 2 * of_a_block
     with Products() as products, torch.no_grad():
-        TokenLoss()(*head_of(6))
-    assert products.seen == 2 * of_a_block[:1]
+        TokenLoss()(*head_of(8))
+    assert products.seen == 2 * [(4, 16, 300)]
+
+
+def test_fp16_gradients_are_rounded_after_the_scalers_factor():
+    hidden, weight, targets = head_of(7)
+    with torch.no_grad():  # confident: what the other tokens get is below what fp16 can hold
+        weight[targets] = 12 * hidden / hidden.norm(dim=1, keepdim=True) ** 2
+    exact, _ = TokenLoss()(hidden, weight, targets)
+    right = torch.autograd.grad(exact.sum(), hidden)[0]
+    with torch.autocast("cpu", dtype=torch.float16):
+        rough, _ = TokenLoss()(hidden, weight, targets)
+    close = torch.autograd.grad(2.0**16 * rough.sum(), hidden)[0] / 2**16
+    torch.testing.assert_close(close, right, atol=0.02 * right.abs().max().item(), rtol=0.05)
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, targets = head_of(5)
+    loss, _ = TokenLoss()(hidden, weight, targets)
+    (first,) = torch.autograd.grad(loss.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_few_bits_get_gradients_of_theirs(dtype):
+    hidden, weight, targets = head_of(7)
+    exact = torch.autograd.grad(TokenLoss()(hidden, weight, targets)[0].mean(), (hidden, weight))
+    small = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+    loss, _ = TokenLoss()(*small, targets)
+    for right, found in zip(exact, torch.autograd.grad(loss.mean(), small), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), right, atol=0.03 * right.abs().max().item(), rtol=0.1)
 
 
 def test_gradients_may_be_asked_for_twice():
@@ -134,3 +165,16 @@ def test_a_frozen_head_gets_no_gradient_and_the_states_theirs():
         TokenLoss()(hidden, weight.requires_grad_(), targets)[0].sum(), (hidden, weight)
     )
     torch.testing.assert_close(frozen, learning)
+
+
+def test_a_compiled_model_learns_the_same():
+    hidden, weight, targets = head_of(7)
+    layer = torch.nn.Linear(16, 16)
+
+    def step(states):
+        return TokenLoss()(layer(states), weight, targets)[0].mean()
+
+    expected = torch.autograd.grad(step(hidden), (hidden, weight))
+    found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(hidden), (hidden, weight))
+    for right, compiled in zip(expected, found, strict=True):
+        torch.testing.assert_close(compiled, right)
