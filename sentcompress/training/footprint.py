@@ -148,7 +148,8 @@ def _footprint(
     optimizer = (12 if settings.ema else 8) * found.learned / share
     # Activations go as gradients come; those of earlier micro-batches are there from the start.
     if settings.gradient_accumulation > 1 or devices > 1:
-        moving = activations + 4 * found.head + gradients
+        # The head's gradient is there before it is added up; spread, the root's whole gradients are counted already.
+        moving = activations + gradients + (0 if spread else 4 * found.head)
     else:
         moving = max(activations + 4 * found.head, gradients)
     return Footprint(
