@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from sentcompress.errors import InputError
-from sentcompress.modeling.int8 import Int8Weight
+from sentcompress.generation.heads import ONE_PASS_FROM, ShortlistExactHead
 
 ROWS = (1, 2, 8, 32, 128, 512)
 """Rows at which products are timed on a CPU; between them costs are interpolated."""
+PROVED = 8
+"""Of these, for which a head's proof is timed."""
 MATRIX = (16384, 2048)
 """Of 128 MB: larger than a processor's cache, as the weights of a step are."""
 GPU_UTILIZATION = 0.4
@@ -42,6 +44,7 @@ class Device:
         link: bytes/s that it exchanges with its like.
         per_weight: seconds a weight by rows, where they were measured; else from bandwidth and operations.
         per_int8_weight: the same for weights in 8 bits; empty where there are no such kernels.
+        per_proved_logit: seconds a logit until the largest is proved after a pass over weights in 8 bits.
         measured: whether the figures were measured here.
     """
 
@@ -56,6 +59,7 @@ class Device:
     link: float = math.inf
     per_weight: Mapping[int, float] = field(default_factory=dict)
     per_int8_weight: Mapping[int, float] = field(default_factory=dict)
+    per_proved_logit: float = 0.0
     measured: bool = False
 
     def product(self, weights: float, rows: float, *, int8: bool = False) -> float:
@@ -130,16 +134,20 @@ def measure_cpu() -> Device:
         states = torch.randn(rows, width)
         per_weight[rows] = _seconds(lambda x=states: F.linear(x, weight)) / count  # type: ignore[misc]
     per_int8: dict[int, float] = {}
+    per_logit = 0.0
     try:
-        int8 = Int8Weight(weight)
+        head = ShortlistExactHead(weight)
     except InputError:
         pass
     else:
         for rows in ROWS:
             states = torch.randn(rows, width)
-            # Once or twice over the same weights, as the shortlist head does.
-            passes = 2 if rows < 4 else 1
-            per_int8[rows] = _seconds(lambda x=states, p=passes: int8.multiply(x, p)) / count  # type: ignore[misc]
+            # Once or twice over the same weights, as the head does.
+            passes = 2 if rows < ONE_PASS_FROM else 1
+            per_int8[rows] = _seconds(lambda x=states, p=passes: head.int8.multiply(x, p)) / count  # type: ignore[misc]
+        states, none = torch.randn(PROVED, width), torch.zeros(PROVED, dtype=torch.bool)
+        picking = _seconds(lambda: head.argmax(states, [None] * PROVED, none, 0))
+        per_logit = max(0.0, picking - count * per_int8[PROVED]) / (PROVED * out)
     largest = ROWS[-1]
     block, step = _overheads()
     import psutil
@@ -155,6 +163,7 @@ def measure_cpu() -> Device:
         step_seconds=step,
         per_weight=per_weight,
         per_int8_weight=per_int8,
+        per_proved_logit=per_logit,
         measured=True,
     )
 

@@ -22,9 +22,9 @@ BACKWARD = 3
 """A step of training costs three times its forward pass."""
 CACHE_PASSES = 3
 """Times a step of a backbone goes over its cache: it is put together anew, of other texts or longer, and read."""
-GENERATE_PASSES, LOGIT_PASSES, PROOF_PASSES = 8, 4, 7
+GENERATE_PASSES, LOGIT_PASSES = 8, 4
 """Times logits are written or read until the largest is known: in transformers ``generate`` (to fp32, a copy for its
-processors, what they change), in the plain head, and in one that is proved by a pass over weights in 8 bits."""
+processors, what they change), and in our full head."""
 TRAINED_BYTES = 12
 """Gradient and two moments of a weight that learns, in fp32, beside the weight."""
 
@@ -113,7 +113,10 @@ def estimate(
     step = device.product(decoder, going) + vae.config.decoder_layers * device.block_seconds
     proved = bool(device.per_int8_weight) and head >= WORTH_IT
     picked = device.product(head, going, int8=proved) + device.block_seconds
-    picked += picking(going, PROOF_PASSES if proved else LOGIT_PASSES)
+    if proved:
+        picked += going * vae.config.vocab_size * device.per_proved_logit
+    else:
+        picked += picking(going, LOGIT_PASSES)
     written = (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
     sentence += written * b / going
 

@@ -115,7 +115,6 @@ def _by_rows(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Loss and NLL ``[T]``, and gradients of ``(upstream * loss).sum()`` by hidden states and weight, where wanted."""
-    gamma, smoothing = ctx.settings
     hidden, head, vocab = hidden_states.to(ctx.dtype), weight.to(ctx.dtype), len(weight)
     loss, nll = torch.empty_like(upstream), torch.empty_like(upstream)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -123,45 +122,53 @@ def _by_rows(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     exact = ctx.dtype == torch.float32
     part = None if grad_weight is None or exact else torch.empty_like(head)
-    at_once = rows_at_once(vocab, learning=any(wanted))
+    at_once = min(rows_at_once(vocab, learning=any(wanted)), len(hidden))
     # Written over by each block, and in place: new memory costs page faults.
-    rough = hidden.new_empty(min(at_once, len(hidden)), vocab)
-    precise = rough if exact else rough.new_empty(rough.shape, dtype=torch.float32)
+    block = hidden.new_empty(at_once, vocab)
+    precise = None if exact else torch.empty_like(block, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(hidden), at_once):
-            block = slice(start, start + at_once)
-            states, wished, scale = hidden[block], targets[block, None], upstream[block]
-            low = torch.mm(states, head.t(), out=rough[: len(states)])
-            logits = low if exact else precise[: len(states)].copy_(low)
-            highest, target_logit = logits.amax(1), logits.gather(1, wished).squeeze(1)
-            mean = logits.sum(1) / vocab if smoothing else 0.0
-            unscaled = logits.sub_(highest[:, None]).exp_()
-            sums = unscaled.sum(1)
-            total = highest + sums.log()
-            target_nll = total - target_logit
-            smoothed = (1 - smoothing) * target_nll + smoothing * (total - mean)
-            p = torch.exp(-target_nll)
-            miss = (1 - p).clamp_min(1e-12)
-            nll[block], loss[block] = target_nll, miss**gamma * smoothed if gamma else smoothed
+        for start in range(0, len(hidden), max(1, at_once)):
+            rows = slice(start, start + at_once)
+            states = hidden[rows]
+            logits = torch.mm(states, head.t(), out=block[: len(states)])
+            work = logits if precise is None else precise[: len(states)].copy_(logits)
+            loss[rows], nll[rows] = _into_gradients(work, targets[rows], upstream[rows], *ctx.settings)
             if not any(wanted):
                 continue
-            focus = miss**gamma if gamma else torch.ones_like(miss)
-            push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
-            grad = unscaled.mul_((scale * (focus + push) / sums)[:, None])
-            on_target = scale * (focus * (1 - smoothing) + push)
-            grad.scatter_(1, wished, grad.gather(1, wished) - on_target[:, None])
-            if smoothing:
-                grad -= (scale * focus * (smoothing / vocab))[:, None]
-            if not exact:
-                grad = low.copy_(grad)
+            if precise is not None:
+                logits.copy_(work)
             if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[block])
+                torch.mm(logits, head, out=grad_hidden[rows])
             if grad_weight is not None and part is None:
-                grad_weight.addmm_(grad.t(), states)
+                grad_weight.addmm_(logits.t(), states)
             elif grad_weight is not None:
-                grad_weight += torch.mm(grad.t(), states, out=part)
+                grad_weight += torch.mm(logits.t(), states, out=part)
     on_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
     return loss, nll, on_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def _into_gradients(
+    logits: Tensor, targets: Tensor, upstream: Tensor, gamma: float, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and NLL ``[r]``; fp32 logits ``[r, V]`` become the gradients of ``(upstream * loss).sum()`` by them."""
+    wanted = targets[:, None]
+    highest, target_logit = logits.amax(1), logits.gather(1, wanted).squeeze(1)
+    mean = logits.mean(1) if smoothing else 0.0
+    unscaled = logits.sub_(highest[:, None]).exp_()
+    sums = unscaled.sum(1)
+    total = highest + sums.log()
+    nll = total - target_logit
+    smoothed = (1 - smoothing) * nll + smoothing * (total - mean)
+    p = torch.exp(-nll)
+    miss = (1 - p).clamp_min(1e-12)
+    focus = miss**gamma if gamma else torch.ones_like(miss)
+    push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
+    gradients = unscaled.mul_((upstream * (focus + push) / sums)[:, None])
+    on_target = upstream * (focus * (1 - smoothing) + push)
+    gradients.scatter_(1, wanted, gradients.gather(1, wanted) - on_target[:, None])
+    if smoothing:
+        gradients -= (upstream * focus * (smoothing / logits.shape[1]))[:, None]
+    return focus * smoothed, nll
 
 
 @dataclass(frozen=True)
