@@ -37,12 +37,17 @@ def measure_throughput(
     prompts = all_prompts[ranks.process_index :: ranks.num_processes]
     systems = both_systems(timed.model, timed.backbone, sentence_lengths, settings, timed.bos_token_id)
     with quiet():
-        return _by_processes(systems, prompts, settings.new_tokens, settings.repeats)
+        return by_processes(systems, prompts, settings.new_tokens, settings.repeats)
 
 
-def _by_processes(
+def by_processes(
     systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, repeats: int
 ) -> list[Throughput]:
+    """The figures, from ``prompts`` that are each process's own; one more repeat warms up.
+
+    Raises:
+        RunError: a system wrote more or fewer tokens than it was asked for, in whichever process.
+    """
     ranks = processes()
     counts = [2**n for n in range(ranks.num_processes.bit_length()) if 2**n < ranks.num_processes]
     counts.append(ranks.num_processes)

@@ -27,7 +27,8 @@ from sentcompress.benchmark.systems import (
     TokenSystem,
     make_prompts,
 )
-from sentcompress.errors import InputError
+from sentcompress.benchmark.throughput import by_processes
+from sentcompress.errors import InputError, RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.cells import SPARE_CELLS
 from sentcompress.recipe import BenchSettings, Recipe, build_recipe, load_recipe
@@ -285,3 +286,16 @@ def test_a_device_that_is_not_there_is_refused():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(InputError, match=r"bench\.device: this machine has no CUDA device"):
         Parts(load_recipe("strong", ["bench.device=cuda"]), None)
+
+
+def test_throughput_of_a_system_that_stops_early_is_an_error():
+    class Short(TokenSystem):
+        def write(self, prompts, new_tokens):
+            return super().write(prompts, new_tokens - 1)
+
+    prompts = make_prompts(SENTENCE_IDS, 6, 2)
+    whole, short = (kind("any", tiny_opt(), 2) for kind in (TokenSystem, Short))
+    (found,) = by_processes([whole], prompts, 4, 2)
+    assert (found.processes, found.efficiency, len(found.rates)) == (1, 1.0, 2)
+    with pytest.raises(RunError, match="wrote 3 tokens by process instead of 4"):
+        by_processes([short], prompts, 4, 2)
