@@ -29,7 +29,8 @@ TOOL = Path(__file__).resolve().parent.parent / "tools" / "fuzz.py"
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("recipes", 60), ("models", 30), ("tokenizers", 30), ("texts", 40), ("commands", 12)]
+    ("kind", "count"),
+    [("recipes", 60), ("models", 30), ("tokenizers", 30), ("texts", 40), ("bombs", 3), ("commands", 12)],
 )
 def test_a_sample_finds_nothing(kind, count):
     command = [sys.executable, str(TOOL), kind, "--count", str(count), "--seed", "1"]
@@ -115,11 +116,13 @@ def test_escape_sequences_are_shown_and_not_obeyed(capsys, monkeypatch, debug):
     assert "\x1b" not in shown.get()
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
-def test_a_zip_bomb_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, suffix):
+def test_a_zip_bomb_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, suffix, end):
+    """bombs 96, seed 0: the line ended in the very piece of the file that made it too long."""
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 1 << 20)
     path = tmp_path / f"bomb{suffix}"
-    line = json.dumps({"text": "a" * (64 << 20)}).encode()
+    line = json.dumps({"text": "a" * (64 << 20)}).encode() + end
     if suffix.endswith("gz"):
         path.write_bytes(gzip.compress(line))
     else:

@@ -4,6 +4,7 @@
     python tools/fuzz.py models --count 2000
     python tools/fuzz.py tokenizers --count 2000
     python tools/fuzz.py texts --count 2000
+    python tools/fuzz.py bombs --count 100
     python tools/fuzz.py commands --count 1000
     python tools/fuzz.py recipes --only 4711
 
@@ -321,6 +322,46 @@ class Texts(Kind):
             pass
 
 
+class Bombs(Kind):
+    """JSON lines of up to 1 GB, as they are or as a file of some KB that unpacks to them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from sentcompress.registry import get_registry
+
+        self.dataset = get_registry().get("dataset", "jsonl")
+
+    def run(self, rng: random.Random) -> None:
+        size = rng.choice([10**6, 3 * 10**7, 10**8, 2**28, 3 * 10**8, 10**9])
+        unit = rng.choice([b"a", b"no ", b"[", b'{"a":', b"\\u0000", "é".encode(), b"\xff", b"\0", b" "])
+        suffix = rng.choice(["", ".gz", ".zst"])
+        path = self.folder / f"lines.jsonl{suffix}"
+        begin, end = rng.choice([(b'{"text": "', b'"}\n'), (b"", b"")])
+        block = unit * (2**20 // len(unit))
+        with self._opened(path) as file:
+            file.write(begin)
+            # A file that is not packed would only test the disk.
+            for _ in range(1 + min(size, 10**8 if not suffix else size) // len(block)):
+                file.write(block)
+            file.write(end)
+        try:
+            for document in self.dataset(self.dataset.Options(paths=[str(path)])).documents():
+                if len(document.text) > 2**28:
+                    raise Finding(f"a document of {len(document.text):,} characters")
+        finally:
+            path.unlink()
+
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        if path.suffix == ".gz":
+            return gzip.open(path, "wb", compresslevel=1)
+        if path.suffix == ".zst":
+            import zstandard
+
+            return zstandard.open(path, "wb")
+        return path.open("wb")
+
+
 class Commands(Kind):
     """Command lines of random commands, options and values. What could train for hours only plans."""
 
@@ -415,6 +456,7 @@ KINDS: dict[str, type[Kind]] = {
     "models": Models,
     "tokenizers": Tokenizers,
     "texts": Texts,
+    "bombs": Bombs,
     "commands": Commands,
 }
 

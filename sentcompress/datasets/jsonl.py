@@ -154,18 +154,18 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 def _split_lines(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
     """Raises DataError at a line over ``LONGEST_LINE``, before it is whole in memory."""
     parts: list[bytes] = []
-    size = number = 0
+    size, number = 0, 1
     for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join([*parts, line])
-            parts, size = [], 0
-            number += 1
-        parts.append(rest)
-        size += len(rest)
-        if size > LONGEST_LINE:
-            raise DataError(
-                f"{path}:{number + 1}: a line of over {LONGEST_LINE >> 20} MiB",
-                fix="cut it into documents of a line each; if it was not meant to be, the file may be a zip bomb",
-            )
+        for place, line in enumerate(chunk.split(b"\n")):
+            if place:  # the one before is whole
+                yield b"".join(parts)
+                parts, size = [], 0
+                number += 1
+            parts.append(line)
+            size += len(line)
+            if size > LONGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: a line of over {LONGEST_LINE >> 20} MiB",
+                    fix="cut it into documents of a line each; if it was not meant to be, the file may be a zip bomb",
+                )
     yield b"".join(parts)
