@@ -56,15 +56,17 @@ def lowest_constraints() -> str:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Hostile recipes, model folders, texts and command lines, in full: about half an hour."""
+    """Hostile recipes, model folders, texts, packed files and command lines, in full: about half an hour."""
     session.install(*CONSTRAINED, "-e", ".[dev]")
-    for kind, count in (
-        ("recipes", 10_000),
-        ("models", 2_000),
-        ("texts", 2_000),
-        ("bombs", 100),
-        ("commands", 1_000),
-    ):
+    counts = {
+        "recipes": 10_000,
+        "models": 2_000,
+        "tokenizers": 2_000,
+        "texts": 2_000,
+        "bombs": 100,
+        "commands": 1_000,
+    }
+    for kind, count in counts.items():
         session.run("python", "tools/fuzz.py", kind, "--count", str(count))
 
 
