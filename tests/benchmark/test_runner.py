@@ -13,7 +13,7 @@ from sentcompress.benchmark.parts import Folder
 from sentcompress.benchmark.provenance import commit
 from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
 from sentcompress.benchmark.results import is_current, parse_results, read_results
-from sentcompress.benchmark.runner import run_bench
+from sentcompress.benchmark.runner import run_bench, together_first
 from sentcompress.errors import InputError, ModelFolderError, RunError
 
 
@@ -167,3 +167,8 @@ def test_results_of_other_weights_are_not_kept(results, run_folder, tmp_path):
     shutil.copytree(out, tmp_path / "bench")
     found = run_bench(["data"], tmp_path / "run", out=tmp_path / "bench", quiet=True)
     assert found.measured() == ["data"]
+
+
+def test_what_processes_measure_together_comes_before_what_one_does_alone():
+    assert together_first(PARTS)[:3] == ["causality", "quality", "speed"]
+    assert together_first(["data", "text", "speed"]) == ["speed", "data", "text"]
