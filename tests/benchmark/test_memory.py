@@ -34,8 +34,8 @@ def test_cache_bytes_are_those_of_the_shapes(latents):
     assert sentences.position_limit_tokens == 128 // latents * 5
     assert tokens.longest_context_tokens == 2**30 // PER_POSITION
     assert sentences.longest_context_tokens > 2 * tokens.longest_context_tokens
-    # A start, 24 tokens, and a column for texts that wait for others.
-    assert sentences.transient_bytes == 2 * 4 * 32 * (24 + 2)
+    # A start and 24 tokens.
+    assert sentences.transient_bytes == 2 * 4 * 32 * (24 + 1)
 
 
 def test_slopes_show_the_cache_growing():
