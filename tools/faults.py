@@ -222,7 +222,7 @@ def refused(run: Broken, number: int, code: int) -> str:
     words = run.last_words()
     if ended == 0:
         return "went on without it"  # only a heartbeat or such was refused
-    if ended != 1 or "Traceback" in words or "error:" not in words:
+    if ended != 1 or "Traceback" in words or "error:" not in words or "--debug" in words:
         raise Finding(f"write {number} refused: code {ended}: {words}")
     run.check_whole()
     return words.rpartition("error:")[2].strip().splitlines()[0][:150]

@@ -122,12 +122,14 @@ class MetricsLog:
 
     Raises:
         InputError: one of them is wanted and not installed, or W&B refuses.
+        StorageError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, start: int, tensorboard: bool, wandb: bool = False) -> None:
         self.path = folder / METRICS
-        kept = [line for line in read_metrics(self.path) if line["step"] <= start]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        with storage_errors(folder):
+            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events: Any = None
         if tensorboard:
             try:
@@ -139,7 +141,8 @@ class MetricsLog:
                 ) from error
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._wandb = _wandb_run(folder) if wandb else None
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        with storage_errors(folder):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append ``{"step": step, **figures}``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from sentcompress.io import file_digest
 from sentcompress.training import checkpoints, loop
 from sentcompress.training.checkpoints import CheckpointStore, check_checkpoint
 from sentcompress.training.loop import run_job
-from sentcompress.training.progress import read_metrics
+from sentcompress.training.progress import MetricsLog, read_metrics
 
 MODEL_FILES = {
     "README.md",
@@ -329,3 +330,20 @@ def test_seeds_reach_every_generator():
         loop.seed_everything(5)
         draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize("refused", ["r", "w", "a"])
+def test_a_log_that_is_refused_is_a_storage_error(tmp_path, monkeypatch, refused):
+    """refused 90 of 309: "OSError: [Errno 30] Read-only file system: 'metrics.jsonl'" when a stage began."""
+    MetricsLog(tmp_path, 0, tensorboard=False).close()
+    opened = io.open
+
+    def refuse(file, mode="r", *arguments, **named):
+        if mode.strip("bt") == refused:
+            raise OSError(errno.EROFS, "Read-only file system", str(file))
+        return opened(file, mode, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(StorageError, match="cannot be written: Read-only file system"):
+        MetricsLog(tmp_path, 0, tensorboard=False)
