@@ -277,6 +277,7 @@ class _Run:
         try:
             result = self.stepper.step(done - 1, batches, self.next_batch, lambda: interruption.asked)
         except NumericsError as error:
+            self.saver.writer.wait()  # one may be on its way
             steps = self.store.steps()
             good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
             raise NumericsError(
