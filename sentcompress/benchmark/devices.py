@@ -19,7 +19,7 @@ from sentcompress.generation.heads import ONE_PASS_FROM, ShortlistExactHead
 ROWS = (1, 2, 8, 32, 128, 512)
 """Rows at which products are timed on a CPU; between them costs are interpolated."""
 PROVED = 8
-"""Of these, for which a head's proof is timed."""
+"""Rows for which a head's proof is timed."""
 MATRIX = (16384, 2048)
 """Of 128 MB: larger than a processor's cache, as the weights of a step are."""
 GPU_UTILIZATION = 0.4

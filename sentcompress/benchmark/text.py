@@ -25,7 +25,7 @@ from sentcompress.text.corpus import Corpus
 from sentcompress.text.progress import Bar
 
 HUMAN = "human"
-BASELINE = TWINS[0]
+BASELINE, AS_IT_CAME = TWINS
 Advance = Callable[[int], None]
 """Told of so many prompts more that are done."""
 BATCH = 16
@@ -60,7 +60,7 @@ def measure_text(
     models: dict[str, Callable[[], SentenceLM | PreTrainedModel]] = {
         "sentence model": lambda: parts.sentence_lm,
         BASELINE: lambda: parts.baseline,
-        TWINS[1]: lambda: parts.as_it_came,
+        AS_IT_CAME: lambda: parts.as_it_came,
     }
 
     def write(system: str, advance: Advance) -> list[str]:

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -57,7 +57,7 @@ def room_for_one(
         found = get_max_memory()
         if main == "cpu":  # where it is shared with an accelerator, Accelerate counts it as that one's
             found.setdefault("cpu", psutil.virtual_memory().available)
-        found["cpu"] = found.get("cpu", 0) + _bytes(list(_tensors(model)))
+        found["cpu"] = found.get("cpu", 0) + _bytes(_tensors(model))
         found = {place: SHARE * free for place, free in found.items()}
     else:
         found = _limits(max_memory)
@@ -101,7 +101,7 @@ def spread_blocks(
     """
     inside = {id(t) for t in _tensors(blocks)}
     rest = [t for t in _tensors(model) if id(t) not in inside]
-    sizes = [_bytes(list(_tensors(block))) for block in blocks]
+    sizes = [_bytes(_tensors(block)) for block in blocks]
     main, needed = next(iter(room)), _bytes(rest)
     free = room[main] - needed
     found = _assign(sizes, {**room, main: free})
@@ -115,9 +115,8 @@ def spread_blocks(
         )
     on_disk = sum(size for size, place in zip(sizes, found, strict=True) if place == DISK)
     free_disk = shutil.disk_usage(folder).free
-    if (
-        on_disk > free_disk
-    ):  # Accelerate maps files into memory: a full disk would end the process without a word
+    # Accelerate maps files into memory: a full disk would end the process without a word.
+    if on_disk > free_disk:
         raise StorageError(
             f"{folder}: {on_disk:,} bytes of the backbone's blocks fit into no memory, and the disk has {free_disk:,}",
             fix="free some space, or give more in bench.max_memory",
@@ -157,7 +156,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers())
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 

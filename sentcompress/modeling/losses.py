@@ -122,35 +122,40 @@ def _by_rows(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     exact = ctx.dtype == torch.float32
     part = None if grad_weight is None or exact else torch.empty_like(head)
-    at_once = min(rows_at_once(vocab, learning=any(wanted)), len(hidden))
+    at_once = min(rows_at_once(vocab, learning=any(wanted)), max(1, len(hidden)))
     # Written over by each block, and in place: new memory costs page faults.
     block = hidden.new_empty(at_once, vocab)
     precise = None if exact else torch.empty_like(block, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(hidden), max(1, at_once)):
+        for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
             states = hidden[rows]
             logits = torch.mm(states, head.t(), out=block[: len(states)])
             work = logits if precise is None else precise[: len(states)].copy_(logits)
-            loss[rows], nll[rows] = _into_gradients(work, targets[rows], upstream[rows], *ctx.settings)
-            if not any(wanted):
+            weights = upstream[rows] if any(wanted) else None
+            loss[rows], nll[rows] = _into_gradients(work, targets[rows], weights, *ctx.settings)
+            if weights is None:
                 continue
             if precise is not None:
                 logits.copy_(work)
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[rows])
-            if grad_weight is not None and part is None:
-                grad_weight.addmm_(logits.t(), states)
-            elif grad_weight is not None:
-                grad_weight += torch.mm(logits.t(), states, out=part)
+            if grad_weight is not None:
+                if part is None:
+                    grad_weight.addmm_(logits.t(), states)
+                else:
+                    grad_weight += torch.mm(logits.t(), states, out=part)
     on_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
     return loss, nll, on_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 def _into_gradients(
-    logits: Tensor, targets: Tensor, upstream: Tensor, gamma: float, smoothing: float
+    logits: Tensor, targets: Tensor, upstream: Tensor | None, gamma: float, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and NLL ``[r]``; fp32 logits ``[r, V]`` become the gradients of ``(upstream * loss).sum()`` by them."""
+    """Loss and NLL ``[r]``; fp32 logits ``[r, V]`` become the gradients of ``(upstream * loss).sum()`` by them.
+
+    Without ``upstream`` that pass over them is left out, and they are of no more use.
+    """
     wanted = targets[:, None]
     highest, target_logit = logits.amax(1), logits.gather(1, wanted).squeeze(1)
     mean = logits.mean(1) if smoothing else 0.0
@@ -162,13 +167,16 @@ def _into_gradients(
     p = torch.exp(-nll)
     miss = (1 - p).clamp_min(1e-12)
     focus = miss**gamma if gamma else torch.ones_like(miss)
+    loss = focus * smoothed
+    if upstream is None:
+        return loss, nll
     push = smoothed * gamma * miss ** (gamma - 1) * p if gamma else torch.zeros_like(miss)
     gradients = unscaled.mul_((upstream * (focus + push) / sums)[:, None])
     on_target = upstream * (focus * (1 - smoothing) + push)
     gradients.scatter_(1, wanted, gradients.gather(1, wanted) - on_target[:, None])
     if smoothing:
         gradients -= (upstream * focus * (smoothing / logits.shape[1]))[:, None]
-    return focus * smoothed, nll
+    return loss, nll
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class MetricsLog:
         self.path = folder / METRICS
         with storage_errors(folder):
             kept = [line for line in read_metrics(self.path) if line["step"] <= start]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events: Any = None
         if tensorboard:
             try:
