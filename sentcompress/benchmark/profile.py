@@ -13,6 +13,7 @@ import torch
 
 from sentcompress.benchmark.records import PartTime
 from sentcompress.benchmark.systems import Prompt, SentenceSystem, System, TokenSystem
+from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.decoding import Sampler
 
 ENCODER, BACKBONE, DECODER = "encoder", "backbone blocks", "decoder blocks"
@@ -114,6 +115,7 @@ def _places(system: System) -> list[Place]:
                 if hasattr(decoder, name)
             ),
             *((system.head, name, HEAD) for name in ("words", "argmax", "logits")),
+            (CompiledStep, "step", DECODER),
             (Sampler, "pick", SAMPLING),
         ]
     assert isinstance(system, TokenSystem)

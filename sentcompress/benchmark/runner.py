@@ -353,9 +353,9 @@ class _Bench:
         self.results.speed = report
         self.results.skipped += report.skipped
         why = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")
-        why += f"; head {report.head}" + (
-            "" if self.settings.cache == "full" else f"; cache {self.settings.cache}"
-        )
+        why += f"; head {report.head}"
+        why += "" if self.settings.cache == "full" else f"; cache {self.settings.cache}"
+        why += "; compiled" if self.settings.compile else ""
         if report.quantized:
             why += f"; 8 bits: {', '.join(report.quantized)}"
         for run in report.runs:

@@ -110,12 +110,13 @@ class SentenceSystem(System):
         head: HeadKind = "auto",
         cache: CacheKind = "full",
         shortlist_tokens: int = 1024,
+        compiled: bool = False,
     ) -> None:
         self.model = model.eval()
         self.lengths = tuple(sentence_lengths)
         self.generator = SentenceGenerator(model, None)
         self.kind, self.cache = head, cache
-        self.shortlist_tokens = shortlist_tokens
+        self.shortlist_tokens, self.compiled = shortlist_tokens, compiled
         self.head = self.generator.head(head, shortlist_tokens)
 
     def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
@@ -135,6 +136,7 @@ class SentenceSystem(System):
             head=self.kind,
             shortlist_tokens=self.shortlist_tokens,
             cache=self.cache,
+            compile=self.compiled,
         )
         written = [0] * len(prompts)
         contexts = [prompt.sentences for prompt in prompts]
@@ -151,7 +153,14 @@ def both_systems(
     bos_token_id: int,
 ) -> tuple[TokenSystem, SentenceSystem]:
     """The backbone as it is used most, and the sentence model as the recipe wants it timed."""
-    ours = SentenceSystem(model, sentence_lengths, settings.head, settings.cache, settings.shortlist_tokens)
+    ours = SentenceSystem(
+        model,
+        sentence_lengths,
+        settings.head,
+        settings.cache,
+        settings.shortlist_tokens,
+        settings.compile,
+    )
     return TokenSystem(BACKBONE, backbone, bos_token_id), ours
 
 

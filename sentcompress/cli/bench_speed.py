@@ -47,6 +47,13 @@ QuantizeOption = Annotated[
         help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits; else bench.quantize.",
     ),
 ]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="torch.compile the sentence model's decoder: a CUDA graph on a GPU; else bench.compile.",
+    ),
+]
 ProfileOption = Annotated[
     bool, typer.Option("--profile", help="Also show where a token's time goes, in both models.")
 ]
@@ -68,7 +75,7 @@ def add_to(bench: typer.Typer) -> None:
             "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
             "sentcompress bench speed out/quickstart --profile --quantize decoder,encoder",
             "sentcompress bench speed out/quickstart --largest-batch 1GiB --set bench.prompt_tokens=300",
-            "sentcompress bench speed --backbone opt-1.3b --init random --device cuda --dtype bf16",
+            "sentcompress bench speed --backbone opt-1.3b --init random --device cuda --dtype bf16 --compile",
             "sentcompress bench speed out/quickstart --set 'bench.batch_sizes=[1,4,16]'",
         ),
     )(speed)
@@ -97,6 +104,7 @@ def speed(
     dtype: DtypeOption = None,
     head: HeadOption = None,
     quantize: QuantizeOption = None,
+    compile_: CompileOption = False,
     profile: ProfileOption = False,
     largest_batch: LargestBatchOption = None,
     out: ResultsOption = None,
@@ -104,6 +112,7 @@ def speed(
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
     chosen = _overrides(device=device, dtype=dtype, head=head, profile=profile or None)
+    chosen += ["bench.compile=true"] if compile_ else []
     chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
     if largest_batch is not None:
         size = _bytes("--largest-batch", largest_batch)

@@ -46,6 +46,14 @@ def generate(
             help="Keep the backbone's keys and values as they are, in 8 bits, or in the computer's memory."
         ),
     ] = "full",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="torch.compile the decoder's step: a CUDA graph on a GPU, for small models faster on a CPU too. The "
+            "first sentence waits for it.",
+        ),
+    ] = False,
     quantize: Annotated[
         str,
         typer.Option(
@@ -84,6 +92,7 @@ def generate(
             head=head,
             shortlist_tokens=shortlist_tokens,
             cache=cache,
+            compile=compile_,
         )
     except ValidationError as error:
         raise InputError(describe_validation_error(error, GenerationSettings, "")) from None

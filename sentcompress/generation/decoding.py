@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.heads import Head, Words
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.decoder import DecoderContext
@@ -140,16 +141,24 @@ class SentenceWriter:
         vae: the model whose decoder writes.
         head: the output head; None takes the full one.
         use_cache: False runs the decoder over everything again for each token.
+        compiled: takes the decoder's steps, with ``use_cache``; None: they are not compiled.
     """
 
     def __init__(
-        self, vae: SentenceVAE, sampler: Sampler, *, head: Head | None = None, use_cache: bool = True
+        self,
+        vae: SentenceVAE,
+        sampler: Sampler,
+        *,
+        head: Head | None = None,
+        use_cache: bool = True,
+        compiled: CompiledStep | None = None,
     ) -> None:
         self.vae = vae
         self.head = head or Head(vae.output_weight)
         self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
         self.sampler = sampler
         self.use_cache = use_cache
+        self.compiled = compiled
         self.cache: Any = None
         self.open: list[_Sentence | None] = []
         """What each text's sentence is at; None where none is being written."""
@@ -177,6 +186,8 @@ class SentenceWriter:
         if self.use_cache:
             self.past = []
             self.cache = self.decoder.allocate(len(texts), texts[0].latents, context)
+            if self.compiled is not None:
+                self.compiled.settle(self.cache)
 
     def _context(self, tails: Sequence[Told]) -> DecoderContext:
         """What the decoder keeps of texts: equal ones are read once, and a few together, to bound memory."""
@@ -206,6 +217,8 @@ class SentenceWriter:
         self.past = [self.past[row] for row in rows] if self.past else []
         if self.cache is not None:
             self.decoder.keep(self.cache, torch.tensor(rows, device=self.vae.device))
+            if self.compiled is not None:
+                self.compiled.settle(self.cache)
 
     @torch.no_grad()
     def begin(self, rows: Sequence[int], latents: Tensor, plans: Sequence[RowPlan]) -> None:
@@ -265,6 +278,10 @@ class SentenceWriter:
             return self.last_hidden(latents, [sentence.tokens for sentence in sentences], rows)
         device = self.vae.device
         some = torch.tensor(rows, device=device) if len(rows) < len(self.open) else None
+        if self.compiled is not None:
+            every = self.vae.embed_targets(torch.tensor(self.feed, device=device))
+            hidden = self.compiled.step(every, self.cache, some)
+            return hidden if some is None else hidden[some]
         feed = torch.tensor([self.feed[row] for row in rows], device=device)
         return self.decoder.step(self.vae.embed_targets(feed), self.cache, some)
 

@@ -13,6 +13,7 @@ from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.cells import Cells, Prefix
+from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.heads import Head, make_head, make_shortlist_head
 from sentcompress.generation.prompts import ends_in_sentence
@@ -80,6 +81,7 @@ class SentenceGenerator:
             self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
         self.device = next(model.parameters()).device
         self._heads: dict[tuple[HeadKind, int], Head] = {}
+        self._compiled: CompiledStep | None = None
 
     def head(self, kind: HeadKind, shortlist_tokens: int = 1024) -> Head:
         """The output head called ``kind``, made when first asked for: it counts how often a shortlist fell back.
@@ -97,6 +99,15 @@ class SentenceGenerator:
             else:
                 self._heads[key] = make_head(self.model.vae.output_weight, kind)
         return self._heads[key]
+
+    def compiled(self) -> CompiledStep:
+        """The decoder's step, compiled, for ``compile``; made when first asked for.
+
+        Raises:
+            InputError: it cannot be had for this model.
+        """
+        self._compiled = self._compiled or CompiledStep(self.model.vae.decoder)
+        return self._compiled
 
     def generate(
         self,
@@ -205,6 +216,7 @@ class SentenceGenerator:
             Sampler(settings, self.device),
             head=self.head(settings.head, settings.shortlist_tokens),
             use_cache=settings.use_cache,
+            compiled=self.compiled() if settings.compile else None,
         )
         writer.read([Told(row.context, cells.told(i, len(row.context))) for i, row in enumerate(rows)])
         waiting = list(range(len(rows)))

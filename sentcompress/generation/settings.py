@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sentcompress.choices import CacheKind, HeadKind
 
@@ -42,7 +42,16 @@ class GenerationSettings(BaseModel):
     """How the backbone's keys and values are kept: as they are; in 8 bits, about a quarter of the memory; or, for a
     model on a GPU, in the computer's memory (``offloaded``), as they are or in 8 bits, and one block's at a time on
     the GPU."""
+    compile: bool = False
+    """torch.compile the decoder's step: on a GPU a CUDA graph, on a CPU fused loops, which pay for small models only.
+    The first sentences wait for the compiler, and the last digits of sums may differ."""
     use_cache: bool = True
     """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
     sentence_lengths: tuple[int, ...] | None = None
     """Benchmarks with untrained weights: exact tokens of each sentence in turn, cycled; nothing else ends one."""
+
+    @model_validator(mode="after")
+    def _what_is_compiled_uses_the_cache(self) -> GenerationSettings:
+        if self.compile and not self.use_cache:
+            raise ValueError("compile goes with use_cache: leave one of them as it is")
+        return self

@@ -229,26 +229,56 @@ class SentenceDecoder(nn.Module):
         """
         some = slice(None) if rows is None else rows
         positions = cache.positions[some]
-        if self.unpack is not None and cache.slots is not None:
-            each = torch.arange(len(cache.slots), device=embeddings.device)[some]
-            at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
-            embeddings = embeddings + self.unpack(cache.slots, each, at)
-        if cache.reading:
-            cache.reading -= 1
-            embeddings = latents_first(embeddings, cache.latents[some], positions)
-        hidden_states = embeddings + self.embed_positions(positions)
+        reading, cache.reading = cache.reading > 0, max(0, cache.reading - 1)
         if rows is not None:
             cache.even = None
-        place = self._place(cache, rows)
-        for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
-            told = tuple(x[some] for x in prepared)
-            hidden_states = block.step(hidden_states, layer, place, told)
+        states = self._step(embeddings, cache, some, positions, self._place(cache, rows), reading)
         if rows is None:
             cache.positions = positions + 1
         else:
             cache.positions = cache.positions.index_copy(0, rows, positions + 1)
         if cache.even is not None:
             cache.even += 1
+        return states
+
+    def step_all(self, embeddings: Tensor, cache: DecoderCache, going: Tensor) -> Tensor:
+        """As ``step``, in shapes that are always the same and with nothing read by the CPU, so that it can be compiled.
+
+        The caller advances ``cache.positions`` where ``going``.
+
+        Args:
+            embeddings: ``[B, H]``; what rows that wait are given does not matter, nor what comes back for them.
+            going: ``[B]`` bool, the rows that go on.
+        """
+        n, filled = self.context, cache.before.filled
+        rows = torch.arange(len(embeddings), device=embeddings.device)
+        # A row that waits may have no column left: it is looked up in its last one, and nothing is written there.
+        positions = cache.positions.clamp_max(self.capacity - 1)
+        mask = torch.arange(self.capacity, device=rows.device) <= positions[:, None]
+        mask = torch.cat([filled, mask], 1)
+        angles = _of_each(cache.angles, lambda x: x[rows, positions])
+        place = Place(rows, n + positions, 0, n + self.capacity, mask[:, None, None], angles, going)
+        return self._step(embeddings, cache, slice(None), positions, place, self.prefix > 0)
+
+    def _step(
+        self,
+        embeddings: Tensor,
+        cache: DecoderCache,
+        some: Tensor | slice,
+        positions: Tensor,
+        place: Place,
+        reading: bool,
+    ) -> Tensor:
+        if self.unpack is not None and cache.slots is not None:
+            each = torch.arange(len(cache.slots), device=embeddings.device)[some]
+            at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
+            embeddings = embeddings + self.unpack(cache.slots, each, at)
+        if reading:
+            embeddings = latents_first(embeddings, cache.latents[some], positions)
+        hidden_states = embeddings + self.embed_positions(positions)
+        for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
+            told = tuple(x[some] for x in prepared)
+            hidden_states = block.step(hidden_states, layer, place, told)
         return self.norm(hidden_states)
 
     def _place(self, cache: DecoderCache, some: Tensor | None) -> Place:

@@ -76,6 +76,7 @@ class Place:
         first, end: the columns that are looked at.
         mask: ``[B, 1, 1, end - first]`` bool of what each row sees of them; None: all.
         angles: cosine and sine ``[b, 1, 1, d / 2]``; None without rotary positions.
+        going: ``[B]`` bool, where ``rows`` are all and only some go on; the others' cache is left alone. None: all.
     """
 
     rows: Tensor | None
@@ -84,6 +85,7 @@ class Place:
     end: int
     mask: Tensor | None
     angles: tuple[Tensor, Tensor] | None
+    going: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
@@ -140,6 +142,10 @@ class SelfAttention(nn.Module):
             cache.keys[:, :, place.column] = k
             cache.values[:, :, place.column] = v
         else:
+            if place.going is not None:
+                goes = place.going[:, None, None]
+                k = torch.where(goes, k, cache.keys[place.rows, :, place.column])
+                v = torch.where(goes, v, cache.values[place.rows, :, place.column])
             cache.keys[place.rows, :, place.column] = k
             cache.values[place.rows, :, place.column] = v
         some = place.rows is not None and len(q) < len(cache.keys)

@@ -309,6 +309,8 @@ class BenchSettings(Section):
     cache: CacheKind = "full"
     """How speed and memory runs keep the backbone's keys and values in the sentence model; `int8`: in 8 bits;
     `offloaded`: in the computer's memory, for a model on a GPU."""
+    compile: bool = False
+    """torch.compile the sentence model's decoder in the speed runs: on a GPU its step is a CUDA graph then."""
     break_even: bool = True
     """Measure also from which sentence and text length on the sentence model is faster, at batch 1."""
     profile: bool = False

@@ -1,10 +1,16 @@
 """The engine with a tiny untrained model: what it writes is junk, how it writes it must be exact."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, decoding, reconstruct
+from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.reconstruct import differences
 from sentcompress.recipe import Recipe, build_recipe
@@ -74,6 +80,47 @@ def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeyp
     assert bool(texts) == bool(generator.model.vae.decoder.context)
     assert sum(texts) <= len(PROMPTS)
     assert max(texts, default=0) <= 2
+
+
+def test_steps_of_fixed_shape_write_the_same(generator, monkeypatch):
+    """What is compiled, not compiled: all ways of telling the decoder, texts that wait and texts that are dropped."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    steps = CompiledStep(generator.model.vae.decoder)
+    monkeypatch.setattr(generator, "compiled", lambda: steps)
+    # Of 16 tokens a sentence is as long as may be: a text that has written it and waits has no free column left.
+    for how in ({}, {"sentence_lengths": (16, 3, 9), "max_new_tokens": 70}, {"max_new_sentences": 3}):
+        expected = [g.token_ids for g in run(generator, PROMPTS, **how)]
+        assert [g.token_ids for g in run(generator, PROMPTS, compile=True, **how)] == expected
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_a_compiled_step_writes_the_same(tokenizer):
+    vae = {"max_sentence_tokens": 16, "decoder_context": 11}
+    generator = SentenceGenerator(tiny_sentence_lm(len(tokenizer), vae=vae), tokenizer)
+    expected = [g.token_ids for g in run(generator, PROMPTS)]
+    steps = generator.compiled()
+    found = run(generator, PROMPTS, compile=True)
+    assert [g.token_ids for g in found] == expected
+    assert generator.compiled() is steps  # compiled once, not for each text
+
+
+NO_COMPILER = """
+from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.testing import tiny_sentence_lm
+
+generator = SentenceGenerator(tiny_sentence_lm(), None)
+list(generator.continue_sentences([[[5, 6]]], GenerationSettings(max_new_tokens=3, stop_threshold=1, compile=True)))
+"""
+
+
+def test_what_cannot_be_compiled_is_said(tmp_path):
+    """In a process of its own, as torch looks for a compiler once, and for what it has compiled before."""
+    env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", NO_COMPILER], env=env, capture_output=True, text=True)
+    assert "InputError: compile: torch could not compile" in said.stderr
+    assert "no-such-compiler" in said.stderr
+    with pytest.raises(ValueError, match="compile goes with use_cache"):
+        GenerationSettings(compile=True, use_cache=False)
 
 
 def test_an_offloaded_cache_changes_nothing(generator):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
+from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_backbone, vae_config
@@ -111,3 +112,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_or_chosen():
     with pytest.raises(InputError, match=r"vae.num_heads: 5 does not divide .* 32"):
         vae_config(recipe, 32, 4, Tokens(), segmenter)
     assert vae_config(Recipe(name="x"), 32, 5, Tokens(), segmenter).num_heads == 4
+
+
+def test_its_steps_cannot_be_compiled():
+    with pytest.raises(InputError, match="the LLM's own blocks"):
+        CompiledStep(warm("opt", tiny_opt(500)).decoder)
