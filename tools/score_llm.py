@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from sentcompress.modeling.int8 import to_int8
 from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
@@ -25,9 +26,12 @@ def main() -> None:
     parser.add_argument("model", help="what --backbone takes")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each document")
     parser.add_argument("--documents", type=int, default=20, help="documents held out, all scored")
+    parser.add_argument("--quantize", action="store_true", help="all its products from 8-bit weights")
     arguments = parser.parse_args()
     spec = BackboneSpec(model=arguments.model)
     tokenizer, lm = load_backbone_tokenizer(spec), load_causal_lm(spec).eval()
+    if arguments.quantize:
+        to_int8(lm)
     registry = get_registry()
     dataset = registry.create("dataset", "python-package", {"heldout_documents": arguments.documents})
     corpus = build_corpus(dataset, registry.create("segmenter", "regex", {}), tokenizer)

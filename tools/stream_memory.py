@@ -100,12 +100,22 @@ class Watch:
                 found = list(self.cache.glob(f"corpora/.*/{name}"))
                 sizes[name] = found[0].stat().st_size if found else 0
             phase = "tokenizing" if sizes["tokens.bin"] else "reading"
-            done = sizes["tokens.bin"] if phase == "tokenizing" else sizes["text.bin"]
-            self.points[phase].append((float(done), memory()))
+            done = float(sizes["tokens.bin"] or sizes["text.bin"])
+            points = self.points[phase]
+            # Between the phases the segmenter learns and other processes start: that is neither's slope.
+            if not points or done > points[-1][0]:
+                points.append((done, memory()))
+            if phase == "tokenizing" and len(points) == 1:
+                report("reading", self.points["reading"])
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def report(phase: str, points: list[tuple[float, int]]) -> None:
+    found, most = slope(points)
+    print(f"{phase}: {found:+.1f} MiB of memory a GB of text, {most:,.0f} MiB at most", flush=True)
 
 
 def slope(points: list[tuple[float, int]]) -> tuple[float, float]:
@@ -159,10 +169,7 @@ def main() -> None:
         )
         # Tokens are counted by their bytes: as text, they are more.
         scale = text / (len(corpus.tokens) * corpus.tokens.itemsize)
-        for phase, points in watch.points.items():
-            factor = scale if phase == "tokenizing" else 1.0
-            found, most = slope([(done * factor, size) for done, size in points])
-            print(f"{phase}: {found:+.1f} MiB of memory a GB of text, {most:,.0f} MiB at most")
+        report("tokenizing", [(done * scale, size) for done, size in watch.points["tokenizing"]])
         draw(corpus, asked.seconds)
 
 

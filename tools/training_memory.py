@@ -1,9 +1,9 @@
 """Peak memory of training, predicted (``estimate --devices 1xcpu``) and measured here, on a machine without a GPU.
 
-    python tools/training_memory.py strong smollm2
+    python tools/training_memory.py quickstart reconstruction strong smollm2
     python tools/training_memory.py strong --set "backbone.config={hidden_size: 512, word_embed_proj_dim: 512}"
 
-Each stage is a process of its own, of a few steps; what the system says it had at most is compared.
+Each stage that learns is a process of its own, of a few steps; what the system says it had at most is compared.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def main() -> None:
         tokens = len(corpus.tokens) / corpus.num_sentences
         with tempfile.TemporaryDirectory() as folder:
             for stage, command, section in COMMANDS:
-                recipe = short(name, asked.set, section)
-                if stage == "vae" and load_recipe(name, asked.set).train_vae.steps == 0:
-                    recipe = load_recipe(name, [*asked.set, "train_vae.precision=fp32"])
+                learns = getattr(load_recipe(name, asked.set), section).steps > 0
+                recipe = short(name, asked.set, section) if learns else load_recipe(name, asked.set)
                 path = Path(folder) / f"{stage}.yaml"
                 path.write_text(recipe.dump())
                 peak = measured(command, path, Path(folder) / "out")
+                if not learns:
+                    continue
                 _, possible = ways(recipe, stage, cpu, number, tokens)  # type: ignore[arg-type]
                 checkpointing = getattr(recipe, section).gradient_checkpointing
                 expected = possible[1 if checkpointing else 0].total

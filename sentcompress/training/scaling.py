@@ -138,13 +138,14 @@ def _exchange_bytes(
 def tables(
     recipe: Recipe, number: int, machine: Device, sentence_tokens: float, price: float | None = None
 ) -> list[Plain]:
-    """The ways to train each stage of a recipe side by side.
+    """The ways to train each stage of a recipe that takes steps, side by side.
 
     Args:
         sentence_tokens: mean length of a sentence.
         price: of a device for an hour.
     """
-    stages: tuple[Stage, ...] = ("graft",) if recipe.graft.vae else ("vae", "graft")
+    alone = recipe.graft.vae or not recipe.train_vae.steps
+    stages: tuple[Stage, ...] = ("graft",) if alone else ("vae", "graft")
     return [_table(recipe, stage, machine, number, sentence_tokens, price) for stage in stages]
 
 
