@@ -13,15 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.training.footprint import Stage
 from sentcompress.training.inputs import load_inputs
 from sentcompress.training.scaling import parse_devices, ways
 
 STEPS = 6
-COMMANDS = (("vae", "train-vae", "train_vae"), ("graft", "graft", "graft"))
+COMMANDS: tuple[tuple[Stage, str, str], ...] = (
+    ("vae", "train-vae", "train_vae"),
+    ("graft", "graft", "graft"),
+)
 
 
 def measured(command: str, recipe: Path, out: Path) -> int:
@@ -42,6 +48,18 @@ def measured(command: str, recipe: Path, out: Path) -> int:
     return peak
 
 
+def predicted(recipe: Recipe, stage: Stage, tokens: float) -> float:
+    """Bytes; called in a process of its own, as those of the process itself count.
+
+    Args:
+        tokens: mean length of a sentence.
+    """
+    number, cpu = parse_devices("1xcpu")
+    _, (plain, *others) = ways(recipe, stage, cpu, number, tokens)
+    settings = recipe.graft if stage == "graft" else recipe.train_vae
+    return (others[0] if settings.gradient_checkpointing else plain).total
+
+
 def short(name: str, sets: list[str], section: str) -> Recipe:
     return load_recipe(name, [*sets, f"{section}.steps={STEPS}", f"{section}.precision=fp32"])
 
@@ -51,7 +69,6 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     asked = parser.parse_args()
-    number, cpu = parse_devices("1xcpu")
     for name in asked.recipes:
         corpus = load_inputs(load_recipe(name, asked.set)).corpus
         tokens = len(corpus.tokens) / corpus.num_sentences
@@ -64,9 +81,8 @@ def main() -> None:
                 peak = measured(command, path, Path(folder) / "out")
                 if not learns:
                     continue
-                _, possible = ways(recipe, stage, cpu, number, tokens)  # type: ignore[arg-type]
-                checkpointing = getattr(recipe, section).gradient_checkpointing
-                expected = possible[1 if checkpointing else 0].total
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    expected = alone.submit(predicted, recipe, stage, tokens).result()
                 print(
                     f"{name} {stage}: {peak / 2**30:.2f} GiB measured, {expected / 2**30:.2f} predicted "
                     f"({expected / peak - 1:+.1%})",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.grafting import freeze_embeddings
-from sentcompress.modeling.losses import TokenLoss, rows_at_once
+from sentcompress.modeling.losses import TokenLoss, rows_at_once, rows_in_cache
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe, TrainingSettings
 from sentcompress.training.memory import recompute_activations
@@ -25,7 +25,7 @@ from sentcompress.training.optimization import trainable
 from sentcompress.training.tuning import apply_tune
 
 Stage = Literal["vae", "graft"]
-SENTENCES = (8, 16)
+SENTENCES = (16, 32)
 """Sentences of the two runs from which activations are extrapolated."""
 TOKENS_KEPT = 64
 """Vocabulary of these runs: activations do not depend on it."""
@@ -209,7 +209,8 @@ def _activations(
         if recomputed:
             recompute_activations(part)
         for sentences in SENTENCES:
-            kept[number, sentences] = _kept(part, stage, sentences, round(sentence_tokens), bf16=bf16)
+            lengths = spread_lengths(sentences, sentence_tokens, model.vae.config.max_sentence_tokens)
+            kept[number, sentences] = _kept(part, stage, lengths, bf16=bf16)
     few, many = SENTENCES
     wanted = _sentences(recipe, stage)
     if stage == "graft":
@@ -228,13 +229,17 @@ def _sentences(recipe: Recipe, stage: Stage) -> int:
 
 
 def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
-    """A block's logits and the states' gradient; in bf16 the logits twice, the head and its gradient once more."""
+    """A block's logits and the states' gradient; in bf16 some logits in fp32 too, the head and its gradient again."""
     vocab, width = head.shape
-    logits = vocab * min(rows_at_once(vocab, learning=True), round(targets))
-    states = round(targets) * width
+    rows = round(targets)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    block = vocab * min(rows_at_once(vocab, dtype, learning=True), rows)
+    size = dtype.itemsize * (block + rows * width)
     if not bf16:
-        return 4 * (logits + states)
-    return 6 * logits + 2 * states + (4 if head.requires_grad else 2) * head.numel()
+        return size
+    return (
+        size + 4 * vocab * min(rows_in_cache(vocab), rows) + (4 if head.requires_grad else 2) * head.numel()
+    )
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
@@ -244,12 +249,25 @@ def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
         parameter.data = parameter.data[index]
 
 
-def _kept(model: nn.Module, stage: Stage, sentences: int, tokens: int, *, bf16: bool) -> int:
+def spread_lengths(sentences: int, mean: float, longest: int) -> Tensor:
+    """Made-up lengths ``[S]``, as uneven as those of text: some of what is kept is as long as the longest of them.
+
+    They are the quantiles of an exponential distribution, cut at ``longest`` and stretched until their mean is right.
+    """
+    shape = -torch.log1p(-(torch.arange(sentences) + 0.5) / sentences)
+    mean = min(max(mean, 1.0), float(longest))
+    stretch = mean
+    for _ in range(20):
+        lengths = (stretch * shape).clamp(1, longest)
+        stretch *= mean / float(lengths.mean())
+    return lengths.round().long()
+
+
+def _kept(model: nn.Module, stage: Stage, lengths: Tensor, *, bf16: bool) -> int:
     """Bytes that one forward pass keeps, weights left out."""
-    batch: dict[str, Tensor] = {
-        "input_ids": torch.ones(sentences, tokens, dtype=torch.long),
-        "attention_mask": torch.ones(sentences, tokens, dtype=torch.long),
-    }
+    sentences = len(lengths)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batch: dict[str, Tensor] = {"input_ids": torch.ones_like(mask), "attention_mask": mask}
     if stage == "graft":
         batch |= {
             "sentence_index": torch.arange(sentences)[None],

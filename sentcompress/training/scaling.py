@@ -80,6 +80,7 @@ def ways(
     settings, (model, twin) = _settings(recipe, stage), shapes(recipe)
     on_cpu = machine.name == "cpu"
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and not on_cpu)
+    process = psutil.Process().memory_info().rss  # before counting, which leaves some behind
     found = sizes(model, recipe, stage, sentence_tokens, bf16=bf16)
     tokens = budget(recipe).get(stage, 0)
     micro_batches = settings.steps * settings.gradient_accumulation
@@ -92,7 +93,7 @@ def ways(
         total = footprint.peak
         if on_cpu:
             saving = footprint.weights + footprint.optimizer + saving_bytes(found, settings)
-            total = max(total, saving) + psutil.Process().memory_info().rss
+            total = max(total, saving) + process
         else:
             total += GPU_CONTEXT
         usable = machine.memory_bytes * (1.0 if on_cpu else USABLE)

@@ -11,7 +11,8 @@ from sentcompress.modeling.losses import TokenLoss, kl_to_standard_normal, stop_
 @pytest.fixture
 def few_rows(monkeypatch):
     """Three rows a block."""
-    monkeypatch.setattr(losses, "rows_at_once", lambda _, learning: 3 if learning else 4)
+    monkeypatch.setattr(losses, "rows_at_once", lambda *_, learning: 3 if learning else 4)
+    monkeypatch.setattr(losses, "rows_in_cache", lambda _: 2)
 
 
 @pytest.fixture(params=["one block", "many blocks"])

@@ -18,7 +18,7 @@ from sentcompress.cli.app import app
 from sentcompress.errors import InputError
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
-from sentcompress.training.footprint import count_kept, footprints, sizes
+from sentcompress.training.footprint import count_kept, footprints, sizes, spread_lengths
 from sentcompress.training.memory import recompute_activations
 from sentcompress.training.scaling import parse_devices, tables, ways
 
@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_batch=1"]
 
 
-def batch(sentences: int, tokens: int) -> dict[str, torch.Tensor]:
-    ids = torch.ones(sentences, tokens, dtype=torch.long)
+def batch(sentences: int, tokens: float, longest: int) -> dict[str, torch.Tensor]:
+    lengths = spread_lengths(sentences, tokens, longest)
+    mask = (torch.arange(longest) < lengths[:, None]).long()
     return {
-        "input_ids": ids,
-        "attention_mask": ids,
+        "input_ids": torch.ones_like(mask),
+        "attention_mask": mask,
         "sentence_index": torch.arange(sentences)[None],
         "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
         "scored": torch.ones(sentences, dtype=torch.bool),
@@ -46,10 +47,18 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
     if checkpointing:
         recompute_activations(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    _, kept = count_kept(lambda: model(**batch(24, 15), token_loss=TokenLoss(gamma=0.0)).loss, weights)
+    _, kept = count_kept(lambda: model(**batch(24, 15.0, 48), token_loss=TokenLoss(gamma=0.0)).loss, weights)
     found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
     predicted = found.recomputed if checkpointing else found.activations
     assert predicted == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("mean", [1.0, 6.0, 15.4, 30.0, 48.0])
+def test_made_up_lengths_are_as_long_as_is_said(mean):
+    lengths = spread_lengths(32, mean, 48)
+    assert lengths.min() >= 1
+    assert lengths.max() <= 48
+    assert lengths.float().mean() == pytest.approx(mean, rel=0.06)
 
 
 def test_parts_follow_from_shapes():
@@ -104,8 +113,9 @@ def test_devices_that_are_none_are_refused(text):
 def test_the_command_prints_every_way():
     done = CliRunner().invoke(app, ["estimate", "strong", "--devices", "2xA100", "--price", "2"])
     assert done.exit_code == 0, done.output
-    assert len(re.findall(r"^fsdp", done.output, re.M)) == 3
+    assert len(re.findall(r"^fsdp", done.output, re.M)) == 2
     assert "Training graft of strong on 2 x a100" in done.output
+    assert "Training vae" not in done.output  # it takes no step
 
 
 def test_the_table_of_the_published_set_up_is_current():
