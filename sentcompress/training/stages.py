@@ -52,14 +52,21 @@ class Run:
             digests["teacher"] = folder_digest(self.teacher)
         return digests
 
-    def check_teacher(self, stages: Sequence[str]) -> None:
-        """Refuse a graft whose teacher will not be there, before anything is trained.
+    def check_graft(self, stages: Sequence[str]) -> None:
+        """Refuse a graft whose SentenceVAE or teacher will not be there, before anything is read or trained.
 
         Raises:
             InputError: naming the folder.
         """
+        if "graft" not in stages or (self.out / "graft" / "config.json").is_file():
+            return
+        if "vae" not in stages and not (self.vae / "config.json").is_file():
+            raise InputError(
+                f"graft: no SentenceVAE in '{self.vae}'",
+                fix="train it first, with the same recipe and --out: sentcompress train-vae; or give one: --vae DIR",
+            )
         folder, own = self.teacher, self.recipe.graft.teacher == "baseline"
-        if "graft" not in stages or folder is None or (own and "baseline" in stages):
+        if folder is None or (own and "baseline" in stages):
             return
         if not (folder / "config.json").is_file():
             raise InputError(
@@ -148,7 +155,7 @@ def run_recipe(
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)
     chosen = _chosen(recipe, stages)
-    run.check_teacher([stage.name for stage in chosen])
+    run.check_graft([stage.name for stage in chosen])
     results, busy = {}, False
     for stage in chosen:
         folder = out / stage.name

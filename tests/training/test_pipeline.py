@@ -143,6 +143,15 @@ def test_the_twin_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone)
         recipe.check_components()
 
 
+def test_a_graft_without_a_vae_is_refused_before_anything_is_read(tmp_path, backbone):
+    recipe = grafting(backbone)
+    recipe.data.options = {"paths": [str(tmp_path / "nowhere")]}
+    with pytest.raises(InputError, match=r"graft: no SentenceVAE in '.*vae'") as refused:
+        run_recipe(recipe, tmp_path / "out", stages=["graft"])
+    assert "sentcompress train-vae" in str(refused.value.fix)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_of_an_older_version_is_recognised(tmp_path, backbone):
     """Fields that came later, at their defaults, change nothing; a run that sets one is another."""
     recipe = grafting(backbone)
