@@ -294,7 +294,7 @@ def count_kept(step: Callable[[], Tensor], weights: set[int]) -> tuple[Tensor, i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage  # held, or its address might be given to another
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = step()

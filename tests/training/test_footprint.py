@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -59,6 +60,16 @@ def test_made_up_lengths_are_as_long_as_is_said(mean):
     assert lengths.min() >= 1
     assert lengths.max() <= 48
     assert lengths.float().mean() == pytest.approx(mean, rel=0.06)
+
+
+def test_counting_leaves_nothing_behind():
+    x = torch.zeros(2**22, requires_grad=True)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for _ in range(20):
+        _, kept = count_kept(lambda: x.exp().sum(), set())  # what exp keeps is its own result
+        assert kept == 4 * 2**22
+    assert process.memory_info().rss - before < 8 * 4 * 2**22
 
 
 def test_parts_follow_from_shapes():
