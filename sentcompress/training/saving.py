@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sentcompress.io import move_files, storage_errors, temporary_folder, whole_folder
@@ -23,7 +24,7 @@ from sentcompress.training.state import TrainingState, snapshot
 class Saver:
     """Writes in the first process, from copies of the weights, while training goes on.
 
-    What is spread over processes, each writes its part of, and training waits. All processes must call every method.
+    What is spread over processes, each writes its part of. All processes must call every method.
 
     Args:
         state: of the run.
@@ -41,7 +42,9 @@ class Saver:
     ) -> None:
         self.job, self.stage, self.recipe, self.store, self.state = job, stage, recipe, store, state
         self.spread = is_spread(state.model)
-        self.writer = BackgroundWriter(background and not self.spread)
+        # Of its own, as training talks at the same time; of the CPU, where the copies are.
+        self.group = torch.distributed.new_group(backend="gloo") if self.spread else None
+        self.writer = BackgroundWriter(background)
         self.main = processes().is_main_process
 
     def checkpoint(self, step: int, card: str, values: dict[str, Any]) -> None:
@@ -53,22 +56,22 @@ class Saver:
         """
         self.writer.wait()  # before there are two copies
         model, tensors = self._model(card), self.state.tensors()
+        if not (self.main or self.spread):
+            return
+        if self.writer.enabled:
+            tensors = snapshot(tensors)
 
-        def parts(_: Path) -> None:
-            processes().wait_for_everyone()  # until the first one has made the folder
-            write_parts(self.store.parts(step), tensors)
-
-        if self.spread:
-            if self.main:
-                self.store.save(step, model, parts, values)
+        def write(folder: Path) -> None:
+            if self.spread:
+                torch.distributed.barrier(self.group)  # until the first process has made the folder
+                write_parts(self.store.parts(step), tensors, self.group)
             else:
-                parts(self.store.folder)
-            processes().wait_for_everyone()
-        elif self.main:
-            copies = snapshot(tensors) if self.writer.enabled else tensors
-            self.writer.submit(
-                lambda: self.store.save(step, model, lambda folder: write_tensors(folder, copies), values)
-            )
+                write_tensors(folder, tensors)
+
+        if self.main:
+            self.writer.submit(lambda: self.store.save(step, model, write, values))
+        else:
+            self.writer.submit(lambda: write(self.store.folder))
 
     def best(self, card: str) -> None:
         """Save the model as the best so far."""

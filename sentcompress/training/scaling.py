@@ -163,7 +163,8 @@ def _table(
     settings = _settings(recipe, stage)
     notes.append(
         f"A checkpoint has {(4 * found.weights + state_bytes(found, settings)) / _GIB:.2f} GiB; saving one takes "
-        f"{saving_bytes(found, settings) / _GIB:.2f} GiB of the computer's memory (of the first process with ddp)."
+        f"{saving_bytes(found, settings) / _GIB:.2f} GiB of the computer's memory (of the first process with ddp, of "
+        "all together with fsdp)."
     )
     if not machine.measured:
         notes.append(

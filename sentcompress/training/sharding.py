@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import is_initialized
+from torch.distributed import ProcessGroup, is_initialized
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sentcompress.errors import StorageError
 from sentcompress.processes import processes
 
 
@@ -105,18 +107,25 @@ def spread_like(tensor: Tensor, like: Tensor | None) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_parts(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> None:
     """Write what this process has of each tensor; all processes write into the same folder.
 
     Args:
         tensors: spread ones, the same names everywhere; others are written by one of those that have them.
+        group: of all processes, that nothing else uses meanwhile; None takes the one there is.
 
     Raises:
-        OSError, CheckpointException: a process cannot write.
+        StorageError: in all processes, when one cannot write.
     """
-    state_dict_saver.save(
-        tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    )
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise StorageError(
+            f"{folder.parent.parent}: process {rank} cannot write its part of a checkpoint: {cause}",
+            fix="free some space there, or see who may write there",
+        ) from cause
 
 
 def read_parts(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sentcompress.training import checkpoints as saved
 from sentcompress.training.optimization import WeightAverage
@@ -78,7 +79,8 @@ def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[tuple[object, ...], Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # what is spread stays so
+        place = (own.untyped_storage().data_ptr(), own.storage_offset(), tensor.shape, own.stride())
         if place not in copies:
             copies[place] = tensor.detach().to("cpu", copy=True)
         result[name] = copies[place]

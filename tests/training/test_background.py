@@ -13,6 +13,7 @@ from sentcompress.errors import StorageError
 from sentcompress.training import checkpoints, saving
 from sentcompress.training.background import BackgroundWriter
 from sentcompress.training.loop import run_job
+from sentcompress.training.sharding import write_parts
 from sentcompress.training.state import snapshot
 
 
@@ -62,6 +63,13 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(tmp_path, make_reci
     assert [path.name for path in kept] == ["step-000002"]
     assert checkpoints.check_checkpoint(kept[0]) is None
     run_job(make_job(recipe), tmp_path / "run", recipe, resume=True)
+
+
+def test_a_part_that_cannot_be_written_is_said_with_its_process(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "parts").write_text("in the way")
+    with pytest.raises(StorageError, match="process 0 cannot write its part"):
+        write_parts(tmp_path / "checkpoint" / "parts", {"a": torch.ones(2)})
 
 
 def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job, monkeypatch):
