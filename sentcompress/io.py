@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from sentcompress.errors import StorageError
 
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
+_RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 def printable(text: str) -> str:
@@ -39,20 +40,20 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(folder) from error
-        raise StorageError(
-            f"{folder}: cannot be written: {error.strerror or error}",
-            fix="check that the folder exists, that you may write there, and that the device is healthy",
-        ) from error
+        raise _refused(folder, error) from error
     except Exception as error:
-        # safetensors writes in Rust and reports a full disk as an error class of its own.
-        if any(text in str(error) for text in _FULL_TEXTS):
-            raise _disk_full(folder) from error
+        # safetensors writes in Rust and reports what the system says as an error class of its own.
+        if said := _RUST_ERROR.search(str(error)):
+            raise _refused(folder, OSError(int(said[1]), os.strerror(int(said[1])))) from error
         raise
 
 
-def _disk_full(folder: Path) -> StorageError:
+def _refused(folder: Path, error: OSError) -> StorageError:
+    if error.errno not in _FULL:
+        return StorageError(
+            f"{folder}: cannot be written: {error.strerror or error}",
+            fix="check that the folder exists, that you may write there, and that the device is healthy",
+        )
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     return StorageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,16 @@ def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
         raise error
     with pytest.raises(SafetensorError), storage_errors(tmp_path):
         raise SafetensorError("another matter")
+
+
+def test_whatever_the_system_refuses_safetensors_is_said(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be written: File too large"), storage_errors(tmp_path):
+            save_file({"a": torch.zeros(10_000)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_saved_files_are_as_readable_as_their_folder(tmp_path):
