@@ -111,8 +111,9 @@ def speed(
     set_: SetOption = None,
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
-    chosen = _overrides(device=device, dtype=dtype, head=head, profile=profile or None)
-    chosen += ["bench.compile=true"] if compile_ else []
+    chosen = _overrides(
+        device=device, dtype=dtype, head=head, compile=compile_ or None, profile=profile or None
+    )
     chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
     if largest_batch is not None:
         size = _bytes("--largest-batch", largest_batch)

@@ -58,9 +58,10 @@ class Run:
         Raises:
             InputError: naming the folder.
         """
-        if "graft" not in stages or (self.out / "graft" / "config.json").is_file():
+        if "graft" not in stages:
             return
-        if "vae" not in stages and not (self.vae / "config.json").is_file():
+        done = (self.out / "graft" / "config.json").is_file()  # needs its SentenceVAE no more
+        if "vae" not in stages and not done and not (self.vae / "config.json").is_file():
             raise InputError(
                 f"graft: no SentenceVAE in '{self.vae}'",
                 fix="train it first, with the same recipe and --out: sentcompress train-vae; or give one: --vae DIR",
