@@ -1,6 +1,7 @@
 """What saving a checkpoint costs training, in the background and not.
 
     python tools/save_cost.py strong --steps 40
+    torchrun --nproc_per_node 2 tools/save_cost.py strong --steps 40 --set graft.distributed=fsdp
 
 Trains the graft of a recipe, of a SentenceVAE that learned nothing, and saves after every few steps. A save
 holds up training while it is called and, in the background, by what it takes of the next steps' processor: what these
@@ -13,15 +14,33 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
+from sentcompress.processes import processes
 from sentcompress.recipe import load_recipe
 from sentcompress.training.saving import Saver
 from sentcompress.training.stages import run_recipe
 from sentcompress.training.step import Stepper
 
 EVERY = 4
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """An empty folder, the same one in all processes of a launch on this machine."""
+    with tempfile.TemporaryDirectory() as mine:
+        if processes().num_processes == 1:
+            yield Path(mine)
+            return
+        names = [mine]
+        broadcast_object_list(names)
+        yield Path(names[0])
+        processes().wait_for_everyone()
 
 
 def main() -> None:
@@ -54,11 +73,11 @@ def main() -> None:
             "graft.keep=1",
             f"graft.background_saves={str(background).lower()}",
         ]
-        with tempfile.TemporaryDirectory() as folder:
-            run_recipe(load_recipe(asked.recipe, sets), Path(folder), stages=["vae"])
+        with shared_folder() as folder:
+            run_recipe(load_recipe(asked.recipe, sets), folder, stages=["vae"])
             events.clear()
-            run_recipe(load_recipe(asked.recipe, sets), Path(folder), stages=["vae", "graft"])
-            (newest,) = Path(folder).glob("graft/checkpoints/step-*")
+            run_recipe(load_recipe(asked.recipe, sets), folder, stages=["vae", "graft"])
+            (newest,) = folder.glob("graft/checkpoints/step-*")
             size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
         steps = [seconds for kind, seconds in events if kind == "step"][1:]
         saves = [seconds for kind, seconds in events if kind == "save"]
@@ -66,6 +85,8 @@ def main() -> None:
         alone = statistics.median(steps[EVERY - 2 :: EVERY])
         beside = sum(max(0.0, seconds - alone) for seconds in steps) / len(saves)
         held = statistics.median(saves) + beside
+        if not processes().is_main_process:
+            continue
         print(
             f"{'background' if background else 'waiting'}: a checkpoint of {size / 1e9:.2f} GB, "
             f"a step of {alone:.2f} s; called for {statistics.median(saves):.2f} s, "

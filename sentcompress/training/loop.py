@@ -346,6 +346,8 @@ class _Run:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         self.saver.checkpoint(done, self._card(done), values)
+        if complaint := self.saver.complaint():
+            self.progress.note(complaint)
 
     def _keep_best(self, done: int) -> None:
         """Keep the weights if the first held-out figure has never been lower."""
@@ -386,6 +388,7 @@ class _Run:
             "tokens": self.tokens,
             "trainable_parameters": sum(p.numel() for p in trainable(self.job.model).values()),
             "seconds": self.seconds,
+            "saving_seconds": round(self.saver.held_up, 3),
             "precision": self.precision,
             "device": str(self.accelerator.device),
             "processes": self.world,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from sentcompress.training.background import BackgroundWriter
 from sentcompress.training.checkpoints import CheckpointStore, write_json, write_tensors
 from sentcompress.training.job import Job
 from sentcompress.training.progress import no_library_bars
-from sentcompress.training.run_folder import BEST, MARK, RUN, StageFolder
+from sentcompress.training.run_folder import BEST, MARK, RUN, SECTIONS, StageFolder
 from sentcompress.training.sharding import is_spread, write_parts
 from sentcompress.training.state import TrainingState, snapshot
+
+MOST_HELD_UP = 0.05
+"""Share of the time that training may wait for saves before it is said."""
+UNSAID_SECONDS = 60.0
+"""A run that is younger says nothing of it."""
 
 
 class Saver:
@@ -29,6 +36,9 @@ class Saver:
     Args:
         state: of the run.
         background: False makes no copy of the optimizer's state, and waits.
+
+    Attributes:
+        held_up: seconds that training has waited for saves.
     """
 
     def __init__(
@@ -46,6 +56,8 @@ class Saver:
         self.group = torch.distributed.new_group(backend="gloo") if self.spread else None
         self.writer = BackgroundWriter(background)
         self.main = processes().is_main_process
+        self.held_up = 0.0
+        self._began, self._said = time.monotonic(), False
 
     def checkpoint(self, step: int, card: str, values: dict[str, Any]) -> None:
         """Save all that is needed to go on.
@@ -54,6 +66,10 @@ class Saver:
             card: of the model.
             values: what there is to remember besides tensors.
         """
+        with self._holding_up():
+            self._checkpoint(step, card, values)
+
+    def _checkpoint(self, step: int, card: str, values: dict[str, Any]) -> None:
         self.writer.wait()  # before there are two copies
         model, tensors = self._model(card), self.state.tensors()
         if not (self.main or self.spread):
@@ -75,14 +91,15 @@ class Saver:
 
     def best(self, card: str) -> None:
         """Save the model as the best so far."""
-        model = self._model(card)
 
         def write() -> None:
             with whole_folder(self.stage.path / BEST) as folder:
                 model(folder)
 
-        if self.main:
-            self.writer.submit(write)
+        with self._holding_up():
+            model = self._model(card)
+            if self.main:
+                self.writer.submit(write)
 
     def final(self, card: str, about: dict[str, Any]) -> None:
         """Save the model into the stage's own folder, which finishes it.
@@ -99,6 +116,15 @@ class Saver:
                 move_files(folder, self.stage.path, last=MARK)
         processes().wait_for_everyone()
 
+    def complaint(self) -> str | None:
+        """Once, that training waits for saves more than it should."""
+        whole = time.monotonic() - self._began
+        if self._said or whole < UNSAID_SECONDS or self.held_up < MOST_HELD_UP * whole:
+            return None
+        self._said = True
+        section = SECTIONS[self.job.stage]
+        return f"training waits for saves {self.held_up / whole:.0%} of the time: raise {section}.save_every"
+
     def check(self) -> None:
         """Raise what went wrong in the background."""
         self.writer.check()
@@ -111,6 +137,14 @@ class Saver:
     def close(self) -> None:
         """Let what is being written come to its end."""
         self.writer.finish()
+
+    @contextmanager
+    def _holding_up(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.held_up += time.monotonic() - began
 
     def _model(self, card: str) -> Callable[[Path], None]:
         """What writes the model as it is now, whatever becomes of it meanwhile; for the first process."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
+import time
 
 import pytest
 import torch
@@ -93,3 +95,20 @@ def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job,
     assert all(torch.equal(last[name], weights[5.0][name]) for name in last)
     state = checkpoints.read_state(folder / "checkpoints" / "step-000006")
     assert state["best"] == 2.0
+
+
+def test_a_run_that_waits_for_its_saves_says_so_once(tmp_path, make_recipe, make_job, monkeypatch, capsys):
+    recipe, real = make_recipe(steps=4, save_every=1, background_saves=False), saving.write_tensors
+
+    def slow(folder, tensors):
+        time.sleep(0.3)
+        real(folder, tensors)
+
+    monkeypatch.setattr(saving, "write_tensors", slow)
+    run_job(make_job(recipe), tmp_path / "young", recipe)
+    assert "waits for saves" not in capsys.readouterr().err
+    monkeypatch.setattr(saving, "UNSAID_SECONDS", 0.0)
+    run_job(make_job(recipe), tmp_path / "old", recipe)
+    assert capsys.readouterr().err.count("of the time: raise pretrain.save_every") == 1
+    about = json.loads((tmp_path / "old" / "run.json").read_text())
+    assert about["saving_seconds"] > 4 * 0.3
