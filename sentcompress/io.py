@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,13 @@ def damage(folder: Path, expected: dict[str, dict[str, Any]]) -> str | None:
         if file_digest(path) != entry["blake2b"]:
             return f"{name} does not have the content that was saved"
     return None
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no number that is none: None in their place."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -138,6 +138,8 @@ class SelfAttention(nn.Module):
         q, k, v = states.unbind(1)
         if place.angles is not None:
             q, k = turn(states[:, :2], *place.angles).unbind(1)
+        # Under autocast these are in bf16, while the cache is what the latents are.
+        k, v = k.to(cache.keys.dtype), v.to(cache.values.dtype)
         if place.rows is None:
             cache.keys[:, :, place.column] = k
             cache.values[:, :, place.column] = v

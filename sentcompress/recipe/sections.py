@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -116,7 +116,7 @@ class TrainingSettings(Section):
     """A loss over this multiple of the median of the last 50 steps is trouble (and at least half a nat over it)."""
     on_trouble: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is no number, or a spike: end the run, leave the step out, or go back to the newest
-    checkpoint and on with the data after the step (at most 25 steps in a row, or 5 times)."""
+    checkpoint and on with the data after the step (at most 25 steps in a row, or 5 times between two checkpoints)."""
     precision: Precision = "auto"
     """``auto`` measures fp32 against bf16 once on this machine and says what it chose."""
     gradient_checkpointing: bool = False
@@ -144,6 +144,12 @@ class TrainingSettings(Section):
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
     """Log to Weights & Biases too (project ``sentcompress``; ``WANDB_MODE=offline`` needs no account)."""
+
+    @model_validator(mode="after")
+    def _can_go_back(self) -> Self:
+        if self.on_trouble == "rollback" and not self.save_every:
+            raise ValueError("on_trouble: rollback goes back to a checkpoint: set save_every")
+        return self
 
 
 class PretrainSettings(TrainingSettings):

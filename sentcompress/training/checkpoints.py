@@ -93,8 +93,11 @@ class CheckpointStore:
             shutil.rmtree(left, ignore_errors=True)
         return path
 
-    def latest(self, warn: Callable[[str], None]) -> Path | None:
+    def latest(self, warn: Callable[[str], None], before: int | None = None) -> Path | None:
         """The newest whole checkpoint; damaged ones after it are named through ``warn``.
+
+        Args:
+            before: only those of earlier steps.
 
         Returns:
             its folder, or None when there is no checkpoint at all.
@@ -104,6 +107,8 @@ class CheckpointStore:
         """
         problems = []
         for step in reversed(self.steps()):
+            if before is not None and step >= before:
+                continue
             path = self.path(step)
             problem = check_checkpoint(path)
             if problem is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -118,6 +120,7 @@ class _Run:
         self.next_batch = int(state.get("next_batch", 0))
         self.watch = LossWatch(self.settings)
         self.rollbacks = 0
+        self.gone_back: Path | None = None  # to this checkpoint, and no step was taken since
         self.tokens = 0
         self.seconds = float(state.get("seconds", 0.0))
         self.figures: dict[str, float] = dict(state.get("figures", {}))
@@ -197,7 +200,7 @@ class _Run:
         try:
             with Interruption() as interruption, explain_out_of_memory(SECTIONS[job.stage], job.batch_fields):
                 window = Window(batches)
-                done = self.start
+                done, due = self.start, False
                 while done < settings.steps:
                     done += 1
                     result = self._step(done, batches, interruption)
@@ -219,18 +222,24 @@ class _Run:
                         window = Window(batches)
                     self.saver.check()
                     with window.paused():
+                        best = False
                         if settings.eval_every and done % settings.eval_every == 0 and not last:
                             self._evaluate(done, log)
-                            self._keep_best(done)
-                        due = settings.save_every and done % settings.save_every == 0
-                        if due or last or result.interrupted:
-                            self._checkpoint(done)
+                            best = self._is_best(done)
+                        due = due or (settings.save_every is not None and done % settings.save_every == 0)
+                        # Weights whose loss is no number are nothing to go back to: one is owed until they are better.
+                        if (due and not result.trouble) or last or result.interrupted:
+                            self._checkpoint(done, best)
+                            due = False
+                        elif best:
+                            self.saver.best(self._card(done))
                     if result.interrupted and not last:
                         self.saver.wait()
                         self._say_how_to_go_on(done)
                         self._end(result.terminated, f"asked to end (SIGTERM); saved {self.store.path(done)}")
                 self._evaluate(settings.steps, log)
-                self._keep_best(settings.steps)
+                if self._is_best(settings.steps):
+                    self.saver.best(self._card(settings.steps))
                 self._finish()
                 self._end_if_asked(interruption)
         finally:
@@ -258,9 +267,19 @@ class _Run:
             log.write(done, {"event": trouble})
 
     def _roll_back(self, trouble: str) -> int:
-        """Go back to the newest checkpoint, but not in the data; return its step."""
+        """Go back to the newest checkpoint that is any good, but not in the data; return its step."""
         self.saver.wait()
         checkpoint = self.store.latest(self.progress.note)
+        if checkpoint is not None and checkpoint == self.gone_back:
+            # Other data, and the first step fails again: it is the weights.
+            step = int(saved.read_state(checkpoint)["step"])
+            older = self.store.latest(self.progress.note, before=step)
+            processes().wait_for_everyone()  # all have looked
+            if older is not None:
+                self.progress.note(f"{checkpoint} is no better: deleted")
+                if self.main:
+                    shutil.rmtree(checkpoint)
+                checkpoint = older
         if checkpoint is None or self.rollbacks == MAX_ROLLBACKS:
             why = f"after {self.rollbacks} rollbacks" if checkpoint else "nothing was saved to go back to"
             raise NumericsError(
@@ -268,6 +287,7 @@ class _Run:
                 fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or set save_every",
             )
         self.rollbacks += 1
+        self.gone_back = checkpoint
         state = saved.read_state(checkpoint)
         self._load(checkpoint, state)
         self.progress.note(f"back to {checkpoint}, on with batch {self.next_batch}")
@@ -292,6 +312,7 @@ class _Run:
             self.average.update(done - 1)
         if not result.trouble:
             self.tokens += result.tokens
+            self.gone_back = None
         self.seconds += result.seconds
         self.progress.advance(done)
         self.heartbeat.beat("training", done)
@@ -330,7 +351,8 @@ class _Run:
         }
         return render_card(self.job.card(), self.recipe, self.stage.path, facts, self.figures)
 
-    def _checkpoint(self, done: int) -> None:
+    def _checkpoint(self, done: int, best: bool) -> None:
+        self.rollbacks = 0  # it got past what it went back for
         self.heartbeat.beat("saving", done)
         scaler = self.accelerator.scaler
         values = {
@@ -341,23 +363,25 @@ class _Run:
             "precision": self.precision,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "figures": self.figures,
+            "figures": _numbers(self.figures),
             "best": self.best,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        self.saver.checkpoint(done, self._card(done), values)
+        self.saver.checkpoint(done, self._card(done), values, best=best)
         if complaint := self.saver.complaint():
             self.progress.note(complaint)
 
-    def _keep_best(self, done: int) -> None:
-        """Keep the weights if the first held-out figure has never been lower."""
+    def _is_best(self, done: int) -> bool:
+        """Whether the weights are to be kept: the first held-out figure has never been lower."""
         if not self.settings.keep_best or not self.figures:
-            return
+            return False
         name, value = next(iter(self.figures.items()))
-        if self.best is None or value < self.best:
-            self.best = value
-            self.saver.best(self._card(done))
-            self.progress.note(f"best so far after step {done}: {name} {value:.4g}, kept in {BEST}/")
+        # Not "value >= best": what is no number is not the best, and nothing is worse than it.
+        if not math.isfinite(value) or (self.best is not None and not value < self.best):
+            return False
+        self.best = value
+        self.progress.note(f"best so far after step {done}: {name} {value:.4g}, kept in {BEST}/")
+        return True
 
     def _end_if_asked(self, interruption: Interruption) -> None:
         """The stage is done, but whoever asked for an end in its last moments wants none after it."""
@@ -392,7 +416,12 @@ class _Run:
             "precision": self.precision,
             "device": str(self.accelerator.device),
             "processes": self.world,
-            "figures": self.figures,
+            "figures": _numbers(self.figures),
         }
         self.saver.final(self._card(self.settings.steps), about)
         self.progress.note(f"done: {self.stage.path}")
+
+
+def _numbers(figures: dict[str, float]) -> dict[str, float]:
+    """Those that JSON can hold."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

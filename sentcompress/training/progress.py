@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sentcompress.errors import InputError
-from sentcompress.io import printable, storage_errors, write_atomically
+from sentcompress.io import finite, printable, storage_errors, write_atomically
 
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 5.0
@@ -147,7 +147,7 @@ class MetricsLog:
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append ``{"step": step, **figures}``."""
         with storage_errors(self.path.parent):
-            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._file.write(json.dumps({"step": step, **finite(figures)}) + "\n")
             self._file.flush()
         if self._events is not None:
             for name, value in figures.items():

@@ -113,13 +113,13 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; the system lets it go when the process ends, however it ends.
+        """Hold the folder for this process, which may ask again; the system lets it go when the process ends.
 
         Raises:
             InputError: another process holds it.
             StorageError: the folder above cannot be written.
         """
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0, is_singleton=True)
         with storage_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -59,17 +59,18 @@ class Saver:
         self.held_up = 0.0
         self._began, self._said = time.monotonic(), False
 
-    def checkpoint(self, step: int, card: str, values: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, card: str, values: dict[str, Any], *, best: bool) -> None:
         """Save all that is needed to go on.
 
         Args:
             card: of the model.
             values: what there is to remember besides tensors.
+            best: also save the model as the best so far, from the same copy.
         """
         with self._holding_up():
-            self._checkpoint(step, card, values)
+            self._checkpoint(step, card, values, best)
 
-    def _checkpoint(self, step: int, card: str, values: dict[str, Any]) -> None:
+    def _checkpoint(self, step: int, card: str, values: dict[str, Any], best: bool) -> None:
         self.writer.wait()  # before there are two copies
         model, tensors = self._model(card), self.state.tensors()
         if not (self.main or self.spread):
@@ -84,22 +85,26 @@ class Saver:
             else:
                 write_tensors(folder, tensors)
 
+        def save() -> None:
+            if best:
+                self._write_best(model)
+            self.store.save(step, model, write, values)
+
         if self.main:
-            self.writer.submit(lambda: self.store.save(step, model, write, values))
+            self.writer.submit(save)
         else:
             self.writer.submit(lambda: write(self.store.folder))
 
     def best(self, card: str) -> None:
-        """Save the model as the best so far."""
-
-        def write() -> None:
-            with whole_folder(self.stage.path / BEST) as folder:
-                model(folder)
-
+        """Save the model as the best so far, and nothing else."""
         with self._holding_up():
             model = self._model(card)
             if self.main:
-                self.writer.submit(write)
+                self.writer.submit(lambda: self._write_best(model))
+
+    def _write_best(self, model: Callable[[Path], None]) -> None:
+        with whole_folder(self.stage.path / BEST) as folder:
+            model(folder)
 
     def final(self, card: str, about: dict[str, Any]) -> None:
         """Save the model into the stage's own folder, which finishes it.

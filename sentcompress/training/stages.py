@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sentcompress.errors import InputError, did_you_mean
-from sentcompress.io import folder_digest, storage_errors, write_atomically
+from sentcompress.io import folder_digest, write_atomically
 from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.training.inputs import Inputs, load_inputs
@@ -164,16 +165,16 @@ def run_recipe(
             console.print(f"{stage.name}: already done ({folder})")
             results[stage.name] = figures
             continue
-        if not busy and main:
-            with storage_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "recipe.yaml", recipe.dump())
-        busy = True
-        seed_everything(recipe.seed)
-        # Rank 0 fills the token cache, the others find it.
-        with processes().main_process_first():
-            job = stage.job(run)
-        results[stage.name] = run_job(job, folder, recipe, resume=resume, overwrite=overwrite)
+        held = StageFolder(folder, stage.name, {}).locked() if main else nullcontext()
+        with held:  # before anything of another run is touched
+            if main:
+                write_atomically(out / "recipe.yaml", recipe.dump())
+            busy = True
+            seed_everything(recipe.seed)
+            # Rank 0 fills the token cache, the others find it.
+            with processes().main_process_first():
+                job = stage.job(run)
+            results[stage.name] = run_job(job, folder, recipe, resume=resume, overwrite=overwrite)
     console.print(f"everything is done: {out}" if not busy else f"done: {out}")
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import threading
 import time
 
@@ -95,6 +96,27 @@ def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job,
     assert all(torch.equal(last[name], weights[5.0][name]) for name in last)
     state = checkpoints.read_state(folder / "checkpoints" / "step-000006")
     assert state["best"] == 2.0
+
+
+def test_what_is_no_number_is_never_the_best_and_never_in_json(tmp_path, make_recipe, make_job, monkeypatch):
+    recipe = make_recipe(steps=6, eval_every=2, save_every=2, keep=9, keep_best=True)
+    job, figures, folder = make_job(recipe), iter([math.nan, 3.0, math.inf]), tmp_path / "run"
+    monkeypatch.setattr(job, "evaluate", lambda _: {"bits_per_byte": next(figures), "sentences": 1.0})
+    run_job(job, folder, recipe)
+    assert "| bits per byte | 3 |" in (folder / "best" / "README.md").read_text()
+    assert [checkpoints.read_state(path)["best"] for path in sorted(folder.glob("checkpoints/step-*"))] == [
+        None,
+        3.0,
+        3.0,
+    ]
+
+    def strict(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval"]["bits_per_byte"] for line in lines if "eval" in line] == [None, 3.0, None]
+    for path in [folder / "run.json", *folder.rglob("training_state.json")]:
+        strict(path.read_text())
 
 
 def test_a_run_that_waits_for_its_saves_says_so_once(tmp_path, make_recipe, make_job, monkeypatch, capsys):

@@ -93,7 +93,7 @@ def test_a_bad_step_can_be_gone_back_from_and_the_data_goes_on(tmp_path, make_re
 @pytest.mark.parametrize(
     ("settings", "broken", "message"),
     [
-        ({}, [3], "nothing was saved to go back to"),
+        ({"save_every": 4}, [3], "nothing was saved to go back to"),
         ({"save_every": 1}, range(2, 100), "after 5 rollbacks"),
     ],
 )
@@ -103,6 +103,41 @@ def test_going_back_ends_somewhere(tmp_path, make_recipe, make_job, settings, br
     break_batches(job, *broken)
     with pytest.raises(NumericsError, match=message):
         run_job(job, tmp_path / "run", recipe)
+
+
+def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(tmp_path, make_recipe, make_job, capsys):
+    recipe = make_recipe(on_trouble="rollback", save_every=2, steps=8, keep=4)
+    job, folder = make_job(recipe), tmp_path / "run"
+    used = break_batches(job, *range(8, 12))  # step 5, and again the first step after going back to step 4
+    run_job(job, folder, recipe)
+    said = capsys.readouterr().err
+    assert "step-000004 is no better: deleted" in said
+    assert f"back to {folder / 'checkpoints' / 'step-000002'}" in said
+    assert used == list(range(24))  # five steps, one more, and those from the third on
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line] == list(
+        range(1, 9)
+    )
+
+
+def test_rollbacks_are_counted_between_checkpoints(tmp_path, make_recipe, make_job):
+    recipe = make_recipe(on_trouble="rollback", save_every=1, steps=20)
+    job = make_job(recipe)
+    break_batches(job, *range(2, 30, 4))  # seven times, a good step between
+    run_job(job, tmp_path / "run", recipe)
+
+
+def test_going_back_needs_something_to_go_back_to(make_recipe):
+    with pytest.raises(InputError, match=r"on_trouble: rollback .* set save_every"):
+        make_recipe(on_trouble="rollback")
+
+
+def test_nothing_is_saved_while_steps_are_left_out(tmp_path, make_recipe, make_job):
+    recipe = make_recipe(on_trouble="skip", save_every=2, keep=9)
+    job = make_job(recipe)
+    break_batches(job, 2, 6)  # steps 2 and 4
+    run_job(job, tmp_path / "run", recipe)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-000003", "step-000005", "step-000006"]
 
 
 def test_leaving_out_ends_somewhere(tmp_path, make_recipe, make_job):
