@@ -74,7 +74,7 @@ def fuzz(session: nox.Session) -> None:
 def faults(session: nox.Session) -> None:
     """Runs that are killed, that find the disk full at every write, and worse: about an hour."""
     session.install(*CONSTRAINED, "-e", ".[dev]")
-    kinds = ("kills:30", "kills-of-two:6", "flips:10", "clock:5", "refused:20", "full-disk:60")
+    kinds = ("kills:30", "kills-of-two:6", "flips:10", "clock:5", "cut:20", "refused:60", "full-disk")
     session.run("python", "tools/faults.py", *kinds)
 
 

@@ -194,6 +194,8 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def damage(folder: Path, expected: dict[str, dict[str, Any]]) -> str | None:
     """Say what is wrong with a folder against its manifest, or None when it is whole."""
     for name, entry in expected.items():
+        if not isinstance(entry, dict) or not {"bytes", "blake2b"} <= entry.keys():
+            return f"the manifest says nothing of {name}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -215,5 +217,5 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file, or None when it is absent or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -1,6 +1,6 @@
 """Breaks runs in every way a bad day does, lets them go on, and compares what comes out with a run that nobody broke.
 
-    python tools/faults.py kills:30 kills-of-two:6 full-disk refused:20 flips:10 clock:5
+    python tools/faults.py kills:30 kills-of-two:6 full-disk refused:20 cut:20 flips:10 clock:5
 
 A kind and how many cases; of full-disk and refused all there are unless a number is given. The run is a whole recipe,
 tiny: tokens, SentenceVAE, graft, twin, bench. It is a process of its own each time, forked after the imports, so that a
@@ -8,7 +8,7 @@ case takes seconds.
 
 kills: kill -9 at a random moment. kills-of-two: of a random one of two processes. full-disk: from the n-th time on that
 something is opened for writing, made or renamed, the disk is full. refused: the same, of a file system that has become
-read-only. flips: a bit of a checkpoint is turned over. clock: the clock jumps by days, to and fro.
+read-only. cut: no file can grow beyond a random size, so that a write fails in the middle of one. flips: a bit of a checkpoint is turned over. clock: the clock jumps by days, to and fro.
 
 Whatever happened, the same command must go on and end with the same weights, to the bit (of two processes: with the
 same losses, to 1e-4). Whatever has its final name must be whole. What cannot be written is said in one message, with
@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -65,12 +66,16 @@ class Broken:
     Args:
         work: where its folder is made.
         processes: how many it has.
+        distributed: how the model is shared among them.
     """
 
-    def __init__(self, work: Path, processes: int = 1) -> None:
+    def __init__(self, work: Path, processes: int = 1, distributed: str = "ddp") -> None:
         self.work = Path(tempfile.mkdtemp(dir=work))
         self.out, self.said, self.processes = self.work / "out", self.work / "said.txt", processes
-        (self.work / "recipe.yaml").write_text(RECIPE)
+        self.distributed = distributed
+        (self.work / "recipe.yaml").write_text(
+            RECIPE.replace("{steps", f"{{distributed: {distributed}, steps")
+        )
 
     def start(self, before: Callable[[], None] = lambda: None) -> int:
         """Begin, or go on, in a process of its own; ``before`` is called in it first."""
@@ -219,12 +224,16 @@ def count_writes(work: Path) -> int:
 
 def refused(run: Broken, number: int, code: int) -> str:
     """Refuse writes from a number on. Returns what was said."""
-    ended = run.run(fail_at(number, code))
+    return must_be_said(run, run.run(fail_at(number, code)), f"write {number}")
+
+
+def must_be_said(run: Broken, ended: int, what: str) -> str:
+    """What a run said that could not write. Raises Finding where it is no message, or something is torn."""
     words = run.last_words()
     if ended == 0:
         return "went on without it"  # only a heartbeat or such was refused
     if ended != 1 or "Traceback" in words or "error:" not in words or "--debug" in words:
-        raise Finding(f"write {number} refused: code {ended}: {words}")
+        raise Finding(f"{what} refused: code {ended}: {words}")
     run.check_whole()
     return words.rpartition("error:")[2].strip().splitlines()[0][:150]
 
@@ -249,7 +258,10 @@ def kills(
 
 
 def kills_of_two(work: Path, rng: random.Random, count: int) -> Counter[str]:
-    """Kill one of two processes; the other must end by itself, and both go on to the same losses."""
+    """Kill one of two processes; the other must end by itself, and both go on to the same losses.
+
+    Every other time the model is spread over the two.
+    """
     undisturbed = Broken(work, processes=2)
     began = time.monotonic()
     if code := undisturbed.run():
@@ -257,7 +269,7 @@ def kills_of_two(work: Path, rng: random.Random, count: int) -> Counter[str]:
     seconds, expected = time.monotonic() - began, undisturbed.losses()
     phases: Counter[str] = Counter()
     while sum(phases.values()) < count:
-        run = Broken(work, processes=2)
+        run = Broken(work, processes=2, distributed=("ddp", "fsdp")[sum(phases.values()) % 2])
         launcher = run.start()
         time.sleep(rng.uniform(0.3, 1.0) * seconds)
         ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -268,7 +280,7 @@ def kills_of_two(work: Path, rng: random.Random, count: int) -> Counter[str]:
         if code not in (0, 1):
             raise Finding(f"one of two was killed, and the launcher ended with {code}: {run.last_words()}")
         if code:
-            phases[run.phase()] += 1
+            phases[f"{run.distributed}, {run.phase()}"] += 1
         run.check_whole()
         if code := run.run():
             raise Finding(f"going on ended with {code}: {run.last_words()}")
@@ -340,7 +352,28 @@ def writes(
     return said
 
 
-KINDS = ("kills", "kills-of-two", "full-disk", "refused", "flips", "clock")
+def cut(work: Path, rng: random.Random, count: int, expected: dict[str, str]) -> Counter[str]:
+    """No file can grow beyond a size, the same for the whole run: the write that does fails half way."""
+    probe = Broken(work)
+    if probe.run():
+        raise Finding(probe.last_words())
+    sizes = sorted({path.stat().st_size for path in probe.work.rglob("*") if path.is_file()})
+    said: Counter[str] = Counter()
+    for _ in range(count):
+        size = max(1, rng.choice(sizes) - rng.randint(1, 4096))
+
+        def limit(size: int = size) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+        run = Broken(work)
+        said[must_be_said(run, run.run(limit), f"files of {size} bytes").replace(str(run.work), "...")] += 1
+        run.must_end_like(expected)
+        shutil.rmtree(run.work)
+    return said
+
+
+KINDS = ("kills", "kills-of-two", "full-disk", "refused", "cut", "flips", "clock")
 
 
 def main() -> None:
@@ -386,6 +419,8 @@ def cases(
         return kills_of_two(work, rng, few)
     if kind == "flips":
         return flips(work, rng, few, expected, seconds)
+    if kind == "cut":
+        return cut(work, rng, few, expected)
     if kind == "clock":
         return clock(work, rng, few, expected)
     return writes(work, rng, count, expected, errno.ENOSPC if kind == "full-disk" else errno.EROFS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -31,6 +32,7 @@ from sentcompress.cli import (
 from sentcompress.cli.common import examples
 from sentcompress.cli.failures import DEBUG_VARIABLE, debugging, report
 from sentcompress.io import printable
+from sentcompress.launched import check_environment, end_with_the_launcher, ending_when_asked
 
 app = typer.Typer(
     name="sentcompress",
@@ -96,8 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if not debugging():
         # Where in our source a warning was raised is of no use to the reader.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a run
+            stream.reconfigure(errors="replace")
     try:
-        app(arguments, prog_name="sentcompress")
+        with ending_when_asked():
+            end_with_the_launcher()
+            check_environment()
+            app(arguments, prog_name="sentcompress")
     except Exception as error:
         sys.exit(report(error))
     except KeyboardInterrupt:

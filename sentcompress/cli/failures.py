@@ -51,6 +51,11 @@ def explain(error: BaseException) -> SentCompressError:
                 f"no space left on the disk{where}",
                 fix="free some space or choose another --out; then run the same command again with --resume",
             )
+        if _is_lost_process(link):
+            return RunError(
+                "another process of this run has ended, and this one cannot go on without it",
+                fix="its own message says why; then run the same command again with --resume",
+            )
     return RunError(
         f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
     )
@@ -78,6 +83,12 @@ def _is_disk_full(error: BaseException) -> bool:
     # safetensors and torch wrap the operating system's error in their own, and keep its words.
     full = (errno.ENOSPC, errno.EDQUOT)
     return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    # Gloo's and NCCL's words: neither raises an error of its own.
+    lost = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
 
 
 def _first_line(error: BaseException) -> str:

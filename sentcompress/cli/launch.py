@@ -18,6 +18,8 @@ import typer
 
 from sentcompress.cli.common import examples
 from sentcompress.errors import InputError, RunError, TerminatedError
+from sentcompress.io import printable
+from sentcompress.launched import LAUNCHED, LIFELINE
 
 COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])
 """What runs in several processes."""
@@ -45,7 +47,8 @@ def launch(
     """Run training, bench quality or bench speed in several processes of this machine: launch -n 4 graft RECIPE ...
 
     Ctrl-C and SIGTERM reach all of them, and what they end with is what one process would end with. When one dies, the
-    others are ended. On several machines, start the command itself with torchrun or srun.
+    others are ended; when this one does, or its terminal is closed, they save and end. On several machines, start the
+    command itself with torchrun or srun.
     """
     command = list(context.args)
     if not any(command[: len(known)] == known for known in COMMANDS):
@@ -55,11 +58,16 @@ def launch(
             fix=f"name one of {', '.join(map(' '.join, COMMANDS))}, such as: launch -n {processes} graft strong",
         )
     port = free_port()
+    lifeline, held = (
+        os.pipe()
+    )  # nobody else holds our end: it is closed when this process ends, however it ends
     with ExitStack() as ends:
+        ends.callback(os.close, held)
+        ends.callback(os.close, lifeline)
         workers = []
         for rank in range(processes):
             said = ends.enter_context(tempfile.TemporaryFile()) if rank else None
-            workers.append(Worker(rank, start(rank, processes, port, command, said), said))
+            workers.append(Worker(rank, start(rank, processes, port, command, said, lifeline), said))
             ends.callback(workers[-1].process.kill)
         with signals_passed_on(workers):
             failed = wait(workers)
@@ -80,7 +88,7 @@ def free_port() -> int:
 
 
 def start(
-    rank: int, processes: int, port: int, command: list[str], said: IO[bytes] | None
+    rank: int, processes: int, port: int, command: list[str], said: IO[bytes] | None, lifeline: int
 ) -> subprocess.Popen[bytes]:
     """Start one process, told of the others as torchrun tells it."""
     return subprocess.Popen(
@@ -94,7 +102,10 @@ def start(
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            LAUNCHED: str(processes),
+            LIFELINE: str(lifeline),
         },
+        pass_fds=(lifeline,),
         stdout=subprocess.DEVNULL if rank else None,
         stderr=said,
         start_new_session=True,  # Ctrl-C comes to us, and from us once to each
@@ -103,14 +114,17 @@ def start(
 
 @contextmanager
 def signals_passed_on(workers: list[Worker]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to every process and end only them."""
+    """Ctrl-C and SIGTERM go to every process and end only them; a terminal that is closed asks as SIGTERM does."""
 
     def send(number: int, _: Any) -> None:
         for worker in workers:
             if worker.process.poll() is None:
-                worker.process.send_signal(number)
+                worker.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, send) for number in numbers}
     try:
         yield
     finally:
@@ -142,6 +156,7 @@ def last_words(worker: Worker) -> str:
     if worker.said is not None:
         worker.said.seek(0)
         lines = worker.said.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
+        lines = [printable(line) for line in lines]
     return "\n".join([f"error: process {worker.rank} {how}; the others were ended", *lines])
 
 

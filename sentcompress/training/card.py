@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import yaml
 
 from sentcompress import __version__
 from sentcompress.benchmark.provenance import command, commit, plugin_packages
+from sentcompress.launched import LAUNCHED
 from sentcompress.recipe import Recipe
 
 
@@ -48,11 +50,12 @@ def provenance(recipe: Recipe) -> dict[str, str]:
 
 
 def resume_command() -> str:
-    """The command that goes on with what this process was doing."""
+    """The command that goes on with what this process was doing, in as many processes if it was launched in several."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
     if kept[:1] != ["run"]:  # "run" picks up by itself
         kept.append("--resume")
-    return command([sys.argv[0], *kept])
+    several = os.environ.get(LAUNCHED)
+    return command([sys.argv[0], *(["launch", "-n", several] if several else []), *kept])
 
 
 def render_card(

@@ -10,10 +10,11 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,7 +56,9 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps there are checkpoints of, whole or not, oldest first."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdecimal())
+        return sorted(
+            int(path.name[5:]) for path in found if path.name[5:].isdecimal() and path.name.isascii()
+        )
 
     def parts(self, step: int) -> Path:
         """Where all processes write their parts while the first one saves."""
@@ -128,7 +131,35 @@ def check_checkpoint(path: Path) -> str | None:
     record = read_json(path / MANIFEST)
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
         return f"{MANIFEST} is missing or broken"
-    return damage(path, record["files"])
+    files = record["files"]
+    if STATE not in files or not any(name == TENSORS or name.startswith(f"{PARTS}/") for name in files):
+        return f"{MANIFEST} does not name {STATE} and {TENSORS}"
+    if problem := damage(path, files):
+        return problem
+    try:
+        state = _State.model_validate(read_json(path / STATE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        return f"{STATE}: {field}: {first['msg']}"
+    if path.name != f"step-{state.step:06d}":
+        return f"{STATE}: step: {state.step} is not that of the folder's name"
+    return None
+
+
+class _State(BaseModel):
+    """``training_state.json``: what must be in it, and of which kind."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    next_batch: int = Field(default=0, ge=0, lt=1 << 62)
+    seconds: float = Field(default=0.0, ge=0)
+    recent_losses: list[float] = []
+    figures: dict[str, float] = {}
+    best: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    scaler: dict[str, Any] | None = None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -208,8 +239,11 @@ def load_optimizer_tensors(
     """Put saved optimizer state back."""
     states: dict[int, dict[str, Tensor]] = {}
     numbers = {name: i for i, name in enumerate(names)}
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
+        if name not in numbers or (kind != "step" and value.shape != shapes[numbers[name]]):
+            raise ValueError(f"'{key}' does not fit a parameter of this model")
         states.setdefault(numbers[name], {})[kind] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -35,6 +35,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self.__exit__()
+        if number == signal.SIGINT and signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
         self.asked = self.asked or number

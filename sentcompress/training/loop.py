@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 
-from sentcompress.errors import InputError, NumericsError, TerminatedError
+from sentcompress.errors import InputError, ModelFolderError, NumericsError, TerminatedError
 from sentcompress.processes import on_cpu, processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
@@ -117,6 +117,11 @@ class _Run:
         checkpoint = self.store.latest(self.progress.note)
         state = saved.read_state(checkpoint) if checkpoint else {}
         self.start = int(state.get("step", 0))
+        if self.start > self.settings.steps:
+            raise ModelFolderError(
+                f"{checkpoint}: is of step {self.start:,}, and the run has {self.settings.steps:,}",
+                fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
+            )
         self.next_batch = int(state.get("next_batch", 0))
         self.watch = LossWatch(self.settings)
         self.rollbacks = 0

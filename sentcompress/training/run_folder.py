@@ -100,7 +100,7 @@ class StageFolder:
 
     @property
     def finished(self) -> bool:
-        return (self.path / MARK).is_file()
+        return (self.path / MARK).is_file() and any(self.path.glob("model*.safetensors"))
 
     @property
     def started(self) -> bool:
@@ -157,7 +157,9 @@ class StageFolder:
             )
         if overwrite:
             return
-        fields = saved.get("fields") or {}
+        fields = saved.get("fields")
+        if not isinstance(fields, dict):
+            fields = {}
         if partial:
             fields = {
                 name: value
@@ -188,9 +190,12 @@ class StageFolder:
             f"  {name}: {saved.get(name, '(absent)')!r} there, {self.record.get(name, '(absent)')!r} now"
             for name in dict.fromkeys(names)
         ]
+        back = "put these fields back"
+        if set(names) == {new}:  # which is no field: it follows from two things that are
+            back = f"choose processes (launch -n) and {old} so that their product is {saved.get(new)}"
         raise InputError(
             f"{self.path}: was made with another recipe:\n" + "\n".join(lines),
-            fix="put these fields back, choose another --out, or replace it with --overwrite",
+            fix=f"{back}, choose another --out, or replace it with --overwrite",
         )
 
     def recover(self) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sentcompress.errors import ModelFolderError
 from sentcompress.training import checkpoints as saved
 from sentcompress.training.optimization import WeightAverage
 from sentcompress.training.sharding import is_spread
@@ -56,8 +58,17 @@ class TrainingState:
             whether this process's random state was there.
 
         Raises:
-            ModelFolderError: the checkpoint is of another model.
+            ModelFolderError: the checkpoint is of another model, or its tensors are not what was saved.
         """
+        try:
+            return self._load(checkpoint)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelFolderError(
+                f"{checkpoint}: its training state cannot be taken back: {error}",
+                fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
+            ) from error
+
+    def _load(self, checkpoint: Path) -> bool:
         tensors = saved.read_tensors(checkpoint, dict(self.model.named_parameters()))
         saved.load_model_tensors(self.model, saved.ungrouped("weights", tensors), checkpoint)
         moments = saved.ungrouped("optimizer", tensors)

@@ -11,7 +11,9 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork a process")
-@pytest.mark.parametrize("kinds", [["kills:2", "flips:1"], ["full-disk:2", "clock:1"]])
+@pytest.mark.parametrize(
+    "kinds", [["kills:2", "flips:1"], ["full-disk:2", "refused:1", "cut:2"], ["kills-of-two:2", "clock:1"]]
+)
 def test_a_sample_goes_on_to_the_same_weights(kinds):
     done = subprocess.run(
         [sys.executable, str(TOOL), *kinds, "--seed", "1"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import resource
 from pathlib import Path
@@ -11,12 +12,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sentcompress.errors import ModelFolderError, StorageError
-from sentcompress.io import storage_errors, whole_folder, write_atomically
+from sentcompress.io import manifest, storage_errors, whole_folder, write_atomically
 from sentcompress.training import checkpoints
-from sentcompress.training.checkpoints import CheckpointStore, load_random_tensors, random_tensors
+from sentcompress.training.checkpoints import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    CheckpointStore,
+    check_checkpoint,
+    load_random_tensors,
+    random_tensors,
+)
+from sentcompress.training.loop import run_job
 
 
 def draw() -> list[float]:
@@ -48,7 +58,7 @@ def write_state(folder: Path) -> None:
 def store(folder: Path, keep: int = 2) -> CheckpointStore:
     found = CheckpointStore(folder, keep)
     for step in (1, 2, 3):
-        found.save(step, write_model, write_state, {"step": step})
+        found.save(step, write_model, write_state, {"step": step, "tokens": 0})
     return found
 
 
@@ -166,3 +176,66 @@ def test_an_atomic_write_replaces_whole_or_fails_with_the_place(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(StorageError, match="cannot be written"):
         write_atomically(tmp_path / "missing" / "b.json", "x")
+
+
+def tampered(folder: Path, **values: object) -> None:
+    """Other values in the state, with a manifest that agrees; "gone" takes one out."""
+    state = json.loads((folder / STATE).read_text()) | values
+    (folder / STATE).write_text(json.dumps({name: value for name, value in state.items() if value != "gone"}))
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).write_text(json.dumps({"step": 6, "files": manifest(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"step": 10**9}, "step: 1000000000 is not that of the folder's name"),
+        ({"step": -5}, "step: "),
+        ({"step": "abc"}, "step: "),
+        ({"tokens": "gone"}, "tokens: "),
+        ({"precision": "fp8"}, "precision: "),
+        ({"seconds": "x"}, "seconds: "),
+        ({"next_batch": -7}, "next_batch: "),
+        ({"recent_losses": ["x"]}, "recent_losses.0: "),
+        ({"best": "x"}, "best: "),
+    ],
+)
+def test_a_state_that_cannot_be_is_named_and_the_checkpoint_before_it_taken(
+    tmp_path, make_recipe, make_job, capsys, values, field
+):
+    recipe, folder = make_recipe(save_every=2, keep=3), tmp_path / "run"
+    figures = run_job(make_job(recipe), folder, recipe)
+    (folder / "config.json").unlink()
+    newest = folder / "checkpoints" / "step-000006"
+    tampered(newest, **values)
+    assert run_job(make_job(recipe), folder, recipe, resume=True) == figures
+    assert f"damaged checkpoint left out: {newest}: {STATE}: {field}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"files": {"config.json": [1]}}', '{"files": {}}'])
+def test_a_manifest_that_cannot_be_is_damage(tmp_path, make_recipe, make_job, text):
+    recipe, folder = make_recipe(), tmp_path / "run"
+    run_job(make_job(recipe), folder, recipe)
+    (saved,) = (folder / "checkpoints").glob("step-*")
+    (saved / MANIFEST).write_text(text)
+    assert MANIFEST in check_checkpoint(saved) or "manifest" in check_checkpoint(saved)
+
+
+@pytest.mark.parametrize("kind", ["shape", "name", "random"])
+def test_tensors_that_do_not_fit_end_the_run_with_the_folders_name(tmp_path, make_recipe, make_job, kind):
+    recipe, folder = make_recipe(), tmp_path / "run"
+    run_job(make_job(recipe), folder, recipe)
+    (folder / "config.json").unlink()
+    (saved,) = (folder / "checkpoints").glob("step-*")
+    tensors = load_file(saved / TENSORS)
+    name = next(n for n in tensors if n.startswith("optimizer/exp_avg/") and tensors[n].ndim == 2)
+    if kind == "shape":
+        tensors[name] = tensors[name][:, :1].contiguous()
+    elif kind == "name":
+        tensors["optimizer/exp_avg/nosuch"] = tensors.pop(name)
+    else:
+        del tensors["random/0/python"]
+    save_file(tensors, saved / TENSORS)
+    tampered(saved)
+    with pytest.raises(ModelFolderError, match="step-000006: its training state cannot be taken back"):
+        run_job(make_job(recipe), folder, recipe, resume=True)

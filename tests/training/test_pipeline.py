@@ -79,6 +79,19 @@ def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, monkeypatch):
     assert digests(stopped) == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("fusion", ["sum-norm", "mean", "attention"])
+def test_bf16_trains_and_is_evaluated(tmp_path, backbone, fusion):
+    recipe = grafting(backbone, precision="bf16", steps=1)
+    recipe = recipe.model_copy(
+        update={
+            "fusion": recipe.fusion.model_copy(update={"name": fusion}),
+            "train_vae": recipe.train_vae.model_copy(update={"precision": "bf16", "steps": 1}),
+        }
+    )
+    figures = run_recipe(recipe, tmp_path / "run", stages=["vae", "graft"])
+    assert all(figures[stage] for stage in ("vae", "graft"))
+
+
 def test_a_graft_of_another_vae_is_stale(tmp_path, backbone):
     out = tmp_path / "out"
     run_recipe(grafting(backbone), out, stages=["vae", "graft"])

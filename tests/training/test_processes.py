@@ -126,6 +126,10 @@ def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alo
     refused = call("run", str(tmp_path / "recipe-3.yaml"), "--out", str(many), "--resume", cache=cache)
     assert refused.returncode == 2
     assert "pretrain.micro_batches_a_step: 6 there, 2 now" in refused.stderr
+    assert (
+        "processes (launch -n) and pretrain.gradient_accumulation so that their product is 6"
+        in refused.stderr
+    )
 
 
 def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, run, alone):
@@ -146,8 +150,11 @@ def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, r
     assert_same(alone, parts)
 
 
-@pytest.mark.parametrize(("distributed", "fusion"), [("ddp", "mean"), ("fsdp", "attention")])
-def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion):
+@pytest.mark.parametrize(
+    ("distributed", "fusion", "precision"),
+    [("ddp", "mean", "fp32"), ("fsdp", "attention", "fp32"), ("fsdp", "sum-norm", "bf16")],
+)
+def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion, precision):
     """SentenceVAE, graft (with adapters) and twin: the same figures as in one process."""
     figures = []
     for processes in (1, 2):
@@ -161,7 +168,7 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
                 "steps=4",
                 f"gradient_accumulation={4 // processes}",
                 "ema=0.9",
-                "precision=fp32",
+                f"precision={precision}",
             )
         ]
         chosen += [
@@ -180,9 +187,10 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
         assert done.returncode == 0, done.stderr
         runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
         figures.append([value for about in runs for value in about["figures"].values()])
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-    assert_scored_alike(tmp_path / "1", cache)
-    assert_timed_together(tmp_path / "1", cache)
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3 if precision == "fp32" else 0.02)
+    if precision == "fp32":
+        assert_scored_alike(tmp_path / "1", cache)
+        assert_timed_together(tmp_path / "1", cache)
 
 
 def assert_scored_alike(run: Path, cache: Path) -> None:
@@ -254,6 +262,24 @@ class TestLaunch:
         _, said = launcher.communicate(timeout=60)
         assert launcher.returncode == 75, said
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
+        assert " launch -n 2 run " in said.partition("go on with: ")[2]
+
+    def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):
+        launcher, children = launched
+        launcher.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
+
+    def test_a_terminal_that_is_closed_asks_to_end(self, tmp_path, launched):
+        launcher, children = launched
+        launcher.send_signal(signal.SIGHUP)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, said
+        assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_process_that_dies_takes_the_others_with_it(self, launched, rank):

@@ -19,6 +19,7 @@ from sentcompress.training.heartbeat import read_heartbeat
 from sentcompress.training.loop import run_job
 from sentcompress.training.progress import read_metrics
 from sentcompress.training.run_folder import StageFolder
+from sentcompress.training.stages import run_recipe
 from sentcompress.training.trouble import ENOUGH, LossWatch
 
 
@@ -237,3 +238,60 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_is_not(tmp_path, 
         process.kill()
         process.wait()
     assert StageFolder(folder, "pretrain", {}).finished
+
+
+def test_ctrl_c_and_then_sigterm_is_still_one_wish_to_end(tmp_path, make_recipe, make_job):
+    recipe, folder = make_recipe(), tmp_path / "run"
+    job = make_job(recipe)
+    inner, calls = job.loss, iter(range(100))
+
+    def loss(model, batch):
+        if next(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(model, batch)
+
+    job.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, folder, recipe)
+    assert (folder / "checkpoints" / "step-000004").is_dir()
+
+
+def test_sigterm_before_training_ends_with_the_code_to_start_again(tmp_path, make_recipe):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe().dump())
+    asks_itself = (
+        "import os, signal, sys\n"
+        "from sentcompress.text import corpus\n"
+        "corpus.choose_heldout = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from sentcompress.cli import main\n"
+        f"main(['run', {str(path)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asks_itself],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SENTCOMPRESS_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 75, done.stderr
+    assert "asked to end (SIGTERM)" in done.stderr
+    assert not [path for path in (tmp_path / "cache").rglob("*.tmp") if path.is_dir()]
+
+
+def test_a_refused_run_touches_nothing(tmp_path, make_recipe):
+    first, second, out = make_recipe(), make_recipe(steps=9), tmp_path / "out"
+    run_recipe(first, out)
+    before = (out / "recipe.yaml").read_text()
+    holder = (
+        "import sys, time, pathlib\n"
+        "from sentcompress.training.run_folder import StageFolder\n"
+        f"with StageFolder(pathlib.Path({str(out / 'pretrain')!r}), 'pretrain', {{}}).locked():\n"
+        "    print('held', flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run is writing here"):
+            run_recipe(second, out, overwrite=True)
+        process.kill()
+    assert (out / "recipe.yaml").read_text() == before
