@@ -8,7 +8,8 @@ case takes seconds.
 
 kills: kill -9 at a random moment. kills-of-two: of a random one of two processes. full-disk: from the n-th time on that
 something is opened for writing, made or renamed, the disk is full. refused: the same, of a file system that has become
-read-only. cut: no file can grow beyond a random size, so that a write fails in the middle of one. flips: a bit of a checkpoint is turned over. clock: the clock jumps by days, to and fro.
+read-only. cut: no file can grow beyond a random size, so that writing fails half way. flips: a bit of a checkpoint is
+turned over. clock: the clock jumps by days, to and fro.
 
 Whatever happened, the same command must go on and end with the same weights, to the bit (of two processes: with the
 same losses, to 1e-4). Whatever has its final name must be whole. What cannot be written is said in one message, with
@@ -39,6 +40,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 LIMIT = 120.0
 """Seconds after which a run counts as hanging."""
+SAID_BYTES = 1 << 14
+"""Room for what a run says, which goes to a file here."""
 STAGES = ("vae", "graft", "baseline")
 RECIPE = """
 name: faults
@@ -358,9 +361,10 @@ def cut(work: Path, rng: random.Random, count: int, expected: dict[str, str]) ->
     if probe.run():
         raise Finding(probe.last_words())
     sizes = sorted({path.stat().st_size for path in probe.work.rglob("*") if path.is_file()})
+    sizes = [size for size in sizes if size > SAID_BYTES]
     said: Counter[str] = Counter()
     for _ in range(count):
-        size = max(1, rng.choice(sizes) - rng.randint(1, 4096))
+        size = rng.randrange(SAID_BYTES, rng.choice(sizes))
 
         def limit(size: int = size) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
