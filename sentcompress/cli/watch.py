@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +13,28 @@ from sentcompress.cli.common import console, examples
 from sentcompress.io import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
     from sentcompress.training.watch import StageView
 
 STYLES = {"training": "green", "done": "blue", "failed": "red", "lost": "red", "stopped": "yellow"}
+COLUMNS = ("run", "state", "steps", "loss", "curve", "held out", "tokens/s", "left", "last sign", "trouble")
+ALWAYS = ("run", "state", "steps", "loss", "left")
+WITH_ROOM = ("curve", "last sign", "tokens/s", "held out", "trouble")
+"""Shown where the terminal is wide enough, the first ones first; trouble stands below the table otherwise."""
+TO_THE_LEFT = ("run", "state", "steps", "curve", "trouble")
 CURVE = 24
 """Columns of the loss curve."""
+TROUBLE = 40
+"""Columns below which a text would fold too often."""
+LONGEST_TROUBLE = 1000
+"""Characters of it that are shown."""
+SMALL = 60
+"""Columns of a terminal in which every cell may fold."""
+DAY = 86400
+LARGE = 1e9
+"""Figures from here on are written with an exponent."""
 
 
 def watch(
@@ -38,67 +54,120 @@ def watch(
         raise InputError(
             f"{folder}: there is no such folder", fix="give the --out of a run, or a folder of runs"
         )
-
-    def look() -> list[StageView]:
-        return [runs.view(stage, folder) for stage in runs.find_stages(folder)]
-
-    stages = look()
+    watcher = runs.Watcher(folder)
     if as_json:
-        print(runs.as_json(stages))
+        print(runs.as_json(watcher.look()))
         return
-    if not stages:
-        raise InputError(
-            f"{folder}: no run has written here yet", fix="give the --out of a run, or a folder of runs"
-        )
     screen = console()
     if once or not sys.stdout.isatty():
-        screen.print(table(stages))
+        stages = watcher.look()
+        if not stages:
+            raise InputError(
+                f"{folder}: no run has written here yet", fix="give the --out of a run, or a folder of runs"
+            )
+        screen.print(table(stages, screen))
         return
     import time
 
     from rich.live import Live
 
-    with Live(table(stages), console=screen, auto_refresh=False) as live:
+    with Live(console=screen, auto_refresh=False) as live:
         try:
             while True:
+                stages = watcher.look()
+                live.update(table(stages, screen) if stages else _nothing(folder, screen), refresh=True)
                 time.sleep(interval)
-                live.update(table(look()), refresh=True)
         except KeyboardInterrupt:
             return
 
 
-def table(stages: list[StageView]) -> Table:
-    """A row a stage."""
+def table(stages: list[StageView], screen: Console) -> RenderableType:
+    """A row a stage, with as many columns as there is room for; below it the trouble that has no column."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from sentcompress.training.progress import duration
-    from sentcompress.training.watch import curve
+    rows = [_cells(stage, screen) for stage in stages]
 
-    shown = Table(box=box.SIMPLE_HEAD)
-    for name in ("run", "state", "steps"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("loss", "curve", "held out", "tokens/s", "left", "last sign"):
-        shown.add_column(name, no_wrap=True, justify="left" if name == "curve" else "right")
-    shown.add_column("trouble", overflow="fold")
-    for stage in stages:
-        share = f" {stage.step / stage.steps:.0%}" if stage.steps else ""
-        cells: list[Any] = [
-            stage.name,
-            Text(stage.state, style=STYLES.get(stage.state, "")),
-            f"{stage.step:,}/{stage.steps:,}{share}" if stage.steps else f"{stage.step:,}",
-            f"{stage.losses[-1]:.4f}" if stage.losses else "",
-            curve(stage.losses, CURVE),
-            "{} {:.4g}".format(*stage.heldout) if stage.heldout else "",
-            f"{stage.tokens_per_second:,.0f}" if stage.tokens_per_second is not None else "",
-            duration(stage.seconds_left) if stage.seconds_left is not None else "",
-            f"{duration(stage.age)} ago" if stage.age is not None else "",
-            stage.error,
-        ]
-        # As Text, so that brackets in names are no markup; and as wide as it will be shown.
-        shown.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
+    def filled(names: list[str], **widest: int) -> Table:
+        shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for name in names:
+            shown.add_column(
+                name,
+                justify="left" if name in TO_THE_LEFT else "right",
+                overflow="fold",
+                no_wrap=name not in ("run", "trouble") and screen.width >= SMALL,
+                max_width=widest.get(name),
+            )
+        for row in rows:
+            shown.add_row(*(row[name] for name in names))
+        return shown
+
+    names = list(ALWAYS)
+    for name in WITH_ROOM:
+        more = sorted([*names, name], key=COLUMNS.index)
+        # A long name or text folds before another column goes.
+        draft = filled(more, run=screen.width // 3, trouble=TROUBLE)
+        if screen.measure(draft, options=screen.options.update(width=sys.maxsize)).maximum <= screen.width:
+            names = more
+    below = [] if "trouble" in names else [row for row in rows if row["trouble"]]
+    texts = [Text.assemble(row["run"], ": ", (row["trouble"].plain, "red"), overflow="fold") for row in below]
+    return Group(filled(names), *([Text()] if texts else []), *texts)
+
+
+def _cells(stage: StageView, screen: Console) -> dict[str, Text]:
+    """What is shown of a stage, by column."""
+    from rich.text import Text
+
+    from sentcompress.training.progress import duration
+    from sentcompress.training.watch import ASCII_BARS, BARS, curve
+
+    share = f" {stage.step / stage.steps:.0%}" if stage.steps else ""
+    cells = {
+        "run": stage.name,
+        "state": stage.state,
+        "steps": f"{stage.step:,}/{stage.steps:,}{share}" if stage.steps else f"{stage.step:,}",
+        "loss": _figure(stage.loss, ".4f"),
+        "curve": curve(stage.losses, CURVE, ASCII_BARS if screen.options.ascii_only else BARS),
+        "held out": "{} {:.4g}".format(*stage.heldout) if stage.heldout else "",
+        "tokens/s": _figure(stage.tokens_per_second, ",.0f"),
+        "left": duration(stage.seconds_left) if stage.seconds_left is not None else "",
+        "last sign": _since(stage.age),
+        "trouble": stage.error[:LONGEST_TROUBLE],
+    }
+    # As Text, so that brackets in names are no markup; and as wide as it will be shown.
+    shown = {name: Text(_line(cell, screen)) for name, cell in cells.items()}
+    shown["state"].stylize(STYLES.get(stage.state, ""))
     return shown
+
+
+def _figure(value: float | None, layout: str) -> str:
+    if value is None:
+        return ""
+    return format(value, layout if abs(value) < LARGE else ".4g")
+
+
+def _since(age: float | None) -> str:
+    from sentcompress.training.progress import duration
+
+    if age is None:
+        return ""
+    return f"{duration(age)} ago" if age < 2 * DAY else f"{age // DAY:,.0f} days ago"
+
+
+def _line(text: str, screen: Console) -> str:
+    """What a terminal shows as one line, in characters that it has."""
+    encoding = screen.encoding
+    return printable(text).replace("\n", "\\n").encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _nothing(folder: Path, screen: Console) -> Text:
+    """Instead of a table."""
+    from rich.text import Text
+
+    said = "no run has written here yet" if os.path.isdir(folder) else "the folder is gone"
+    return Text(_line(f"{folder}: {said}", screen), overflow="fold")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import threading
@@ -20,6 +19,10 @@ from sentcompress.io import write_atomically
 FILE = "heartbeat.json"
 SECONDS = 5.0
 """Between signs while nothing changes."""
+LARGEST = 1 << 20
+"""Characters of the file; one that is longer is not ours."""
+LONGEST_AGE = 100 * 365 * 86400.0
+"""Seconds between two clocks, however wrong one is: more is no time, and the file is broken."""
 
 
 class Heartbeat:
@@ -105,11 +108,18 @@ class Heartbeat:
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
-    """The last sign of a stage that is not done, with the seconds since as ``age``; None where there is none."""
+    """The last sign of a stage that is not done, with the seconds since as ``age``; None where there is none.
+
+    The age is this machine's clock less the run's.
+    """
+    path = folder / FILE
     try:
-        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        with open(path, encoding="utf-8") as file:
+            facts = json.loads(file.read(LARGEST))
         age = time.time() - float(facts["time"])
-        # Another machine's clock may be ahead.
-        return {**facts, "age": max(0.0, age)} if math.isfinite(age) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    # Another machine's clock may be ahead.
+    return {**facts, "age": max(0.0, age)} if abs(age) <= LONGEST_AGE else None

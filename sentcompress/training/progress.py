@@ -17,6 +17,8 @@ from sentcompress.errors import InputError
 from sentcompress.io import finite, printable, storage_errors, write_atomically
 
 METRICS = "metrics.jsonl"
+LONGEST_LINE = 1 << 20
+"""Characters of a line of it; ours have some hundreds, and a longer one is broken."""
 LINE_SECONDS = 5.0
 """Seconds between plain lines where there is no terminal."""
 
@@ -195,16 +197,22 @@ def _wandb_run(folder: Path) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a ``metrics.jsonl``; one cut short by a kill or otherwise broken is left out."""
-    lines = []
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return []
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
+    lines = (read_line(line) for line in text.splitlines())
+    return [line for line in lines if line is not None]
+
+
+def read_line(text: str) -> dict[str, Any] | None:
+    """What a line of a ``metrics.jsonl`` says; None where it is broken."""
+    if len(text) > LONGEST_LINE:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
