@@ -4,7 +4,7 @@
 
 Makes JSON lines (plain, gzipped and zstd shards in turn) of State of the Union addresses, each document with a number
 that makes it another text, tokenizes them into a token cache of its own and draws batches of sentences and of passages.
-Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints
+At last a process that draws batches is killed, another goes on where it was, and what both drew is compared. Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints
 the slope of that over the bytes done, where there was time to see one.
 """
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import itertools
 import json
 import os
 import tempfile
 import threading
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +133,7 @@ def draw(corpus: Corpus, seconds: float) -> None:
     """Draw batches all over the corpus; print the memory at first and at last."""
     samplers = {
         "sentences": SentenceSampler(corpus, corpus.train, 128, 0, 1),
-        "passages": PassageSampler(corpus, corpus.train, 8, 64, 1, 0, 1, start=True),
+        "passages": passages(corpus),
     }
     for name, sampler in samplers.items():
         sampler.batch(0)
@@ -146,20 +148,67 @@ def draw(corpus: Corpus, seconds: float) -> None:
         )
 
 
+def passages(corpus: Corpus) -> PassageSampler:
+    return PassageSampler(corpus, corpus.train, 8, 64, 1, 0, 1, start=True)
+
+
+def open_corpus(shards: Path, cache: Path) -> Corpus:
+    """Tokenized, if it is not in the cache."""
+    tokenizer = load_backbone_tokenizer(BackboneSpec(model="opt-tiny"))
+    dataset = get_registry().create("dataset", "jsonl", {"paths": [str(shards)]})
+    segmenter = get_registry().create("segmenter", "regex", {"preset": "sentence"})
+    return build_corpus(dataset, segmenter, tokenizer, cache_dir=cache)
+
+
+def digest(sampler: PassageSampler, index: int) -> str:
+    """Of all that is in a batch."""
+    batch = sampler.batch(index)
+    parts = [name.encode() + batch[name].numpy().tobytes() for name in sorted(batch)]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def draw_from(shards: Path, cache: Path, first: int, log: Path) -> None:
+    """A process of its own: batches from a number on, their digests a line each, until it is killed."""
+    sampler = passages(open_corpus(shards, cache))
+    with log.open("a", buffering=1) as file:
+        for index in range(first, sampler.batches_per_epoch):
+            file.write(digest(sampler, index) + "\n")
+
+
+def kill_and_go_on(corpus: Corpus, shards: Path, cache: Path, log: Path) -> None:
+    """Kill a process that draws batches, three times; what all drew must be what one draws."""
+    begin = passages(corpus).batches_per_epoch // 3
+    log.touch()
+    for _ in range(3):
+        done = log.read_text().count("\n")
+        log.write_text(
+            "".join(log.read_text().splitlines(keepends=True)[:done])
+        )  # a line cut short is drawn again
+        process = get_context("spawn").Process(target=draw_from, args=(shards, cache, begin + done, log))
+        process.start()
+        while log.read_text().count("\n") < done + 200 and process.is_alive():
+            time.sleep(0.05)
+        process.kill()
+        process.join()
+    drawn, sampler = log.read_text().splitlines(), passages(corpus)
+    drawn = drawn[:-1]  # the last line may be cut short
+    wrong = sum(digest(sampler, begin + place) != found for place, found in enumerate(drawn))
+    print(
+        f"killed three times: {len(drawn)} batches from number {begin:,} on, {wrong} other than in one process"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=5.0)
     parser.add_argument("--seconds", type=float, default=20.0, help="of drawing batches, each kind")
     asked = parser.parse_args()
-    tokenizer = load_backbone_tokenizer(BackboneSpec(model="opt-tiny"))
     with tempfile.TemporaryDirectory() as folder:
         shards, cache = Path(folder) / "shards", Path(folder) / "cache"
         shards.mkdir()
         make_shards(shards, round(asked.gigabytes * 1e9))
-        dataset = get_registry().create("dataset", "jsonl", {"paths": [str(shards)]})
-        segmenter = get_registry().create("segmenter", "regex", {"preset": "sentence"})
         watch, began = Watch(cache), time.monotonic()
-        corpus = build_corpus(dataset, segmenter, tokenizer, cache_dir=cache)
+        corpus = open_corpus(shards, cache)
         took = time.monotonic() - began
         watch.close()
         text = int(corpus.sentence_bytes.sum())
@@ -171,6 +220,7 @@ def main() -> None:
         scale = text / (len(corpus.tokens) * corpus.tokens.itemsize)
         report("tokenizing", [(done * scale, size) for done, size in watch.points["tokenizing"]])
         draw(corpus, asked.seconds)
+        kill_and_go_on(corpus, shards, cache, Path(folder) / "drawn.txt")
 
 
 if __name__ == "__main__":

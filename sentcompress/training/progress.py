@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sentcompress.errors import InputError
 from sentcompress.io import finite, printable, storage_errors, write_atomically
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 METRICS = "metrics.jsonl"
 LONGEST_LINE = 1 << 20
@@ -119,8 +122,8 @@ class MetricsLog:
     Args:
         folder: of the stage.
         start: steps done before; later lines of an earlier attempt are dropped.
-        tensorboard: also write events.
-        wandb: also log to Weights & Biases, through Accelerate.
+        tensorboard: also write events; Accelerate's tracker does.
+        wandb: also log to Weights & Biases; Accelerate's tracker does.
 
     Raises:
         InputError: one of them is wanted and not installed, or W&B refuses.
@@ -132,17 +135,11 @@ class MetricsLog:
         with storage_errors(folder):
             kept = [line for line in read_metrics(self.path) if line["step"] <= start]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._events: Any = None
+        self._trackers: list[GeneralTracker] = []
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise InputError(
-                    "tensorboard: true, but TensorBoard is not installed",
-                    fix="pip install 'sentcompress[tensorboard]', or set it to false",
-                ) from error
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._wandb = _wandb_run(folder) if wandb else None
+            self._trackers.append(_tensorboard(folder, start))
+        if wandb:
+            self._trackers.append(_wandb_run(folder))
         with storage_errors(folder):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
@@ -151,28 +148,43 @@ class MetricsLog:
         with storage_errors(self.path.parent):
             self._file.write(json.dumps({"step": step, **finite(figures)}) + "\n")
             self._file.flush()
-        if self._events is not None:
-            for name, value in figures.items():
-                if isinstance(value, str):
-                    self._events.add_text(name, value, step)
-                elif isinstance(value, Mapping):
-                    for inner, number in value.items():
-                        self._events.add_scalar(f"{name}/{inner}", number, step)
-                else:
-                    self._events.add_scalar(f"train/{name}", value, step)
-
-        if self._wandb is not None:
-            self._wandb.log(dict(figures), step=step)
+        for tracker in self._trackers:
+            tracker.log(_by_group(figures), step=step)
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
-def _wandb_run(folder: Path) -> Any:
+def _by_group(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """``train/loss``, ``eval/bits_per_byte``, ``event``: as both trackers group them."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": number for inner, number in value.items()}
+        else:
+            flat[name if isinstance(value, str) else f"train/{name}"] = value
+    return flat
+
+
+def _tensorboard(folder: Path, start: int) -> GeneralTracker:
+    """Events of the steps after ``start``; later ones of an earlier attempt are not shown. Raises InputError."""
+    from accelerate.tracking import TensorBoardTracker
+    from accelerate.utils import is_tensorboard_available
+
+    if not is_tensorboard_available():
+        raise InputError(
+            "tensorboard: true, but TensorBoard is not installed",
+            fix="pip install 'sentcompress[tensorboard]', or set it to false",
+        )
+    tracker = TensorBoardTracker("tensorboard", folder, purge_step=start + 1)
+    with storage_errors(folder):
+        tracker.start()
+    return tracker
+
+
+def _wandb_run(folder: Path) -> GeneralTracker:
     """A W&B run that goes on when the stage does. Raises InputError."""
     from accelerate.tracking import WandBTracker
     from accelerate.utils import is_wandb_available

@@ -295,7 +295,17 @@ def test_tensorboard_events_are_written(tmp_path, make_recipe, make_job):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     recipe = make_recipe(steps=2, tensorboard=True)
     run_job(make_job(recipe), tmp_path / "run", recipe)
-    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events.*")
+    data = events.read_bytes()
+    assert b"train/tokens_per_second" in data
+    assert b"eval/bits_per_byte" in data
+
+
+def test_tensorboard_that_is_not_there_is_said(tmp_path, make_recipe, make_job, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    recipe = make_recipe(steps=2, tensorboard=True)
+    with pytest.raises(InputError, match="tensorboard: true, but TensorBoard is not installed"):
+        run_job(make_job(recipe), tmp_path / "run", recipe)
 
 
 def test_wandb_gets_the_same_figures(tmp_path, make_recipe, make_job, monkeypatch):
