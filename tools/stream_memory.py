@@ -4,8 +4,9 @@
 
 Makes JSON lines (plain, gzipped and zstd shards in turn) of State of the Union addresses, each document with a number
 that makes it another text, tokenizes them into a token cache of its own and draws batches of sentences and of passages.
-At last a process that draws batches is killed, another goes on where it was, and what both drew is compared. Five times a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints
-the slope of that over the bytes done, where there was time to see one.
+At last a process that draws batches is killed, another goes on where it was, and what both drew is compared. Five times
+a second it notes how much memory its processes have that is not a file's (``RssAnon`` on Linux), and prints the slope
+of that over the bytes done, where there was time to see one.
 """
 
 from __future__ import annotations
