@@ -8,6 +8,7 @@ torch's distributed checkpoint.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ def spread(model: nn.Module, units: Iterable[nn.Module], device: torch.device, p
         units: what is gathered by itself, such as the backbone's blocks.
         device: of this process.
     """
+    # Nothing here writes into what a module returned, which that would be about: losses are those of one process.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(device.type, (processes,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
