@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from uuid import uuid4
+from pathlib import Path
 
 import numpy as np
 
-from sentcompress.errors import StorageError
+from sentcompress.text.building import ATTEMPTS, build_folder, damaged_again
 from sentcompress.text.cache import FORMAT, CacheDamage, publish, read_meta, seal
 from sentcompress.text.corpus import Corpus
 from sentcompress.text.encoding import offsets, token_dtype
-from sentcompress.text.progress import Bar
+from sentcompress.text.progress import Bar, speaker
 
 _DOCUMENTS_AT_ONCE = 32
 
@@ -37,39 +36,40 @@ def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
         StorageError: the cache cannot be written.
     """
     folder = corpus.folder.parent.parent / "whole" / corpus.key
-    try:
-        meta = read_meta(folder, corpus.key)
-    except CacheDamage:
-        temporary = folder.with_name(f".{corpus.key}.{uuid4().hex[:8]}.tmp")
-        dtype = token_dtype(corpus.backend)
-        counts: list[int] = []
+    built = 0
+    while built < ATTEMPTS:
         try:
-            temporary.mkdir(parents=True)
-            total = int(corpus.sentence_bytes.sum())
-            with (
-                (temporary / "tokens.bin").open("wb") as file,
-                Bar("tokenizing whole documents", total, enabled=progress) as bar,
-            ):
-                for start in range(0, corpus.num_documents, _DOCUMENTS_AT_ONCE):
-                    stop = min(start + _DOCUMENTS_AT_ONCE, corpus.num_documents)
-                    texts = [corpus.document_text(document) for document in range(start, stop)]
-                    # The tokenizer's own threads share the documents out.
-                    for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
-                        np.array(encoding.ids, dtype=dtype).tofile(file)
-                        counts.append(len(encoding.ids))
-                    bar.advance(sum(len(text.encode("utf-8")) for text in texts))
-            np.save(temporary / "offsets.npy", offsets(np.array(counts)))
-            seal(temporary, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
-            publish(temporary, folder, corpus.key)
             meta = read_meta(folder, corpus.key)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the token cache {folder.parent}: {error.strerror or error}",
-                fix="free some space there, or set SENTCOMPRESS_CACHE to a folder with room",
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return WholeTokens(
-        np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
-        np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
-    )
+        except CacheDamage:
+            with build_folder(folder, speaker(progress).print) as temporary:
+                if temporary is None:  # another process was building it
+                    continue
+                _fill(temporary, corpus, progress)
+                publish(temporary, folder, corpus.key)
+                built += 1
+        else:
+            return WholeTokens(
+                np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+                np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
+            )
+    raise damaged_again(folder)
+
+
+def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
+    dtype = token_dtype(corpus.backend)
+    counts: list[int] = []
+    total = int(corpus.sentence_bytes.sum())
+    with (
+        (folder / "tokens.bin").open("wb") as file,
+        Bar("tokenizing whole documents", total, enabled=progress) as bar,
+    ):
+        for start in range(0, corpus.num_documents, _DOCUMENTS_AT_ONCE):
+            stop = min(start + _DOCUMENTS_AT_ONCE, corpus.num_documents)
+            texts = [corpus.document_text(document) for document in range(start, stop)]
+            # The tokenizer's own threads share the documents out.
+            for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
+                np.array(encoding.ids, dtype=dtype).tofile(file)
+                counts.append(len(encoding.ids))
+            bar.advance(sum(len(text.encode("utf-8")) for text in texts))
+    np.save(folder / "offsets.npy", offsets(np.array(counts)))
+    seal(folder, {"format": FORMAT, "key": corpus.key, "dtype": dtype})

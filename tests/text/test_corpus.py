@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options, Segmenter
 from sentcompress.datasets.text import TextDataset
-from sentcompress.errors import DataError, PluginError, StorageError
+from sentcompress.errors import DataError, InputError, PluginError, StorageError
 from sentcompress.registry import get_registry
+from sentcompress.text import encoding
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
 from sentcompress.text.heldout import choose_heldout, text_hash
@@ -222,6 +224,33 @@ class TestCache:
         assert "SENTCOMPRESS_CACHE" in str(caught.value)
         assert list((tmp_path / "corpora").iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ("x" * 300, "File name too long"),
+            ("~no-such-user/cache", "no home folder of that user"),
+            ("loop", "Too many levels of symbolic links"),
+            ("file", "not a folder"),
+            ("new/" + "x" * 300, "File name too long"),
+        ],
+    )
+    def test_a_cache_place_that_cannot_be(
+        self,
+        tmp_path: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch,
+        value: str,
+        said: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("loop").symlink_to("loop")
+        Path("file").write_text("x")
+        monkeypatch.setenv("SENTCOMPRESS_CACHE", value)
+        with pytest.raises(InputError, match=said) as caught:
+            build_corpus(Given(TEXTS), Stops(), tokenizer, progress=False)
+        assert value in caught.value.message
+        assert "SENTCOMPRESS_CACHE" in str(caught.value)
+
     def test_a_cache_place_that_is_a_file(self, build: Build, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(StorageError, match="cannot write the token cache"):
@@ -297,6 +326,33 @@ class TestWorkers:
         corpus = build(Given(texts), Local(), workers=2, progress=True)
         assert corpus.document_text(1) == texts[1]
         assert "cannot be pickled" in capsys.readouterr().err
+
+    def test_when_a_worker_is_killed_the_rest_is_done_here(
+        self,
+        build: Build,
+        make_text: Callable[[int, int], str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "fatal_segmenter.py").write_text(
+            "import multiprocessing, os, re, signal\nfrom sentcompress.contracts import Segmenter\n"
+            "class Fatal(Segmenter):\n"
+            "    def split(self, text):\n"
+            "        if 'The end' in text and multiprocessing.parent_process() is not None:\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return re.findall(r'[^.]*\\.\\s*|[^.]+', text)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        segmenter = importlib.import_module("fatal_segmenter").Fatal()
+        monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 12)
+        texts = [make_text(50, seed) for seed in range(40)]
+        texts[20] += "The end."
+        one = build(Given(texts), segmenter, workers=1, cache_dir=tmp_path / "one")
+        two = build(Given(texts), segmenter, workers=2, cache_dir=tmp_path / "two", progress=True)
+        assert "the worker processes died" in capsys.readouterr().err
+        for name in ("tokens.bin", "sentence_offsets.npy", "sentence_starts.npy", "document_offsets.npy"):
+            assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
 class TestSegmenters:
