@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from sentcompress.errors import OutOfMemoryError, RunError, SentCompressError, StorageError
+from sentcompress.errors import InputError, OutOfMemoryError, RunError, SentCompressError, StorageError
 from sentcompress.io import printable
 
 DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
@@ -18,6 +18,12 @@ _LESS_MEMORY = (
     "(raise gradient_accumulation to keep the batch), set graft.gradient_checkpointing=true, "
     "or for bench lower bench.batch_sizes"
 )
+_PATH_FIXES = {
+    errno.ENAMETOOLONG: "give a shorter path; a name in it has 255 bytes at most",
+    errno.ELOOP: "a link there leads to itself: give the path of the file or folder itself",
+    errno.EACCES: "check the permissions of it and of the folders above it",
+}
+"""What a path is at fault for that a user gave, whoever opened it."""
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -51,6 +57,12 @@ def explain(error: BaseException) -> SentCompressError:
                 f"no space left on the disk{where}",
                 fix="free some space or choose another --out; then run the same command again with --resume",
             )
+        if isinstance(link, OSError) and link.filename is not None and link.errno in _PATH_FIXES:
+            return InputError(f"{os.fsdecode(link.filename)}: {link.strerror}", fix=_PATH_FIXES[link.errno])
+        if _is_no_home(link):
+            return InputError(
+                "a path begins with ~, and no home folder of that user is known", fix="write the path in full"
+            )
     return RunError(
         f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
     )
@@ -78,6 +90,11 @@ def _is_disk_full(error: BaseException) -> bool:
     # safetensors and torch wrap the operating system's error in their own, and keep its words.
     full = (errno.ENOSPC, errno.EDQUOT)
     return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+
+
+def _is_no_home(error: BaseException) -> bool:
+    # pathlib has no class for it, and does not name the path.
+    return isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory")
 
 
 def _first_line(error: BaseException) -> str:
