@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 from sentcompress.errors import DataError
 
-LARGEST_DOCUMENT = 1 << 26
-"""Bytes a document of text may have: what is cut and tokenized in 1 GB of memory."""
+LARGEST_DOCUMENT = 1 << 25
+"""Bytes a document of text may have, and a line of JSON, decompressed: a file of a few kB may stand for one of many GB.
+Cut and tokenized, it takes 1 GB of memory at most; parsed, a line of nothing but brackets takes 24 times its bytes."""
 
 _OPTION = "data.options.paths (or --data)"
 _SPECIAL = (

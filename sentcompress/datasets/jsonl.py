@@ -15,15 +15,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, find_files, refuse_other_encodings
+from sentcompress.datasets._files import (
+    LARGEST_DOCUMENT,
+    files_fingerprint,
+    find_files,
+    refuse_other_encodings,
+)
 from sentcompress.errors import DataError, did_you_mean
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK = 1 << 20
 _ZSTD_CHUNK = 1 << 12  # a frame of nothing but repetition grows 30,000 times
-LONGEST_LINE = 1 << 25
-"""Bytes a line may have, decompressed: a file of a few kB may stand for a line of many GB. A line of nothing but
-brackets takes 24 times as much memory when it is parsed."""
+LONGEST_LINE = LARGEST_DOCUMENT
 
 
 class JsonlOptions(DatasetOptions):

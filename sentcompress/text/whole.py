@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sentcompress.text.encoding import offsets, token_dtype
 from sentcompress.text.progress import Bar, speaker
 
 _DOCUMENTS_AT_ONCE = 32
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,7 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
         (folder / "tokens.bin").open("wb") as file,
         Bar("tokenizing whole documents", total, enabled=progress) as bar,
     ):
-        for start in range(0, corpus.num_documents, _DOCUMENTS_AT_ONCE):
-            stop = min(start + _DOCUMENTS_AT_ONCE, corpus.num_documents)
-            texts = [corpus.document_text(document) for document in range(start, stop)]
+        for texts in _batches(corpus):
             # The tokenizer's own threads share the documents out.
             for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
                 np.array(encoding.ids, dtype=dtype).tofile(file)
@@ -73,3 +73,15 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
             bar.advance(sum(len(text.encode("utf-8")) for text in texts))
     np.save(folder / "offsets.npy", offsets(np.array(counts)))
     seal(folder, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
+
+
+def _batches(corpus: Corpus) -> Iterator[list[str]]:
+    """All documents, a few at once: what the tokenizer says of a text takes many times its memory."""
+    texts: list[str] = []
+    for document in range(corpus.num_documents):
+        texts.append(corpus.document_text(document))
+        if len(texts) == _DOCUMENTS_AT_ONCE or sum(map(len, texts)) >= _CHARACTERS_AT_ONCE:
+            yield texts
+            texts = []
+    if texts:
+        yield texts

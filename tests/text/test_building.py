@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sentcompress.datasets.text import TextDataset
+from sentcompress.errors import InputError
 from sentcompress.segmenters.regex import RegexSegmenter
+from sentcompress.text import encoding
 from sentcompress.text.building import build_folder
 from sentcompress.text.corpus import Corpus, build_corpus
 
@@ -178,3 +181,63 @@ def test_without_locks_nobody_waits_and_nothing_is_taken_for_dead(
     monkeypatch.undo()
     with build_folder(final, said.append):
         assert not dead.exists()
+
+
+def test_when_a_worker_is_killed_the_rest_is_done_here(
+    tokenizer: PreTrainedTokenizerFast,
+    make_text: Callable[[int, int], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "fatal_segmenter.py").write_text(
+        "import multiprocessing, os, re, signal\nfrom sentcompress.contracts import Segmenter\n"
+        "class Fatal(Segmenter):\n"
+        "    def split(self, text):\n"
+        "        if 'The end' in text and multiprocessing.parent_process() is not None:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return re.findall(r'[^.]*\\.\\s*|[^.]+', text)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    segmenter = importlib.import_module("fatal_segmenter").Fatal()
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 12)
+    for number in range(40):
+        text = make_text(50, number) + ("The end." if number == 20 else "")
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    dataset = TextDataset(TextDataset.Options(paths=[str(tmp_path / "*.txt")]))
+    one, two = (
+        build_corpus(dataset, segmenter, tokenizer, cache_dir=tmp_path / str(workers), workers=workers)
+        for workers in (1, 2)
+    )
+    assert "the worker processes died" in capsys.readouterr().err
+    for name in ("tokens.bin", "sentence_offsets.npy", "sentence_starts.npy", "document_offsets.npy"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("x" * 300, "File name too long"),
+        ("~no-such-user/cache", "no home folder of that user"),
+        ("loop", "Too many levels of symbolic links"),
+        ("file", "not a folder"),
+        ("new/" + "x" * 300, "File name too long"),
+    ],
+)
+def test_a_cache_place_that_cannot_be(
+    tmp_path: Path,
+    text_files: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("file").write_text("x")
+    dataset = TextDataset(TextDataset.Options(paths=[str(text_files)]))
+    monkeypatch.setenv("SENTCOMPRESS_CACHE", value)
+    with pytest.raises(InputError, match=said) as caught:
+        build_corpus(dataset, RegexSegmenter(), tokenizer, progress=False)
+    assert value in caught.value.message
+    assert "SENTCOMPRESS_CACHE" in str(caught.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -20,12 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options, Segmenter
 from sentcompress.datasets.text import TextDataset
-from sentcompress.errors import DataError, InputError, PluginError, StorageError
+from sentcompress.errors import DataError, PluginError, StorageError
 from sentcompress.registry import get_registry
-from sentcompress.text import encoding
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.heldout import choose_heldout, text_hash
 from sentcompress.text.whole import open_whole
 
 TEXTS = ("First. Second one. ", "A b c. D e.\n\nF", "Ünïcode 你好。 \U0001f600 ok. ", "one")
@@ -224,33 +221,6 @@ class TestCache:
         assert "SENTCOMPRESS_CACHE" in str(caught.value)
         assert list((tmp_path / "corpora").iterdir()) == []
 
-    @pytest.mark.parametrize(
-        ("value", "said"),
-        [
-            ("x" * 300, "File name too long"),
-            ("~no-such-user/cache", "no home folder of that user"),
-            ("loop", "Too many levels of symbolic links"),
-            ("file", "not a folder"),
-            ("new/" + "x" * 300, "File name too long"),
-        ],
-    )
-    def test_a_cache_place_that_cannot_be(
-        self,
-        tmp_path: Path,
-        tokenizer: PreTrainedTokenizerFast,
-        monkeypatch: pytest.MonkeyPatch,
-        value: str,
-        said: str,
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        Path("loop").symlink_to("loop")
-        Path("file").write_text("x")
-        monkeypatch.setenv("SENTCOMPRESS_CACHE", value)
-        with pytest.raises(InputError, match=said) as caught:
-            build_corpus(Given(TEXTS), Stops(), tokenizer, progress=False)
-        assert value in caught.value.message
-        assert "SENTCOMPRESS_CACHE" in str(caught.value)
-
     def test_a_cache_place_that_is_a_file(self, build: Build, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(StorageError, match="cannot write the token cache"):
@@ -326,33 +296,6 @@ class TestWorkers:
         corpus = build(Given(texts), Local(), workers=2, progress=True)
         assert corpus.document_text(1) == texts[1]
         assert "cannot be pickled" in capsys.readouterr().err
-
-    def test_when_a_worker_is_killed_the_rest_is_done_here(
-        self,
-        build: Build,
-        make_text: Callable[[int, int], str],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        (tmp_path / "fatal_segmenter.py").write_text(
-            "import multiprocessing, os, re, signal\nfrom sentcompress.contracts import Segmenter\n"
-            "class Fatal(Segmenter):\n"
-            "    def split(self, text):\n"
-            "        if 'The end' in text and multiprocessing.parent_process() is not None:\n"
-            "            os.kill(os.getpid(), signal.SIGKILL)\n"
-            "        return re.findall(r'[^.]*\\.\\s*|[^.]+', text)\n"
-        )
-        monkeypatch.syspath_prepend(tmp_path)
-        segmenter = importlib.import_module("fatal_segmenter").Fatal()
-        monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 12)
-        texts = [make_text(50, seed) for seed in range(40)]
-        texts[20] += "The end."
-        one = build(Given(texts), segmenter, workers=1, cache_dir=tmp_path / "one")
-        two = build(Given(texts), segmenter, workers=2, cache_dir=tmp_path / "two", progress=True)
-        assert "the worker processes died" in capsys.readouterr().err
-        for name in ("tokens.bin", "sentence_offsets.npy", "sentence_starts.npy", "document_offsets.npy"):
-            assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
 class TestSegmenters:
@@ -444,30 +387,6 @@ class TestDocuments:
         dataset = Given(TEXTS)
         dataset.options = DatasetOptions(heldout_documents=1, max_documents=3)
         assert build(dataset).num_documents == 3
-
-
-class TestHeldout:
-    def held(self, texts: list[bytes], wanted: int) -> set[int]:
-        return choose_heldout(b"".join(map(text_hash, texts)), wanted)
-
-    def chosen(self, texts: list[bytes], wanted: int) -> set[bytes]:
-        return {texts[index] for index in self.held(texts, wanted)}
-
-    def test_the_same_texts_whatever_their_order(self) -> None:
-        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        assert self.chosen(texts, 2) == self.chosen(texts[::-1], 2)
-        assert self.chosen(texts, 2) == set(sorted(texts, key=text_hash)[:2])
-
-    def test_one_more_document_moves_at_most_one(self) -> None:
-        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        for more in (b"\x02", b"\x04", b"\x06"):
-            assert len(self.chosen(texts, 3) - self.chosen([*texts, more], 3)) <= 1
-
-    def test_copies_are_on_one_side_and_something_is_left(self) -> None:
-        a, b, c = sorted([b"a", b"b", b"c"], key=text_hash)
-        assert self.held([b, a, a, c, a], 1) == {1, 2, 4}
-        assert self.held([a, a, b], 1) == {0, 1}
-        assert self.held([b, b, b, a], 3) == {3}
 
 
 def test_large_caches_are_checked_by_size_only() -> None:
