@@ -1,4 +1,4 @@
-"""Documents tokenized whole, cut nowhere, for token-level models; cached beside the corpus. No torch."""
+"""Documents tokenized whole, not by sentences, for token-level models; cached beside the corpus. No torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from sentcompress.text.corpus import Corpus
 from sentcompress.text.encoding import offsets, token_dtype
 from sentcompress.text.progress import Bar, speaker
 
-_DOCUMENTS_AT_ONCE = 32
-_CHARACTERS_AT_ONCE = 1 << 20
+_TEXTS_AT_ONCE = 32
+_LONGEST_TEXT = 1 << 21
+"""Characters tokenized at once: what the tokenizer says of a text takes 200 bytes a token."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +60,46 @@ def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
 
 def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
     dtype = token_dtype(corpus.backend)
-    counts: list[int] = []
+    counts = np.zeros(corpus.num_documents, dtype=np.int64)
     total = int(corpus.sentence_bytes.sum())
     with (
         (folder / "tokens.bin").open("wb") as file,
         Bar("tokenizing whole documents", total, enabled=progress) as bar,
     ):
-        for texts in _batches(corpus):
-            # The tokenizer's own threads share the documents out.
-            for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
+        for batch in _batches(corpus):
+            texts = [text for _, text in batch]
+            # The tokenizer's own threads share them out.
+            encodings = corpus.backend.encode_batch_fast(texts, add_special_tokens=False)
+            for (document, _), encoding in zip(batch, encodings, strict=True):
                 np.array(encoding.ids, dtype=dtype).tofile(file)
-                counts.append(len(encoding.ids))
+                counts[document] += len(encoding.ids)
             bar.advance(sum(len(text.encode("utf-8")) for text in texts))
-    np.save(folder / "offsets.npy", offsets(np.array(counts)))
+    np.save(folder / "offsets.npy", offsets(counts))
     seal(folder, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
 
 
-def _batches(corpus: Corpus) -> Iterator[list[str]]:
-    """All documents, a few at once: what the tokenizer says of a text takes many times its memory."""
-    texts: list[str] = []
+def _batches(corpus: Corpus) -> Iterator[list[tuple[int, str]]]:
+    """All documents with their numbers, a few at once; very long ones in parts."""
+    batch: list[tuple[int, str]] = []
+    size = 0
     for document in range(corpus.num_documents):
-        texts.append(corpus.document_text(document))
-        if len(texts) == _DOCUMENTS_AT_ONCE or sum(map(len, texts)) >= _CHARACTERS_AT_ONCE:
-            yield texts
-            texts = []
-    if texts:
-        yield texts
+        for text in _parts(corpus.document_text(document)):
+            batch.append((document, text))
+            size += len(text)
+            if len(batch) == _TEXTS_AT_ONCE or size >= _LONGEST_TEXT:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text of at most ``_LONGEST_TEXT`` as it is, a longer one cut before line ends or spaces."""
+    start = 0
+    while len(text) - start > _LONGEST_TEXT:
+        low, high = start + _LONGEST_TEXT // 2, start + _LONGEST_TEXT
+        cut = max(text.rfind("\n", low, high), text.rfind(" ", low, high))
+        stop = high if cut < 0 else cut
+        yield text[start:stop]
+        start = stop
+    yield text[start:]

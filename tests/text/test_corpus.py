@@ -21,9 +21,9 @@ from sentcompress.contracts import Dataset, DatasetOptions, Document, Options, S
 from sentcompress.datasets.text import TextDataset
 from sentcompress.errors import DataError, PluginError, StorageError
 from sentcompress.registry import get_registry
+from sentcompress.text import whole
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.whole import open_whole
 
 TEXTS = ("First. Second one. ", "A b c. D e.\n\nF", "Ünïcode 你好。 \U0001f600 ok. ", "one")
 
@@ -112,12 +112,16 @@ def test_summary_adds_up(build: Build) -> None:
     json.dumps(summary)
 
 
-def test_whole_documents_are_tokenized_uncut(build: Build, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("longest", [1 << 21, 8])
+def test_whole_documents_are_tokenized_uncut(
+    build: Build, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    monkeypatch.setattr(whole, "_LONGEST_TEXT", longest)  # of very long ones: cut before spaces
     corpus = build(Given(TEXTS))
     for _ in range(2):
-        whole = open_whole(corpus, progress=False)
+        found = whole.open_whole(corpus, progress=False)
         for document, text in enumerate(TEXTS):
-            tokens = whole.tokens[whole.offsets[document] : whole.offsets[document + 1]]
+            tokens = found.tokens[found.offsets[document] : found.offsets[document + 1]]
             assert tokens.tolist() == tokenizer(text)["input_ids"]
 
 
