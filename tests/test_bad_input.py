@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -370,3 +371,58 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(shop, tmp_pat
     assert stopped.value.code == 0
     assert newest.name in said
     assert json.loads((run / "graft" / "config.json").read_text())["model_type"] == "sentence-lm"
+
+
+# Paths and places
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.txt"])
+@pytest.mark.parametrize("way", ["--data", "paths"])
+def test_a_pipe_is_not_waited_for(shop, tmp_path, refused, monkeypatch, name, way):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    command = ["train-vae", shop.recipe, "--out", tmp_path / "out"]
+    if way == "--data":
+        refused([*command, "--data", name], name, "a pipe, not a file", "fix:")
+    else:
+        command += ["--set", f"data.name={'jsonl' if name == 'f.jsonl' else 'text'}"]
+        refused([*command, "--set", f"data.options.paths=[{name}]"], name, "a pipe, not a file", "fix:")
+
+
+def test_a_recipe_that_is_a_pipe(tmp_path, refused):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    refused(["validate", tmp_path / "pipe.yaml"], "pipe.yaml", "fix:")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x"])
+@pytest.mark.parametrize("place", ["data", "paths", "cache", "recipe", "model"])
+def test_paths_that_cannot_be(shop, tmp_path, refused, monkeypatch, place, name):
+    if place == "cache":
+        monkeypatch.setenv("SENTCOMPRESS_CACHE", name)
+    said = refused(
+        {
+            "data": [*train(shop, tmp_path), "--data", name],
+            "paths": [*train(shop, tmp_path), "--set", f"data.options.paths=['{name}']"],
+            "cache": train(shop, tmp_path),
+            "recipe": ["validate", name],
+            "model": ["generate", name, "Hello."],
+        }[place],
+        name,
+        "fix:",
+    )
+    assert ("SENTCOMPRESS_CACHE" in said) == (place == "cache")
+    assert not (tmp_path / "out" / "vae" / "config.json").exists()
+
+
+def test_a_weight_that_takes_nothing_is_named(shop, tmp_path, refused):
+    sources = [{"name": "text", "options": {"paths": [str(shop.texts)]}, "weight": 1e-300}]
+    command = train(shop, tmp_path, data={"name": "mix", "options": {"sources": sources}})
+    refused(command, "data.options.sources.0.weight", "takes none of the", "raise that weight")
+    sources[0]["weight"] = float("nan")
+    command = train(shop, tmp_path, data={"name": "mix", "options": {"sources": sources}})
+    refused(command, "data.options.sources.0.weight", "must be above 0", "30% of them")
+
+
+def test_utf16_is_named_with_how_to_convert_it(shop, tmp_path, refused):
+    command = data(shop, tmp_path, {"a.jsonl": GOOD.decode().encode("utf-16")}, name="jsonl")
+    refused(command, "a.jsonl", "UTF-16", "iconv -f UTF-16 -t UTF-8")

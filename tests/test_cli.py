@@ -187,8 +187,8 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (ValueError("I/O error: No space left on device (os error 28)"), 1, ["no space left on the disk"]),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
-            1,
-            ["PermissionError: [Errno 13]", "'/x'"],
+            2,
+            ["error: /x: Permission denied\n  fix: check the permissions"],
         ),
         (KeyError("k"), 1, ["error: KeyError: 'k'", "run again with --debug for the traceback"]),
         (ValueError("\n first\nsecond"), 1, ["error: ValueError: first\n"]),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
 
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_TEXT_SUFFIXES = (".txt", ".md")
 
 
 def resolve(
@@ -94,7 +95,7 @@ def data_section(path: str) -> dict[str, Any]:
     """The recipe's ``data`` for ``--data PATH``: ``jsonl`` if the first file is JSON lines, else ``text``.
 
     Raises:
-        InputError: there is no such file or folder.
+        InputError: there is no such file or folder, or something that is no file, such as a pipe.
     """
     found = _first_file(path)
     named = found.name.lower().endswith(_JSONL_SUFFIXES)
@@ -104,18 +105,18 @@ def data_section(path: str) -> dict[str, Any]:
 
 
 def _first_file(path: str) -> Path:
-    start = Path(path)
-    if start.is_dir():
-        inside = [p for p in start.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        # JSON lines first: a README beside a corpus does not make the corpus plain text.
-        candidates = sorted(inside, key=lambda p: (not p.name.lower().endswith(_JSONL_SUFFIXES), p))
-    elif start.exists():
-        candidates = [start]
-    else:
-        candidates = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
-    if not candidates:
-        raise InputError(f"--data {path}: no file there", fix="give a file, a folder with files, or a glob")
-    return candidates[0]
+    from sentcompress.datasets._files import files_of
+
+    found = files_of(path, _JSONL_SUFFIXES + _TEXT_SUFFIXES)
+    if not found:
+        suffixes = ", ".join(f"*{suffix}" for suffix in _TEXT_SUFFIXES + _JSONL_SUFFIXES)
+        raise InputError(
+            f"--data {path}: no file there",
+            fix=f"give a file, a folder with such files in it as {suffixes}, or a glob",
+        )
+    # JSON lines first: a README beside a corpus does not make the corpus plain text.
+    visible = [p for p in found if not p.name.startswith(".")] or found
+    return min(visible, key=lambda p: (not p.name.lower().endswith(_JSONL_SUFFIXES), p))
 
 
 def _holds_json_lines(path: Path) -> bool:
@@ -123,10 +124,8 @@ def _holds_json_lines(path: Path) -> bool:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return isinstance(json.loads(file.readline(1_000_000)), dict)
-    except (
-        OSError,
-        ValueError,
-    ):  # not JSON, not UTF-8: the text dataset says what is wrong with it, if anything
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        # Not JSON, not UTF-8, damaged: the text dataset says what is wrong with it, if anything.
         return False
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from sentcompress.errors import OutOfMemoryError, RunError, SentCompressError, StorageError
+from sentcompress.errors import InputError, OutOfMemoryError, RunError, SentCompressError, StorageError
 from sentcompress.io import printable
 
 DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
@@ -18,6 +18,12 @@ _LESS_MEMORY = (
     "(raise gradient_accumulation to keep the batch), set graft.gradient_checkpointing=true, "
     "or for bench lower bench.batch_sizes"
 )
+_PATH_FIXES = {
+    errno.ENAMETOOLONG: "give a shorter path; a name in it has 255 bytes at most",
+    errno.ELOOP: "a link there leads to itself: give the path of the file or folder itself",
+    errno.EACCES: "check the permissions of it and of the folders above it",
+}
+"""What a path is at fault for that a user gave, whoever opened it."""
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -56,6 +62,12 @@ def explain(error: BaseException) -> SentCompressError:
                 "another process of this run has ended, and this one cannot go on without it",
                 fix="its own message says why; then run the same command again with --resume",
             )
+        if isinstance(link, OSError) and link.filename is not None and link.errno in _PATH_FIXES:
+            return InputError(f"{os.fsdecode(link.filename)}: {link.strerror}", fix=_PATH_FIXES[link.errno])
+        if _is_no_home(link):
+            return InputError(
+                "a path begins with ~, and no home folder of that user is known", fix="write the path in full"
+            )
     return RunError(
         f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
     )
@@ -89,6 +101,11 @@ def _is_lost_process(error: BaseException) -> bool:
     # Gloo's and NCCL's words: neither raises an error of its own.
     lost = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+
+
+def _is_no_home(error: BaseException) -> bool:
+    # pathlib has no class for it, and does not name the path.
+    return isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory")
 
 
 def _first_line(error: BaseException) -> str:

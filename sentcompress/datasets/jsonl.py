@@ -15,14 +15,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, find_files
+from sentcompress.datasets._files import (
+    LARGEST_DOCUMENT,
+    files_fingerprint,
+    find_files,
+    refuse_other_encodings,
+)
 from sentcompress.errors import DataError, did_you_mean
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK = 1 << 20
 _ZSTD_CHUNK = 1 << 12  # a frame of nothing but repetition grows 30,000 times
-LONGEST_LINE = 1 << 28
-"""Bytes a line may have, decompressed: a file of a few kB may stand for a line of many GB."""
+LONGEST_LINE = LARGEST_DOCUMENT
 
 
 class JsonlOptions(DatasetOptions):
@@ -51,7 +55,7 @@ class JsonlDataset(Dataset):
     def _all(self) -> Iterator[Document]:
         used = skipped = 0
         first_error: DataError | None = None
-        for path in find_files(self.options.paths, _SUFFIXES):
+        for path in find_files(self.options.paths, _SUFFIXES, say=True):
             with closing(_lines(path)) as lines:
                 for number, line in enumerate(lines, start=1):
                     if not line.strip():
@@ -76,7 +80,8 @@ class JsonlDataset(Dataset):
         """The document of a line. Raises DataError saying what is wrong with it."""
         fix = "correct the line, or leave such lines out: --set data.options.on_bad_line=skip"
         try:
-            value: Any = json.loads(line)
+            # Decoded here: json guesses the encoding of bytes, and would read a first line of UTF-16.
+            value: Any = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{source}: not UTF-8 (byte {error.start} of the line)", fix=fix) from None
         except json.JSONDecodeError as error:
@@ -104,17 +109,20 @@ def _lines(path: Path) -> Generator[bytes, None, None]:
     """Lines of a plain or compressed file. Raises DataError when it cannot be read to its end."""
     try:
         chunks = _zstd_chunks(path) if path.name.endswith(".zst") else _plain_chunks(path)
-        yield from _without_mark(_split_lines(chunks, path))
+        yield from _utf8_lines(_split_lines(chunks, path), path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short: {error}", fix="download or write it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _without_mark(lines: Any) -> Iterator[bytes]:
-    """The lines, a byte order mark removed from the first."""
+def _utf8_lines(lines: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """The lines, a byte order mark removed from the first. Raises DataError if it shows another encoding."""
     for number, line in enumerate(lines):
-        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+        if number == 0:
+            refuse_other_encodings(line, str(path))
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield line
 
 
 def _plain_chunks(path: Path) -> Iterator[bytes]:

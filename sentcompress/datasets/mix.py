@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
+from sentcompress.errors import DataError, RecipeError
 from sentcompress.registry import get_registry
 
 _WHOLE = 2**64
+_FIELD = "data.options.sources"
+_MOST = 1000
 
 
 class Source(BaseModel):
@@ -24,7 +27,7 @@ class Source(BaseModel):
     """Registered name of the dataset."""
     options: dict[str, Any] = {}
     """Its options; its own ``heldout_documents`` has no meaning here."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
+    weight: float = 1.0
     """How often each document is read in an epoch: 2 is twice, 0.3 takes 30% of them, by a hash of their text."""
 
 
@@ -38,7 +41,12 @@ class MixOptions(DatasetOptions):
     @classmethod
     def _options_of_each(cls, sources: list[Source]) -> list[Source]:
         for number, source in enumerate(sources):
-            get_registry().options("dataset", source.name, source.options, f"sources.{number}.options")
+            if not 0 < source.weight <= _MOST:  # nor is it so for NaN
+                raise RecipeError(
+                    f"{_FIELD}.{number}.weight: must be above 0 and at most {_MOST} (got {source.weight:g})",
+                    fix="2 reads each document twice, 0.3 takes 30% of them; to leave a source out, delete its entry",
+                )
+            get_registry().options("dataset", source.name, source.options, f"{_FIELD}.{number}.options")
         return sources
 
 
@@ -60,12 +68,20 @@ class MixDataset(Dataset):
         return [(create("dataset", s.name, s.options), s.weight) for s in self.options.sources]
 
     def _all(self) -> Iterator[Document]:
-        for dataset, weight in self._sources():
+        for number, (dataset, weight) in enumerate(self._sources()):
             times, share = divmod(weight, 1)
+            read = taken = 0
             for document in dataset.documents():
                 once_more = share > 0 and _place(document.text) < share
+                read, taken = read + 1, taken + int(times) + once_more
                 for _ in range(int(times) + once_more):
                     yield document
+            if read and not taken:
+                raise DataError(
+                    f"{_FIELD}.{number}.weight: {weight:g} takes none of the {read} document(s) of that source "
+                    f"('{self.options.sources[number].name}')",
+                    fix="raise that weight (1 takes each document once), or delete the source's entry",
+                )
 
 
 def _place(text: str) -> float:

@@ -11,7 +11,8 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, read_utf8
+from sentcompress.datasets._files import files_fingerprint, once_each
+from sentcompress.datasets._texts import read_documents
 from sentcompress.errors import DataError
 
 
@@ -49,7 +50,8 @@ class PythonPackageDataset(Dataset):
         folder, files = self._files()
         for path in islice(files, self.options.max_documents):
             shown = f"{self.options.package}:{path.relative_to(folder).as_posix()}"
-            yield Document(read_utf8(path, shown), shown)
+            for text in read_documents(path, shown=shown):
+                yield Document(text, shown)
 
     def fingerprint(self) -> str:
         folder, files = self._files()
@@ -72,7 +74,7 @@ class PythonPackageDataset(Dataset):
             )
         for folder in folders:
             inside = (p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(folder))
-            if files := sorted(inside):
+            if files := once_each(sorted(inside), say=False):
                 return folder, files
         raise DataError(
             f"package '{package}' has no file that matches '{pattern}' ({folders[0]})",

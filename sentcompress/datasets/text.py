@@ -9,7 +9,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, find_files, read_utf8
+from sentcompress.datasets._files import files_fingerprint, find_files
+from sentcompress.datasets._texts import read_documents
 
 _SUFFIXES = (".txt", ".md")
 
@@ -33,13 +34,10 @@ class TextDataset(Dataset):
         return islice(self._all(), self.options.max_documents)
 
     def _all(self) -> Iterator[Document]:
-        for path in find_files(self.options.paths, _SUFFIXES):
-            text = read_utf8(path)
-            if self.options.separator is None:
-                yield Document(text, str(path))
-                continue
-            for number, part in enumerate(text.split(self.options.separator), start=1):
-                yield Document(part, f"{path} (document {number})")
+        separator = self.options.separator
+        for path in find_files(self.options.paths, _SUFFIXES, say=True):
+            for number, text in enumerate(read_documents(path, separator), start=1):
+                yield Document(text, str(path) if separator is None else f"{path} (document {number})")
 
     def fingerprint(self) -> str:
         return files_fingerprint(super().fingerprint(), find_files(self.options.paths, _SUFFIXES))

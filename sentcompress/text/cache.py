@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from functools import cache
 from importlib import metadata
@@ -16,10 +17,12 @@ from uuid import uuid4
 from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Segmenter
+from sentcompress.errors import InputError
 
 FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""
 META = "meta.json"
+VARIABLE = "SENTCOMPRESS_CACHE"
 VERIFY_LIMIT = 4 << 30
 """Larger caches are checked by file sizes only, since reading them whole would take minutes."""
 
@@ -29,8 +32,30 @@ class CacheDamage(Exception):
 
 
 def cache_root() -> Path:
-    """``$SENTCOMPRESS_CACHE``, or ``~/.cache/sentcompress``."""
-    return Path(os.environ.get("SENTCOMPRESS_CACHE") or "~/.cache/sentcompress").expanduser()
+    """``$SENTCOMPRESS_CACHE``, or ``~/.cache/sentcompress``.
+
+    Raises:
+        InputError: it is no path that a folder can have.
+    """
+    value = os.environ.get(VARIABLE)
+    name = f"{VARIABLE}={value}" if value else f"~/.cache/sentcompress, where {VARIABLE} is not set"
+    try:
+        path = Path(value or "~/.cache/sentcompress").expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # it is made, or refused, when it is written
+        return path
+    except RuntimeError:
+        raise InputError(
+            f"{name}: no home folder of that user is known", fix=f"write the path of a folder in {VARIABLE}"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{name}: cannot be used as token cache: {error.strerror}",
+            fix=f"set {VARIABLE} to the path of a folder that you may write to",
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise InputError(f"{name}: not a folder", fix=f"set {VARIABLE} to the path of a folder")
+    return path
 
 
 def digest(text: str | bytes) -> str:

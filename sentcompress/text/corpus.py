@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Document, Segmenter
-from sentcompress.errors import DataError, PluginError, SentCompressError, StorageError
+from sentcompress.errors import DataError, PluginError, SentCompressError
 from sentcompress.registry import describe_component
 from sentcompress.text.arrays import GrowingArray, growing_arrays
+from sentcompress.text.building import ATTEMPTS, build_folder, damaged_again
 from sentcompress.text.cache import (
     FORMAT,
     CacheDamage,
@@ -36,7 +34,7 @@ from sentcompress.text.cache import (
 from sentcompress.text.documents import DocumentFile
 from sentcompress.text.encoding import Encoded, choose_workers, encode_documents, token_dtype
 from sentcompress.text.heldout import choose_heldout, first_copies
-from sentcompress.text.progress import Bar
+from sentcompress.text.progress import Bar, speaker
 from sentcompress.text.segmentation import plain_backend
 
 _ARRAYS = (
@@ -48,9 +46,6 @@ _ARRAYS = (
     "heldout",
 )
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_ATTEMPTS = 3
-"""Another process may damage or replace a cache folder between its publication and its opening."""
-_STALE_SECONDS = 24 * 3600.0
 _HISTOGRAM_BINS = 32
 COUNTED_TOKENS = 2_000_000
 """Tokens counted for the frequencies of all; enough for one figure a token."""
@@ -200,25 +195,30 @@ def build_corpus(
     wanted = int(getattr(dataset.options, "heldout_documents", 20))
     key = key_of(key_parts(dataset, segmenter, backend, wanted))
     folder = (cache_dir or cache_root()) / "corpora" / key
-    first = os.environ.get("RANK", "0") == "0"  # of the processes of a distributed run, one speaks
-    console = Console(stderr=True, quiet=not (progress and first), highlight=False, soft_wrap=True)
-    for _ in range(_ATTEMPTS):
+    console = speaker(progress)
+    built = 0
+    while built < ATTEMPTS:
         try:
             corpus = Corpus(folder, read_meta(folder, key), backend)
         except (CacheDamage, FileNotFoundError) as damage:
-            if folder.exists():
-                console.print(f"token cache {folder}: {damage}; building it again")
-            _Builder(dataset, segmenter, tokenizer, backend, console).build(folder, key, wanted, workers)
+            with build_folder(folder, console.print) as temporary:
+                if temporary is None:  # another process was building it
+                    continue
+                if folder.exists():
+                    console.print(f"token cache {folder}: {damage}; building it again")
+                meta = _Builder(dataset, segmenter, tokenizer, backend, console).fill(
+                    temporary, wanted, workers
+                )
+                seal(temporary, {"format": FORMAT, "key": key, **meta})
+                publish(temporary, folder, key)
+                built += 1
         else:
             # The state in the cache counts, even after a build: another process may have been faster.
             if segmenter.tokenizer is not tokenizer or segmenter.state() != corpus.meta["segmenter_state"]:
                 segmenter.load_state(corpus.meta["segmenter_state"])
                 _prepare(segmenter, tokenizer, None)
             return corpus
-    raise StorageError(
-        f"the token cache {folder} is damaged again as soon as it is built",
-        fix="check that disk, or set SENTCOMPRESS_CACHE to a folder on another one",
-    )
+    raise damaged_again(folder)
 
 
 class _Builder:
@@ -232,23 +232,8 @@ class _Builder:
         self.empty = 0
         self.surrogates = 0
 
-    def build(self, folder: Path, key: str, wanted: int, workers: int | None) -> None:
-        temporary = folder.with_name(f".{key}.{uuid4().hex[:8]}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            _remove_leftovers(temporary)
-            meta = self._fill(temporary, wanted, workers)
-            seal(temporary, {"format": FORMAT, "key": key, **meta})
-            publish(temporary, folder, key)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the token cache {folder.parent}: {error.strerror or error}",
-                fix="free some space there, or set SENTCOMPRESS_CACHE to a folder with room",
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
+    def fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
+        """Write the arrays into an empty folder; return what ``meta.json`` is to say."""
         began = time.monotonic()
         documents = DocumentFile(folder)
         documents.fill(self._texts())
@@ -263,6 +248,7 @@ class _Builder:
         _prepare(self.segmenter, self.tokenizer, texts)
         workers = workers or choose_workers(documents.size)
         dtype = token_dtype(self.backend)
+        scored = first_copies(documents.hashes, heldout)
         results = encode_documents(
             documents.path,
             documents.spans,
@@ -272,8 +258,8 @@ class _Builder:
             workers,
             self.console.print,
         )
-        scored = first_copies(documents.hashes, heldout)
-        too_long = self._write_arrays(folder, documents, results, heldout, scored)
+        with closing(results):  # so that its processes end before anything else, whatever happens
+            too_long = self._write_arrays(folder, documents, results, heldout, scored)
         return {
             "dtype": dtype,
             "dataset": type(self.dataset).__name__,
@@ -398,15 +384,3 @@ def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | No
         name = describe_component("segmenter", segmenter)
         message = f"{name} failed to prepare: {type(error).__name__}: {error}"
         raise PluginError(message, fix="report this to its author, or use another segmenter") from error
-
-
-def _remove_leftovers(beside: Path) -> None:
-    """Delete what builds that were killed left behind more than a day before ``beside`` was made.
-
-    Both times are the file system's, so a clock that is changed meanwhile makes nothing look old.
-    """
-    now = beside.stat().st_mtime
-    for path in beside.parent.glob(".*.tmp"):
-        with suppress(FileNotFoundError):  # another process was faster
-            if now - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)

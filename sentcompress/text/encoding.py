@@ -6,14 +6,16 @@ import os
 import pickle
 import signal
 import sys
+import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +24,7 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError, SentCompressError
-from sentcompress.text.segmentation import checked_split, tokenize_pieces
+from sentcompress.text.segmentation import Sentence, checked_split, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
 """Text of one task: small enough for a smooth progress bar, large enough to drown the cost of passing it."""
@@ -67,33 +69,37 @@ class Encoder:
 
     def __call__(self, spans: Sequence[Span]) -> Encoded:
         """Raises PluginError or DataError, naming the document."""
-        counts, lengths, byte_lengths, too_long = [], [], [], 0
-        tokens: list[int] = []
+        counts: list[int] = []
+        lengths, byte_lengths, tokens = array("q"), array("q"), array("I")
+        self._too_long = 0
         for span in spans:
-            text = bytes(self.text[span.start : span.stop]).decode("utf-8")
+            before, size = len(lengths), 0
             try:
-                pieces = checked_split(text, self.segmenter)
-                sentences, split = tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
+                for piece, ids in self._sentences(span):
+                    lengths.append(len(ids))
+                    byte_lengths.append(len(piece.encode("utf-8")))
+                    tokens.extend(ids)
+                    size += byte_lengths[-1]
             except SentCompressError as error:
                 raise type(error)(f"{span.source}: {error.message}", fix=error.fix) from error.__cause__
-            sizes = [len(piece.encode("utf-8")) for piece, _ in sentences]
-            if sentences and sum(sizes) != span.stop - span.start:
+            counts.append(len(lengths) - before)
+            if counts[-1] and size != span.stop - span.start:
                 raise PluginError(
-                    f"{span.source}: the sentences have {sum(sizes)} bytes, the text {span.stop - span.start}"
+                    f"{span.source}: the sentences have {size} bytes, the text {span.stop - span.start}"
                 )
-            counts.append(len(sentences))
-            byte_lengths += sizes
-            too_long += split
-            for _, ids in sentences:
-                lengths.append(len(ids))
-                tokens += ids
         return Encoded(
             np.array(counts, dtype=np.int64),
             np.array(lengths, dtype=np.int64),
             np.array(byte_lengths, dtype=np.int64),
             np.array(tokens, dtype=self.dtype),
-            too_long,
+            self._too_long,
         )
+
+    def _sentences(self, span: Span) -> Iterator[Sentence]:
+        text = bytes(self.text[span.start : span.stop]).decode("utf-8")
+        pieces = checked_split(text, self.segmenter)
+        del text  # a large document once in memory, not twice
+        self._too_long += yield from tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
 
 
 def token_dtype(backend: Tokenizer) -> str:
@@ -134,7 +140,7 @@ def encode_documents(
     dtype: str,
     workers: int,
     say: Callable[[str], None],
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Encode all documents in order, in worker processes where ``workers`` > 1 and they can be used.
 
     Args:
@@ -145,14 +151,17 @@ def encode_documents(
     payload = _pickled(segmenter, say) if workers > 1 else None
     if payload is not None:
         try:
-            for result in _encode_in_workers(
-                text_file, batches_of(spans()), payload, backend, dtype, workers
-            ):
-                yield result
-                done += 1
+            with closing(
+                _encode_in_workers(text_file, batches_of(spans()), payload, backend, dtype, workers)
+            ) as results:
+                for result in results:
+                    yield result
+                    done += 1
             return
         except BrokenProcessPool:
             say("the worker processes died (memory, or a segmenter they cannot import); going on without")
+        except OSError as error:
+            say(f"worker processes cannot be started ({error.strerror or error}); going on without")
     encoder = Encoder(text_file, segmenter, backend, dtype)
     for batch in islice(batches_of(spans()), done, None):
         yield encoder(batch)
@@ -176,7 +185,7 @@ def _encode_in_workers(
     backend: Tokenizer,
     dtype: str,
     workers: int,
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     # Fresh processes, not forks: this one may hold torch, tokenizer and progress threads with their locks.
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), _start_worker, (str(text_file), payload, backend.to_str(), dtype)
@@ -192,6 +201,11 @@ def _encode_in_workers(
             waiting.append(pool.submit(_work, batch))
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:
+        # Nobody wants what they are at, which may take as long as a document is large.
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -214,10 +228,19 @@ _encoder: Encoder | None = None
 def _start_worker(text_file: str, payload: bytes, backend: str, dtype: str) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = Tokenizer.from_str(backend)
     tokenizer.encode_special_tokens = True
     _encoder = Encoder(Path(text_file), pickle.loads(payload), tokenizer, dtype)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells nobody: its workers would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(spans: list[Span]) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
@@ -10,6 +11,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 5.0
+
+
+def speaker(enabled: bool) -> Console:
+    """Where to say on stderr what happens, whole lines; of the processes of a distributed run, one speaks."""
+    first = os.environ.get("RANK", "0") == "0"
+    return Console(stderr=True, quiet=not (enabled and first), highlight=False, soft_wrap=True)
 
 
 class Bar:

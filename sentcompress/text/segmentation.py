@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,11 @@ Sentence = tuple[str, list[int]]
 """A sentence's text and its tokens, without special tokens."""
 
 _STOPS = frozenset(".,;:!?)]}\"'»”’…—–、。，；：！？」』）\n")
+_CHARACTERS_AT_ONCE = 1 << 18
+"""Of text that is tokenized at once: what the tokenizer says of a text takes a hundred bytes a token."""
+_LONGEST_PIECE = 1 << 16
+_CHARACTERS_A_TOKEN = 64
+"""No text of letters has as many; a longer piece is cut before it is tokenized (see ``_LONGEST_PIECE``)."""
 _backends: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
 
@@ -66,7 +71,7 @@ def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Se
         DataError: ``max_tokens`` is too small for a character of the text.
     """
     pieces = checked_split(text, segmenter)
-    return tokenize_pieces(pieces, plain_backend(tokenizer), segmenter.max_tokens)[0]
+    return list(tokenize_pieces(pieces, plain_backend(tokenizer), segmenter.max_tokens))
 
 
 def checked_split(text: str, segmenter: Segmenter, seconds: float | None = None) -> list[str]:
@@ -132,34 +137,62 @@ def _start(text: str) -> str:
     )
 
 
-def tokenize_pieces(pieces: Sequence[str], backend: Tokenizer, max_tokens: int) -> tuple[list[Sentence], int]:
+def tokenize_pieces(
+    pieces: Sequence[str], backend: Tokenizer, max_tokens: int
+) -> Generator[Sentence, None, int]:
     """Tokenize pieces of text and split those of more than ``max_tokens`` tokens further.
 
+    Yields:
+        the sentences, of which only a few are in memory at once.
+
     Returns:
-        sentences, and how many pieces were too long.
+        how many pieces were too long.
     """
-    sentences: list[Sentence] = []
     too_long = 0
+    last: Sentence | None = None
     silent = ""
-    for piece, encoding in zip(
-        pieces, backend.encode_batch_fast(list(pieces), add_special_tokens=False), strict=True
-    ):
-        ids = encoding.ids
-        if len(ids) > max_tokens:
-            too_long += 1
-            parts = _split_long(piece, ids, backend, max_tokens)
-        else:
-            parts = [(piece, ids)]
-        for part, part_ids in parts:
-            if part_ids:
-                sentences.append((silent + part, part_ids))
-                silent = ""
-            elif sentences:
-                # Text a tokenizer has no tokens for (some drop spaces) stays with its neighbour.
-                sentences[-1] = (sentences[-1][0] + part, sentences[-1][1])
+    for batch in _batches(pieces, max(_LONGEST_PIECE, max_tokens * _CHARACTERS_A_TOKEN)):
+        for piece, encoding in zip(
+            batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
+        ):
+            ids = encoding.ids
+            if len(ids) > max_tokens:
+                too_long += 1
+                parts = _split_long(piece, ids, backend, max_tokens)
             else:
-                silent += part
-    return sentences, too_long
+                parts = [(piece, ids)]
+            for part, part_ids in parts:
+                if part_ids:
+                    if last is not None:
+                        yield last
+                    last = (silent + part, part_ids)
+                    silent = ""
+                elif last is not None:
+                    # Text a tokenizer has no tokens for (some drop spaces) stays with its neighbour.
+                    last = (last[0] + part, last[1])
+                else:
+                    silent += part
+    if last is not None:
+        yield last
+    return too_long
+
+
+def _batches(pieces: Sequence[str], longest: int) -> Iterator[list[str]]:
+    """The pieces, those over ``longest`` characters cut, in lists of about ``_CHARACTERS_AT_ONCE``."""
+    batch: list[str] = []
+    size = 0
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            cut = _best_cut(piece, start, longest)
+            batch.append(piece[start:cut])
+            size += cut - start
+            start = cut
+            if size >= _CHARACTERS_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) -> list[Sentence]:

@@ -1,20 +1,22 @@
-"""Documents tokenized whole, cut nowhere, for token-level models; cached beside the corpus. No torch."""
+"""Documents tokenized whole, not by sentences, for token-level models; cached beside the corpus. No torch."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
-from uuid import uuid4
+from pathlib import Path
 
 import numpy as np
 
-from sentcompress.errors import StorageError
+from sentcompress.text.building import ATTEMPTS, build_folder, damaged_again
 from sentcompress.text.cache import FORMAT, CacheDamage, publish, read_meta, seal
 from sentcompress.text.corpus import Corpus
 from sentcompress.text.encoding import offsets, token_dtype
-from sentcompress.text.progress import Bar
+from sentcompress.text.progress import Bar, speaker
 
-_DOCUMENTS_AT_ONCE = 32
+_TEXTS_AT_ONCE = 32
+_LONGEST_TEXT = 1 << 21
+"""Characters tokenized at once: what the tokenizer says of a text takes 200 bytes a token."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +39,67 @@ def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
         StorageError: the cache cannot be written.
     """
     folder = corpus.folder.parent.parent / "whole" / corpus.key
-    try:
-        meta = read_meta(folder, corpus.key)
-    except CacheDamage:
-        temporary = folder.with_name(f".{corpus.key}.{uuid4().hex[:8]}.tmp")
-        dtype = token_dtype(corpus.backend)
-        counts: list[int] = []
+    built = 0
+    while built < ATTEMPTS:
         try:
-            temporary.mkdir(parents=True)
-            total = int(corpus.sentence_bytes.sum())
-            with (
-                (temporary / "tokens.bin").open("wb") as file,
-                Bar("tokenizing whole documents", total, enabled=progress) as bar,
-            ):
-                for start in range(0, corpus.num_documents, _DOCUMENTS_AT_ONCE):
-                    stop = min(start + _DOCUMENTS_AT_ONCE, corpus.num_documents)
-                    texts = [corpus.document_text(document) for document in range(start, stop)]
-                    # The tokenizer's own threads share the documents out.
-                    for encoding in corpus.backend.encode_batch_fast(texts, add_special_tokens=False):
-                        np.array(encoding.ids, dtype=dtype).tofile(file)
-                        counts.append(len(encoding.ids))
-                    bar.advance(sum(len(text.encode("utf-8")) for text in texts))
-            np.save(temporary / "offsets.npy", offsets(np.array(counts)))
-            seal(temporary, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
-            publish(temporary, folder, corpus.key)
             meta = read_meta(folder, corpus.key)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the token cache {folder.parent}: {error.strerror or error}",
-                fix="free some space there, or set SENTCOMPRESS_CACHE to a folder with room",
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return WholeTokens(
-        np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
-        np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
-    )
+        except CacheDamage:
+            with build_folder(folder, speaker(progress).print) as temporary:
+                if temporary is None:  # another process was building it
+                    continue
+                _fill(temporary, corpus, progress)
+                publish(temporary, folder, corpus.key)
+                built += 1
+        else:
+            return WholeTokens(
+                np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+                np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
+            )
+    raise damaged_again(folder)
+
+
+def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
+    dtype = token_dtype(corpus.backend)
+    counts = np.zeros(corpus.num_documents, dtype=np.int64)
+    total = int(corpus.sentence_bytes.sum())
+    with (
+        (folder / "tokens.bin").open("wb") as file,
+        Bar("tokenizing whole documents", total, enabled=progress) as bar,
+    ):
+        for batch in _batches(corpus):
+            texts = [text for _, text in batch]
+            # The tokenizer's own threads share them out.
+            encodings = corpus.backend.encode_batch_fast(texts, add_special_tokens=False)
+            for (document, _), encoding in zip(batch, encodings, strict=True):
+                np.array(encoding.ids, dtype=dtype).tofile(file)
+                counts[document] += len(encoding.ids)
+            bar.advance(sum(len(text.encode("utf-8")) for text in texts))
+    np.save(folder / "offsets.npy", offsets(counts))
+    seal(folder, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
+
+
+def _batches(corpus: Corpus) -> Iterator[list[tuple[int, str]]]:
+    """All documents with their numbers, a few at once; very long ones in parts."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for document in range(corpus.num_documents):
+        for text in _parts(corpus.document_text(document)):
+            batch.append((document, text))
+            size += len(text)
+            if len(batch) == _TEXTS_AT_ONCE or size >= _LONGEST_TEXT:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text of at most ``_LONGEST_TEXT`` as it is, a longer one cut before line ends or spaces."""
+    start = 0
+    while len(text) - start > _LONGEST_TEXT:
+        low, high = start + _LONGEST_TEXT // 2, start + _LONGEST_TEXT
+        cut = max(text.rfind("\n", low, high), text.rfind(" ", low, high))
+        stop = high if cut < 0 else cut
+        yield text[start:stop]
+        start = stop
+    yield text[start:]

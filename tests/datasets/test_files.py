@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import socket
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from sentcompress.contracts import Dataset
+from sentcompress.datasets import _files, _texts
 from sentcompress.datasets.jsonl import JsonlDataset
 from sentcompress.datasets.python_package import PythonPackageDataset
 from sentcompress.datasets.text import TextDataset
@@ -94,6 +98,157 @@ class TestText:
         assert len({before, touched, text(folder).fingerprint()}) == 3
 
 
+class TestTextInPieces:
+    """Files are read a piece at a time; a chunk is made a few bytes long, so that everything falls across borders."""
+
+    @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 1 << 20])
+    def test_separators_characters_and_offsets_across_chunks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+    ) -> None:
+        monkeypatch.setattr(_texts, "_CHUNK", chunk)
+        whole = "\ufeffaaé==a😀\n===b\n\n=c== ==="
+        (tmp_path / "a.txt").write_text(whole, encoding="utf-8", newline="")
+        for separator in ("==", "===", "é", "\n", "no such"):
+            assert texts(text(tmp_path, separator=separator)) == whole[1:].split(separator)
+        (tmp_path / "a.txt").write_bytes("\ufeffé=\n=\n".encode() + b"x\xffy=z")
+        with pytest.raises(DataError, match=r"a\.txt: not UTF-8: byte 0xff at offset 10 \(line 3\)"):
+            texts(text(tmp_path, separator="="))
+
+    def test_no_more_is_read_than_is_asked_for(self, tmp_path: Path) -> None:
+        path = tmp_path / "huge.txt"
+        path.write_text("one<|end|>" * 40, encoding="utf-8")
+        os.truncate(path, 3 << 30)  # the rest is a hole
+        tracemalloc.start()
+        try:
+            found = texts(text(path, separator="<|end|>", max_documents=30))
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+        assert found == ["one"] * 30
+
+    @pytest.mark.parametrize(
+        ("separator", "place"), [(None, "huge.txt: a file that is one"), ("|", "huge.txt (document 3): over")]
+    )
+    def test_a_document_over_the_limit_is_refused_before_it_is_in_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str | None, place: str
+    ) -> None:
+        monkeypatch.setattr(_files, "LARGEST_DOCUMENT", 4 << 20)
+        path = tmp_path / "huge.txt"
+        path.write_text("one|two|", encoding="utf-8")
+        os.truncate(path, 3 << 30)
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match=re.escape(place)) as caught:
+                texts(text(path, separator=separator))
+            assert tracemalloc.get_traced_memory()[1] < 40 << 20
+        finally:
+            tracemalloc.stop()
+        assert "4 MiB" in caught.value.message
+        assert "data.options.separator" in str(caught.value.fix)
+        # One that ends within the piece that makes it too large is too large as well.
+        path.write_text("one|two|" + "x" * (5 << 20) + "|", encoding="utf-8")
+        with pytest.raises(DataError, match="4 MiB"):
+            texts(text(path, separator=separator))
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+    def test_other_encodings_are_named_with_how_to_convert_them(self, tmp_path: Path, encoding: str) -> None:
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        (tmp_path / "a.txt").write_text("Some text.", encoding=encoding)
+        (tmp_path / "a.jsonl").write_text('{"text": "Some."}\n{"text": "More."}\n', encoding=encoding)
+        for dataset in (text(tmp_path), jsonl(tmp_path), jsonl(tmp_path, on_bad_line="skip")):
+            with pytest.raises(DataError, match=rf"a\.(txt|jsonl): the file is {name}\b") as caught:
+                texts(dataset)
+            assert f"iconv -f {name} -t UTF-8" in str(caught.value.fix)
+
+
+class TestFinding:
+    @pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+    @pytest.mark.parametrize("way", ["name", "link", "folder", "glob"])
+    def test_what_is_no_file_is_refused_and_not_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, way: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        make = text if kind == "pipe" else jsonl
+        path = Path("a.txt" if kind == "pipe" else "a.jsonl")
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(path))
+        Path("link").symlink_to(path)
+        named = {"name": path, "link": "link", "folder": ".", "glob": "a.*"}[way]
+        dataset = make(named)
+        for ask in (dataset.fingerprint, lambda: texts(dataset)):
+            with pytest.raises(DataError, match=rf": a {kind}, not a file"):
+                ask()
+
+    @pytest.mark.parametrize(
+        ("name", "said", "fix"),
+        [
+            ("x" * 300, "x: cannot be read: File name too long", "data.options.paths"),
+            ("x" * 300 + "/*.txt", "File name too long", "255 bytes"),
+            ("~no-such-user/x.txt", "~no-such-user/x.txt: no home folder", "in full"),
+            ("a\0b", "without NUL", "data.options.paths"),
+            ("loop.txt", "loop.txt: cannot be read: Too many levels", "link"),
+            ("gone.txt", "gone.txt: a link to a file that is not there", "delete the link"),
+            (".", "gone.txt: a link to a file that is not there", "delete the link"),
+        ],
+        ids=["long", "long glob", "nobody's home", "NUL", "loop", "gone", "gone in a folder"],
+    )
+    def test_paths_that_cannot_be_are_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str, fix: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / ("loop.txt" if name != "." else "loop")).symlink_to("loop.txt")
+        (tmp_path / "gone.txt").symlink_to("nowhere")
+        with pytest.raises(DataError, match=re.escape(said)) as caught:
+            text(name).fingerprint()
+        assert fix in str(caught.value.fix)
+
+    def test_hidden_links_to_nowhere_are_editors_locks(self, folder: Path) -> None:
+        (folder / ".#b.txt").symlink_to("me@here.1234")
+        assert texts(text(folder)) == ["A", "B", "C"]
+
+    def test_links_that_lead_in_circles_end(
+        self, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "d.txt").write_text("D", encoding="utf-8")
+        (folder / "deep" / "one").symlink_to(folder)
+        (folder / "deep" / "two").symlink_to(folder)
+        (folder / "there").symlink_to(elsewhere)
+        (elsewhere / "back").symlink_to(folder)
+        (folder / ".hidden").mkdir()
+        (folder / ".hidden" / "e.txt").write_text("E", encoding="utf-8")
+        assert texts(text(folder / "**" / "*.[Tt]?[Tt]")) == ["B", "C", "D"]
+        assert texts(text(folder)) == ["E", "A", "B", "C"]
+        (folder / "image.png").unlink()
+        assert sorted(texts(text(folder / "**"))) == ["A", "B", "C", "D"]
+        monkeypatch.chdir(folder)
+        assert sorted(texts(text("**/er/**/*.TXT", "**/?.txt"))) == ["B", "C", "D"]
+
+    def test_a_file_is_read_once_whatever_leads_to_it(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder)
+        (folder / "link.txt").symlink_to("b.txt")
+        (folder / "copy.txt").write_text("B", encoding="utf-8")
+        (folder / "again").symlink_to(folder)  # links to folders are not followed
+        dataset = text(folder, "b.txt", "deep/../b.txt")
+        before = dataset.fingerprint()
+        assert capsys.readouterr().err == ""
+        assert texts(dataset) == ["A", "B", "B", "C"]
+        assert (
+            f"3 path(s) lead to a file that is read already, and are left out; the first: {folder}/link.txt"
+            in (capsys.readouterr().err)
+        )
+        (folder / "link.txt").unlink()
+        assert texts(dataset) == ["A", "B", "B", "C"]
+        assert dataset.fingerprint() == before
+
+
 class TestJsonl:
     def test_wanjuan_layout(self) -> None:
         documents = list(jsonl(WANJUAN, field="content").documents())
@@ -129,6 +284,7 @@ class TestJsonl:
         [
             (b'{"text": "x"', "broken JSON"),
             (b'{"text": "\xff"}', "not UTF-8"),
+            (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),  # half of a pair, which json alone would pass
             (b'["text"]', "a JSON object is needed, this is list"),
             (b'{"text": null}', "field 'text' is NoneType, not text"),
             (

@@ -1,11 +1,12 @@
 """Several sources as one: weights, held-out copies, messages."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from sentcompress.errors import DataError, SentCompressError
+from sentcompress.errors import DataError, RecipeError, SentCompressError
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import build_corpus
 
@@ -70,6 +71,13 @@ def test_files_count_for_the_fingerprint(files):
         ([{"name": "text", "options": {"pathz": ["x"]}}], r"sources\.0\.options\.pathz: unknown key"),
         ([{"name": "txt"}], "no dataset is called 'txt'"),
         ([{"name": "text", "options": {"paths": ["x"]}, "weight": 0}], r"sources\.0\.weight"),
+        *(
+            (
+                [{"name": "text", "options": {"paths": ["x"]}, "weight": weight}],
+                rf"sources\.0\.weight: .*got {said}",
+            )
+            for weight, said in ((-1, "-1"), (math.nan, "nan"), (math.inf, "inf"), (1001, "1001"))
+        ),
         ([], "sources"),
     ],
 )
@@ -81,3 +89,18 @@ def test_what_is_wrong_with_a_source_is_said_before_anything_is_read(sources, sa
 def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         list(mix(source(tmp_path / "nowhere")).documents())
+
+
+def test_a_weight_that_is_refused_says_what_weights_mean():
+    with pytest.raises(RecipeError, match=r"data\.options\.sources\.0\.weight: must be above 0") as caught:
+        mix({"name": "text", "options": {"paths": ["x"]}, "weight": 0})
+    assert "2 reads each document twice" in str(caught.value.fix)
+
+
+def test_a_weight_that_takes_no_document_is_named(files):
+    dataset = mix(source(files / "a"), source(files / "b", 1e-300))
+    with pytest.raises(
+        DataError, match=r"sources\.1\.weight: 1e-300 takes none of the 40 .*'text'"
+    ) as caught:
+        list(dataset.documents())
+    assert "raise that weight" in str(caught.value.fix)

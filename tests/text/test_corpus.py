@@ -21,10 +21,9 @@ from sentcompress.contracts import Dataset, DatasetOptions, Document, Options, S
 from sentcompress.datasets.text import TextDataset
 from sentcompress.errors import DataError, PluginError, StorageError
 from sentcompress.registry import get_registry
+from sentcompress.text import whole
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.heldout import choose_heldout, text_hash
-from sentcompress.text.whole import open_whole
 
 TEXTS = ("First. Second one. ", "A b c. D e.\n\nF", "Ünïcode 你好。 \U0001f600 ok. ", "one")
 
@@ -113,12 +112,16 @@ def test_summary_adds_up(build: Build) -> None:
     json.dumps(summary)
 
 
-def test_whole_documents_are_tokenized_uncut(build: Build, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("longest", [1 << 21, 8])
+def test_whole_documents_are_tokenized_uncut(
+    build: Build, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    monkeypatch.setattr(whole, "_LONGEST_TEXT", longest)  # of very long ones: cut before spaces
     corpus = build(Given(TEXTS))
     for _ in range(2):
-        whole = open_whole(corpus, progress=False)
+        found = whole.open_whole(corpus, progress=False)
         for document, text in enumerate(TEXTS):
-            tokens = whole.tokens[whole.offsets[document] : whole.offsets[document + 1]]
+            tokens = found.tokens[found.offsets[document] : found.offsets[document + 1]]
             assert tokens.tolist() == tokenizer(text)["input_ids"]
 
 
@@ -388,30 +391,6 @@ class TestDocuments:
         dataset = Given(TEXTS)
         dataset.options = DatasetOptions(heldout_documents=1, max_documents=3)
         assert build(dataset).num_documents == 3
-
-
-class TestHeldout:
-    def held(self, texts: list[bytes], wanted: int) -> set[int]:
-        return choose_heldout(b"".join(map(text_hash, texts)), wanted)
-
-    def chosen(self, texts: list[bytes], wanted: int) -> set[bytes]:
-        return {texts[index] for index in self.held(texts, wanted)}
-
-    def test_the_same_texts_whatever_their_order(self) -> None:
-        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        assert self.chosen(texts, 2) == self.chosen(texts[::-1], 2)
-        assert self.chosen(texts, 2) == set(sorted(texts, key=text_hash)[:2])
-
-    def test_one_more_document_moves_at_most_one(self) -> None:
-        texts = [bytes([value]) for value in (9, 3, 7, 1, 5, 8)]
-        for more in (b"\x02", b"\x04", b"\x06"):
-            assert len(self.chosen(texts, 3) - self.chosen([*texts, more], 3)) <= 1
-
-    def test_copies_are_on_one_side_and_something_is_left(self) -> None:
-        a, b, c = sorted([b"a", b"b", b"c"], key=text_hash)
-        assert self.held([b, a, a, c, a], 1) == {1, 2, 4}
-        assert self.held([a, a, b], 1) == {0, 1}
-        assert self.held([b, b, b, a], 3) == {3}
 
 
 def test_large_caches_are_checked_by_size_only() -> None:
