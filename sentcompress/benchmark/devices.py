@@ -92,6 +92,7 @@ GPUS = {
     # Vendors' data sheets: memory, bytes/s, dense bf16 operations/s, bytes/s of NVLink or PCIe one way.
     "h100": lambda: _gpu("h100", 80, 3.35e12, 989e12, 450e9),
     "a100": lambda: _gpu("a100", 80, 2.04e12, 312e12, 300e9),
+    "a100-40": lambda: _gpu("a100-40", 40, 1.555e12, 312e12, 300e9),
     "4090": lambda: _gpu("4090", 24, 1.01e12, 165e12, 32e9),
 }
 NAMES = ("cpu", *GPUS)

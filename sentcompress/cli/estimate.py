@@ -15,12 +15,14 @@ def estimate(
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", help="cpu (measured now, in seconds), h100, a100 or 4090 (data sheets)."
+            metavar="DEVICE",
+            help="cpu (measured now, in seconds), h100, a100, a100-40 or 4090 (data sheets).",
         ),
     ] = "cpu",
     backbone: BackboneOption = None,
     sentence_tokens: Annotated[
-        float, typer.Option(min=1.0, help="Mean tokens of a sentence; 'bench data' measures yours.")
+        float,
+        typer.Option(min=1.0, max=1e6, help="Mean tokens of a sentence; 'bench data' measures yours."),
     ] = 15.0,
     devices: Annotated[
         str | None,
@@ -30,7 +32,8 @@ def estimate(
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0.0, help="Of one device for an hour, for the cost of training.")
+        float | None,
+        typer.Option(min=0.0, max=1e6, help="Of one device for an hour, for the cost of training."),
     ] = None,
     set_: SetOption = None,
 ) -> None:

@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF only and remote code is never run, wha
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import sys
 from contextlib import nullcontext, redirect_stderr
@@ -20,6 +21,7 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -235,6 +237,13 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
     return config
 
 
+_SIZES = {
+    r"(layers|n_layer)$": 1_000,
+    r"(size|dim|heads|embeddings|n_embd|n_head|n_inner|n_positions)$": 1_000_000,
+}
+"""Fields of a configuration that are sizes, and how large they may be: a slip is named before it is built."""
+
+
 def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
     """A transformers configuration with the fields that a recipe gives under ``where``.
 
@@ -252,9 +261,13 @@ def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> A
             raise InputError(f"{where}.{name}: follows from the tokenizer or adapter", fix="remove it")
         if name not in known:
             raise InputError(f"{where}.{name}: no field of a '{model_type}'.{did_you_mean(name, known)}")
+        most = next((most for pattern, most in _SIZES.items() if re.search(pattern, name)), None)
+        value = fields[name]
+        if most and value is not None and not (type(value) is int and 1 <= value <= most):
+            raise InputError(f"{where}.{name}: {value!r} is no number from 1 to {most:,}")
     try:
         config = AutoConfig.for_model(model_type, **{**rest, **fields})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"{where}: {' '.join(str(error).split())}") from None
     if config.hidden_size % config.num_attention_heads:
         raise InputError(

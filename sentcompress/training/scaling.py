@@ -59,9 +59,14 @@ def parse_devices(text: str) -> tuple[int, Device]:
     Raises:
         InputError: it is something else.
     """
-    match = re.fullmatch(r"(\d{1,5})\s*[xX*]\s*(\w+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,5})\s*[xX*]\s*([\w-]+)", text.strip())
     number, name = (int(match[1]), match[2].lower()) if match else (0, "")
-    if number < 1 or name not in ("cpu", *GPUS) or (name == "cpu" and number > 1):
+    if name == "cpu" and number > 1:
+        raise InputError(
+            f"--devices: '{text}': several processes on this machine's CPU share its memory and its cores",
+            fix="write 1xcpu",
+        )
+    if number < 1 or name not in ("cpu", *GPUS):
         raise InputError(
             f"--devices: '{text}' is not a number of devices",
             fix=f"write 4xA100, with one of {', '.join(GPUS)}; or 1xcpu",

@@ -115,10 +115,41 @@ def test_more_devices_take_less_time_and_exchanges_take_some():
     assert hours[4] > hours[1] / 4
 
 
-@pytest.mark.parametrize("text", ["4", "x", "0xa100", "2xcpu", "4xb200", "-1xa100", "9999999xa100"])
+@pytest.mark.parametrize("text", ["4", "x", "0xa100", "4xb200", "-1xa100", "9999999xa100", "٤xa100"])
 def test_devices_that_are_none_are_refused(text):
-    with pytest.raises(InputError, match="not a number of devices"):
+    with pytest.raises(InputError, match="not a number of devices") as refused:
         parse_devices(text)
+    assert "a100-40" in refused.value.fix
+
+
+def test_processes_that_share_a_machine_are_not_estimated():
+    with pytest.raises(InputError, match="share its memory"):
+        parse_devices("2xcpu")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--price", "inf"], ["--price", "nan"], ["--sentence-tokens", "1e300"], ["--sentence-tokens", "0"]],
+)
+def test_numbers_that_mean_nothing_are_refused(option):
+    done = CliRunner().invoke(app, ["estimate", "strong", "--devices", "4xA100", *option])
+    assert done.exit_code == 2
+    assert option[0] in done.output
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", "0"),
+        ("num_hidden_layers", "0"),
+        ("num_hidden_layers", "200000"),
+        ("hidden_size", "abc"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_named(field, value):
+    shape = ["backbone.init=random", f"backbone.config={{{field}: {value}}}"]
+    with pytest.raises(InputError, match=f"backbone.config.{field}: .* is no number from 1 to"):
+        ways(load_recipe("strong", shape), "graft", device("a100"), 4, 15.0)
 
 
 def test_the_command_prints_every_way():
