@@ -108,8 +108,8 @@ class Watch:
             # Between the phases the segmenter learns and other processes start: that is neither's slope.
             if not points or done > points[-1][0]:
                 points.append((done, memory()))
-            if phase == "tokenizing" and len(points) == 1:
-                report("reading", self.points["reading"])
+                if phase == "tokenizing" and len(points) == 1:
+                    report("reading", self.points["reading"])
 
     def close(self) -> None:
         self._stop.set()
