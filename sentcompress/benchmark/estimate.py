@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,10 @@ from sentcompress.benchmark.cells import Plain
 from sentcompress.benchmark.devices import Device
 from sentcompress.benchmark.random_models import random_models
 from sentcompress.benchmark.roofline import backbone_cache_bytes, products
+from sentcompress.errors import InputError, SentCompressError
 from sentcompress.generation.engine import TOGETHER
 from sentcompress.generation.heads import WORTH_IT
+from sentcompress.modeling.pretrained import load_backbone_config
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
 
@@ -25,6 +28,8 @@ CACHE_PASSES = 3
 GENERATE_PASSES, LOGIT_PASSES = 8, 4
 """Times logits are written or read until the largest is known: in transformers ``generate`` (to fp32, a copy for its
 processors, what they change), and in our full head."""
+MOST_BLOCKS = 1000
+"""Blocks are built one by one."""
 TRAINED_BYTES = 12
 """Gradient and two moments of a weight that learns, in fp32, beside the weight."""
 
@@ -66,9 +71,42 @@ class Estimate:
 
 
 def shapes(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
-    """Both models without weights."""
-    with torch.device("meta"):
-        return random_models(recipe)
+    """Both models without weights.
+
+    Raises:
+        InputError: no such model can be built, or it has more blocks than any LLM; the field is named.
+    """
+    with explain_shape(recipe):
+        spec = recipe.backbone.model_copy(update={"init": "random"})
+        blocks = int(load_backbone_config(spec, weights=False).num_hidden_layers)
+        _check_depth("backbone.model", blocks)
+        _check_depth("vae.encoder_layers", recipe.vae.encoder_layers)
+        _check_depth("vae.decoder_layers", recipe.vae.decoder_layers)
+        with torch.device("meta"):
+            return random_models(recipe)
+
+
+@contextmanager
+def explain_shape(recipe: Recipe) -> Iterator[None]:
+    """Turn what a model makes of values that it was never given into a message that names them."""
+    try:
+        yield
+    except SentCompressError:
+        raise
+    except Exception as error:  # it may be anything
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"no model like '{recipe.backbone.model}' can be made of backbone.config={recipe.backbone.config} and "
+            f"this vae and fusion: {text[:200]}",
+            fix="correct the field that is meant, or remove it for the backbone's own",
+        ) from error
+
+
+def _check_depth(field: str, blocks: int) -> None:
+    if blocks > MOST_BLOCKS:
+        raise InputError(
+            f"{field}: {blocks:,} blocks are more than any LLM has", fix=f"use {MOST_BLOCKS:,} at most"
+        )
 
 
 def estimate(

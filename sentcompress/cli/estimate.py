@@ -40,7 +40,8 @@ def estimate(
     """Predict speed, memory and training time of a recipe beside its token-level twin, from shapes alone.
 
     Loads no data and no weights. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
-    the memory that each device needs to train, and whether DDP, FSDP or gradient checkpointing is needed.
+    the memory that each device needs to train each stage, whether DDP, FSDP or gradient checkpointing is needed, and
+    the hours of all stages together.
     """
     from sentcompress.benchmark.devices import device as find
     from sentcompress.benchmark.estimate import estimate as predict
@@ -50,6 +51,12 @@ def estimate(
     from sentcompress.training.plan import budget
 
     resolved = resolve(recipe, set_, backbone=backbone)
+    if resolved.pretrain is not None and devices is not None:
+        raise InputError(
+            f"--devices is for training a SentenceVAE, a graft and its twin; recipe '{recipe}' trains an LLM from "
+            "nothing",
+            fix="give a recipe that grafts it; 'sentcompress run RECIPE --dry-run' counts the tokens of this one",
+        )
     if resolved.pretrain is not None:
         raise InputError(f"recipe '{recipe}' trains an LLM from nothing: there is no twin to compare with")
     if price is not None and devices is None:

@@ -1,13 +1,14 @@
 """What training takes before anything is trained: memory of each device by part, time, and what fits where.
 
 Weights, gradients and moments follow from shapes. Activations are counted, not guessed: a model of the same width with
-one block and with two is run on a few made-up sentences, with a vocabulary of a few tokens, and what autograd keeps for
-the backward pass is added up; it is linear in blocks and in text.
+one block and with two is run on a little made-up text, without memory and with a vocabulary of a few tokens, and what
+autograd keeps for the backward pass is added up; it is linear in blocks and in sentences, or rows of tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,17 +17,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sentcompress.contracts.causal_lm import position_limit
+from sentcompress.errors import InputError
+from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.grafting import freeze_embeddings
 from sentcompress.modeling.losses import TokenLoss, rows_at_once, rows_in_cache
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe, TrainingSettings
 from sentcompress.training.memory import recompute_activations
 from sentcompress.training.optimization import trainable
+from sentcompress.training.token_level import TokenLM
 from sentcompress.training.tuning import apply_tune
+from sentcompress.training.without_memory import WithoutMemory
 
-Stage = Literal["vae", "graft"]
-SENTENCES = (16, 32)
-"""Sentences of the two runs from which activations are extrapolated."""
+Stage = Literal["vae", "graft", "baseline"]
+Shape = SentenceLM | TokenLM
+"""What a stage trains, or is cut from, on the meta device."""
+SENTENCES, ROWS = (16, 32), (1, 2)
+"""Sentences of the two runs from which activations are extrapolated; rows of tokens of the twin."""
 TOKENS_KEPT = 64
 """Vocabulary of these runs: activations do not depend on it."""
 
@@ -86,35 +94,43 @@ class Footprint:
         return ("fsdp" if self.spread else "ddp") + (", gradient_checkpointing" if self.recomputed else "")
 
 
-def sizes(shape: SentenceLM, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
-    """Count a stage's parameters and activations. Takes seconds, and the memory of two of the backbone's blocks.
+def sizes(shape: Shape, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
+    """Count a stage's parameters and activations. Takes seconds, and hardly any memory.
 
     Args:
-        shape: the recipe's model on the meta device.
+        shape: the recipe's model on the meta device, for ``baseline`` its twin.
         sentence_tokens: mean length of a sentence.
         bf16: products in bf16, weights in fp32.
+
+    Raises:
+        InputError: nothing of the twin learns.
     """
     model = copy.deepcopy(shape)
     with torch.device("meta"):
         part = _part(model, recipe, stage)
-    blocks = list(model.backbone.blocks) if stage == "graft" else []
+    blocks = [] if stage == "vae" else list(_blocks(model))
     inside = {id(p) for block in blocks for p in block.parameters()}
     learned = trainable(part).values()
+    head = _head(model)
+    # The twin reads and writes tokens alone, the others end each sentence with a mark.
+    targets = recipe.graft.passages_per_batch * recipe.graft.max_sentences * sentence_tokens
+    own = 0
+    if stage != "baseline":
+        targets = _sentences(recipe, stage) * (sentence_tokens + 1)
+        own = recipe.vae.encoder_layers + recipe.vae.decoder_layers
     return Sizes(
         weights=_count(part.parameters()),
         learned=_count(learned),
         root=_count(p for p in part.parameters() if id(p) not in inside),
         root_learned=_count(p for p in learned if id(p) not in inside),
         unit=max((_count(block.parameters()) for block in blocks), default=0),
-        head=model.vae.output_weight.numel() * model.vae.output_weight.requires_grad,
-        loss=_loss_bytes(
-            model.vae.output_weight, _sentences(recipe, stage) * (sentence_tokens + 1), bf16=bf16
-        ),
-        blocks=len(blocks) + recipe.vae.encoder_layers + recipe.vae.decoder_layers,
+        head=head.numel() * head.requires_grad,
+        loss=_loss_bytes(head, targets, bf16=bf16),
+        blocks=len(blocks) + own,
         activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
-        recomputed=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True)
-        if stage == "graft"
-        else None,
+        recomputed=None
+        if stage == "vae"
+        else _activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True),
     )
 
 
@@ -174,8 +190,15 @@ def saving_bytes(found: Sizes, settings: TrainingSettings) -> float:
     return 4 * found.weights + (state_bytes(found, settings) if settings.background_saves else 0)
 
 
-def _part(model: SentenceLM, recipe: Recipe, stage: Stage) -> nn.Module:
+def _part(model: Shape, recipe: Recipe, stage: Stage) -> nn.Module:
     """What a stage trains, with what does not learn frozen."""
+    if isinstance(model, TokenLM):
+        if recipe.baseline.tune == "frozen":
+            raise InputError(
+                "baseline.tune: frozen leaves nothing to learn", fix="use baseline.enabled: false"
+            )
+        apply_tune(model.lm, _blocks(model), recipe.baseline, "baseline")
+        return model
     if recipe.vae.freeze == "embeddings":
         freeze_embeddings(model.vae)
     if stage == "vae":
@@ -184,41 +207,79 @@ def _part(model: SentenceLM, recipe: Recipe, stage: Stage) -> nn.Module:
     return model
 
 
+def _blocks(model: Shape) -> nn.ModuleList:
+    return blocks_of(model.lm) if isinstance(model, TokenLM) else model.backbone.blocks
+
+
+def _head(model: Shape) -> Tensor:
+    """``[V, H]``."""
+    return model.lm.get_output_embeddings().weight if isinstance(model, TokenLM) else model.vae.output_weight
+
+
 def _count(parameters: object) -> int:
     return sum(p.numel() for p in {id(p): p for p in parameters}.values())  # type: ignore[attr-defined]
 
 
 def _activations(
-    shape: SentenceLM, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
+    shape: Shape, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
 ) -> float:
     """Bytes kept for the backward pass of a micro-batch, extrapolated from small runs."""
-    blocks = (1, 2) if stage == "graft" else (1,)
-    kept = {}
-    full = 0
-    for number in blocks:
-        model = copy.deepcopy(shape)
-        stack: Any = model.backbone
-        full = len(stack.blocks)
-        del stack.blocks[number:]
-        stack.config.num_hidden_layers = number
+    wanted: float
+    if isinstance(shape, TokenLM):
+        few, many = ROWS
+        wanted, length = _rows(shape, recipe, sentence_tokens)
+        batches = {rows: _tokens(rows, length) for rows in ROWS}
+    else:
+        few, many = SENTENCES
+        wanted, longest = _sentences(recipe, stage), shape.vae.config.max_sentence_tokens
+        lengths = {sentences: spread_lengths(sentences, sentence_tokens, longest) for sentences in SENTENCES}
+        batches = {
+            sentences: _cells(lengths[sentences]) if stage == "graft" else _padded(lengths[sentences])
+            for sentences in SENTENCES
+        }
+    recipe, kept = _not_by_block(recipe), {}
+    for number in (1,) if stage == "vae" else (1, 2):
+        model = _shortened(shape, number)
         with torch.device("meta"):
             part = _part(model, recipe, stage)  # adapters are made here
-        _cut_vocabulary(part, int(model.vae.config.vocab_size))
-        # Not even filled: what is counted does not depend on values.
-        part.to_empty(device="cpu").train()
+        _cut_vocabulary(part, len(_head(model)))
+        part = (without := WithoutMemory()).model(part).train()
         if recomputed:
             recompute_activations(part)
-        for sentences in SENTENCES:
-            lengths = spread_lengths(sentences, sentence_tokens, model.vae.config.max_sentence_tokens)
-            kept[number, sentences] = _kept(part, stage, lengths, bf16=bf16)
-    few, many = SENTENCES
-    wanted = _sentences(recipe, stage)
-    if stage == "graft":
-        by_blocks = {s: kept[1, s] + (full - 1) * (kept[2, s] - kept[1, s]) for s in SENTENCES}
+        for size, batch in batches.items():
+            kept[number, size] = _kept(part, batch, without, bf16=bf16)
+    full = len(_blocks(shape))
+    if stage == "vae":
+        whole = {size: kept[1, size] for size in batches}
     else:
-        by_blocks = {s: kept[1, s] for s in SENTENCES}
-    slope = (by_blocks[many] - by_blocks[few]) / (many - few)
-    return by_blocks[few] + slope * (wanted - few)
+        whole = {size: kept[1, size] + (full - 1) * (kept[2, size] - kept[1, size]) for size in batches}
+    return whole[few] + (whole[many] - whole[few]) / (many - few) * (wanted - few)
+
+
+def _not_by_block(recipe: Recipe) -> Recipe:
+    """As if all blocks learned where only the last ones do: they are counted alike, those below keep no more."""
+    sections = {"graft": recipe.graft, "baseline": recipe.baseline}
+    changed = {
+        name: section.model_copy(update={"tune": "full"})
+        for name, section in sections.items()
+        if section.tune == "last-n"
+    }
+    return recipe.model_copy(update=changed)
+
+
+def _shortened(shape: Shape, number: int) -> Shape:
+    """A copy with only the first blocks of the backbone."""
+    blocks = _blocks(shape)
+    few = nn.ModuleList(copy.deepcopy(block) for block in list(blocks)[:number])
+    model = copy.deepcopy(shape, {id(blocks): few})  # many blocks take long to copy
+    if isinstance(model, TokenLM):
+        stack: Any = model.lm
+    else:
+        stack = model.backbone
+        # Which tokens mark begin and end does not matter, and published shapes do not say it.
+        model.vae.config.bos_token_id = model.vae.config.eos_token_id = 0
+    stack.config.num_hidden_layers = number
+    return model
 
 
 def _sentences(recipe: Recipe, stage: Stage) -> int:
@@ -226,6 +287,16 @@ def _sentences(recipe: Recipe, stage: Stage) -> int:
     if stage == "graft":
         return recipe.graft.passages_per_batch * recipe.graft.max_sentences
     return recipe.train_vae.sentences_per_batch
+
+
+def _rows(shape: TokenLM, recipe: Recipe, sentence_tokens: float) -> tuple[float, int]:
+    """Rows of tokens in a micro-batch of the twin, and tokens in each, with the one that all begin with.
+
+    A passage that is longer than the LLM has positions becomes several rows, as in training.
+    """
+    tokens = recipe.graft.max_sentences * sentence_tokens
+    length = max(2, min(math.ceil(tokens) + 1, position_limit(shape.lm.config)))
+    return recipe.graft.passages_per_batch * tokens / (length - 1), length
 
 
 def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
@@ -263,22 +334,41 @@ def spread_lengths(sentences: int, mean: float, longest: int) -> Tensor:
     return lengths.round().long()
 
 
-def _kept(model: nn.Module, stage: Stage, lengths: Tensor, *, bf16: bool) -> int:
-    """Bytes that one forward pass keeps, weights left out."""
-    sentences = len(lengths)
+def _padded(lengths: Tensor) -> dict[str, Tensor]:
+    """Sentences of so many tokens each."""
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    batch: dict[str, Tensor] = {"input_ids": torch.ones_like(mask), "attention_mask": mask}
-    if stage == "graft":
-        batch |= {
-            "sentence_index": torch.arange(sentences)[None],
-            "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
-            "scored": torch.ones(sentences, dtype=torch.bool),
-            "last": torch.zeros(sentences, dtype=torch.bool),
-        }
+    return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
+
+
+def _cells(lengths: Tensor) -> dict[str, Tensor]:
+    """The same as a passage."""
+    sentences = len(lengths)
+    return _padded(lengths) | {
+        "sentence_index": torch.arange(sentences)[None],
+        "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
+        "scored": torch.ones(sentences, dtype=torch.bool),
+        "last": torch.zeros(sentences, dtype=torch.bool),
+    }
+
+
+def _tokens(rows: int, length: int) -> dict[str, Tensor]:
+    """Rows of so many tokens each."""
+    ids = torch.ones(rows, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": ids, "labels": ids}
+
+
+def _kept(model: nn.Module, batch: dict[str, Tensor], without: WithoutMemory, *, bf16: bool) -> int:
+    """Bytes that one forward pass keeps, weights left out."""
     around: AbstractContextManager[object] = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with around:
-        _, kept = count_kept(lambda: model(**batch, token_loss=TokenLoss(gamma=0.0)).loss, weights)
+    weights = {address(p.untyped_storage()) for p in model.parameters()}
+
+    def step() -> Tensor:
+        if isinstance(model, TokenLM):
+            return model(**batch)[0].mean()
+        return model(**batch, token_loss=TokenLoss(gamma=0.0)).loss
+
+    with without, around:
+        _, kept = count_kept(step, weights)
     return kept
 
 
@@ -292,10 +382,15 @@ def count_kept(step: Callable[[], Tensor], weights: set[int]) -> tuple[Tensor, i
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, or its address might be given to another
+        if (where := address(storage)) not in weights:
+            kept[where] = storage  # held, or its address might be given to another
         return tensor.detach()  # itself, it would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = step()
     return loss, sum(storage.nbytes() for storage in kept.values())
+
+
+def address(storage: torch.UntypedStorage) -> int:
+    """Where a storage is; without memory, of the storage itself."""
+    return storage._cdata if storage.device.type == "meta" else storage.data_ptr()

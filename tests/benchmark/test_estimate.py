@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from sentcompress.benchmark.devices import Device, device, measure_cpu
@@ -71,6 +72,28 @@ def test_a_head_in_8_bits_is_read_faster_where_it_is_large():
 def test_shapes_take_no_memory():
     model, backbone = shapes(load_recipe("strong", ["backbone.model=opt-1.3b", "backbone.config={}"]))
     assert {p.device for m in (model, backbone) for p in m.parameters()} == {torch.device("meta")}
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (
+            "backbone.config={activation_function: bogus}",
+            r"backbone\.config={'activation_function': 'bogus'}",
+        ),
+        ("vae.decoder_layers=200000", r"vae\.decoder_layers: 200,000 blocks"),
+        ("vae.feedforward_multiple=1e300", "and this vae"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_named(field, message):
+    with pytest.raises(InputError, match=message):
+        shapes(load_recipe("strong", [field]))
+
+
+def test_a_folder_with_more_blocks_than_any_llm_is_refused(tmp_path):
+    AutoConfig.for_model("opt", num_hidden_layers=200_000).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"backbone\.model: 200,000 blocks"):
+        shapes(load_recipe("strong", ["backbone.config={}", f"backbone.model={tmp_path}"]))
 
 
 def test_the_command_prints_ratios_and_says_what_was_not_run():

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from sentcompress.benchmark.devices import device
@@ -22,6 +23,7 @@ from sentcompress.recipe import load_recipe
 from sentcompress.training.footprint import count_kept, footprints, sizes, spread_lengths
 from sentcompress.training.memory import recompute_activations
 from sentcompress.training.scaling import parse_devices, tables, ways
+from sentcompress.training.token_level import TokenLM
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_batch=1"]
@@ -52,6 +54,55 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
     found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
     predicted = found.recomputed if checkpointing else found.activations
     assert predicted == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_the_twin_are_what_it_keeps(checkpointing, bf16):
+    recipe = load_recipe("strong", [*SMALL, "graft.passages_per_batch=3"])
+    model = TokenLM(random_models(recipe)[1]).train()
+    if checkpointing:
+        recompute_activations(model)
+    ids = torch.ones(3, 24 * 15 + 1, dtype=torch.long)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        _, kept = count_kept(lambda: model(ids, torch.ones_like(ids), ids)[0].mean(), weights)
+    found = sizes(TokenLM(shapes(recipe)[1]), recipe, "baseline", 15.0, bf16=bf16)
+    predicted = found.recomputed if checkpointing else found.activations
+    assert predicted == pytest.approx(kept, rel=1e-3)
+    assert found.weights == sum(p.numel() for p in model.parameters())
+    assert found.head == model.lm.get_output_embeddings().weight.numel()
+
+
+def test_a_passage_longer_than_the_twin_has_positions_is_several_rows():
+    changes = [*SMALL, "backbone.config={max_position_embeddings: 64}"]
+    cut, whole = (
+        sizes(TokenLM(shapes(recipe)[1]), recipe, "baseline", 15.0, bf16=False)
+        for recipe in (load_recipe("strong", changes), load_recipe("strong", SMALL))
+    )
+    assert cut.activations == pytest.approx(whole.activations, rel=0.05)  # each row begins with a token more
+
+
+def test_a_model_of_any_width_is_counted_in_hardly_any_memory():
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    changes = "{hidden_size: 12288, word_embed_proj_dim: 12288, ffn_dim: 49152, num_attention_heads: 96}"
+    recipe = load_recipe("strong", [f"backbone.config={changes}"])
+    before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found, _ = ways(recipe, "graft", device("h100"), 64, 15.0)
+    assert 4 * found.unit > 7e9  # bytes of one block
+    assert unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 5e8
+
+
+def test_models_are_counted_that_depend_on_what_they_compute(tmp_path):
+    mixture = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"vocab_size": 500, "bos_token_id": 499, "eos_token_id": 499}  # beyond the vocabulary that is kept
+    AutoConfig.for_model("mixtral", **mixture, **heads, **ids).save_pretrained(tmp_path)
+    for backbone in (str(tmp_path), "qwen2.5-0.5b"):  # whose published shape names no marks
+        recipe = load_recipe("strong", [*SMALL, f"backbone.model={backbone}"])
+        found, _ = ways(recipe, "graft", device("h100"), 1, 15.0)
+        assert found.recomputed < found.activations
 
 
 @pytest.mark.parametrize("mean", [1.0, 6.0, 15.4, 30.0, 48.0])
@@ -95,12 +146,21 @@ def test_what_does_not_learn_takes_no_moments():
     assert found.head == 0
 
 
+@pytest.mark.parametrize("stage", ["graft", "baseline"])
+def test_last_blocks_that_learn_take_moments_and_the_others_none(stage):
+    recipe = load_recipe("strong", [*SMALL, f"{stage}.tune=last-n", f"{stage}.last_n=2"])
+    found, _ = ways(recipe, stage, device("a100"), 1, 15.0)
+    whole, _ = ways(load_recipe("strong", SMALL), stage, device("a100"), 1, 15.0)
+    assert found.learned < 0.6 * found.weights
+    assert found.activations == whole.activations
+
+
 def test_a_large_model_needs_to_be_spread():
     recipe = load_recipe("strong", ["backbone.model=opt-6.7b", "backbone.config={}"])
     _, found = ways(recipe, "graft", device("a100"), 8, 15.0)
     assert {way.footprint.name: way.fits for way in found}["ddp"] is False
     assert {way.footprint.name: way.fits for way in found}["fsdp"] is True
-    plain = tables(recipe, 8, device("a100"), 15.0, price=2.0)[-1]
+    plain = tables(recipe, 8, device("a100"), 15.0, price=2.0)[0]
     assert "What is needed: fsdp" in plain.notes[0]
     assert plain.columns[-1] == "cost"
 
@@ -152,16 +212,50 @@ def test_a_shape_that_cannot_be_is_named(field, value):
         ways(load_recipe("strong", shape), "graft", device("a100"), 4, 15.0)
 
 
+def test_an_a100_has_40_or_80_gigabytes():
+    (number, small), (_, large) = parse_devices("4 x A100-40"), parse_devices("4xA100")
+    assert number == 4
+    assert small.memory_bytes == large.memory_bytes / 2
+    assert small.flops == large.flops
+
+
 def test_the_command_prints_every_way():
     done = CliRunner().invoke(app, ["estimate", "strong", "--devices", "2xA100", "--price", "2"])
     assert done.exit_code == 0, done.output
-    assert len(re.findall(r"^fsdp", done.output, re.M)) == 2
+    assert len(re.findall(r"^fsdp", done.output, re.M)) == 4  # of graft and baseline
     assert "Training graft of strong on 2 x a100" in done.output
+    assert "Training baseline of strong on 2 x a100" in done.output
     assert "Training vae" not in done.output  # it takes no step
 
 
-def test_the_table_of_the_published_set_up_is_current():
-    command = [sys.executable, str(ROOT / "tools" / "scaling_table.py"), "4xA100", "sllm-125m-h1"]
+def test_the_last_table_is_the_sum_of_the_stages_in_the_fastest_way_that_fits():
+    recipe = load_recipe("quickstart")
+    together = tables(recipe, 2, device("a100"), 15.0, price=1000.0)[-1]
+    assert [row[0] for row in together.rows] == ["vae", "graft", "baseline", "together"]
+    hours, device_hours, cost = (
+        [float(row[column].replace(",", "")) for row in together.rows] for column in (2, 3, 4)
+    )
+    assert cost[-1] == pytest.approx(sum(cost[:-1]), abs=0.02)
+    assert cost[-1] > 0
+    assert device_hours[-1] == pytest.approx(2 * hours[-1], abs=0.02)
+    without = tables(load_recipe("quickstart", ["baseline.enabled=false"]), 2, device("a100"), 15.0)[-1]
+    assert [row[0] for row in without.rows] == ["vae", "graft", "together"]
+    nothing = load_recipe("strong", ["backbone.model=opt-30b", "backbone.config={}"])
+    assert tables(nothing, 1, device("4090"), 15.0)[-1].rows[-1][1] == "without graft, baseline"
+
+
+def test_a_recipe_from_nothing_is_told_what_devices_are_for():
+    done = CliRunner().invoke(app, ["estimate", "opt-tiny", "--devices", "2xA100"])
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception).startswith("--devices is for training a SentenceVAE, a graft and its twin")
+
+
+def test_the_tables_of_the_published_set_up_are_current():
+    tool = str(ROOT / "tools" / "scaling_table.py")
+    command = [sys.executable, tool, "4xA100", "sllm-125m-h1", "--price", "1.5"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row = done.stdout.splitlines()[-1]
-    assert row in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    lines = [line for line in done.stdout.splitlines() if not set(line) <= set("|-")]
+    assert len(lines) == 4  # two tables of a heading and a row
+    for line in lines:
+        assert line in page
