@@ -256,7 +256,13 @@ def test_matplotlib_is_asked_for_at_the_start(tmp_path, capsys, monkeypatch, rec
 
 
 def test_not_under_torchrun(tmp_path, capsys, monkeypatch, recipe_file, runs):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29511"),
+    ):
+        monkeypatch.setenv(name, value)
     code, _, err = call(capsys, recipe_file, "--grid", "seed=0", "--out", tmp_path / "out")
     assert (code, runs) == (2, [])
     assert "without torchrun" in err
