@@ -127,6 +127,13 @@ def damage(data: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
+def damage_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with a damaged header, of the length that it says."""
+    size = int.from_bytes(data[:8], "little")
+    header = damage(data[8 : 8 + size], rng)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def hostile_text(rng: random.Random) -> str:
     parts = []
     for _ in range(rng.randrange(1, 12)):
@@ -238,13 +245,7 @@ class Models(Kind):
             config.write_bytes(damage(config.read_bytes(), rng))
         else:
             data = weights.read_bytes()
-            size = int.from_bytes(data[:8], "little")
-            if what == 2:
-                header = damage(data[8 : 8 + size], rng)
-                data = len(header).to_bytes(8, "little") + header + data[8 + size :]
-            else:
-                data = damage(data[:40], rng) + data[40:]
-            weights.write_bytes(data)
+            weights.write_bytes(damage_header(data, rng) if what == 2 else damage(data[:40], rng) + data[40:])
         load_sentence_lm(self.model)
 
 
@@ -295,10 +296,7 @@ class Checkpoints(Kind):
             value = mutate(json.loads(path.read_text()), rng)
             path.write_text(json.dumps(value, default=str), encoding="utf-8", errors="replace")
         elif path.suffix == ".safetensors":
-            data = path.read_bytes()
-            size = int.from_bytes(data[:8], "little")
-            header = damage(data[8 : 8 + size], rng)
-            path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+            path.write_bytes(damage_header(path.read_bytes(), rng))
         else:
             path.write_bytes(damage(path.read_bytes(), rng))
         if path != files and rng.random() < 0.8:  # whoever tampers can count

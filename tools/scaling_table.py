@@ -11,7 +11,7 @@ import argparse
 from sentcompress.benchmark.tables import as_markdown
 from sentcompress.recipe import load_recipe, shipped_recipes
 from sentcompress.training.footprint import Stage
-from sentcompress.training.scaling import parse_devices, ways
+from sentcompress.training.scaling import fastest, parse_devices, ways
 
 SENTENCE_TOKENS = 15.0
 COLUMNS = (
@@ -35,8 +35,7 @@ def rows(name: str, devices: str, price: float) -> tuple[list[str], list[str]]:
     number, machine = parse_devices(devices)
     sizes, possible = ways(recipe, stage, machine, number, SENTENCE_TOKENS)
     peaks = {way.footprint.name.replace("gradient_", ""): f"{way.total / 2**30:.1f}" for way in possible}
-    fits = [way for way in possible if way.fits]
-    best = fits[0] if fits else None
+    best = fastest(possible)
     total = [
         f"`{name}`",
         f"{sizes.weights / 1e6:,.0f} M",

@@ -181,10 +181,9 @@ def kill_and_go_on(corpus: Corpus, shards: Path, cache: Path, log: Path) -> None
     begin = passages(corpus).batches_per_epoch // 3
     log.touch()
     for _ in range(3):
-        done = log.read_text().count("\n")
-        log.write_text(
-            "".join(log.read_text().splitlines(keepends=True)[:done])
-        )  # a line cut short is drawn again
+        whole, end, _ = log.read_text().rpartition("\n")
+        log.write_text(whole + end)  # a line cut short is drawn again
+        done = (whole + end).count("\n")
         process = get_context("spawn").Process(target=draw_from, args=(shards, cache, begin + done, log))
         process.start()
         while log.read_text().count("\n") < done + 200 and process.is_alive():

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError, SentCompressError
+from sentcompress.text.batches import in_batches
 from sentcompress.text.segmentation import Sentence, checked_split, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
@@ -114,16 +115,7 @@ def offsets(counts: np.ndarray) -> np.ndarray:
 
 def batches_of(spans: Iterable[Span]) -> Iterator[list[Span]]:
     """Consecutive documents of about BATCH_BYTES."""
-    batch: list[Span] = []
-    size = 0
-    for span in spans:
-        batch.append(span)
-        size += span.stop - span.start
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return in_batches(spans, lambda span: span.stop - span.start, BATCH_BYTES)
 
 
 def choose_workers(total_bytes: int) -> int:

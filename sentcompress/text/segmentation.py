@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import DataError, PluginError
 from sentcompress.registry import describe_component
+from sentcompress.text.batches import in_batches
 from sentcompress.text.time_limit import VARIABLE, Overtime, TimeLimit, split_seconds
 
 Sentence = tuple[str, list[int]]
@@ -151,7 +152,8 @@ def tokenize_pieces(
     too_long = 0
     last: Sentence | None = None
     silent = ""
-    for batch in _batches(pieces, max(_LONGEST_PIECE, max_tokens * _CHARACTERS_A_TOKEN)):
+    cut = _cut(pieces, max(_LONGEST_PIECE, max_tokens * _CHARACTERS_A_TOKEN))
+    for batch in in_batches(cut, len, _CHARACTERS_AT_ONCE):
         for piece, encoding in zip(
             batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
         ):
@@ -177,22 +179,14 @@ def tokenize_pieces(
     return too_long
 
 
-def _batches(pieces: Sequence[str], longest: int) -> Iterator[list[str]]:
-    """The pieces, those over ``longest`` characters cut, in lists of about ``_CHARACTERS_AT_ONCE``."""
-    batch: list[str] = []
-    size = 0
+def _cut(pieces: Sequence[str], longest: int) -> Iterator[str]:
+    """The pieces, those over ``longest`` characters cut."""
     for piece in pieces:
         start = 0
         while start < len(piece):
-            cut = _best_cut(piece, start, longest)
-            batch.append(piece[start:cut])
-            size += cut - start
-            start = cut
-            if size >= _CHARACTERS_AT_ONCE:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+            stop = _best_cut(piece, start, longest)
+            yield piece[start:stop]
+            start = stop
 
 
 def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) -> list[Sentence]:

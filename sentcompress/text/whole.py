@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sentcompress.text.batches import in_batches
 from sentcompress.text.building import ATTEMPTS, build_folder, damaged_again
 from sentcompress.text.cache import FORMAT, CacheDamage, publish, read_meta, seal
 from sentcompress.text.corpus import Corpus
@@ -66,7 +67,7 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
         (folder / "tokens.bin").open("wb") as file,
         Bar("tokenizing whole documents", total, enabled=progress) as bar,
     ):
-        for batch in _batches(corpus):
+        for batch in in_batches(_texts(corpus), lambda text: len(text[1]), _LONGEST_TEXT, _TEXTS_AT_ONCE):
             texts = [text for _, text in batch]
             # The tokenizer's own threads share them out.
             encodings = corpus.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -78,19 +79,11 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> None:
     seal(folder, {"format": FORMAT, "key": corpus.key, "dtype": dtype})
 
 
-def _batches(corpus: Corpus) -> Iterator[list[tuple[int, str]]]:
-    """All documents with their numbers, a few at once; very long ones in parts."""
-    batch: list[tuple[int, str]] = []
-    size = 0
+def _texts(corpus: Corpus) -> Iterator[tuple[int, str]]:
+    """All documents with their numbers, very long ones in parts."""
     for document in range(corpus.num_documents):
         for text in _parts(corpus.document_text(document)):
-            batch.append((document, text))
-            size += len(text)
-            if len(batch) == _TEXTS_AT_ONCE or size >= _LONGEST_TEXT:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+            yield document, text
 
 
 def _parts(text: str) -> Iterator[str]:

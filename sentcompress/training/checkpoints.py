@@ -89,12 +89,16 @@ class CheckpointStore:
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             files = manifest(temporary)
             (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-        for old in self.steps()[: -self.keep]:
+        self.drop(*self.steps()[: -self.keep])
+        return path
+
+    def drop(self, *steps: int) -> None:
+        """Delete checkpoints, and what earlier deletions left. Raises StorageError where that is refused."""
+        for step in steps:
             with storage_errors(self.folder):
-                set_aside(self.path(old))
+                set_aside(self.path(step))
         for left in self.folder.glob(".step-*.gone"):  # those of runs that were killed too
             shutil.rmtree(left, ignore_errors=True)
-        return path
 
     def latest(self, warn: Callable[[str], None], before: int | None = None) -> Path | None:
         """The newest whole checkpoint; damaged ones after it are named through ``warn``.
@@ -124,6 +128,14 @@ class CheckpointStore:
                 fix="restore one from a copy, or start over with --overwrite",
             )
         return None
+
+
+def unusable(checkpoint: Path, why: str) -> ModelFolderError:
+    """A checkpoint that is whole and yet nothing to go on from."""
+    return ModelFolderError(
+        f"{checkpoint}: {why}",
+        fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
+    )
 
 
 def check_checkpoint(path: Path) -> str | None:

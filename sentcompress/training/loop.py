@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 
-from sentcompress.errors import InputError, ModelFolderError, NumericsError, TerminatedError
+from sentcompress.errors import InputError, NumericsError, TerminatedError
 from sentcompress.processes import on_cpu, processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
@@ -117,11 +116,9 @@ class _Run:
         checkpoint = self.store.latest(self.progress.note)
         state = saved.read_state(checkpoint) if checkpoint else {}
         self.start = int(state.get("step", 0))
-        if self.start > self.settings.steps:
-            raise ModelFolderError(
-                f"{checkpoint}: is of step {self.start:,}, and the run has {self.settings.steps:,}",
-                fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
-            )
+        if checkpoint and self.start > self.settings.steps:
+            why = f"is of step {self.start:,}, and the run has {self.settings.steps:,}"
+            raise saved.unusable(checkpoint, why)
         self.next_batch = int(state.get("next_batch", 0))
         self.watch = LossWatch(self.settings)
         self.rollbacks = 0
@@ -283,7 +280,7 @@ class _Run:
             if older is not None:
                 self.progress.note(f"{checkpoint} is no better: deleted")
                 if self.main:
-                    shutil.rmtree(checkpoint)
+                    self.store.drop(step)
                 checkpoint = older
         if checkpoint is None or self.rollbacks == MAX_ROLLBACKS:
             why = f"after {self.rollbacks} rollbacks" if checkpoint else "nothing was saved to go back to"

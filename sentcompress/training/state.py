@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sentcompress.errors import ModelFolderError
 from sentcompress.training import checkpoints as saved
 from sentcompress.training.optimization import WeightAverage
 from sentcompress.training.sharding import is_spread
@@ -63,10 +62,7 @@ class TrainingState:
         try:
             return self._load(checkpoint)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelFolderError(
-                f"{checkpoint}: its training state cannot be taken back: {error}",
-                fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
-            ) from error
+            raise saved.unusable(checkpoint, f"its training state cannot be taken back: {error}") from error
 
     def _load(self, checkpoint: Path) -> bool:
         tensors = saved.read_tensors(checkpoint, dict(self.model.named_parameters()))

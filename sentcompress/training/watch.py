@@ -100,11 +100,6 @@ def _begun(stage: Path) -> float:
         return time.time()
 
 
-def view(stage: Path, root: Path) -> StageView:
-    """Read a stage once."""
-    return StageReader(stage, root).look()
-
-
 class StageReader:
     """A stage, and what earlier looks have shown of it.
 

@@ -301,13 +301,6 @@ def test_tensorboard_events_are_written(tmp_path, make_recipe, make_job):
     assert b"eval/bits_per_byte" in data
 
 
-def test_tensorboard_that_is_not_there_is_said(tmp_path, make_recipe, make_job, monkeypatch):
-    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
-    recipe = make_recipe(steps=2, tensorboard=True)
-    with pytest.raises(InputError, match="tensorboard: true, but TensorBoard is not installed"):
-        run_job(make_job(recipe), tmp_path / "run", recipe)
-
-
 def test_wandb_gets_the_same_figures(tmp_path, make_recipe, make_job, monkeypatch):
     pytest.importorskip("wandb", reason="W&B is not installed (extra 'wandb')")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -319,10 +312,11 @@ def test_wandb_gets_the_same_figures(tmp_path, make_recipe, make_job, monkeypatc
     assert b"bits_per_byte" in data
 
 
-def test_wandb_that_is_not_there_is_said(tmp_path, make_recipe, make_job, monkeypatch):
-    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
-    recipe = make_recipe(steps=2, wandb=True)
-    with pytest.raises(InputError, match="wandb: true, but Weights & Biases is not installed"):
+@pytest.mark.parametrize(("tracker", "name"), [("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")])
+def test_a_tracker_that_is_not_there_is_said(tmp_path, make_recipe, make_job, monkeypatch, tracker, name):
+    monkeypatch.setattr(f"accelerate.utils.is_{tracker}_available", lambda: False)
+    recipe = make_recipe(steps=2, **{tracker: True})
+    with pytest.raises(InputError, match=f"{tracker}: true, but {name} is not installed"):
         run_job(make_job(recipe), tmp_path / "run", recipe)
 
 

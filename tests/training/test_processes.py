@@ -256,13 +256,17 @@ def launched(tmp_path, cache, make_recipe):
     not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's children"
 )
 class TestLaunch:
-    def test_sigterm_saves_and_ends_with_the_code_to_start_again(self, tmp_path, launched):
-        launcher, _ = launched
-        launcher.send_signal(signal.SIGTERM)
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, signal.SIGHUP]
+    )  # a cluster's, and of a closed terminal
+    def test_asked_to_end_it_saves_and_ends_with_the_code_to_start_again(self, tmp_path, launched, number):
+        launcher, children = launched
+        launcher.send_signal(number)
         _, said = launcher.communicate(timeout=60)
         assert launcher.returncode == 75, said
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
         assert " launch -n 2 run " in said.partition("go on with: ")[2]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
     def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):
         launcher, children = launched
@@ -272,14 +276,6 @@ class TestLaunch:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
-
-    def test_a_terminal_that_is_closed_asks_to_end(self, tmp_path, launched):
-        launcher, children = launched
-        launcher.send_signal(signal.SIGHUP)
-        _, said = launcher.communicate(timeout=60)
-        assert launcher.returncode == 75, said
-        assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
-        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_process_that_dies_takes_the_others_with_it(self, launched, rank):

@@ -42,6 +42,17 @@ def break_batches(job, *broken: int) -> list[int]:
     return used
 
 
+def holder(stage: Path) -> subprocess.Popen[str]:
+    """A process that holds a stage's folder; it says so."""
+    code = (
+        "import sys, time, pathlib\n"
+        "from sentcompress.training.run_folder import StageFolder\n"
+        f"with StageFolder(pathlib.Path({str(stage)!r}), 'pretrain', {{}}).locked():\n"
+        "    print('held', flush=True); time.sleep(600)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
 def weights(folder: Path) -> str:
     return file_digest(folder / "model.safetensors")
 
@@ -215,13 +226,7 @@ def test_signs_of_life(tmp_path, make_recipe, make_job, monkeypatch):
 
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_is_not(tmp_path, make_recipe, make_job):
     recipe, folder = make_recipe(), tmp_path / "run"
-    holder = (
-        "import sys, time, pathlib\n"
-        "from sentcompress.training.run_folder import StageFolder\n"
-        f"with StageFolder(pathlib.Path({str(folder)!r}), 'pretrain', {{}}).locked():\n"
-        "    print('held', flush=True); time.sleep(600)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    process = holder(folder)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run is writing here"):
@@ -283,13 +288,7 @@ def test_a_refused_run_touches_nothing(tmp_path, make_recipe):
     first, second, out = make_recipe(), make_recipe(steps=9), tmp_path / "out"
     run_recipe(first, out)
     before = (out / "recipe.yaml").read_text()
-    holder = (
-        "import sys, time, pathlib\n"
-        "from sentcompress.training.run_folder import StageFolder\n"
-        f"with StageFolder(pathlib.Path({str(out / 'pretrain')!r}), 'pretrain', {{}}).locked():\n"
-        "    print('held', flush=True); time.sleep(600)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+    with holder(out / "pretrain") as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run is writing here"):
             run_recipe(second, out, overwrite=True)

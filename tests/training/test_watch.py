@@ -20,10 +20,15 @@ import pytest
 from sentcompress.cli.app import main
 from sentcompress.training import watch
 from sentcompress.training.progress import read_metrics
-from sentcompress.training.watch import Watcher, curve, find_stages, view
+from sentcompress.training.watch import StageReader, StageView, Watcher, curve, find_stages
 
 TERMINAL = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 DEEP = "[" * 200_000
+
+
+def view(stage: Path, root: Path) -> StageView:
+    """A single look."""
+    return StageReader(stage, root).look()
 
 
 def make_stage(folder: Path, *lines: dict, done: bool = False, **heartbeat: object) -> Path:
