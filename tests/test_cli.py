@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sentcompress import __version__
 from sentcompress.cli import app, experiment, main
-from sentcompress.cli.failures import explain, report
+from sentcompress.cli.error_messages import explain, report
 from sentcompress.errors import InputError, PluginError, RecipeError, SentCompressError
 
 LISTED = (
@@ -299,7 +299,7 @@ def test_options_change_the_recipe_and_set_has_the_last_word(tmp_path: Path):
     ],
 )
 def test_stage_commands_hand_over_what_was_asked(arguments, stages, capsys, monkeypatch: pytest.MonkeyPatch):
-    from sentcompress.training import stages as runner
+    from sentcompress import pipeline as runner
 
     calls = []
     monkeypatch.setattr(

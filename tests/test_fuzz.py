@@ -18,7 +18,7 @@ from sentcompress.cli.app import main
 from sentcompress.cli.common import console
 from sentcompress.datasets import jsonl
 from sentcompress.errors import DataError, ModelFolderError, RecipeError
-from sentcompress.io import printable
+from sentcompress.files import printable
 from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
 from sentcompress.recipe.reading import read_yaml

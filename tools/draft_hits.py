@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from sentcompress.benchmark.heldout import heldout_documents
-from sentcompress.benchmark.parts import Parts
+from sentcompress.benchmark.models import Parts
 from sentcompress.recipe import load_recipe
 from sentcompress.text.corpus import Corpus
 

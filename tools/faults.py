@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     import sentcompress.benchmark.runner
-    import sentcompress.training.stages  # noqa: F401 - imported once, for all
+    import sentcompress.pipeline  # noqa: F401 - imported once, for all
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -257,8 +257,8 @@ class Checkpoints(Kind):
         from rich.console import Console
 
         from sentcompress.recipe import build_recipe
+        from sentcompress.training.jobs.token_level import PretrainJob
         from sentcompress.training.loop import run_job
-        from sentcompress.training.token_level import PretrainJob
 
         shape = {
             "hidden_size": 16,
@@ -282,9 +282,9 @@ class Checkpoints(Kind):
     def run(self, rng: random.Random) -> None:
         from rich.console import Console
 
-        from sentcompress.io import manifest
+        from sentcompress.files import manifest
         from sentcompress.training.loop import run_job
-        from sentcompress.training.watch import Watcher
+        from sentcompress.training.run_status import Watcher
 
         shutil.rmtree(self.stage, ignore_errors=True)
         shutil.copytree(self.whole, self.stage)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from sentcompress.backbones.opt import OPTBackbone
-from sentcompress.benchmark.causality import check_causality
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents
-from sentcompress.benchmark.quality import score_sentence_model
+from sentcompress.benchmark.measurements.causality import check_causality
+from sentcompress.benchmark.measurements.quality import score_sentence_model
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.loading import load_sentence_lm
 from sentcompress.recipe import Recipe, load_recipe
-from sentcompress.training.graft import GraftJob
 from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.jobs.graft import GraftJob
 from sentcompress.training.loop import run_job, seed_everything
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sentcompress.benchmark.heldout import HeldoutDocument, heldout_documents
-from sentcompress.benchmark.parts import Folder, Parts
+from sentcompress.benchmark.models import Folder, Parts
 from sentcompress.generation import SentenceGenerator
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.losses import TokenLoss

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sentcompress.training.progress import read_metrics
+from sentcompress.training.monitor import read_metrics
 
 
 def rate(recipe: str, processes: int, distributed: str, steps: int, sets: list[str]) -> float:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sentcompress.benchmark.data import heldout_text
-from sentcompress.benchmark.parts import Folder, Parts
+from sentcompress.benchmark.measurements.data import heldout_text
+from sentcompress.benchmark.models import Folder, Parts
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 
 WAYS = [

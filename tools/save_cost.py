@@ -21,10 +21,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from sentcompress.pipeline import run_recipe
 from sentcompress.processes import processes
 from sentcompress.recipe import load_recipe
 from sentcompress.training.saving import Saver
-from sentcompress.training.stages import run_recipe
 from sentcompress.training.step import Stepper
 
 EVERY = 4

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 
 from sentcompress.benchmark.tables import as_markdown
+from sentcompress.estimate.training_memory import Stage
+from sentcompress.estimate.training_time import fastest, parse_devices, ways
 from sentcompress.recipe import load_recipe, shipped_recipes
-from sentcompress.training.footprint import Stage
-from sentcompress.training.scaling import fastest, parse_devices, ways
 
 SENTENCE_TOKENS = 15.0
 COLUMNS = (

@@ -18,10 +18,10 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
+from sentcompress.estimate.training_memory import Stage
+from sentcompress.estimate.training_time import parse_devices, ways
 from sentcompress.recipe import Recipe, load_recipe
-from sentcompress.training.footprint import Stage
 from sentcompress.training.inputs import load_inputs
-from sentcompress.training.scaling import parse_devices, ways
 
 STEPS = 6
 COMMANDS: tuple[tuple[Stage, str, str], ...] = (

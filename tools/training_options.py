@@ -20,14 +20,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from sentcompress.benchmark.parts import Parts
-from sentcompress.benchmark.random_models import random_models
+from sentcompress.benchmark.models import Parts
+from sentcompress.estimate.shapes import random_models
+from sentcompress.estimate.training_memory import count_kept
 from sentcompress.modeling import losses
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import PassageSampler
-from sentcompress.training.footprint import count_kept
 from sentcompress.training.memory import recompute_activations
 
 Batch = dict[str, Tensor]

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from sentcompress.benchmark.parts import Parts
-from sentcompress.benchmark.random_models import random_models
+from sentcompress.benchmark.models import Parts
+from sentcompress.estimate.shapes import random_models
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import START, PassageSampler
 from sentcompress.text.token_sampling import PassageTokenSampler
+from sentcompress.training.jobs.token_level import TokenLM
 from sentcompress.training.optimization import build_optimizer
-from sentcompress.training.token_level import TokenLM
 
 PAD = 64
 """Sentences a document and tokens a sentence of the padded batches."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from sentcompress.benchmark.data import draw_lengths
-from sentcompress.benchmark.parts import Parts
+from sentcompress.benchmark.measurements.data import draw_lengths
+from sentcompress.benchmark.models import Parts
 from sentcompress.benchmark.profile import profile
 from sentcompress.benchmark.speed_models import speed_models
 from sentcompress.benchmark.systems import SentenceSystem, alternate, make_prompts

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sentcompress.benchmark.cells import number
-from sentcompress.benchmark.records import Figure, Record, Results
+from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.results import read_results
 from sentcompress.errors import InputError
+from sentcompress.provenance import Record
+from sentcompress.table import Figure, number
 
 SHOWN = {
     "quality": ("bits_per_byte", "perplexity", "bytes"),

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from sentcompress.benchmark.parts import Missing, Parts
+from sentcompress.benchmark.models import Missing, Parts
 from sentcompress.benchmark.records import ModelCounts
-from sentcompress.io import read_json
+from sentcompress.files import read_json
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 

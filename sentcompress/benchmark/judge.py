@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
-from sentcompress.benchmark.quality import score_token_model
+from sentcompress.benchmark.measurements.quality import score_token_model
 from sentcompress.benchmark.records import QualityScore
 from sentcompress.contracts.proof import TOLERANCE, reference_of
 from sentcompress.errors import InputError, SentCompressError

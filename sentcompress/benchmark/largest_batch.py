@@ -4,7 +4,7 @@ A cache that is a tenth as large lets ten times as many texts be written togethe
 own caches allow (the sentence model's decoder has one too), and what is compared is tokens/s. The prompt is the same in
 every row: it is read once and its cache copied, so that a few gigabytes of cache take seconds to fill and not minutes.
 Reading and copying are not in the figures, which are of what comes after the first token, as everywhere
-(:mod:`sentcompress.benchmark.speed`).
+(:mod:`sentcompress.benchmark.measurements.speed`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from sentcompress.benchmark.memory import cache_tensors, decoder_cache_bytes, tensor_bytes
+from sentcompress.benchmark.measurements.memory import cache_tensors, decoder_cache_bytes, tensor_bytes
 from sentcompress.benchmark.systems import BACKBONE, IN_PLACE, Prompt, SentenceSystem, System
 from sentcompress.errors import InputError
-from sentcompress.generation.cells import SPARE_CELLS
+from sentcompress.generation.backbone_cache import SPARE_CELLS
 
 Layers = list[tuple[Tensor, Tensor]]
 """Keys and values ``[1, heads, N, d]`` of each block."""

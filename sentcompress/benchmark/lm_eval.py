@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from sentcompress.benchmark.causality import check_causality, require_causal
 from sentcompress.benchmark.continuation import charge_continuation
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
-from sentcompress.benchmark.parts import Folder, Parts
-from sentcompress.benchmark.quality import charge_document, check_document
+from sentcompress.benchmark.measurements.causality import check_causality, require_causal
+from sentcompress.benchmark.measurements.quality import charge_document, check_document
+from sentcompress.benchmark.models import Folder, Parts
 from sentcompress.benchmark.sentence_charges import window_size
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator

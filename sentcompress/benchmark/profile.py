@@ -14,7 +14,7 @@ import torch
 from sentcompress.benchmark.records import PartTime
 from sentcompress.benchmark.systems import Prompt, SentenceSystem, System, TokenSystem
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.decoding import Sampler
+from sentcompress.generation.sentence_writer import Sampler
 
 ENCODER, BACKBONE, DECODER = "encoder", "backbone blocks", "decoder blocks"
 HEAD, SAMPLING, REST = "output head", "sampling", "everything else (Python, bookkeeping)"

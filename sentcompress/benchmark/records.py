@@ -4,54 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from sentcompress.provenance import Honesty, Record
+from sentcompress.table import Figure
 
 SCHEMA_VERSION = 1
 Part = Literal["causality", "quality", "text", "reconstruct", "speed", "memory", "data", "segments"]
 PARTS: tuple[Part, ...] = get_args(Part)
 By = Literal["position", "length", "index"]
 BY: tuple[By, ...] = get_args(By)
-Figure = float | int | str | bool | None
-
-
-class Record(BaseModel):
-    """Base of the parts of a result."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Honesty(Record):
-    """What has to stand beside a figure for it to mean something."""
-
-    command: str
-    """Command line that measured it."""
-    commit: str
-    """Commit of this package; ``+dirty`` when files differed from it, ``unknown`` outside a checkout."""
-    recipe: str
-    """Name of the recipe."""
-    recipe_digest: str
-    """Changes with any field of the recipe."""
-    device: str
-    dtype: str
-    threads: int
-    seed: int
-    training_tokens: int | None
-    """Tokens the model was trained on in this run; None when that is not known."""
-    mean_sentence_tokens: float | None
-    """Mean length of the held-out sentences."""
-    packages: dict[str, str]
-    """Versions of Python and the packages that matter."""
-
-    def line(self) -> str:
-        """One line of text."""
-        trained = "unknown" if self.training_tokens is None else f"{self.training_tokens:,}"
-        mean = "unknown" if self.mean_sentence_tokens is None else f"{self.mean_sentence_tokens:.1f}"
-        versions = ", ".join(f"{name} {version}" for name, version in self.packages.items())
-        return (
-            f"{self.command} | commit {self.commit} | recipe {self.recipe} {self.recipe_digest} | "
-            f"{self.device}, {self.dtype}, {self.threads} threads | seed {self.seed} | "
-            f"training tokens in this run {trained} | sentences of {mean} tokens | {versions}"
-        )
 
 
 class Row(Record):

@@ -6,12 +6,12 @@ import base64
 from html import escape
 from pathlib import Path
 
-from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.plots import figures
 from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.tables import BY_TITLES, TITLES, honesty_lines, tables
 from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE
-from sentcompress.io import write_atomically
+from sentcompress.files import write_atomically
+from sentcompress.table import Plain, number, percent
 
 STYLE = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --ours: #2563eb; }

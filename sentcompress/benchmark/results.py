@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
 from sentcompress.errors import InputError, RunError
-from sentcompress.io import folder_digest, storage_errors, write_atomically
+from sentcompress.files import folder_digest, storage_errors, write_atomically
 from sentcompress.recipe import Recipe
 
 FILE = "results.json"

@@ -12,7 +12,6 @@ from sentcompress.benchmark.records import (
     By,
     CausalityCheck,
     DataReport,
-    Figure,
     MemoryReport,
     QualityScore,
     ReconstructionReport,
@@ -20,6 +19,7 @@ from sentcompress.benchmark.records import (
     TextReport,
     TextScore,
 )
+from sentcompress.table import Figure
 
 
 def causality(check: CausalityCheck) -> dict[str, Figure]:

@@ -14,21 +14,23 @@ from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.breakdown import Places, chosen
-from sentcompress.benchmark.causality import check_causality, require_causal
 from sentcompress.benchmark.counts import model_counts
-from sentcompress.benchmark.data import draw_lengths, heldout_lengths, measure_data
 from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
 from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.memory import measure_memory
-from sentcompress.benchmark.parts import Folder, Missing, Parts, read_curves
-from sentcompress.benchmark.provenance import Provenance
-from sentcompress.benchmark.quality import score_sentence_model, score_token_model, score_unigram
-from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
+from sentcompress.benchmark.measurements.causality import check_causality, require_causal
+from sentcompress.benchmark.measurements.data import draw_lengths, heldout_lengths, measure_data
+from sentcompress.benchmark.measurements.memory import measure_memory
+from sentcompress.benchmark.measurements.quality import score_sentence_model, score_token_model, score_unigram
+from sentcompress.benchmark.measurements.reconstruct import heldout_sentences, measure_reconstruction
+from sentcompress.benchmark.measurements.segments import regex_presets, score_segmenters
+from sentcompress.benchmark.measurements.speed import measure_speed
+from sentcompress.benchmark.measurements.text import BASELINE, measure_text
+from sentcompress.benchmark.models import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.records import (
     PARTS,
     By,
     CausalityReport,
-    Figure,
+    DecodingCost,
     Part,
     QualityScore,
     Results,
@@ -37,18 +39,17 @@ from sentcompress.benchmark.records import (
     Throughput,
 )
 from sentcompress.benchmark.results import earlier_results, merged, model_digests, write_results
-from sentcompress.benchmark.roofline import decoding_cost
 from sentcompress.benchmark.samples import write_samples
-from sentcompress.benchmark.segments import regex_presets, score_segmenters
-from sentcompress.benchmark.speed import measure_speed
 from sentcompress.benchmark.speed_models import SpeedModels, speed_models
-from sentcompress.benchmark.text import BASELINE, measure_text
 from sentcompress.benchmark.throughput import measure_throughput
 from sentcompress.errors import InputError
-from sentcompress.generation.heads import ShortlistHead, make_shortlist_head
-from sentcompress.io import storage_errors, write_atomically
+from sentcompress.estimate.roofline import decoding_cost
+from sentcompress.files import storage_errors, write_atomically
+from sentcompress.generation.output_head import ShortlistHead, make_shortlist_head
 from sentcompress.processes import processes
+from sentcompress.provenance import Provenance
 from sentcompress.recipe import Recipe
+from sentcompress.table import Figure
 from sentcompress.text.progress import Bar
 
 DRAWN_LENGTHS = 64
@@ -282,7 +283,7 @@ class _Bench:
             sentence = self.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
             if system != approximate:  # the cost is computed for the full head
-                found.cost = decoding_cost(candidate, middle, sentence)
+                found.cost = DecodingCost(**decoding_cost(candidate, middle, sentence)._asdict())
             found.counts = model_counts(candidate, self.parts, stages, sentence)
             scores.append(found)
             note = _context_note(system, found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sentcompress.benchmark.heldout import Window
 from sentcompress.errors import CoverageError
-from sentcompress.generation.heads import ShortlistHead
+from sentcompress.generation.output_head import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
 from sentcompress.modeling.sentence_lm import START, SentenceLM
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.data import draw_lengths, heldout_text
-from sentcompress.benchmark.parts import DTYPES, Missing, Parts
-from sentcompress.benchmark.random_models import random_models, random_sentences
+from sentcompress.benchmark.measurements.data import draw_lengths, heldout_text
+from sentcompress.benchmark.models import DTYPES, Missing, Parts
+from sentcompress.estimate.shapes import random_models, random_sentences
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.cells import Plain
-from sentcompress.benchmark.speed import LOOKUP_TOKENS, quiet, require_positions
+from sentcompress.benchmark.measurements.speed import LOOKUP_TOKENS, quiet, require_positions
 from sentcompress.benchmark.systems import (
     LOOKUP,
     System,
@@ -20,9 +19,10 @@ from sentcompress.benchmark.systems import (
     make_prompts,
 )
 from sentcompress.errors import InputError
-from sentcompress.io import storage_errors, write_atomically
+from sentcompress.files import storage_errors, write_atomically
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
+from sentcompress.table import Plain
 
 FILE = "speed-sweep.json"
 

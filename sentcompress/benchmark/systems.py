@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.cells import Prefix
+from sentcompress.generation.backbone_cache import Prefix
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
+from sentcompress.recipe.choices import CacheKind, HeadKind
 
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"

@@ -8,11 +8,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from sentcompress.benchmark.cells import Plain, number, percent
 from sentcompress.benchmark.paper import paper_row
-from sentcompress.benchmark.records import BY, By, CausalityCheck, Figure, PartTime, Results, Row, SpeedReport
+from sentcompress.benchmark.records import BY, By, CausalityCheck, PartTime, Results, Row, SpeedReport
 from sentcompress.benchmark.rows import OURS, TWINS, breakdown
 from sentcompress.benchmark.text_tables import TEXT_TITLE, text_differences, text_table
+from sentcompress.table import Figure, Plain, number, percent
 
 TITLES = {
     "causality": "Causality: what the future may change of the past",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sentcompress.benchmark.cells import Plain
 from sentcompress.benchmark.records import Interval, Results, Row, TextReport
+from sentcompress.table import Plain
 
 TEXT_TITLE = "Generated text after the same prompts"
 DIFFERENCES_TITLE = "Generated text: difference to the baseline, equal data"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
+from sentcompress.benchmark.measurements.speed import quiet, require_positions
 from sentcompress.benchmark.records import Throughput
-from sentcompress.benchmark.speed import quiet, require_positions
 from sentcompress.benchmark.speed_models import SpeedModels
 from sentcompress.benchmark.systems import Prompt, System, both_systems, make_prompts, seconds
 from sentcompress.errors import RunError

@@ -18,8 +18,8 @@ from sentcompress.cli import (
     estimate,
     generate,
     graft,
+    harness,
     launch,
-    lm_eval,
     plugins,
     recipes,
     reconstruct,
@@ -30,8 +30,8 @@ from sentcompress.cli import (
     watch,
 )
 from sentcompress.cli.common import examples
-from sentcompress.cli.failures import DEBUG_VARIABLE, debugging, report
-from sentcompress.io import printable
+from sentcompress.cli.error_messages import DEBUG_VARIABLE, debugging, report
+from sentcompress.files import printable
 from sentcompress.launched import check_environment, end_with_the_launcher, ending_when_asked
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ watch.add_to(app)
 generate.add_to(app)
 reconstruct.add_to(app)
 bench.add_to(app)
-lm_eval.add_to(app)
+harness.add_to(app)
 recipes.add_to(app)
 validate.add_to(app)
 estimate.add_to(app)

@@ -100,7 +100,7 @@ bench_speed.add_to(bench)
 @bench.command("causality", epilog=examples("sentcompress bench causality out/quickstart/graft"))
 def causality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
     """Prove that later sentences change nothing before them. Fails (code 1) for a model that leaks."""
-    from sentcompress.benchmark.causality import require_causal
+    from sentcompress.benchmark.measurements.causality import require_causal
 
     results = measure(["causality"], folder, out, set_)
     if results.causality:
@@ -121,7 +121,7 @@ def segments(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Score the presets of the regex segmenter on the labelled hard cases."""
-    from sentcompress.benchmark.segments import regex_presets, render_markdown, score_segmenters
+    from sentcompress.benchmark.measurements.segments import regex_presets, render_markdown, score_segmenters
 
     text = render_markdown(score_segmenters(regex_presets()))
     if markdown:
@@ -176,10 +176,10 @@ def scaling_law(
     Does the gap between them close with more tokens or a larger backbone? All runs must be scored on the same held-out
     bytes; seeds of one size and budget are averaged. Writes scaling-law.json, scaling-law.md and scaling-law.png.
     """
-    from sentcompress.benchmark.scaling.law import scaling_law as fit
-    from sentcompress.benchmark.scaling.plots import require_matplotlib
-    from sentcompress.benchmark.scaling.report import write
-    from sentcompress.benchmark.scaling.tables import render
+    from sentcompress.studies.scaling_law import scaling_law as fit
+    from sentcompress.studies.scaling_plots import require_matplotlib
+    from sentcompress.studies.scaling_report import write
+    from sentcompress.studies.scaling_tables import render
 
     require_matplotlib()
     law = fit(sources)

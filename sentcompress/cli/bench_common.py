@@ -32,7 +32,7 @@ def measure(
     by: list[str] | None = None,
     judge: str | None = None,
 ) -> Results:
-    from sentcompress.benchmark.parts import Folder
+    from sentcompress.benchmark.models import Folder
     from sentcompress.benchmark.runner import run_bench
 
     place = Folder(folder)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sentcompress.choices import HeadKind
 from sentcompress.cli.bench_common import ResultsOption, measure, show
 from sentcompress.cli.common import BackboneOption, SetOption, console, examples
+from sentcompress.recipe.choices import HeadKind
 
 if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
@@ -159,7 +159,7 @@ def sweep(
     Names what to take instead where the sentence model is slower. New tokens and repeats are the recipe's
     bench.new_tokens and bench.repeats.
     """
-    from sentcompress.benchmark.parts import Folder, Parts
+    from sentcompress.benchmark.models import Folder, Parts
     from sentcompress.benchmark.speed_models import speed_models
     from sentcompress.benchmark.speed_sweep import sweep_speed, table, write
     from sentcompress.benchmark.tables import as_rich

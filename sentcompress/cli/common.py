@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.io import printable
+from sentcompress.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +78,7 @@ def quick_imports() -> Iterator[None]:
 def console() -> Console:
     """Where tables are printed: as wide as the terminal, or wide enough for a file.
 
-    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.io.printable`).
+    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.files.printable`).
     """
     from rich.console import Console
     from rich.segment import Segment

@@ -43,12 +43,12 @@ def estimate(
     the memory that each device needs to train each stage, whether DDP, FSDP or gradient checkpointing is needed, and
     the hours of all stages together.
     """
-    from sentcompress.benchmark.devices import device as find
-    from sentcompress.benchmark.estimate import estimate as predict
-    from sentcompress.benchmark.estimate import shapes, table
     from sentcompress.benchmark.tables import as_rich
     from sentcompress.errors import InputError
-    from sentcompress.training.plan import budget
+    from sentcompress.estimate.decoding import estimate as predict
+    from sentcompress.estimate.decoding import shapes, table
+    from sentcompress.estimate.devices import device as find
+    from sentcompress.estimate.plan import budget
 
     resolved = resolve(recipe, set_, backbone=backbone)
     if resolved.pretrain is not None and devices is not None:
@@ -62,7 +62,7 @@ def estimate(
     if price is not None and devices is None:
         raise InputError("--price: of which devices?", fix="add --devices, such as 4xA100")
     if devices is not None:
-        from sentcompress.training.scaling import parse_devices, tables
+        from sentcompress.estimate.training_time import parse_devices, tables
 
         for plain in tables(resolved, *parse_devices(devices), sentence_tokens, price):
             console().print(as_rich(plain))

@@ -73,11 +73,11 @@ def execute(
     """
     folder = out or Path("out") / recipe.name.replace("/", "-")
     if dry_run:
-        from sentcompress.training.plan import plan
+        from sentcompress.estimate.plan import plan
 
         typer.echo(plan(recipe))
         return folder
-    from sentcompress.training.stages import run_recipe
+    from sentcompress.pipeline import run_recipe
 
     run_recipe(recipe, folder, stages=stages, resume=resume, overwrite=overwrite)
     return folder

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.cli.common import examples, quick_imports
-from sentcompress.io import printable
+from sentcompress.files import printable
+from sentcompress.recipe.choices import CacheKind, HeadKind
 
 
 def generate(

@@ -18,7 +18,7 @@ import typer
 
 from sentcompress.cli.common import examples
 from sentcompress.errors import InputError, RunError, TerminatedError
-from sentcompress.io import printable
+from sentcompress.files import printable
 from sentcompress.launched import LAUNCHED, LIFELINE
 
 COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])

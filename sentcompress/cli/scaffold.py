@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sentcompress import __version__
 from sentcompress.errors import InputError, did_you_mean
-from sentcompress.io import storage_errors
+from sentcompress.files import storage_errors
 
 if TYPE_CHECKING:
     from sentcompress.registry import Registry

@@ -44,8 +44,8 @@ def sweep(
     1). The same command again skips finished cells, goes on with started ones and adds new ones. Writes sweep.json,
     sweep.md and sweep.png.
     """
-    from sentcompress.sweep.grid import build_cells, parse_grid
-    from sentcompress.sweep.runner import check_cells, run_sweep
+    from sentcompress.studies.grid import build_cells, parse_grid
+    from sentcompress.studies.sweep_runner import check_cells, run_sweep
 
     overrides = set_ or []
     axes = parse_grid(grid, overrides)
@@ -54,12 +54,12 @@ def sweep(
     folder = out or Path("out") / f"{title.replace('/', '-')}-sweep"
     check_cells(cells, folder)
     if dry_run:
-        from sentcompress.sweep.plan import plan
+        from sentcompress.studies.sweep_plan import plan
 
         typer.echo(plan(cells))
         return
     from sentcompress.errors import RunError
-    from sentcompress.sweep.tables import render
+    from sentcompress.studies.sweep_tables import render
 
     found = run_sweep(title, axes, cells, folder, overrides=overrides)
     render(found, console())

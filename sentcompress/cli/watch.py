@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sentcompress.cli.common import console, examples
-from sentcompress.io import printable
+from sentcompress.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from sentcompress.training.watch import StageView
+    from sentcompress.training.run_status import StageView
 
 STYLES = {"training": "green", "done": "blue", "failed": "red", "lost": "red", "stopped": "yellow"}
 COLUMNS = ("run", "state", "steps", "loss", "curve", "held out", "tokens/s", "left", "last sign", "trouble")
@@ -48,7 +48,7 @@ def watch(
     Reads files only (metrics.jsonl, heartbeat.json), so it works on another machine that sees the folder.
     """
     from sentcompress.errors import InputError
-    from sentcompress.training import watch as runs
+    from sentcompress.training import run_status as runs
 
     if not folder.is_dir():
         raise InputError(
@@ -120,8 +120,8 @@ def _cells(stage: StageView, screen: Console) -> dict[str, Text]:
     """What is shown of a stage, by column."""
     from rich.text import Text
 
-    from sentcompress.training.progress import duration
-    from sentcompress.training.watch import ASCII_BARS, BARS, curve
+    from sentcompress.training.monitor import duration
+    from sentcompress.training.run_status import ASCII_BARS, BARS, curve
 
     share = f" {stage.step / stage.steps:.0%}" if stage.steps else ""
     cells = {
@@ -149,7 +149,7 @@ def _figure(value: float | None, layout: str) -> str:
 
 
 def _since(age: float | None) -> str:
-    from sentcompress.training.progress import duration
+    from sentcompress.training.monitor import duration
 
     if age is None:
         return ""

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sentcompress.choices import CacheKind, HeadKind
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
-from sentcompress.generation.cells import Cells, Prefix
+from sentcompress.generation.backbone_cache import Cells, Prefix
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter, Told
-from sentcompress.generation.heads import Head, make_head, make_shortlist_head
+from sentcompress.generation.output_head import Head, make_head, make_shortlist_head
 from sentcompress.generation.prompts import ends_in_sentence
+from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.recipe.choices import CacheKind, HeadKind
 from sentcompress.text.segmentation import sentences_to_ids
 
 ENCODE_AT_A_TIME = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sentcompress.choices import CacheKind, HeadKind
+from sentcompress.recipe.choices import CacheKind, HeadKind
 
 
 class GenerationSettings(BaseModel):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import ModelFolderError, PluginError
-from sentcompress.io import read_json
+from sentcompress.files import read_json
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.pretrained import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sentcompress.choices import CacheKind, HeadKind
+from sentcompress.recipe.choices import CacheKind, HeadKind
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

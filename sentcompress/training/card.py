@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from sentcompress import __version__
-from sentcompress.benchmark.provenance import command, commit, plugin_packages
 from sentcompress.launched import LAUNCHED
+from sentcompress.provenance import command, commit, plugin_packages
 from sentcompress.recipe import Recipe
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sentcompress.errors import ModelFolderError
-from sentcompress.io import (
+from sentcompress.files import (
     damage,
     manifest,
     read_json,

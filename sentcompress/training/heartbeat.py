@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from sentcompress.errors import StorageError, TerminatedError
-from sentcompress.io import write_atomically
+from sentcompress.files import write_atomically
 
 FILE = "heartbeat.json"
 SECONDS = 5.0

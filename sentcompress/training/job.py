@@ -26,7 +26,7 @@ class Job(Protocol):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of what it starts from (``sentcompress.io.folder_digest``), by name."""
+        """Digests of what it starts from (``sentcompress.files.folder_digest``), by name."""
 
     @property
     def batch_fields(self) -> tuple[str, ...]:

@@ -21,20 +21,20 @@ from sentcompress.processes import on_cpu, processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
 from sentcompress.training import checkpoints as saved
+from sentcompress.training.anomalies import MAX_ROLLBACKS, LossWatch
 from sentcompress.training.card import provenance, render_card, resume_command
 from sentcompress.training.heartbeat import Heartbeat
 from sentcompress.training.interruption import Interruption
 from sentcompress.training.job import Job
 from sentcompress.training.memory import explain_out_of_memory, recompute_activations
+from sentcompress.training.monitor import MetricsLog, TrainingProgress
 from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
 from sentcompress.training.precision import choose_precision
-from sentcompress.training.progress import MetricsLog, TrainingProgress
 from sentcompress.training.run_folder import BEST, SECTIONS, StageFolder, stage_record
 from sentcompress.training.saving import Saver
 from sentcompress.training.sharding import let_go, spread
 from sentcompress.training.state import TrainingState
 from sentcompress.training.step import Batch, StepOutput, Stepper, StepResult, Window
-from sentcompress.training.trouble import MAX_ROLLBACKS, LossWatch
 
 __all__ = ["Batch", "Job", "StepOutput", "run_job", "seed_everything"]
 

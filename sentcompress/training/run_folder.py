@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sentcompress.errors import InputError
-from sentcompress.io import read_json, storage_errors
+from sentcompress.files import read_json, storage_errors
 from sentcompress.processes import process_count
 from sentcompress.recipe import Recipe
 from sentcompress.training.checkpoints import write_json

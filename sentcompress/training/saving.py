@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sentcompress.io import move_files, storage_errors, temporary_folder, whole_folder
+from sentcompress.files import move_files, storage_errors, temporary_folder, whole_folder
 from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.training.background import BackgroundWriter
 from sentcompress.training.checkpoints import CheckpointStore, write_json, write_tensors
 from sentcompress.training.job import Job
-from sentcompress.training.progress import no_library_bars
+from sentcompress.training.monitor import no_library_bars
 from sentcompress.training.run_folder import BEST, MARK, RUN, SECTIONS, StageFolder
 from sentcompress.training.sharding import is_spread, write_parts
 from sentcompress.training.state import TrainingState, snapshot

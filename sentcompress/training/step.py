@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sentcompress.errors import NumericsError
 from sentcompress.recipe import TrainingSettings
+from sentcompress.training.anomalies import MAX_SKIPPED, LossWatch
 from sentcompress.training.optimization import learning_rate
 from sentcompress.training.sharding import whole
-from sentcompress.training.trouble import MAX_SKIPPED, LossWatch
 
 Batch = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentcompress.benchmark.parts import Folder, Parts
+from sentcompress.benchmark.models import Folder, Parts
 from sentcompress.modeling.grafting import graft, vae_config, wrap_backbone
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from sentcompress.benchmark import quality, sentence_charges
 from sentcompress.benchmark.breakdown import STARTS, Charges, Places, chosen, labels, spread
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
+from sentcompress.benchmark.measurements.quality import score_sentence_model, score_token_model
 from sentcompress.benchmark.plots import figures
-from sentcompress.benchmark.quality import score_sentence_model, score_token_model
 from sentcompress.benchmark.records import BY, CausalityCheck, CausalityReport, Results
 from sentcompress.benchmark.results import parse_results, read_results
 from sentcompress.benchmark.rows import breakdown

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sentcompress.benchmark.causality import check_causality
 from sentcompress.benchmark.continuation import NOTHING, charge_continuation
 from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents, windows
-from sentcompress.benchmark.quality import charge_document, check_document, score_sentence_model
+from sentcompress.benchmark.measurements.causality import check_causality
+from sentcompress.benchmark.measurements.quality import charge_document, check_document, score_sentence_model
 from sentcompress.errors import InputError
 from sentcompress.recipe import BenchSettings, Recipe
 from sentcompress.registry import get_registry

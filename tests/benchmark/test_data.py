@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sentcompress.benchmark.data import draw_lengths, heldout_lengths, heldout_text, measure_data
-from sentcompress.benchmark.reconstruction import heldout_sentences, measure_reconstruction
+from sentcompress.benchmark.measurements.data import draw_lengths, heldout_lengths, heldout_text, measure_data
+from sentcompress.benchmark.measurements.reconstruct import heldout_sentences, measure_reconstruction
 from sentcompress.recipe import ComponentSpec
 from sentcompress.testing import tiny_vae
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sentcompress.benchmark.parts import Folder, Parts
+from sentcompress.benchmark.models import Folder, Parts
 from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, StorageError

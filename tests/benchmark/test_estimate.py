@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from sentcompress.benchmark.devices import Device, device, measure_cpu
-from sentcompress.benchmark.estimate import CACHE_PASSES, GENERATE_PASSES, estimate, shapes
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
+from sentcompress.estimate.decoding import CACHE_PASSES, GENERATE_PASSES, estimate, shapes
+from sentcompress.estimate.devices import Device, device, measure_cpu
 from sentcompress.recipe import load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sentcompress.benchmark.heldout import HeldoutDocument, heldout_documents
-from sentcompress.benchmark.quality import charge_document
+from sentcompress.benchmark.measurements.quality import charge_document
 from sentcompress.cli import main
 from sentcompress.errors import CausalityError, InputError
 from sentcompress.modeling.loading import load_sentence_lm

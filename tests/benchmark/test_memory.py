@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark.memory import MemoryMeter, cache_tensors, measure_memory, weight_bytes
-from sentcompress.benchmark.random_models import random_sentences
+from sentcompress.benchmark.measurements.memory import (
+    MemoryMeter,
+    cache_tensors,
+    measure_memory,
+    weight_bytes,
+)
 from sentcompress.errors import RunError
+from sentcompress.estimate.shapes import random_sentences
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
 PER_POSITION = 2 * 3 * 32 * 4  # keys and values, 3 layers of 32, fp32

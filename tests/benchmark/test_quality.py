@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sentcompress.benchmark import quality
 from sentcompress.benchmark.heldout import ByteCounter, check_bytes, heldout_documents, same_bytes
-from sentcompress.benchmark.quality import (
+from sentcompress.benchmark.measurements import quality
+from sentcompress.benchmark.measurements.quality import (
     score_sentence_model,
     score_token_model,
     score_unigram,
@@ -20,7 +20,7 @@ from sentcompress.benchmark.quality import (
 )
 from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 from sentcompress.errors import CoverageError, DataError
-from sentcompress.generation.heads import make_shortlist_head
+from sentcompress.generation.output_head import make_shortlist_head
 from sentcompress.recipe import BenchSettings, build_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

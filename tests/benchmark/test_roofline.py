@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sentcompress.benchmark.roofline import decoding_cost
+from sentcompress.estimate.roofline import decoding_cost
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

@@ -9,12 +9,12 @@ import shutil
 import pytest
 
 from sentcompress.benchmark.compare import compare, compare_results, warnings
-from sentcompress.benchmark.parts import Folder
-from sentcompress.benchmark.provenance import commit
+from sentcompress.benchmark.models import Folder
 from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
 from sentcompress.benchmark.results import is_current, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench, together_first
 from sentcompress.errors import InputError, ModelFolderError, RunError
+from sentcompress.provenance import commit
 
 
 @pytest.fixture(scope="module")

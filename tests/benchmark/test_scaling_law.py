@@ -14,11 +14,16 @@ from rich.console import Console
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.counts import count
-from sentcompress.benchmark.records import DocumentScore, Honesty, ModelCounts, QualityScore, Results, Row
+from sentcompress.benchmark.records import DocumentScore, ModelCounts, QualityScore, Results, Row
 from sentcompress.benchmark.results import read_results, write_results
 from sentcompress.benchmark.runner import run_bench
-from sentcompress.benchmark.scaling.fits import fit_line, fit_surface, seed_interval, t_quantile
-from sentcompress.benchmark.scaling.law import (
+from sentcompress.cli import main
+from sentcompress.errors import InputError
+from sentcompress.pipeline import run_recipe
+from sentcompress.provenance import Honesty
+from sentcompress.recipe import build_recipe
+from sentcompress.studies.fits import fit_line, fit_surface, seed_interval, t_quantile
+from sentcompress.studies.scaling_law import (
     PARAMETERS,
     RATIO,
     TOKENS,
@@ -26,12 +31,8 @@ from sentcompress.benchmark.scaling.law import (
     ScalingLaw,
     scaling_law,
 )
-from sentcompress.benchmark.scaling.points import OURS, TWIN, flops
-from sentcompress.benchmark.scaling.tables import gap_line, markdown, render
-from sentcompress.cli import main
-from sentcompress.errors import InputError
-from sentcompress.recipe import build_recipe
-from sentcompress.training.stages import run_recipe
+from sentcompress.studies.scaling_points import OURS, TWIN, flops
+from sentcompress.studies.scaling_tables import gap_line, markdown, render
 
 Law = Callable[[float, float], float]
 SIZES = (1e6, 4e6, 16e6)

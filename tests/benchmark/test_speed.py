@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from sentcompress.benchmark.largest_batch import FullTokenSystem
-from sentcompress.benchmark.parts import Parts
-from sentcompress.benchmark.random_models import random_models, random_sentences
+from sentcompress.benchmark.measurements.speed import measure_speed
+from sentcompress.benchmark.models import Parts
 from sentcompress.benchmark.records import SpeedRun
-from sentcompress.benchmark.roofline import (
-    backbone_bytes_per_token,
-    backbone_cache_bytes,
-    bandwidth,
-    module_bytes,
-    sentence_bytes_per_token,
-)
-from sentcompress.benchmark.speed import measure_speed
 from sentcompress.benchmark.systems import (
     BACKBONE,
     IN_PLACE,
@@ -29,8 +21,16 @@ from sentcompress.benchmark.systems import (
 )
 from sentcompress.benchmark.throughput import by_processes
 from sentcompress.errors import InputError, RunError
+from sentcompress.estimate.roofline import (
+    backbone_bytes_per_token,
+    backbone_cache_bytes,
+    bandwidth,
+    module_bytes,
+    sentence_bytes_per_token,
+)
+from sentcompress.estimate.shapes import random_models, random_sentences
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.cells import SPARE_CELLS
+from sentcompress.generation.backbone_cache import SPARE_CELLS
 from sentcompress.recipe import BenchSettings, Recipe, build_recipe, load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sentcompress.benchmark.random_models import random_sentences
 from sentcompress.benchmark.speed_sweep import FILE, Cell, SpeedSweep, advice, sweep_speed, table, write
 from sentcompress.errors import InputError
+from sentcompress.estimate.shapes import random_sentences
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

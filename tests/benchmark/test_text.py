@@ -9,12 +9,12 @@ import torch
 
 from sentcompress.benchmark.heldout import ByteCounter
 from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.parts import Missing
+from sentcompress.benchmark.measurements.text import HUMAN, TextWriter, first_tokens, text_prompts
+from sentcompress.benchmark.models import Missing
 from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.report import render_report
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.benchmark.tables import tables
-from sentcompress.benchmark.text import HUMAN, TextWriter, first_tokens, text_prompts
 from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE, TEXT_TITLE
 from sentcompress.errors import CausalityError, CoverageError, InputError
 from sentcompress.recipe import BenchSettings

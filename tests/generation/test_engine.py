@@ -12,7 +12,7 @@ from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, decoding, reconstruct
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.prompts import ends_in_sentence
-from sentcompress.generation.reconstruct import differences
+from sentcompress.generation.round_trip import differences
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.testing import tiny_sentence_lm
 

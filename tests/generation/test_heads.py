@@ -5,7 +5,7 @@ import torch
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator, heads
-from sentcompress.generation.heads import WORTH_IT, Head, ShortlistExactHead, make_head
+from sentcompress.generation.output_head import WORTH_IT, Head, ShortlistExactHead, make_head
 from sentcompress.recipe import build_recipe
 from sentcompress.testing import tiny_sentence_lm
 

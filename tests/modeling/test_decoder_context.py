@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentcompress.generation import GenerationSettings
-from sentcompress.generation.decoding import Sampler, SentenceWriter, Told
+from sentcompress.generation.sentence_writer import Sampler, SentenceWriter, Told
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.testing import tiny_passages, tiny_sentence_lm, tiny_vae

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.decoding import RowPlan, Sampler, SentenceWriter
+from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_backbone, vae_config
 from sentcompress.recipe import Recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sentcompress.benchmark.segments import (
+from sentcompress.benchmark.measurements.segments import (
     LABELS,
     load_cases,
     regex_presets,

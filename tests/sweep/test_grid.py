@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sentcompress.errors import PluginError, RecipeError
-from sentcompress.sweep.grid import Axis, build_cells, parse_grid, split_values, value_text
+from sentcompress.studies.grid import Axis, build_cells, parse_grid, split_values, value_text
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from sentcompress.errors import RunError
-from sentcompress.sweep import runner
-from sentcompress.sweep.grid import Axis, Cell, build_cells
-from sentcompress.sweep.results import SweepResults
+from sentcompress.studies import sweep_runner as runner
+from sentcompress.studies.grid import Axis, Cell, build_cells
+from sentcompress.studies.sweep_results import SweepResults
 
 AXES = [Axis("seed", ("0", "1"))]
 

@@ -18,10 +18,10 @@ from typing import IO, Any
 import pytest
 import yaml
 
+from sentcompress import pipeline as stages
 from sentcompress.cli import main
-from sentcompress.sweep import runner
-from sentcompress.sweep.results import SweepResults, count_parameters
-from sentcompress.training import stages
+from sentcompress.studies import sweep_runner as runner
+from sentcompress.studies.sweep_results import SweepResults, count_parameters
 
 FUSIONS = "fusion={name: mean},{name: attention, options: {latents: 2}}"
 CONDITIONING = "vae.conditioning=add,prefix"

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from sentcompress.benchmark.records import DocumentScore, QualityScore, Results
-from sentcompress.sweep.plots import draw
-from sentcompress.sweep.results import CellFigures, CellRow, SweepResults, comparison_notes
-from sentcompress.sweep.tables import markdown, render, table_of
+from sentcompress.studies.sweep_plots import draw
+from sentcompress.studies.sweep_results import CellFigures, CellRow, SweepResults, comparison_notes
+from sentcompress.studies.sweep_tables import markdown, render, table_of
 
 
 def row(name: str, *, state: str = "done", error: str | None = None, **figures: float) -> CellRow:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import sentcompress.testing
-from sentcompress.benchmark.provenance import Provenance, plugin_packages
 from sentcompress.errors import InputError, PluginError
+from sentcompress.provenance import Provenance, plugin_packages
 from sentcompress.recipe import Recipe
 from sentcompress.registry import KINDS
 from sentcompress.testing import CheckFailed, check_plugin

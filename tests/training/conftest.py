@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.training.jobs.token_level import PretrainJob
 from sentcompress.training.loop import seed_everything
-from sentcompress.training.token_level import PretrainJob
 
 RAW: dict[str, Any] = {
     "name": "tiny",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sentcompress.errors import ModelFolderError, StorageError
-from sentcompress.io import manifest, storage_errors, whole_folder, write_atomically
+from sentcompress.files import manifest, storage_errors, whole_folder, write_atomically
 from sentcompress.training import checkpoints
 from sentcompress.training.checkpoints import (
     MANIFEST,

@@ -6,7 +6,7 @@ import torch
 from sentcompress.errors import InputError
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.testing import tiny_opt, tiny_passages, tiny_sentence_lm
-from sentcompress.training.distillation import Teacher
+from sentcompress.training.teacher import Teacher
 
 PASSAGES = [(0, 1, 2, 3), (4, 5), (6, 7, 8)]
 BOS = 2

@@ -13,17 +13,17 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from sentcompress.benchmark.devices import device
-from sentcompress.benchmark.estimate import shapes
-from sentcompress.benchmark.random_models import random_models
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
+from sentcompress.estimate.decoding import shapes
+from sentcompress.estimate.devices import device
+from sentcompress.estimate.shapes import random_models
+from sentcompress.estimate.training_memory import count_kept, footprints, sizes, spread_lengths
+from sentcompress.estimate.training_time import parse_devices, tables, ways
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
-from sentcompress.training.footprint import count_kept, footprints, sizes, spread_lengths
+from sentcompress.training.jobs.token_level import TokenLM
 from sentcompress.training.memory import recompute_activations
-from sentcompress.training.scaling import parse_devices, tables, ways
-from sentcompress.training.token_level import TokenLM
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_batch=1"]

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sentcompress.errors import InputError, NumericsError, OutOfMemoryError, StorageError
-from sentcompress.io import file_digest
+from sentcompress.files import file_digest
 from sentcompress.training import checkpoints, loop
 from sentcompress.training.checkpoints import CheckpointStore, check_checkpoint
 from sentcompress.training.loop import run_job
-from sentcompress.training.progress import MetricsLog, read_metrics
+from sentcompress.training.monitor import MetricsLog, read_metrics
 
 MODEL_FILES = {
     "README.md",

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import load_recipe, shipped_recipes
 from sentcompress.testing import OPT_TWINS, tiny_opt
-from sentcompress.training.stages import run_recipe
 
 PAPER = [name for name in shipped_recipes() if name.startswith("paper/")]
 

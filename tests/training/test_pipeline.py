@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from sentcompress import pipeline as stages
 from sentcompress import pretrained
 from sentcompress.errors import InputError, RecipeError
-from sentcompress.io import file_digest, read_json
+from sentcompress.files import file_digest, read_json
 from sentcompress.modeling.loading import load_sentence_lm, load_vae
 from sentcompress.modeling.pretrained import load_causal_lm
+from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.text.sampling import PassageSampler
-from sentcompress.training import stages
-from sentcompress.training.stages import run_recipe
-from sentcompress.training.token_level import IGNORED, BaselineJob
+from sentcompress.training.jobs.token_level import IGNORED, BaselineJob
 
 
 @pytest.fixture

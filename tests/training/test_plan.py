@@ -2,8 +2,8 @@
 
 import pytest
 
+from sentcompress.estimate.plan import count, plan
 from sentcompress.recipe import load_recipe
-from sentcompress.training.plan import count, plan
 
 PUBLISHED = {
     "125m-h1": 214e6,

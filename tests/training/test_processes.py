@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from sentcompress.cli import app
 from sentcompress.errors import InputError
 from sentcompress.training.checkpoints import PARTS
-from sentcompress.training.progress import read_metrics
+from sentcompress.training.monitor import read_metrics
 
 STEPS = 50
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

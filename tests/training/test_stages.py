@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from sentcompress.errors import InputError
-from sentcompress.io import file_digest
+from sentcompress.files import file_digest
+from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import Recipe
-from sentcompress.training.stages import run_recipe
 
 
 def write(recipe: Recipe, folder: Path) -> str:

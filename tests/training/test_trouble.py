@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
-from sentcompress.io import file_digest
+from sentcompress.files import file_digest
+from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import TrainingSettings
+from sentcompress.training.anomalies import ENOUGH, LossWatch
 from sentcompress.training.heartbeat import read_heartbeat
 from sentcompress.training.loop import run_job
-from sentcompress.training.progress import read_metrics
+from sentcompress.training.monitor import read_metrics
 from sentcompress.training.run_folder import StageFolder
-from sentcompress.training.stages import run_recipe
-from sentcompress.training.trouble import ENOUGH, LossWatch
 
 
 def break_batches(job, *broken: int) -> list[int]:

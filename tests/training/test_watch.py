@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from sentcompress.cli.app import main
-from sentcompress.training import watch
-from sentcompress.training.progress import read_metrics
-from sentcompress.training.watch import StageReader, StageView, Watcher, curve, find_stages
+from sentcompress.training import run_status as watch
+from sentcompress.training.monitor import read_metrics
+from sentcompress.training.run_status import StageReader, StageView, Watcher, curve, find_stages
 
 TERMINAL = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 DEEP = "[" * 200_000

@@ -1,0 +1,310 @@
+"""What a benchmark is made of: the models of a run folder or a single model folder, the text, what is missing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import shutil
+import tempfile
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sentcompress.benchmark.records import Curve
+from sentcompress.benchmark.results import STAGES
+from sentcompress.errors import InputError, ModelFolderError, SentCompressError
+from sentcompress.files import read_json, storage_errors
+from sentcompress.modeling.device_map import Place, blocks_of, room_for_one, spread_blocks
+from sentcompress.modeling.int8 import quantize
+from sentcompress.modeling.loading import (
+    load_saved_tokenizer,
+    load_sentence_lm,
+    load_vae,
+    read_config,
+)
+from sentcompress.modeling.pretrained import SAFE, load_backbone_tokenizer, load_causal_lm
+from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.processes import process_count
+from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.registry import get_registry
+from sentcompress.text.corpus import Corpus, build_corpus
+
+CURVES = ("loss", "nats_per_token")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of ``bench.dtype``."""
+Placed = TypeVar("Placed", SentenceLM, PreTrainedModel)
+
+
+class Missing(Exception):
+    """Something that was asked for is not there; the text says why. Reported, not failed."""
+
+
+class Folder:
+    """A run folder (``OUT`` with ``vae``, ``graft``, ``baseline`` in it) or the folder of one model.
+
+    Raises:
+        ModelFolderError: it holds neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ModelFolderError(f"no folder '{path}'", fix="give a run's folder, or a model's")
+        # OUT/graft was given: what it is compared with lies beside it.
+        if (
+            path.name in STAGES
+            and (path.parent / "recipe.yaml").is_file()
+            and (path / "config.json").is_file()
+        ):
+            path = path.parent
+        self.path = path
+        self._single: str | None = None
+        if (path / "config.json").is_file():
+            self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
+        elif not any((path / stage / "config.json").is_file() for stage in STAGES):
+            raise ModelFolderError(
+                f"'{path}' holds no finished stage ({', '.join(STAGES)}) and no model",
+                fix="give the folder of a finished run, such as out/quickstart, or of a model",
+            )
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage. Raises Missing."""
+        if self._single == name:
+            return self.path
+        folder = self.path / name
+        if self._single is None and (folder / "config.json").is_file():
+            return folder
+        raise Missing(
+            f"'{folder}' is not there or not finished"
+            if self._single is None
+            else f"'{self.path}' is the folder of a single model, without a '{name}' beside it"
+        )
+
+    def stages(self) -> list[Path]:
+        """Folders of the stages that are there."""
+        found = []
+        for name in STAGES:
+            try:
+                found.append(self.stage(name))
+            except Missing:
+                continue
+        return found
+
+    def recipe(self, overrides: list[str] | None = None) -> Recipe:
+        """The recipe saved with the run.
+
+        Raises:
+            InputError: there is none.
+        """
+        for folder in (*reversed(self.stages()), self.path):
+            if (folder / "recipe.yaml").is_file():
+                return load_recipe(str(folder / "recipe.yaml"), overrides)
+        raise InputError(f"no recipe.yaml in '{self.path}'", fix="name a recipe with --recipe")
+
+    def training_tokens(self, *stages: str) -> int | None:
+        """Tokens the stages were trained on, by their ``run.json``; None when one is not known."""
+        total = 0
+        for name in stages:
+            try:
+                about = read_json(self.stage(name) / "run.json")
+            except Missing:
+                return None
+            if not isinstance(about, dict) or not isinstance(about.get("tokens"), int):
+                return None
+            total += about["tokens"]
+        return total
+
+
+class Parts:
+    """Everything the measurements share, loaded when first asked for.
+
+    Args:
+        recipe: of the run.
+        folder: None where there is no trained model (``bench speed --init random``).
+        out: where results go, and blocks of a model that no memory holds; None takes the system's temporary folder.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Folder | None, out: Path | None = None) -> None:
+        """Raises InputError where the recipe's ``bench.device`` is not there."""
+        self.recipe = recipe
+        self.folder = folder
+        self.out = out
+        wanted, gpu = recipe.bench.device, torch.cuda.is_available()
+        if wanted == "cuda" and not gpu:
+            raise InputError(
+                "bench.device: this machine has no CUDA device that torch can use",
+                fix="use auto or cpu, or install a build of torch for your GPU",
+            )
+        self.device = torch.device("cuda" if gpu and wanted != "cpu" else "cpu")
+        self.is_spread = recipe.bench.device_map != "none"
+        if self.is_spread and recipe.bench.quantize:
+            raise InputError(
+                "bench.device_map: a model whose weights are in 8 bits cannot be spread over devices",
+                fix="leave bench.quantize or bench.device_map out",
+            )
+        if self.is_spread and process_count() > 1:
+            raise InputError(
+                "bench.device_map: in several processes each has a device of its own",
+                fix="leave bench.device_map out, or measure in one process",
+            )
+        self._room: dict[Place, float] | None = None
+        self._places: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+    @cached_property
+    def _on_disk(self) -> tempfile.TemporaryDirectory[str]:
+        """Where blocks lie that fit into no memory; made for the first model that is spread."""
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="blocks-", dir=self.out)
+
+    def about(self, model: nn.Module) -> tuple[str, str]:
+        """Dtype of a model's weights, and where its blocks lie; empty where all is on one device."""
+        return str(next(model.parameters()).dtype).removeprefix("torch."), self._places.get(model, "")
+
+    def _make_room(self) -> None:
+        """Only two models are held where memory is short: the sentence model, and what it is compared with."""
+        if self.is_spread:
+            for name in ("backbone", "baseline"):
+                self.__dict__.pop(name, None)  # loaded again when it is asked for
+            gc.collect()  # Accelerate's hooks hold a model in a circle
+
+    def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
+        """Bring a model to where it is measured, in eval mode.
+
+        Args:
+            dtype: of its weights; a model that is spread over devices has ``bench.dtype`` whatever is measured.
+
+        Raises:
+            InputError: ``bench.max_memory`` is too little.
+            StorageError: blocks cannot be put on the disk.
+        """
+        model = model.eval()
+        if not self.is_spread:
+            return model.to(self.device, dtype)
+        model = model.to(DTYPES[self.recipe.bench.dtype])
+        if self._room is None:
+            self._room = room_for_one(self.device, self.recipe.bench.max_memory, model)
+        blocks = model.backbone.blocks if isinstance(model, SentenceLM) else blocks_of(model)
+        with storage_errors(self.out or Path(tempfile.gettempdir())):
+            folder = Path(tempfile.mkdtemp(dir=self._on_disk.name))
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        found = spread_blocks(model, blocks, self._room, folder)
+        counts = (f"{place} {found.count(place)}" for place in dict.fromkeys(found))
+        self._places[model] = f"blocks by device: {', '.join(counts)}"
+        return model
+
+    def _stage(self, name: str) -> Path:
+        if self.folder is None:
+            raise Missing("no trained model was given")
+        return self.folder.stage(name)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.folder is not None:
+            for folder in self.folder.stages():
+                return load_saved_tokenizer(folder)
+        try:
+            return load_backbone_tokenizer(self.recipe.backbone)
+        except SentCompressError:
+            if self.recipe.backbone.init != "random":
+                raise
+            # Without weights any text gives the lengths of sentences, with any tokenizer of ours.
+            return load_backbone_tokenizer(self.recipe.backbone.model_copy(update={"model": "opt-tiny"}))
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        registry, recipe = get_registry(), self.recipe
+        dataset = registry.create("dataset", recipe.data.name, recipe.data.options)
+        segmenter = registry.create("segmenter", recipe.segmenter.name, recipe.segmenter.options)
+        return build_corpus(dataset, segmenter, self.tokenizer)
+
+    @cached_property
+    def sentence_lm(self) -> SentenceLM:
+        model = self.place(load_sentence_lm(self._stage("graft")))
+        return quantize(model, self.recipe.bench.quantize)
+
+    @cached_property
+    def vae(self) -> tuple[str, SentenceVAE]:
+        """What is reconstructed with: the trained SentenceVAE, else the one inside the grafted model."""
+        try:
+            return "SentenceVAE", load_vae(self._stage("vae")).to(self.device)
+        except Missing:
+            return "encoder and decoder of the grafted model", self.sentence_lm.vae
+
+    @cached_property
+    def backbone(self) -> PreTrainedModel:
+        """The LLM, with random weights where the recipe says so."""
+        self._make_room()
+        try:
+            model = load_causal_lm(self.recipe.backbone)
+        except InputError as error:
+            raise Missing(f"the backbone {self.recipe.backbone.model}: {error.message}") from error
+        return self.place(model)
+
+    @property
+    def as_it_came(self) -> PreTrainedModel:
+        """The LLM before anything of ours was trained, where it had learned something."""
+        if self.recipe.backbone.init == "random":
+            raise Missing("its weights are random: all began from nothing")
+        return self.backbone
+
+    @cached_property
+    def baseline(self) -> PreTrainedModel:
+        """The equal-data twin."""
+        if not self.recipe.baseline.enabled:
+            raise Missing("the recipe has baseline.enabled: false")
+        folder = self._stage("baseline")
+        self._make_room()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, **SAFE
+            )
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ModelFolderError(f"'{folder}' cannot be loaded: {text}", fix="train it again") from error
+        return self.place(model)
+
+    def untrained(self) -> SentenceLM:
+        """A SentenceLM of the same shape with weights drawn from the recipe's seed."""
+        self._make_room()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            return self.place(SentenceLM(copy.deepcopy(self.sentence_lm.config)))
+
+    @property
+    def bos_token_id(self) -> int:
+        """What stands before a document for a token-level model."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def read_curves(folder: Folder) -> list[Curve]:
+    """Loss and held-out curves from the stages' ``metrics.jsonl``."""
+    curves = []
+    for stage in STAGES:
+        try:
+            path = folder.stage(stage) / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (Missing, OSError):
+            continue
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                step = int(entry["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a last line cut short by a kill
+            values = {name: entry[name] for name in CURVES if name in entry}
+            values |= {f"held-out {name}": value for name, value in (entry.get("eval") or {}).items()}
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    points.setdefault(name, []).append((step, float(value)))
+        curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
+    return curves

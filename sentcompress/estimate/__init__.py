@@ -1,0 +1,1 @@
+"""What is predicted before anything is trained or measured: parameters, memory, time and cost."""

@@ -1,0 +1,210 @@
+"""What devices can do: vendors' figures for GPUs, a measurement of a few seconds for this machine's CPU."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import OPTConfig, OPTForCausalLM
+
+from sentcompress.errors import InputError
+from sentcompress.generation.output_head import ONE_PASS_FROM, ShortlistExactHead
+
+ROWS = (1, 2, 8, 32, 128, 512)
+"""Rows at which products are timed on a CPU; between them costs are interpolated."""
+PROVED = 8
+"""Rows for which a head's proof is timed."""
+MATRIX = (16384, 2048)
+"""Of 128 MB: larger than a processor's cache, as the weights of a step are."""
+GPU_UTILIZATION = 0.4
+"""Share of a GPU's arithmetic that training usually reaches; an assumption."""
+GPU_BLOCK_SECONDS = 4e-4
+"""A block of a model called op by op from Python: an assumption, not measured here."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a step costs on a device.
+
+    Attributes:
+        name: as it is asked for.
+        memory_bytes: of the device.
+        element_size: bytes of a weight.
+        bandwidth: bytes/s at which weights and caches are read.
+        flops: operations/s of large products.
+        training_flops: operations/s that training reaches.
+        block_seconds: overhead of calling one block once, whatever its size.
+        step_seconds: overhead of a step of transformers ``generate`` beside its blocks.
+        link: bytes/s that it exchanges with its like.
+        per_weight: seconds a weight by rows, where they were measured; else from bandwidth and operations.
+        per_int8_weight: the same for weights in 8 bits; empty where there are no such kernels.
+        per_proved_logit: seconds a logit until the largest is proved after a pass over weights in 8 bits.
+        measured: whether the figures were measured here.
+    """
+
+    name: str
+    memory_bytes: float
+    element_size: int
+    bandwidth: float
+    flops: float
+    training_flops: float
+    block_seconds: float
+    step_seconds: float
+    link: float = math.inf
+    per_weight: Mapping[int, float] = field(default_factory=dict)
+    per_int8_weight: Mapping[int, float] = field(default_factory=dict)
+    per_proved_logit: float = 0.0
+    measured: bool = False
+
+    def product(self, weights: float, rows: float, *, int8: bool = False) -> float:
+        """Seconds of multiplying ``rows`` by matrices of so many weights."""
+        table = self.per_int8_weight if int8 and self.per_int8_weight else self.per_weight
+        if table:
+            return weights * _between(table, rows)
+        return max(weights * self.element_size / self.bandwidth, 2 * weights * rows / self.flops)
+
+    def read(self, size: float) -> float:
+        """Seconds of reading so many bytes, of a cache for instance."""
+        return size / self.bandwidth
+
+
+def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float, link: float) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=gigabytes * 1e9,
+        element_size=2,
+        bandwidth=bandwidth,
+        flops=flops,
+        training_flops=flops * GPU_UTILIZATION,
+        block_seconds=GPU_BLOCK_SECONDS,
+        step_seconds=2 * GPU_BLOCK_SECONDS,
+        link=link,
+    )
+
+
+GPUS = {
+    # Vendors' data sheets: memory, bytes/s, dense bf16 operations/s, bytes/s of NVLink or PCIe one way.
+    "h100": lambda: _gpu("h100", 80, 3.35e12, 989e12, 450e9),
+    "a100": lambda: _gpu("a100", 80, 2.04e12, 312e12, 300e9),
+    "a100-40": lambda: _gpu("a100-40", 40, 1.555e12, 312e12, 300e9),
+    "4090": lambda: _gpu("4090", 24, 1.01e12, 165e12, 32e9),
+}
+NAMES = ("cpu", *GPUS)
+
+
+def device(name: str) -> Device:
+    """A device by name; ``cpu`` is measured now.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if name == "cpu":
+        return measure_cpu()
+    if name not in GPUS:
+        raise InputError(f"no device is called '{name}'", fix=f"use {', '.join(NAMES)}")
+    return GPUS[name]()
+
+
+def _between(table: Mapping[int, float], rows: float) -> float:
+    """Interpolate between measured numbers of rows, both on a logarithmic scale; beyond the last in proportion."""
+    known = sorted(table)
+    if rows <= known[0]:
+        return table[known[0]]
+    if rows >= known[-1]:
+        return table[known[-1]] * rows / known[-1]
+    above = next(i for i, n in enumerate(known) if n >= rows)
+    low, high = known[above - 1], known[above]
+    share = math.log(rows / low) / math.log(high / low)
+    return math.exp((1 - share) * math.log(table[low]) + share * math.log(table[high]))
+
+
+@torch.no_grad()
+def measure_cpu() -> Device:
+    """Time products of several sizes, reading, and the calls of small models: a few seconds."""
+    out, width = MATRIX
+    weight = torch.randn(out, width) * 0.02
+    count = weight.numel()
+    per_weight = {}
+    for rows in ROWS:
+        states = torch.randn(rows, width)
+        per_weight[rows] = _seconds(lambda x=states: F.linear(x, weight)) / count  # type: ignore[misc]
+    per_int8: dict[int, float] = {}
+    per_logit = 0.0
+    try:
+        head = ShortlistExactHead(weight)
+    except InputError:
+        pass
+    else:
+        for rows in ROWS:
+            states = torch.randn(rows, width)
+            # Once or twice over the same weights, as the head does.
+            passes = 2 if rows < ONE_PASS_FROM else 1
+            per_int8[rows] = _seconds(lambda x=states, p=passes: head.int8.multiply(x, p)) / count  # type: ignore[misc]
+        # As of a model that knows what it writes: one token is far ahead of the others.
+        states, none = 50 * weight[:PROVED], torch.zeros(PROVED, dtype=torch.bool)
+        # A difference of two: of the quickest calls, which nothing else held up.
+        picking = _seconds(lambda: head.argmax(states, [None] * PROVED, none, 0), 21, min)
+        product = _seconds(lambda: head.int8.multiply(states, 1), 21, min)
+        per_logit = max(0.0, picking - product) / (PROVED * out)
+    largest = ROWS[-1]
+    block, step = _overheads()
+    import psutil
+
+    return Device(
+        name="cpu",
+        memory_bytes=float(psutil.virtual_memory().total),
+        element_size=4,
+        bandwidth=4 / per_weight[1],
+        flops=2 * largest / per_weight[largest],
+        training_flops=2 * largest / per_weight[largest],
+        block_seconds=block,
+        step_seconds=step,
+        per_weight=per_weight,
+        per_int8_weight=per_int8,
+        per_proved_logit=per_logit,
+        measured=True,
+    )
+
+
+def _overheads() -> tuple[float, float]:
+    """Seconds of a block's calls and of a step's, from models so small that nothing else takes time."""
+
+    def step(layers: int) -> float:
+        config = OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_attention_heads=2,
+            num_hidden_layers=layers,
+        )
+        model: nn.Module = OPTForCausalLM(config).eval()
+        ids = torch.full((1, 4), 5)
+        settings = {"do_sample": False, "pad_token_id": 1, "attention_mask": torch.ones_like(ids)}
+
+        def write(new: int) -> float:
+            return _seconds(lambda: model.generate(ids, min_new_tokens=new, max_new_tokens=new, **settings))  # type: ignore[operator]
+
+        return (write(25) - write(1)) / 24
+
+    few, many = step(2), step(10)
+    block = max(0.0, (many - few) / 8)
+    return block, max(0.0, few - 2 * block)
+
+
+def _seconds(
+    call: Callable[[], object], repeats: int = 7, of: Callable[[list[float]], float] = statistics.median
+) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return of(times)

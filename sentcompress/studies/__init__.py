@@ -1,0 +1,1 @@
+"""Many runs compared: sweeps over a grid, and scaling laws."""

@@ -1,0 +1,312 @@
+"""``scaling-law.json``: the points, the fits through them, and what they say about the gap to the twin. No torch."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sentcompress.benchmark.records import Skipped
+from sentcompress.provenance import Record, command, commit, packages
+from sentcompress.studies.fits import (
+    CONFIDENCE,
+    JOINT_PARAMETERS,
+    LEAST_POINTS,
+    Interval,
+    Line,
+    fit_line,
+    fit_surface,
+    seed_interval,
+)
+from sentcompress.studies.scaling_points import (
+    OURS,
+    TWIN,
+    Heldout,
+    Point,
+    RunPoint,
+    Spread,
+    gather,
+)
+
+SCHEMA_VERSION = 1
+Against = Literal["training tokens", "backbone parameters"]
+TOKENS: Against = "training tokens"
+PARAMETERS: Against = "backbone parameters"
+RATIO = "ratio"
+CURVES = (OURS, TWIN, RATIO)
+"""What is fitted: bits per byte of both, and of one over the other."""
+
+
+class Fit(Record):
+    """``y = coefficient * x^-exponent`` through the points of one size or one budget."""
+
+    curve: str
+    """One of :data:`CURVES`."""
+    against: Against
+    at: int
+    """The backbone parameters, or the tokens of the budget, that the points have in common."""
+    points: int
+    smallest: float
+    largest: float
+    """Of the x that were measured."""
+    coefficient: float
+    exponent: float
+    interval: Interval
+    """95% of the exponent, from the residuals: Student's t with ``points - 2`` degrees of freedom."""
+    seeds_interval: Interval | None
+    """95% of the exponent when the seeds of each point are drawn anew; None unless every point has two or more."""
+    residual: float
+    """Standard deviation of the residuals in logarithms: a share of y, when small."""
+
+
+class Gap(Record):
+    """Where a fitted ratio is 1.00: from there on the sentence model has the fewer bits per byte, or no more."""
+
+    against: Against
+    at: int
+    crossing: float | None
+    """Tokens or parameters; None where the fit has none ahead of what was measured or within it."""
+    interval: tuple[float | None, float | None] | None
+    """95%, by Fieller; None at an end that is unbounded."""
+    times_beyond: float | None
+    """The crossing over the largest x measured, where it lies beyond; None where it does not."""
+    joint_limit: float | None = None
+    """What the ratio tends to by the joint laws of both systems, which have floors where lines have none; None
+    without them."""
+    verdict: str
+
+
+class Joint(Record):
+    """``L = E + A N^-alpha + B D^-beta`` of one system, N in backbone parameters, D in training tokens."""
+
+    system: str
+    points: int
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    intervals: dict[str, Interval]
+    """95% of E, alpha and beta, by linearisation; empty where the points do not determine all five parameters."""
+    residual: float
+    """Relative standard deviation of the residuals."""
+
+
+class ScalingLaw(Record):
+    """Everything that is known from some runs about the scaling of both twins."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: str
+    commit: str
+    created: str
+    """UTC."""
+    packages: dict[str, str]
+    confidence: float = CONFIDENCE
+    heldout: Heldout
+    runs: list[RunPoint]
+    points: list[Point]
+    fits: list[Fit]
+    gaps: list[Gap]
+    joint: list[Joint]
+    skipped: list[Skipped]
+    """What was not fitted, and why."""
+    notes: list[str]
+    """Why figures may not be comparable."""
+
+
+def scaling_law(sources: Sequence[Path]) -> ScalingLaw:
+    """Fit the scaling of the sentence model and its equal-data twin over finished runs.
+
+    Args:
+        sources: folders of a finished run each, or of several runs (a sweep); or an earlier ``scaling-law.json``.
+
+    Raises:
+        InputError: naming the folder that cannot be used, and why (:func:`gather`).
+    """
+    found = gather(sources)
+    law = ScalingLaw(
+        command=command(),
+        commit=commit(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        packages=packages(),
+        heldout=found.heldout,
+        runs=found.runs,
+        points=found.points,
+        fits=[],
+        gaps=[],
+        joint=[],
+        skipped=[],
+        notes=found.notes,
+    )
+    for against in (TOKENS, PARAMETERS):
+        _fit_lines(law, against)
+    _fit_joint(law)
+    for gap in law.gaps:
+        gap.joint_limit = _limit(law.joint, gap)
+    return law
+
+
+def groups(points: Sequence[Point], against: Against) -> dict[int, list[Point]]:
+    """Points with one size in common (against tokens), or one budget (against parameters)."""
+    found: dict[int, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.backbone_parameters if against == TOKENS else point.budget, []).append(point)
+    return found
+
+
+def x_of(point: Point, curve: str, against: Against) -> float:
+    """Where a point stands on an axis; the twin's tokens are its own, which are a few more or fewer."""
+    if against == PARAMETERS:
+        return float(point.backbone_parameters)
+    return point.twin_tokens if curve == TWIN else point.ours_tokens
+
+
+def y_of(point: Point, curve: str) -> Spread:
+    """Bits per byte of a system, or their ratio."""
+    return {OURS: point.ours, TWIN: point.twin, RATIO: point.ratio}[curve]
+
+
+def fixed(against: Against, value: int) -> str:
+    """What the points of a line have in common, in words."""
+    return f"{millions(value)} parameters" if against == TOKENS else f"{value:,} tokens"
+
+
+def millions(number: float) -> str:
+    """Three figures: ``3.16 M``."""
+    return f"{number / 1e6:.3g} M" if number < 1e9 else f"{number / 1e9:.3g} B"
+
+
+def _fit_lines(law: ScalingLaw, against: Against) -> None:
+    kind = "budgets" if against == TOKENS else "sizes"
+    for at, members in groups(law.points, against).items():
+        if len(members) < LEAST_POINTS:
+            law.skipped.append(
+                Skipped(
+                    part="scaling-law",
+                    what=f"a line against {against} at {fixed(against, at)}",
+                    reason=f"{len(members)} of at least {LEAST_POINTS} {kind}",
+                )
+            )
+            continue
+        for curve in CURVES:
+            x = [x_of(point, curve, against) for point in members]
+            y = [y_of(point, curve) for point in members]
+            line = fit_line(x, [spread.mean for spread in y])
+            law.fits.append(
+                Fit(
+                    curve=curve,
+                    against=against,
+                    at=at,
+                    points=line.points,
+                    smallest=min(x),
+                    largest=max(x),
+                    coefficient=line.coefficient,
+                    exponent=line.exponent,
+                    interval=line.interval,
+                    seeds_interval=seed_interval(x, [spread.seeds for spread in y]),
+                    residual=line.residual,
+                )
+            )
+            if curve == RATIO:
+                law.gaps.append(_gap(line, against, at, min(x), max(x)))
+
+
+def _gap(line: Line, against: Against, at: int, smallest: float, largest: float) -> Gap:
+    """What a fitted ratio says: does the gap close?"""
+    unit = "tokens" if against == TOKENS else "parameters"
+    crossing = line.crossing
+    within = crossing is not None and smallest <= crossing <= largest
+    ahead = crossing is not None and crossing > largest
+    bounds = line.crossing_interval if within or ahead else None
+    above = float(line.at(np.array(largest))) > 1
+    if within:
+        verdict = f"1.00 is crossed at {_large(crossing)} {unit}{_between(bounds)}, within what was measured"
+    elif ahead and crossing is not None:
+        turn = "would be reached" if above else "would be passed again (the lead shrinks)"
+        verdict = (
+            f"EXTRAPOLATION: 1.00 {turn} at {_large(crossing)} {unit}{_between(bounds)}, "
+            f"{_times(crossing / largest)} the largest measured ({largest:,.0f})"
+        )
+    elif above:
+        how = "falls too slowly for any number" if line.exponent > 0 else "does not fall with more"
+        verdict = f"1.00 is not reached by this fit: the ratio {how} {unit}"
+    else:
+        verdict = (
+            f"below 1.00 at the largest measured ({largest:,.0f} {unit}), and not rising to it by this fit"
+        )
+    if line.interval[0] <= 0 <= line.interval[1]:
+        doubt = "not shown whether the ratio moves (the 95% interval of its alpha includes 0)"
+        verdict = f"{doubt}. Taken at its word: {verdict}"
+    return Gap(
+        against=against,
+        at=at,
+        crossing=crossing if within or ahead else None,
+        interval=bounds,
+        times_beyond=crossing / largest if ahead and crossing is not None else None,
+        verdict=verdict,
+    )
+
+
+def _between(bounds: tuple[float | None, float | None] | None) -> str:
+    if bounds is None or bounds == (None, None):
+        return " (its 95% interval has no end)"
+    low, high = ("no end" if bound is None else _large(bound) for bound in bounds)
+    return f" (95%: {low} to {high})"
+
+
+def _large(number: float | None) -> str:
+    """Three figures: more would pretend to more than a fit knows."""
+    if number is None:
+        return "no number"
+    return millions(number) if number < 1e12 else f"{number:.0e}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.1f} times" if factor < 1e6 else f"{factor:.0e} times"
+
+
+def _fit_joint(law: ScalingLaw) -> None:
+    sizes = len({point.backbone_parameters for point in law.points})
+    budgets = len({point.budget for point in law.points})
+    why = None
+    if sizes < LEAST_POINTS or budgets < LEAST_POINTS:
+        why = f"{sizes} sizes and {budgets} budgets, of at least {LEAST_POINTS} each"
+    elif len(law.points) <= JOINT_PARAMETERS:
+        why = f"{len(law.points)} points for its {JOINT_PARAMETERS} parameters, of at least {JOINT_PARAMETERS + 1}"
+    if why:
+        what = "the joint law L = E + A N^-alpha + B D^-beta"
+        law.skipped.append(Skipped(part="scaling-law", what=what, reason=why))
+        return
+    for system in (OURS, TWIN):
+        surface = fit_surface(
+            [x_of(point, system, PARAMETERS) for point in law.points],
+            [x_of(point, system, TOKENS) for point in law.points],
+            [y_of(point, system).mean for point in law.points],
+        )
+        law.joint.append(Joint(system=system, **vars(surface)))
+
+
+def _limit(joint: Sequence[Joint], gap: Gap) -> float | None:
+    """The joint laws' ratio for endless tokens at a size; an endless backbone at a budget."""
+    if len(joint) != 2 or not all(fit.intervals for fit in joint):
+        return None
+    ours, twin = (
+        fit.E + (fit.A * gap.at**-fit.alpha if gap.against == TOKENS else fit.B * gap.at**-fit.beta)
+        for fit in joint
+    )
+    return ours / twin if twin > 0 else None
+
+
+def mean_flops(law: ScalingLaw, point: Point) -> tuple[float, float]:
+    """Mean FLOPs of training of both systems over the seeds of a point."""
+    runs = runs_of(law, point)
+    return statistics.mean(run.ours.flops for run in runs), statistics.mean(run.twin.flops for run in runs)
+
+
+def runs_of(law: ScalingLaw, point: Point) -> list[RunPoint]:
+    """The runs a point is the mean of."""
+    return [run for run in law.runs if run.folder in point.folders]

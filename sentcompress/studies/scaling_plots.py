@@ -1,0 +1,153 @@
+"""The picture of a scaling law: bits per byte and ratio, against tokens and parameters, in log-log. No torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sentcompress.benchmark.plots import OURS as OUR_COLOR
+from sentcompress.benchmark.plots import STYLE
+from sentcompress.benchmark.plots import TWIN as TWIN_COLOR
+from sentcompress.errors import InputError
+from sentcompress.files import storage_errors
+from sentcompress.studies.scaling_law import (
+    PARAMETERS,
+    RATIO,
+    TOKENS,
+    Against,
+    ScalingLaw,
+    fixed,
+    groups,
+    x_of,
+    y_of,
+)
+from sentcompress.studies.scaling_points import OURS, TWIN, Point
+
+COLORS = {OURS: OUR_COLOR, TWIN: TWIN_COLOR, RATIO: "#334155"}
+MARKERS = "osD^vP*X"
+
+
+def require_matplotlib() -> None:
+    """Raises InputError where it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("the plots need matplotlib", fix="pip install 'sentcompress[bench]'") from None
+
+
+def draw(law: ScalingLaw, path: Path) -> None:
+    """Write the picture as PNG: a column for each of tokens and parameters that takes more than one value.
+
+    A system has a colour, a size (or budget) a marker and a tint, lightest first; whiskers reach from the lowest to
+    the highest seed, lines are the fits, and thin dotted ones join points through which none was fitted.
+
+    Raises:
+        InputError: matplotlib is not installed.
+        StorageError: it cannot be written.
+    """
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    axes_of: list[Against] = [TOKENS, PARAMETERS]
+    wanted = [a for a in axes_of if len({x_of(point, OURS, a) for point in law.points}) > 1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4 * len(wanted), 8.2), layout="constrained")
+        panels = figure.subplots(2, len(wanted), squeeze=False)
+        for column, against in enumerate(wanted):
+            _panel(panels[0, column], law, against, (OURS, TWIN), "bits per byte")
+            _panel(panels[1, column], law, against, (RATIO,), "ratio of bits per byte, to the baseline's")
+            panels[1, column].axhline(1.0, color="#dc2626", linewidth=1.0, linestyle="--", zorder=1)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    with storage_errors(path.parent):
+        path.write_bytes(buffer.getvalue())
+
+
+def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], label: str) -> None:
+    lines = groups(law.points, against)
+    for number, (at, members) in enumerate(lines.items()):
+        for curve in curves:
+            color = _tint(COLORS[curve], number, len(lines))
+            _line(axes, law, against, at, members, curve, color, MARKERS[number % len(MARKERS)])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("training tokens" if against == TOKENS else "backbone parameters")
+    axes.set_ylabel(label)
+    _plain_ticks(axes)
+    axes.margins(x=0.08, y=0.12)
+    _legend(axes, against, list(lines), curves)
+
+
+def _line(
+    axes: Any,
+    law: ScalingLaw,
+    against: Against,
+    at: int,
+    members: Sequence[Point],
+    curve: str,
+    color: tuple[float, ...],
+    marker: str,
+) -> None:
+    x = np.array([x_of(point, curve, against) for point in members])
+    spreads = [y_of(point, curve) for point in members]
+    y = np.array([spread.mean for spread in spreads])
+    whiskers = [[s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]]
+    axes.errorbar(
+        x, y, yerr=whiskers, fmt=marker, color=color, markersize=6, capsize=3, elinewidth=1.0, zorder=3
+    )
+    fit = next((f for f in law.fits if (f.curve, f.against, f.at) == (curve, against, at)), None)
+    if fit is None:
+        axes.plot(x, y, color=color, linewidth=0.8, linestyle=":", zorder=2)
+        return
+    along = np.geomspace(fit.smallest, fit.largest, 50)
+    axes.plot(along, fit.coefficient * along**-fit.exponent, color=color, linewidth=1.6, zorder=2)
+
+
+def _tint(color: str, number: int, count: int) -> tuple[float, ...]:
+    """The colour itself for the last of ``count``, lighter ones before it."""
+    from matplotlib.colors import to_rgb
+
+    white = 0.55 * (1 - (number + 1) / count)
+    return tuple(white + (1 - white) * part for part in to_rgb(color))
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Labels such as 1.62 instead of 1.62 x 10^0: the figures span far less than a decade."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, min_n_ticks=3))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Any, against: Against, values: Sequence[int], curves: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=COLORS[curve], linewidth=2, label=curve) for curve in curves if curve != RATIO
+    ]
+    handles += [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=MARKERS[i % len(MARKERS)],
+            color=_tint("#334155", i, len(values)),
+            label=f"backbone of {fixed(against, value)}" if against == TOKENS else fixed(against, value),
+        )
+        for i, value in enumerate(values)
+    ]
+    axes.legend(
+        handles=handles,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=3,
+        columnspacing=1.2,
+    )

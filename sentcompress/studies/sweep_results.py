@@ -1,0 +1,204 @@
+"""``sweep.json``: what a sweep found, a row a cell, read from the cells' own files. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from sentcompress.benchmark.compare import setting_warnings
+from sentcompress.benchmark.records import Results
+from sentcompress.benchmark.results import read_results
+from sentcompress.errors import InputError
+from sentcompress.files import read_json
+from sentcompress.provenance import Honesty, Record
+
+SCHEMA_VERSION = 1
+FILE = "sweep.json"
+OURS, BASELINE, BACKBONE = "sentence model", "baseline, equal data", "backbone, as it came"
+
+
+class CellFigures(Record):
+    """What is compared of a cell; None where it was not measured."""
+
+    mean_sentence_tokens: float | None = None
+    """Of the held-out sentences."""
+    token_accuracy: float | None = None
+    """Share of tokens that come back right by position, free-running."""
+    exact_sentences: float | None = None
+    forced_perplexity: float | None = None
+    bits_per_byte: float | None = None
+    """Of the sentence model."""
+    backbone_bits_per_byte: float | None = None
+    """Of the backbone as it came, on the same bytes."""
+    backbone_ratio: float | None = None
+    """The model's bits per byte over those of the backbone as it came."""
+    baseline_bits_per_byte: float | None = None
+    """Of the equal-data baseline, on the same bytes."""
+    baseline_ratio: float | None = None
+    output_tokens_per_second: float | None = None
+    """At the smallest batch that was measured."""
+    speed_ratio: float | None = None
+    """Over the backbone's own ``generate`` beside it."""
+    batch_size: int | None = None
+    training_seconds: float | None = None
+    """Wall-clock seconds of the steps of the SentenceVAE and the graft."""
+    training_tokens: int | None = None
+    """Of the SentenceVAE and the graft together."""
+    parameters: int | None = None
+    """Of the grafted model, as saved."""
+
+
+class CellRow(Record):
+    """One cell of the grid."""
+
+    name: str
+    """Also its folder, beside ``sweep.json``."""
+    values: list[str]
+    """What it has on each axis."""
+    overrides: list[str]
+    recipe_digest: str
+    state: Literal["done", "failed", "waiting"] = "waiting"
+    error: str | None = None
+    wall_seconds: float | None = None
+    """Of its run by a sweep, all attempts together, benchmark included; None if it was run by hand."""
+    figures: CellFigures | None = None
+    honesty: Honesty | None = None
+
+
+class SweepResults(Record):
+    """A whole sweep, finished or not."""
+
+    schema_version: int = SCHEMA_VERSION
+    title: str
+    command: str
+    created: str
+    """UTC."""
+    overrides: list[str]
+    """The ``--set`` options, the same for all cells."""
+    axes: dict[str, list[str]]
+    """Fields of the grid and their values, as YAML."""
+    cells: list[CellRow]
+    notes: list[str]
+    """Why figures may not be comparable."""
+
+    @property
+    def order(self) -> Literal["ratio to the baseline", "bits per byte"]:
+        """What rows are ranked by: the first where every finished cell has it."""
+        done = [cell.figures for cell in self.cells if cell.figures is not None]
+        by_ratio = bool(done) and all(figures.baseline_ratio is not None for figures in done)
+        return "ratio to the baseline" if by_ratio else "bits per byte"
+
+    def ranked(self) -> list[CellRow]:
+        """Rows, best first; what has no such figure stands behind, in the order of the grid."""
+        by_ratio = self.order == "ratio to the baseline"
+
+        def key(cell: CellRow) -> float:
+            figures = cell.figures or CellFigures()
+            value = figures.baseline_ratio if by_ratio else figures.bits_per_byte
+            return float("inf") if value is None else value
+
+        return sorted(self.cells, key=key)
+
+
+def read_cell(folder: Path) -> tuple[CellFigures, Results]:
+    """The figures of a finished run, and the results they come from.
+
+    Raises:
+        InputError: it has no results.
+    """
+    results = read_results(folder)
+    figures = CellFigures()
+    lengths = [row.honesty.mean_sentence_tokens for row in results.rows]
+    figures.mean_sentence_tokens = next((n for n in lengths if n is not None), None)
+    if report := results.reconstruction:
+        figures.token_accuracy = report.token_accuracy
+        figures.exact_sentences = report.exact_sentences
+        figures.forced_perplexity = report.teacher_forced_perplexity
+    scores = {score.system: score.bits_per_byte for score in results.quality}
+    ours = figures.bits_per_byte = scores.get(OURS)
+    figures.backbone_bits_per_byte = scores.get(BACKBONE)
+    figures.baseline_bits_per_byte = scores.get(BASELINE)
+    if ours is not None:
+        figures.backbone_ratio = _ratio(ours, scores.get(BACKBONE))
+        figures.baseline_ratio = _ratio(ours, scores.get(BASELINE))
+    runs = [run for run in results.speed.runs if run.system == OURS] if results.speed else []
+    if runs:
+        run = min(runs, key=lambda run: run.batch_size)
+        figures.output_tokens_per_second, figures.speed_ratio = run.output_tokens_per_second, run.ratio
+        figures.batch_size = run.batch_size
+    trained = [read_json(folder / stage / "run.json") or {} for stage in ("vae", "graft")]
+    figures.training_seconds = sum(float(about.get("seconds", 0)) for about in trained)
+    figures.training_tokens = sum(int(about.get("tokens", 0)) for about in trained)
+    figures.parameters = count_parameters(folder / "graft")
+    return figures, results
+
+
+def _ratio(ours: float, theirs: float | None) -> float | None:
+    return ours / theirs if theirs else None
+
+
+def honesty_of(results: Results) -> Honesty | None:
+    """The honesty line of the model that the cell is about."""
+    rows = [row for row in results.rows if row.system == OURS] or results.rows
+    return rows[0].honesty if rows else None
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Weights in a folder's safetensors files, from their headers; None without such a file."""
+    total, found = 0, False
+    for path in folder.glob("*.safetensors"):
+        found = True
+        with open(path, "rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            size = 1
+            for length in entry["shape"]:
+                size *= length
+            total += size
+    return total if found else None
+
+
+def comparison_notes(done: list[tuple[CellRow, Results]]) -> list[str]:
+    """Why the figures of these cells may not be comparable, and by how much."""
+    notes = setting_warnings([results for _, results in done])
+    texts = {tuple((d.source, d.bytes) for d in r.quality[0].documents) for _, r in done if r.quality}
+    known = [c.figures.backbone_bits_per_byte for c, _ in done if c.figures]
+    reference = [value for value in known if value is not None]
+    if len(texts) > 1:
+        sizes = sorted(sum(size for _, size in text) for text in texts)
+        found = (
+            f": on them the backbone as it came has {min(reference):.4f} to {max(reference):.4f}"
+            if reference
+            else ""
+        )
+        notes.append(
+            f"the cells were not scored on the same bytes ({sizes[0]:,} to {sizes[-1]:,}), since it depends on the "
+            "segmenter where a document's first sentence ends, and the last one that is scored. Compare ratios before "
+            f"bits per byte{found}"
+        )
+    return notes
+
+
+def read_sweep(folder: Path) -> SweepResults | None:
+    """The sweep written in a folder before; None where there is none.
+
+    Raises:
+        InputError: its file is of another version of this program.
+    """
+    raw = read_json(folder / FILE)
+    if not isinstance(raw, dict):
+        return None
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{folder / FILE}: schema version {raw.get('schema_version')}, this program writes {SCHEMA_VERSION}",
+            fix="choose another --out",
+        )
+    try:
+        return SweepResults.model_validate(raw)
+    except ValidationError:
+        return None  # damaged: what it says is in the cells' own files, and it is written anew

@@ -1,1 +1,0 @@
-"""A grid of recipes: one run a cell, one table at the end."""

@@ -1,0 +1,1 @@
+"""What is trained: a SentenceVAE, a graft, a token-level model."""

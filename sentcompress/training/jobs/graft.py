@@ -1,0 +1,164 @@
+"""The job of ``graft``: encoder, backbone and decoder fine-tuned on text together (paper section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sentcompress.errors import InputError
+from sentcompress.files import folder_digest
+from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbone
+from sentcompress.modeling.loading import load_vae
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm
+from sentcompress.recipe import BackboneSpec, Recipe
+from sentcompress.text.sampling import PassageSampler
+from sentcompress.training.card import Card
+from sentcompress.training.inputs import Inputs, load_inputs
+from sentcompress.training.loop import StepOutput
+from sentcompress.training.teacher import Teacher
+from sentcompress.training.tuning import apply_tune, merged_state
+
+
+class GraftJob:
+    """Predict each sentence from those before it."""
+
+    stage = "graft"
+    batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
+
+    def __init__(
+        self, recipe: Recipe, vae: Path, text: Inputs | None = None, teacher: Path | None = None
+    ) -> None:
+        """``teacher``: folder of the LLM to learn from, unless it is the backbone itself."""
+        self.recipe = recipe
+        self.settings = recipe.graft
+        self.text = text or load_inputs(recipe)
+        tokenizer, corpus = self.text.tokenizer, self.text.corpus
+        self.inputs = {"corpus": corpus.key, "vae": folder_digest(vae)}
+        trained = load_vae(vae)
+        if trained.config.vocab_size != len(tokenizer):
+            raise InputError(
+                f"the SentenceVAE in '{vae}' was trained with a tokenizer of {trained.config.vocab_size} tokens, "
+                f"the backbone {recipe.backbone.model} has one of {len(tokenizer)}",
+                fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
+            )
+        backbone = wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
+        self.model = graft(recipe, trained, backbone).train()
+        if self.model.shortlist is not None:
+            counts = torch.from_numpy(corpus.train_counts(len(tokenizer)))
+            self.model.shortlist.start(self.model.vae.output_weight, counts)
+        self.width = self.model.backbone.hidden_size
+        cells = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
+        if self.settings.max_sentences > cells:
+            raise InputError(
+                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {cells}"
+            )
+        if recipe.vae.freeze == "embeddings":
+            freeze_embeddings(self.model.vae)
+        backbone = self.model.backbone
+        apply_tune(backbone, backbone.blocks, self.settings, "graft")
+        self.token_loss = TokenLoss(
+            gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
+            label_smoothing=self.settings.label_smoothing,
+        )
+        self.teacher = self._teacher(teacher)
+        self._train = self._sampler(corpus.train, shuffle=True)
+        self._heldout = self._sampler(corpus.heldout, shuffle=False)
+
+    def _teacher(self, folder: Path | None) -> Teacher | None:
+        if self.settings.teacher is None:
+            return None
+        spec, tokenizer = self.recipe.backbone, self.text.tokenizer
+        if folder is not None:
+            self.inputs["teacher"] = folder_digest(folder)
+            spec = BackboneSpec(model=str(folder.resolve()))
+            if load_backbone_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
+                raise InputError(
+                    f"graft.teacher: '{folder}' has another tokenizer than the backbone",
+                    fix="a teacher must know the same tokens: take one with the backbone's tokenizer",
+                )
+        start = self.model.vae.config.bos_token_id
+        return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
+
+    def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:
+        return PassageSampler(
+            self.text.corpus,
+            documents,
+            self.settings.passages_per_batch,
+            self.settings.max_sentences,
+            self.settings.overlap_sentences,
+            self.recipe.seed,
+            self.model.config.pad_token_id,
+            shuffle=shuffle,
+            start=self.settings.start_latent,
+        )
+
+    @property
+    def units(self) -> Iterable[torch.nn.Module]:
+        return self.model.backbone.blocks
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._train.batch(index)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        output = model(
+            **batch,
+            token_loss=self.token_loss,
+            stop_weight=self.settings.stop_weight,
+            teaching=None if self.teacher is None else self.teacher.teach(batch),
+        )
+        targets = output.targets.sum().clamp_min(1)
+        nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
+        metrics = {"nats_per_token": nats}
+        if output.shortlist_loss is not None:
+            metrics["shortlist_nats_per_token"] = output.shortlist_loss.detach()
+        # The encoder's and decoder's linear layers run on real tokens only: the padding is in the backbone's rows.
+        return StepOutput(
+            output.loss,
+            tokens=int(batch["attention_mask"].sum()),
+            metrics=metrics,
+            rows=batch["passage_ids"] >= 0,
+            beside=output.shortlist_loss,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Bits a token of held-out passages, end marks and stop decisions included.
+
+        Quick, and comparable within a run only: ``bench quality`` gives the figure that counts.
+        """
+        device = next(model.parameters()).device
+        nats, tokens = 0.0, 0
+        for index in range(min(self.settings.eval_batches, self._heldout.batches_per_epoch)):
+            batch = {name: value.to(device) for name, value in self._heldout.batch(index).items()}
+            output = model(**batch)
+            nats += float(output.sentence_nll.double().sum() + output.stop_nll.double().sum())
+            tokens += int(output.targets.sum() - (output.targets > 0).sum())
+        return {"bits_per_token": nats / math.log(2) / max(1, tokens)}
+
+    def state(self) -> dict[str, Tensor]:
+        return merged_state(self.model)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, state_dict=state)
+        self.text.tokenizer.save_pretrained(folder)
+
+    def card(self) -> Card:
+        return Card(
+            title=f"SentenceLM on {self.recipe.backbone.model}",
+            summary=f"{self.recipe.backbone.model} grafted to read and predict sentences: a sentence encoder in "
+            "front, a sentence decoder behind, causal over sentences.",
+            data=self.text.describe(),
+            heldout="Bits a token of held-out passages, end marks and stop decisions included; "
+            "`sentcompress bench quality` gives the figures that count.",
+            usage="import sentcompress\nfrom transformers import AutoTokenizer\n\n"
+            "model = sentcompress.SentenceLM.from_pretrained('{folder}')\n"
+            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
+            "print(model.generate(['The state of the Union'], tokenizer)[0].text)",
+            tags=("sentence-lm",),
+        )

@@ -1,0 +1,121 @@
+"""The job of ``train-vae``: self-supervised training of a SentenceVAE (paper section 3.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sentcompress.generation import reconstruct as reconstruct
+from sentcompress.modeling import SentenceVAE
+from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
+from sentcompress.modeling.losses import TokenLoss
+from sentcompress.modeling.pretrained import load_causal_lm
+from sentcompress.recipe import Recipe
+from sentcompress.registry import get_registry
+from sentcompress.text.sampling import SentenceSampler
+from sentcompress.training.card import Card
+from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
+from sentcompress.training.loop import StepOutput
+from sentcompress.training.sharding import gathered, whole_state
+
+RECONSTRUCTED = 64
+"""Held-out sentences written free-running at each evaluation."""
+
+
+class VAEJob:
+    """Encode each sentence, write it again."""
+
+    stage = "vae"
+    batch_fields = ("train_vae.sentences_per_batch",)
+    units = ()
+
+    def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:
+        self.recipe = recipe
+        self.settings = recipe.train_vae
+        self.text = text or load_inputs(recipe)
+        self.inputs = {"corpus": self.text.corpus.key}
+        shape = backbone_shape(recipe)
+        self.width = shape.hidden_size
+        self.model = SentenceVAE(
+            vae_config(
+                recipe,
+                shape.hidden_size,
+                shape.num_heads,
+                self.text.tokenizer,
+                self.text.segmenter,
+                shape.config,
+            )
+        )
+        if recipe.vae.init != "random":
+            start_from_backbone(self.model, load_causal_lm(recipe.backbone), recipe.backbone)
+        if recipe.vae.freeze == "embeddings":
+            freeze_embeddings(self.model)
+        self.token_loss = TokenLoss(
+            gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
+            label_smoothing=self.settings.label_smoothing,
+        )
+        corpus, pad = self.text.corpus, self.model.config.pad_token_id
+        size = self.settings.sentences_per_batch
+        self._train = SentenceSampler(corpus, corpus.train, size, recipe.seed, pad)
+        self._heldout = SentenceSampler(corpus, corpus.heldout, size, recipe.seed, pad)
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._train.batch(index)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        output = model(
+            **batch,
+            token_loss=self.token_loss,
+            kl_weight=self.settings.kl_weight,
+            kl_floor=self.settings.kl_floor,
+            latent_noise=self.settings.latent_noise,
+        )
+        nats = output.nll.sum() / output.targets.sum()
+        return StepOutput(
+            output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats}
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Teacher-forced perplexity (the paper's figure) and free-running reconstruction, held out."""
+        device = next(model.parameters()).device
+        nats, targets, sentences = 0.0, 0, []
+        for index in range(self.settings.eval_batches):
+            batch = {name: value.to(device) for name, value in self._heldout.batch(index).items()}
+            output = model(**batch)
+            nats += float(output.nll.double().sum())
+            targets += int(output.targets.sum())
+            rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+            sentences += [ids[mask].tolist() for ids, mask in rows]
+        # A sample across batches: each batch holds sentences of about one length.
+        sample = sentences[:: max(1, len(sentences) // RECONSTRUCTED)][:RECONSTRUCTED]
+        registry = get_registry()
+        with gathered(model):
+            written = reconstruct(model, self.text.tokenizer, sample)  # type: ignore[arg-type]
+        return {
+            "perplexity": float(torch.tensor(nats / targets).exp()),
+            "tokens_right": registry.create("metric", "token-accuracy").compute(written)["tokens"],
+            "sentences_exact": registry.create("metric", "exact-match").compute(written)["sentences"],
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return whole_state(self.model)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.model.save_pretrained(folder, state_dict=state)
+        self.text.tokenizer.save_pretrained(folder)
+
+    def card(self) -> Card:
+        config = self.model.config
+        return Card(
+            title=f"SentenceVAE {config.hidden_size}-H{config.encoder_layers}",
+            summary=f"Turns a sentence into {config.latents} vector(s) of {config.hidden_size} and back, for "
+            f"grafting onto {self.recipe.backbone.model}.",
+            data=self.text.describe(),
+            heldout=f"On {RECONSTRUCTED} held-out sentences written free-running (greedy); perplexity is "
+            "teacher-forced, the end mark included.",
+            usage="import sentcompress\n\nvae = sentcompress.SentenceVAE.from_pretrained('{folder}')",
+            tags=("sentence-vae",),
+        )
