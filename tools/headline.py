@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sentcompress.benchmark.tables import as_markdown
+from sentcompress.table import as_markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGES = ("quality.md", "quickstart.md", "smollm2.md")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sentcompress.benchmark.tables import as_markdown
 from sentcompress.studies.scaling_law import ScalingLaw, runs_of, scaling_law
 from sentcompress.studies.scaling_points import Point, Spread
 from sentcompress.studies.scaling_tables import decoding
+from sentcompress.table import as_markdown
 
 COLUMNS = (
     "backbone",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from sentcompress.benchmark.tables import as_markdown
 from sentcompress.estimate.training_memory import Stage
 from sentcompress.estimate.training_time import fastest, parse_devices, ways
 from sentcompress.recipe import load_recipe, shipped_recipes
+from sentcompress.table import as_markdown
 
 SENTENCE_TOKENS = 15.0
 COLUMNS = (

@@ -11,7 +11,7 @@ from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.tables import BY_TITLES, TITLES, honesty_lines, tables
 from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE
 from sentcompress.files import write_atomically
-from sentcompress.table import Plain, number, percent
+from sentcompress.table import Table, number, percent
 
 STYLE = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --ours: #2563eb; }
@@ -95,7 +95,7 @@ def _image(svg: str, alt: str, *, wide: bool = False) -> str:
     return f'<img{style} alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _table(table: Plain) -> str:
+def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table.rows)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
@@ -142,7 +142,7 @@ def _tiles(results: Results) -> str:
 def _examples(examples: list[tuple[str, str]]) -> str:
     rows = [[repr(a)[1:-1], repr(b)[1:-1] if b != a else "the same"] for a, b in examples]
     return _section(
-        "Reconstructed sentences", _table(Plain("", ["held-out sentence", "what came back"], rows, []))
+        "Reconstructed sentences", _table(Table("", ["held-out sentence", "what came back"], rows, []))
     )
 
 

@@ -22,7 +22,7 @@ from sentcompress.errors import InputError
 from sentcompress.files import storage_errors, write_atomically
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
-from sentcompress.table import Plain
+from sentcompress.table import Table
 
 FILE = "speed-sweep.json"
 
@@ -106,7 +106,7 @@ def sweep_speed(
     return SpeedSweep(new_tokens=settings.new_tokens, repeats=settings.repeats, cells=cells)
 
 
-def table(sweep: SpeedSweep) -> Plain:
+def table(sweep: SpeedSweep) -> Table:
     """Ratios, a row a batch size and prompt, a column a sentence length; what to choose where."""
     lengths = sorted({c.sentence_tokens for c in sweep.cells})
     found = {(c.batch_size, c.prompt_tokens, c.sentence_tokens): c for c in sweep.cells}
@@ -120,7 +120,7 @@ def table(sweep: SpeedSweep) -> Plain:
         *advice(sweep),
     ]
     columns = ["batch", "prompt tokens", *(f"{n} a sentence" for n in lengths)]
-    return Plain("Speed beside the backbone", columns, rows, notes)
+    return Table("Speed beside the backbone", columns, rows, notes)
 
 
 def advice(sweep: SpeedSweep) -> list[str]:

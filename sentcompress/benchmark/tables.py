@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from sentcompress.benchmark.paper import paper_row
 from sentcompress.benchmark.records import BY, By, CausalityCheck, PartTime, Results, Row, SpeedReport
 from sentcompress.benchmark.rows import OURS, TWINS, breakdown
 from sentcompress.benchmark.text_tables import TEXT_TITLE, text_differences, text_table
-from sentcompress.table import Figure, Plain, number, percent
+from sentcompress.table import Figure, Table, as_rich, number, percent
 
 TITLES = {
     "causality": "Causality: what the future may change of the past",
@@ -45,7 +44,7 @@ def _size(value: Figure) -> str:
     return f"{value:.0f} B"
 
 
-def tables(results: Results) -> list[Plain]:
+def tables(results: Results) -> list[Table]:
     """One table for each part that was measured, and for each breakdown."""
     makers = {
         "causality": _causality,
@@ -68,14 +67,14 @@ def tables(results: Results) -> list[Plain]:
     return [_without_empty_notes(table) for table in made]
 
 
-def _without_empty_notes(table: Plain) -> Plain:
+def _without_empty_notes(table: Table) -> Table:
     if table.columns[-1] == "note" and not any(row[-1] for row in table.rows):
         table.columns.pop()
         table.rows = [row[:-1] for row in table.rows]
     return table
 
 
-def _causality(results: Results, rows: Sequence[Row]) -> Plain:
+def _causality(results: Results, rows: Sequence[Row]) -> Table:
     checks = results.causality.checks if results.causality else []
     names: dict[str, list[CausalityCheck]] = {}
     for check in checks:
@@ -93,10 +92,10 @@ def _causality(results: Results, rows: Sequence[Row]) -> Plain:
     notes = [f"{passed} of {len(checks)} checks passed. Figures are the largest |difference| seen."]
     notes += [f"{c.name} ({c.attention}): {c.detail}" for c in checks if c.detail]
     del rows
-    return Plain(TITLES["causality"], ["check", "allowed", *backends, ""], lines, notes)
+    return Table(TITLES["causality"], ["check", "allowed", *backends, ""], lines, notes)
 
 
-def _quality(results: Results, rows: Sequence[Row]) -> Plain:
+def _quality(results: Results, rows: Sequence[Row]) -> Table:
     lines = [
         [
             row.system,
@@ -131,7 +130,7 @@ def _quality(results: Results, rows: Sequence[Row]) -> Plain:
     notes += _cost_note(results)
     notes += _paper_notes(results, "quality")
     columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
-    return Plain(TITLES["quality"], columns, lines, notes)
+    return Table(TITLES["quality"], columns, lines, notes)
 
 
 def _cost_note(results: Results) -> list[str]:
@@ -149,7 +148,7 @@ def _cost_note(results: Results) -> list[str]:
     ]
 
 
-def _by(results: Results, by: By, *, explain: bool) -> Plain:
+def _by(results: Results, by: By, *, explain: bool) -> Table:
     twin, rows = breakdown(results.quality, by)
     systems = [name for name in (OURS, *TWINS) if any(name in row.bits for row in rows)]
     marks = any(row.with_marks is not None for row in rows)
@@ -178,10 +177,10 @@ def _by(results: Results, by: By, *, explain: bool) -> Plain:
         )
     if marks:
         notes.append("With marks: the ratio with the end marks and decisions of these sentences.")
-    return Plain(BY_TITLES[by], columns, lines, notes)
+    return Table(BY_TITLES[by], columns, lines, notes)
 
 
-def _reconstruct(results: Results, rows: Sequence[Row]) -> Plain:
+def _reconstruct(results: Results, rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         figures = row.figures
@@ -211,10 +210,10 @@ def _reconstruct(results: Results, rows: Sequence[Row]) -> Plain:
         "sentences",
         "note",
     ]
-    return Plain(TITLES["reconstruct"], columns, lines, notes + _paper_notes(results, "reconstruct"))
+    return Table(TITLES["reconstruct"], columns, lines, notes + _paper_notes(results, "reconstruct"))
 
 
-def _speed(results: Results, rows: Sequence[Row]) -> Plain:
+def _speed(results: Results, rows: Sequence[Row]) -> Table:
     lines = [
         [
             number(row.figures["batch_size"]),
@@ -267,7 +266,7 @@ def _speed(results: Results, rows: Sequence[Row]) -> Plain:
         "whole run",
         "roofline",
     ]
-    return Plain(TITLES["speed"], [*columns, "note"], lines, notes + _paper_notes(results, "speed"))
+    return Table(TITLES["speed"], [*columns, "note"], lines, notes + _paper_notes(results, "speed"))
 
 
 def _throughput(speed: SpeedReport) -> list[str]:
@@ -297,7 +296,7 @@ def _profile(speed: SpeedReport) -> list[str]:
     ]
 
 
-def _memory(results: Results, rows: Sequence[Row]) -> Plain:
+def _memory(results: Results, rows: Sequence[Row]) -> Table:
     lines = [
         [
             row.system,
@@ -329,20 +328,20 @@ def _memory(results: Results, rows: Sequence[Row]) -> Plain:
         "longest text",
         "positions for",
     ]
-    return Plain(TITLES["memory"], columns, lines, notes + _paper_notes(results, "memory"))
+    return Table(TITLES["memory"], columns, lines, notes + _paper_notes(results, "memory"))
 
 
-def _data(results: Results, rows: Sequence[Row]) -> Plain:
+def _data(results: Results, rows: Sequence[Row]) -> Table:
     del results
     lines = []
     for row in rows:
         for name, value in row.figures.items():
             share = name.startswith("padding") or name == "cutting_overhead"
             lines.append([name.replace("_", " "), percent(value) if share else number(value)])
-    return Plain(TITLES["data"], ["figure", "value"], lines, [])
+    return Table(TITLES["data"], ["figure", "value"], lines, [])
 
 
-def _segments(results: Results, rows: Sequence[Row]) -> Plain:
+def _segments(results: Results, rows: Sequence[Row]) -> Table:
     del results
     lines = [
         [
@@ -353,7 +352,7 @@ def _segments(results: Results, rows: Sequence[Row]) -> Plain:
         ]
         for row in rows
     ]
-    return Plain(TITLES["segments"], ["segmenter", "cases", "right", "share"], lines, [])
+    return Table(TITLES["segments"], ["segmenter", "cases", "right", "share"], lines, [])
 
 
 def _paper_notes(results: Results, part: str) -> list[str]:
@@ -386,23 +385,3 @@ def honesty_lines(results: Results) -> list[str]:
         if name not in names:
             names.append(name)
     return [f"[{'; '.join(names)}] {line}" for line, names in lines.items()]
-
-
-def as_rich(table: Plain) -> Group:
-    """A table with its notes for the terminal; columns of numbers to the right."""
-    shown = Table(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(table.columns):
-        numeric = all(row[index].lstrip("-")[:1].isdigit() or row[index] in ("-", "") for row in table.rows)
-        shown.add_column(column, justify="right" if numeric else "left")
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    return Group(shown, *(Text(note, style="dim") for note in table.notes), Text(""))
-
-
-def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)]

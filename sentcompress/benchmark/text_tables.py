@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sentcompress.benchmark.records import Interval, Results, Row, TextReport
-from sentcompress.table import Plain
+from sentcompress.table import Table
 
 TEXT_TITLE = "Generated text after the same prompts"
 DIFFERENCES_TITLE = "Generated text: difference to the baseline, equal data"
@@ -24,7 +24,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
 """Measures of text: the column's head, and whether they are shares, shown in percent."""
 
 
-def text_table(results: Results, rows: Sequence[Row]) -> Plain:
+def text_table(results: Results, rows: Sequence[Row]) -> Table:
     """The measures of each system's texts."""
     del rows
     assert results.text is not None
@@ -61,10 +61,10 @@ def text_table(results: Results, rows: Sequence[Row]) -> Plain:
         notes.append(
             "Careful: this judge is the LLM that the run started from, no outsider: it favours text like its own."
         )
-    return Plain(TEXT_TITLE, ["system", *(head for head, _ in COLUMNS.values())], lines, notes)
+    return Table(TEXT_TITLE, ["system", *(head for head, _ in COLUMNS.values())], lines, notes)
 
 
-def text_differences(report: TextReport) -> Plain:
+def text_differences(report: TextReport) -> Table:
     """How they differ from the baseline's."""
     names = [name for name in COLUMNS if any(name in score.differences for score in report.scores)]
     lines = [
@@ -78,7 +78,7 @@ def text_differences(report: TextReport) -> Plain:
         "one may still be."
     )
     columns = ["system", *(COLUMNS[name][0] for name in names)]
-    return Plain(DIFFERENCES_TITLE, columns, lines, [note])
+    return Table(DIFFERENCES_TITLE, columns, lines, [note])
 
 
 def _interval(found: Interval | None, name: str, *, sign: bool = False) -> str:

@@ -162,7 +162,7 @@ def sweep(
     from sentcompress.benchmark.models import Folder, Parts
     from sentcompress.benchmark.speed_models import speed_models
     from sentcompress.benchmark.speed_sweep import sweep_speed, table, write
-    from sentcompress.benchmark.tables import as_rich
+    from sentcompress.table import as_rich
 
     sizes = _numbers("--batch-sizes", batch_sizes)
     overrides = [*(set_ or []), f"bench.batch_sizes={sizes}"]

@@ -43,12 +43,12 @@ def estimate(
     the memory that each device needs to train each stage, whether DDP, FSDP or gradient checkpointing is needed, and
     the hours of all stages together.
     """
-    from sentcompress.benchmark.tables import as_rich
     from sentcompress.errors import InputError
     from sentcompress.estimate.decoding import estimate as predict
     from sentcompress.estimate.decoding import shapes, table
     from sentcompress.estimate.devices import device as find
     from sentcompress.estimate.plan import budget
+    from sentcompress.table import as_rich
 
     resolved = resolve(recipe, set_, backbone=backbone)
     if resolved.pretrain is not None and devices is not None:

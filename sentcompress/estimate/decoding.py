@@ -19,7 +19,7 @@ from sentcompress.generation.output_head import WORTH_IT
 from sentcompress.modeling.pretrained import load_backbone_config
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
-from sentcompress.table import Plain
+from sentcompress.table import Table
 
 BACKWARD = 3
 """A step of training costs three times its forward pass."""
@@ -186,7 +186,7 @@ def _numel(module: torch.nn.Module) -> int:
 
 def table(
     estimates: Sequence[Estimate], device: Device, sentence_tokens: float, training_tokens: int
-) -> Plain:
+) -> Table:
     """The estimates side by side, a column a batch size."""
 
     def row(name: str, values: Sequence[str]) -> list[str]:
@@ -220,7 +220,7 @@ def table(
         f"{first.training_bytes / per_gib:.2f} GiB, activations not counted.",
     ]
     columns = ["", *(f"batch {e.batch_size}" for e in estimates)]
-    return Plain("Estimate, from shapes alone", columns, lines, notes)
+    return Table("Estimate, from shapes alone", columns, lines, notes)
 
 
 def _longest(device: Device, weights: float, cache: float) -> int:

@@ -25,7 +25,7 @@ from sentcompress.estimate.training_memory import (
 )
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import GraftSettings, Recipe, TrainVAESettings
-from sentcompress.table import Plain
+from sentcompress.table import Table
 from sentcompress.training.jobs.token_level import TokenLM
 
 GPU_CONTEXT = 1e9
@@ -160,7 +160,7 @@ def _exchange_bytes(
 
 def tables(
     recipe: Recipe, number: int, machine: Device, sentence_tokens: float, price: float | None = None
-) -> list[Plain]:
+) -> list[Table]:
     """The ways to train each stage of a recipe that takes steps, side by side, and all stages together.
 
     Args:
@@ -190,7 +190,7 @@ def _table(
     price: float | None,
     found: Sizes,
     possible: Sequence[Way],
-) -> Plain:
+) -> Table:
     rows = [_row(way, number, price) for way in possible]
     columns = ["", "weights", "gradients", "optimizer", "activations", "logits", "peak", "fits", "hours"]
     notes = [f"GiB on each device. {_verdict(possible, stage)}"]
@@ -202,7 +202,7 @@ def _table(
     )
     if stage == "graft" and recipe.graft.teacher:
         notes.append("graft.teacher is not counted: its weights, and its forward passes.")
-    return Plain(
+    return Table(
         f"Training {stage} of {recipe.name} on {number} x {machine.name}",
         columns + ([] if price is None else ["cost"]),
         rows,
@@ -212,7 +212,7 @@ def _table(
 
 def _together(
     recipe: Recipe, machine: Device, number: int, price: float | None, chosen: Mapping[Stage, Way | None]
-) -> Plain:
+) -> Table:
     """Hours and cost of ``sentcompress run``, each stage in the fastest way that fits."""
     rows = []
     for stage, way in chosen.items():
@@ -232,7 +232,7 @@ def _together(
         notes.append(
             "From data sheets, with 40% of the arithmetic reached and exchanges not hidden; nothing of it was run here."
         )
-    return Plain(
+    return Table(
         f"All stages of {recipe.name}",
         ["", "way", "hours", "device-hours"] + ([] if price is None else ["cost"]),
         rows,

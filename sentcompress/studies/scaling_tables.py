@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from sentcompress.benchmark.tables import as_markdown, as_rich
 from sentcompress.studies.scaling_law import (
     RATIO,
     TOKENS,
@@ -18,7 +17,7 @@ from sentcompress.studies.scaling_law import (
     runs_of,
 )
 from sentcompress.studies.scaling_points import RunPoint, Spread
-from sentcompress.table import Plain, number
+from sentcompress.table import Table, as_markdown, as_rich, number
 
 WARNING = (
     "An extrapolation is an extrapolation: nothing was measured there. Lines in log-log bend (towards a floor, or when "
@@ -26,7 +25,7 @@ WARNING = (
 )
 
 
-def points_table(law: ScalingLaw) -> Plain:
+def points_table(law: ScalingLaw) -> Table:
     """A row a size and budget."""
     rows = []
     for point in law.points:
@@ -71,7 +70,7 @@ def points_table(law: ScalingLaw) -> Plain:
         "sentence model reads a position a sentence), attention over positions and a teacher left out.",
         "Decoding: FLOPs and bytes read to write a token, computed from shapes, as shares of the baseline's.",
     ]
-    return Plain("Points", columns, rows, notes)
+    return Table("Points", columns, rows, notes)
 
 
 def _spread(spread: Spread) -> str:
@@ -90,14 +89,14 @@ def _sizes(total: int, learn: int | None) -> str:
     return f"{millions(total)} ({'-' if learn is None else millions(learn)})"
 
 
-def fits_table(law: ScalingLaw) -> Plain:
+def fits_table(law: ScalingLaw) -> Table:
     """A row a fitted line of bits per byte."""
     rows = [
         [fit.curve, fit.against, fixed(fit.against, fit.at), *_fitted(fit)]
         for fit in law.fits
         if fit.curve != RATIO
     ]
-    return Plain(
+    return Table(
         "Bits per byte: L = A x^-alpha",
         ["system", "x", "at", *FITTED],
         rows,
@@ -137,7 +136,7 @@ def _interval_notes(law: ScalingLaw) -> list[str]:
     return notes
 
 
-def gaps_table(law: ScalingLaw) -> Plain:
+def gaps_table(law: ScalingLaw) -> Table:
     """A row a fitted line of the ratio."""
     rows = []
     for fit in law.fits:
@@ -148,10 +147,10 @@ def gaps_table(law: ScalingLaw) -> Plain:
             )
     columns = ["x", "at", *FITTED, "at the smallest", "at the largest"]
     notes = ["Sentence model over baseline: a positive alpha closes the gap. The last columns are the fit's."]
-    return Plain("Ratio of bits per byte: does the gap close?", columns, rows, notes if rows else [])
+    return Table("Ratio of bits per byte: does the gap close?", columns, rows, notes if rows else [])
 
 
-def joint_table(law: ScalingLaw) -> Plain:
+def joint_table(law: ScalingLaw) -> Table:
     """A row a system."""
     rows = []
     for fit in law.joint:
@@ -177,7 +176,7 @@ def joint_table(law: ScalingLaw) -> Plain:
         notes.append(
             "Without intervals: these points do not determine all five parameters, so read nothing into them."
         )
-    return Plain("Jointly: L = E + A N^-alpha + B D^-beta", columns, rows, notes)
+    return Table("Jointly: L = E + A N^-alpha + B D^-beta", columns, rows, notes)
 
 
 def gap_line(gap: Gap) -> str:
@@ -245,7 +244,7 @@ def markdown(law: ScalingLaw, picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section(table: Plain) -> list[str]:
+def _section(table: Table) -> list[str]:
     if not table.rows:
         return []
     return [f"## {table.title}", "", *as_markdown(table.columns, table.rows), "", *table.notes, ""]

@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sentcompress.benchmark.tables import as_markdown
 from sentcompress.studies.sweep_results import CellFigures, CellRow, SweepResults
-from sentcompress.table import number, percent
+from sentcompress.table import as_markdown, number, percent
 
 
 def table_of(sweep: SweepResults) -> tuple[list[str], list[list[str]]]:
