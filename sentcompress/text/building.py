@@ -14,6 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from sentcompress.errors import InputError, SentCompressError, StorageError
+from sentcompress.files import open_lock_file, try_lock, wait_for_lock
 
 ATTEMPTS = 3
 """Another process may damage or replace a cache folder between its publication and its opening."""
@@ -81,15 +82,15 @@ _LOCKED, _WAITED, _NO_LOCKS = "locked", "waited", "no locks"
 @contextmanager
 def _lock(final: Path, say: Callable[[str], None]) -> Iterator[str]:
     """Hold the lock of a cache folder; or wait until nobody holds it, without taking it."""
-    descriptor = _opened(_lock_file(final))
+    descriptor = open_lock_file(_lock_file(final))
     try:
         if descriptor is None:
             yield _NO_LOCKS
-        elif (free := _try(descriptor)) is not False:
+        elif (free := try_lock(descriptor)) is not False:
             yield _LOCKED if free else _NO_LOCKS
         else:
             say(f"another process is tokenizing this corpus; waiting for it (it holds {_lock_file(final)})")
-            _wait(descriptor)
+            wait_for_lock(descriptor)
             yield _WAITED
     finally:
         if descriptor is not None:
@@ -99,37 +100,6 @@ def _lock(final: Path, say: Callable[[str], None]) -> Iterator[str]:
 def _lock_file(final: Path) -> Path:
     # Never deleted: whoever had it open would hold a lock that the next one, with a new file, knows nothing of.
     return final.parent.parent / "locks" / f"{final.parent.name}-{final.name}"
-
-
-def _opened(path: Path) -> int | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # another user's, of the same cache
-            return os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-
-
-def _try(descriptor: int) -> bool | None:
-    """Take the lock of an open file. False: somebody holds it; None: there are no locks here."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows; some network file systems
-        return None
-    return True
-
-
-def _wait(descriptor: int) -> None:
-    import fcntl
-
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 @cache
@@ -168,9 +138,9 @@ def _held_if_dead(path: Path, own: Path, final: Path) -> Iterator[bool]:
     elif key == final.name:
         yield own.name.startswith(f".{key}.{_here()}-")  # the lock is held here already
     else:
-        descriptor = _opened(_lock_file(final.with_name(key)))
+        descriptor = open_lock_file(_lock_file(final.with_name(key)))
         try:
-            yield descriptor is not None and _try(descriptor) is True
+            yield descriptor is not None and try_lock(descriptor) is True
         finally:
             if descriptor is not None:
                 os.close(descriptor)
