@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sentcompress.distributed import processes
 from sentcompress.errors import InputError, did_you_mean
 from sentcompress.estimate.plan import plan
 from sentcompress.files import folder_digest, write_atomically
-from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.loop import Job, run_job, seed_everything

@@ -14,13 +14,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sentcompress"
 CONTRACT = {"errors", "hookspecs", "contracts"}
 FOUNDATION = CONTRACT | {"registry", "recipe", "files"}
 BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics")
-TRAINING = FOUNDATION | {"launched", "processes", "provenance", "text", "modeling", "generation"}
+TRAINING = FOUNDATION | {"distributed", "provenance", "text", "modeling", "generation"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hookspecs": set(),
     "files": {"errors"},
-    "launched": {"errors"},
-    "processes": set(),
+    "distributed": {"errors"},
     "contracts": {"errors", "hookspecs"},
     "registry": CONTRACT,
     "recipe": CONTRACT | {"registry"},
@@ -47,7 +46,7 @@ WITHOUT_TORCH = [
     "sentcompress.contracts",
     "sentcompress.registry",
     "sentcompress.recipe",
-    "sentcompress.launched",
+    "sentcompress.distributed",
 ]
 
 

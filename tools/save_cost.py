@@ -21,8 +21,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from sentcompress.distributed import processes
 from sentcompress.pipeline import run_recipe
-from sentcompress.processes import processes
 from sentcompress.recipe import load_recipe
 from sentcompress.training.saving import Saver
 from sentcompress.training.step import Stepper

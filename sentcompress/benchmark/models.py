@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.benchmark.records import Curve
 from sentcompress.benchmark.results import STAGES
+from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import read_json, storage_errors
 from sentcompress.modeling.device_map import Place, blocks_of, room_for_one, spread_blocks
@@ -32,7 +33,6 @@ from sentcompress.modeling.loading import (
 from sentcompress.modeling.pretrained import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
-from sentcompress.processes import process_count
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus

@@ -42,11 +42,11 @@ from sentcompress.benchmark.results import earlier_results, merged, model_digest
 from sentcompress.benchmark.samples import write_samples
 from sentcompress.benchmark.speed_models import SpeedModels, speed_models
 from sentcompress.benchmark.throughput import measure_throughput
+from sentcompress.distributed import processes
 from sentcompress.errors import InputError
 from sentcompress.estimate.roofline import decoding_cost
 from sentcompress.files import storage_errors, write_atomically
 from sentcompress.generation.output_head import ShortlistHead, make_shortlist_head
-from sentcompress.processes import processes
 from sentcompress.provenance import Provenance
 from sentcompress.recipe import Recipe
 from sentcompress.table import Figure

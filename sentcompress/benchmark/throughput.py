@@ -15,8 +15,8 @@ from sentcompress.benchmark.measurements.speed import quiet, require_positions
 from sentcompress.benchmark.records import Throughput
 from sentcompress.benchmark.speed_models import SpeedModels
 from sentcompress.benchmark.systems import Prompt, System, both_systems, make_prompts, seconds
+from sentcompress.distributed import processes
 from sentcompress.errors import RunError
-from sentcompress.processes import processes
 from sentcompress.recipe import BenchSettings
 
 

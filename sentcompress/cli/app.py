@@ -31,8 +31,8 @@ from sentcompress.cli import (
 )
 from sentcompress.cli.common import examples
 from sentcompress.cli.error_messages import DEBUG_VARIABLE, debugging, report
+from sentcompress.distributed import check_environment, exit_on_sigterm, exit_with_the_launcher
 from sentcompress.files import printable
-from sentcompress.launched import check_environment, end_with_the_launcher, ending_when_asked
 
 app = typer.Typer(
     name="sentcompress",
@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
     try:
-        with ending_when_asked():
-            end_with_the_launcher()
+        with exit_on_sigterm():
+            exit_with_the_launcher()
             check_environment()
             app(arguments, prog_name="sentcompress")
     except Exception as error:

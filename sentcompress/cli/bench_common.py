@@ -45,7 +45,7 @@ def measure(
 def show(results: Results, target: Path, parts: list[str] | None = None) -> None:
     """Print the tables (of the parts just measured) and where the report is, in the first of several processes."""
     from sentcompress.benchmark.tables import render
-    from sentcompress.processes import processes
+    from sentcompress.distributed import processes
 
     if not processes().is_main_process:
         return

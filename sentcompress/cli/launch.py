@@ -17,9 +17,9 @@ from typing import IO, Annotated, Any
 import typer
 
 from sentcompress.cli.common import examples
+from sentcompress.distributed import LAUNCHED, LIFELINE
 from sentcompress.errors import InputError, RunError, TerminatedError
 from sentcompress.files import printable
-from sentcompress.launched import LAUNCHED, LIFELINE
 
 COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])
 """What runs in several processes."""

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.results import is_current
+from sentcompress.distributed import Interruption
 from sentcompress.errors import InputError, RunError
 from sentcompress.estimate.plan import count
 from sentcompress.files import storage_errors, write_atomically
@@ -38,7 +39,6 @@ from sentcompress.studies.sweep_results import (
     read_sweep,
 )
 from sentcompress.studies.sweep_tables import markdown
-from sentcompress.training.interruption import Interruption
 
 PROGRAM = (sys.executable, "-m", "sentcompress")
 LOG = "log.txt"
@@ -181,7 +181,7 @@ class _Sweep:
             try:
                 with _Live(self.console, title, folder / LOG) as live:
                     while child.poll() is None:
-                        if interruption.asked and not asked:
+                        if interruption.signal and not asked:
                             asked = True
                             self.console.print("  stopping: the cell saves where it is")
                             _interrupt(child)
@@ -191,7 +191,7 @@ class _Sweep:
                 _interrupt(child)
                 child.wait()
                 raise
-            if interruption.asked:
+            if interruption.signal:
                 raise KeyboardInterrupt
             if child.returncode == 0:
                 return None

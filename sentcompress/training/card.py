@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from sentcompress import __version__
-from sentcompress.launched import LAUNCHED
+from sentcompress.distributed import LAUNCHED
 from sentcompress.provenance import command, commit, plugin_packages
 from sentcompress.recipe import Recipe
 

@@ -16,15 +16,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 
+from sentcompress.distributed import Interruption, on_cpu, processes
 from sentcompress.errors import InputError, NumericsError, TerminatedError
-from sentcompress.processes import on_cpu, processes
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
 from sentcompress.training import checkpoints as saved
 from sentcompress.training.anomalies import MAX_ROLLBACKS, LossWatch
 from sentcompress.training.card import provenance, render_card, resume_command
 from sentcompress.training.heartbeat import Heartbeat
-from sentcompress.training.interruption import Interruption
 from sentcompress.training.job import Job
 from sentcompress.training.memory import explain_out_of_memory, recompute_activations
 from sentcompress.training.monitor import MetricsLog, TrainingProgress
@@ -297,7 +296,7 @@ class _Run:
 
     def _step(self, done: int, batches: Prefetcher, interruption: Interruption) -> StepResult:
         try:
-            result = self.stepper.step(done - 1, batches, self.next_batch, lambda: interruption.asked)
+            result = self.stepper.step(done - 1, batches, self.next_batch, lambda: interruption.signal)
         except NumericsError as error:
             self.saver.writer.wait()  # one may be on its way
             steps = self.store.steps()
@@ -387,7 +386,7 @@ class _Run:
 
     def _end_if_asked(self, interruption: Interruption) -> None:
         """The stage is done, but whoever asked for an end in its last moments wants none after it."""
-        asked = torch.tensor([interruption.asked is not None, interruption.asked == signal.SIGTERM])
+        asked = torch.tensor([interruption.signal is not None, interruption.signal == signal.SIGTERM])
         asked = asked.float().to(self.accelerator.device)
         if self.world > 1:
             asked = self.accelerator.reduce(asked)

@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
 from sentcompress.files import read_json, storage_errors
-from sentcompress.processes import process_count
 from sentcompress.recipe import Recipe
 from sentcompress.training.checkpoints import write_json
 from sentcompress.training.heartbeat import read_heartbeat

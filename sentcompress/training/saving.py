@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sentcompress.distributed import processes
 from sentcompress.files import move_files, storage_errors, temporary_folder, whole_folder
-from sentcompress.processes import processes
 from sentcompress.recipe import Recipe
 from sentcompress.training.background import BackgroundWriter
 from sentcompress.training.checkpoints import CheckpointStore, write_json, write_tensors

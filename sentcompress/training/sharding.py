@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sentcompress.distributed import processes
 from sentcompress.errors import StorageError
-from sentcompress.processes import processes
 
 
 def spread(model: nn.Module, units: Iterable[nn.Module], device: torch.device, processes: int) -> None:

@@ -280,7 +280,7 @@ def test_sigterm_before_training_ends_with_the_code_to_start_again(tmp_path, mak
         env={**os.environ, "SENTCOMPRESS_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 75, done.stderr
-    assert "asked to end (SIGTERM)" in done.stderr
+    assert "stopped by SIGTERM" in done.stderr
     assert not [path for path in (tmp_path / "cache").rglob("*.tmp") if path.is_dir()]
 
 

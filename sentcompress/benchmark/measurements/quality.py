@@ -19,10 +19,10 @@ from sentcompress.benchmark.measurements.causality import require_causal
 from sentcompress.benchmark.records import CausalityReport, DocumentScore, QualityScore
 from sentcompress.benchmark.sentence_charges import WindowCharges, charge_window, window_size
 from sentcompress.contracts.causal_lm import position_limit
+from sentcompress.distributed import gathered_shares, own_share
 from sentcompress.errors import CoverageError
 from sentcompress.generation.output_head import ShortlistHead
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.processes import gathered_shares, own_share
 from sentcompress.text.corpus import Corpus
 
 LOGITS_AT_A_TIME = 2**26
