@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from sentcompress.estimate.costs import DecodingCost
 from sentcompress.provenance import Honesty, Record
 from sentcompress.table import Figure
 
@@ -130,19 +131,6 @@ class QualityScore(Record):
     counts: ModelCounts | None = None
     """None for the unigram model, and in files of versions that did not count."""
     documents: list[DocumentScore]
-
-
-class DecodingCost(Record):
-    """Computed from shapes: what one more token of text costs at batch 1, in the middle of a document."""
-
-    flops: float
-    """Floating-point operations."""
-    bytes: float
-    """Of weights and caches that have to be read."""
-    text_tokens: float
-    """Tokens of the text before it."""
-    sentence_tokens: float
-    """Mean length of a sentence."""
 
 
 class ReconstructionReport(Record):

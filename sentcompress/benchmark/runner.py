@@ -30,7 +30,6 @@ from sentcompress.benchmark.records import (
     PARTS,
     By,
     CausalityReport,
-    DecodingCost,
     Part,
     QualityScore,
     Results,
@@ -283,7 +282,7 @@ class _Bench:
             sentence = self.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
             if system != approximate:  # the cost is computed for the full head
-                found.cost = DecodingCost(**decoding_cost(candidate, middle, sentence)._asdict())
+                found.cost = decoding_cost(candidate, middle, sentence)
             found.counts = model_counts(candidate, self.parts, stages, sentence)
             scores.append(found)
             note = _context_note(system, found)

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sentcompress.estimate.costs import DecodingCost
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 COPY_BYTES = 2**28
 """Far larger than a processor's cache."""
-
-
-class DecodingCost(NamedTuple):
-    """Computed from shapes: what one more token of text costs at batch 1, in the middle of a document."""
-
-    flops: float
-    """Floating-point operations."""
-    bytes: float
-    """Of weights and caches that have to be read."""
-    text_tokens: float
-    """Tokens of the text before it."""
-    sentence_tokens: float
-    """Mean length of a sentence."""
 
 
 def bandwidth(device: torch.device, size: int = COPY_BYTES) -> float:

@@ -13,9 +13,10 @@ from pydantic import ConfigDict, ValidationError
 
 from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.records import DecodingCost, ModelCounts, QualityScore, Results
+from sentcompress.benchmark.records import ModelCounts, QualityScore, Results
 from sentcompress.benchmark.results import FILE, read_results
 from sentcompress.errors import InputError
+from sentcompress.estimate.costs import DecodingCost, products_per_token, training_flops
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
 
@@ -279,8 +280,8 @@ def flops(counts: ModelCounts, tokens: int) -> float:
     counted as if they had learned.
     """
     around = counts.parameters - counts.table_parameters - counts.backbone_parameters
-    a_token = around + counts.backbone_parameters / counts.tokens_per_position
-    return 6.0 * (a_token * tokens + around * counts.training_tokens.get("vae", 0))
+    per_token = products_per_token(around, counts.backbone_parameters, counts.tokens_per_position)
+    return training_flops(per_token * tokens + around * counts.training_tokens.get("vae", 0))
 
 
 def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
