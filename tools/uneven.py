@@ -14,8 +14,7 @@ import statistics
 from sentcompress.benchmark.measurements.data import draw_lengths
 from sentcompress.benchmark.models import Parts
 from sentcompress.benchmark.profile import profile
-from sentcompress.benchmark.speed_models import speed_models
-from sentcompress.benchmark.systems import SentenceSystem, alternate, make_prompts
+from sentcompress.benchmark.timing import SentenceSystem, alternate, make_prompts, speed_models
 from sentcompress.recipe import load_recipe
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     print(f"lost to unevenness: {statistics.median(lost):.1%} ({min(lost):.1%} to {max(lost):.1%})")
     for name, system in systems.items():
         for part in profile(system, prompts, asked.new_tokens, 3):
-            print(f"{name}: {part.part}: {part.milliseconds_per_token:.3f} ms a token")
+            print(f"{name}: {part.part}: {part.milliseconds_per_token:.3f} ms per token")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a token's time goes: encoder, backbone, decoder blocks, output head, sampling, and everything else."""
+"""Where the time per token goes: encoder, backbone, decoder blocks, output head, sampling, and everything else."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sentcompress.benchmark.records import PartTime
-from sentcompress.benchmark.systems import Prompt, SentenceSystem, System, TokenSystem
+from sentcompress.benchmark.timing import Prompt, SentenceSystem, System, TokenSystem
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.sentence_writer import Sampler
 
@@ -20,23 +20,42 @@ ENCODER, BACKBONE, DECODER = "encoder", "backbone blocks", "decoder blocks"
 HEAD, SAMPLING, REST = "output head", "sampling", "everything else (Python, bookkeeping)"
 PARTS = (ENCODER, BACKBONE, DECODER, HEAD, SAMPLING, REST)
 
-Place = tuple[Any, str, str]
-"""An object or class, the name of its method, and the part it belongs to."""
+
+class TimedMethod(NamedTuple):
+    """A method to time.
+
+    Attributes:
+        owner: the object or class that has it.
+        name: of the method.
+        part: what its time is counted as, one of :data:`PARTS`.
+    """
+
+    owner: Any
+    name: str
+    part: str
 
 
 class Stopwatch:
-    """Seconds spent in methods, each without those called inside it that are watched too."""
+    """Seconds spent in methods; a timed method called inside another counts for itself only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
-        self._inner: list[float] = []
+        self._nested: list[float] = []
 
     @contextmanager
-    def watching(self, places: Sequence[Place]) -> Iterator[None]:
-        """Put a clock around methods; they are put back as they were."""
-        before = [(owner, name, name in vars(owner), vars(owner).get(name)) for owner, name, _ in places]
-        for owner, name, part in places:
+    def timing(self, methods: Sequence[TimedMethod]) -> Iterator[None]:
+        """Wrap the methods with a clock, and restore them afterwards."""
+        before = [
+            (
+                method.owner,
+                method.name,
+                method.name in vars(method.owner),
+                vars(method.owner).get(method.name),
+            )
+            for method in methods
+        ]
+        for owner, name, part in methods:
             setattr(owner, name, self._timed(getattr(owner, name), part))
         try:
             yield
@@ -49,15 +68,15 @@ class Stopwatch:
 
     def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.append(0.0)
+            self._nested.append(0.0)
             began = self._now()
             try:
                 return call(*args, **kwargs)
             finally:
                 took = self._now() - began
-                self.seconds[part] += took - self._inner.pop()
-                if self._inner:
-                    self._inner[-1] += took
+                self.seconds[part] += took - self._nested.pop()
+                if self._nested:
+                    self._nested[-1] += took
 
         return timed
 
@@ -67,27 +86,27 @@ class Stopwatch:
         return time.perf_counter()
 
     def total(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call; what is in none of the parts counts as the rest."""
-        known = sum(self.seconds.values())
+        """Seconds of a call; time outside the timed methods counts as :data:`REST`."""
+        counted = sum(self.seconds.values())
         began = self._now()
         call()
         took = self._now() - began
-        self.seconds[REST] += took - (sum(self.seconds.values()) - known)
+        self.seconds[REST] += took - (sum(self.seconds.values()) - counted)
         return took
 
 
 def profile(system: System, prompts: Sequence[Prompt], new_tokens: int, repeats: int) -> list[PartTime]:
-    """Time the parts of writing ``new_tokens`` after each prompt, the prefill included; medians over the repeats."""
-    places = _places(system)
+    """Time the parts of writing ``new_tokens`` after each prompt, prefill included; medians over the repeats."""
+    methods = _timed_methods(system)
     watch = Stopwatch(next(system.model.parameters()).device)
     runs: list[dict[str, float]] = []
     for _ in range(repeats):
         watch.seconds.clear()
-        with watch.watching(places):
+        with watch.timing(methods):
             watch.total(lambda: system.write(prompts, new_tokens))
         runs.append(dict(watch.seconds))
-    known = {part for _, _, part in places} | {REST}
-    medians = {part: statistics.median(run.get(part, 0.0) for run in runs) for part in known}
+    timed_parts = {method.part for method in methods} | {REST}
+    medians = {part: statistics.median(run.get(part, 0.0) for run in runs) for part in timed_parts}
     total = sum(medians.values())
     return [
         PartTime(
@@ -98,29 +117,29 @@ def profile(system: System, prompts: Sequence[Prompt], new_tokens: int, repeats:
             share=medians[part] / total,
         )
         for part in PARTS
-        if part in known
+        if part in timed_parts
     ]
 
 
-def _places(system: System) -> list[Place]:
+def _timed_methods(system: System) -> list[TimedMethod]:
     if isinstance(system, SentenceSystem):
         model = system.model
         decoder = model.vae.decoder
         return [
-            (model, "encode", ENCODER),
-            (model, "backbone_states", BACKBONE),
+            TimedMethod(model, "encode", ENCODER),
+            TimedMethod(model, "backbone_states", BACKBONE),
             *(
-                (decoder, name, DECODER)
+                TimedMethod(decoder, name, DECODER)
                 for name in ("read", "allocate", "restart", "step", "retire")
                 if hasattr(decoder, name)
             ),
-            *((system.head, name, HEAD) for name in ("words", "argmax", "logits")),
-            (CompiledStep, "step", DECODER),
-            (Sampler, "pick", SAMPLING),
+            *(TimedMethod(system.head, name, HEAD) for name in ("words", "argmax", "logits")),
+            TimedMethod(CompiledStep, "step", DECODER),
+            TimedMethod(Sampler, "pick", SAMPLING),
         ]
     assert isinstance(system, TokenSystem)
     return [
-        # Some models call their decoder past the module that wraps it.
-        (system.model.get_decoder(), "forward", BACKBONE),
-        (system.model.get_output_embeddings(), "forward", HEAD),
+        # Some models bypass the module that wraps their decoder.
+        TimedMethod(system.model.get_decoder(), "forward", BACKBONE),
+        TimedMethod(system.model.get_output_embeddings(), "forward", HEAD),
     ]

@@ -19,12 +19,11 @@ from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.measurements.causality import check_causality, require_causal
 from sentcompress.benchmark.measurements.data import draw_lengths, heldout_lengths, measure_data
-from sentcompress.benchmark.measurements.memory import measure_memory
 from sentcompress.benchmark.measurements.quality import score_sentence_model, score_token_model, score_unigram
 from sentcompress.benchmark.measurements.reconstruct import heldout_sentences, measure_reconstruction
 from sentcompress.benchmark.measurements.segments import regex_presets, score_segmenters
-from sentcompress.benchmark.measurements.speed import measure_speed
 from sentcompress.benchmark.measurements.text import BASELINE, measure_text
+from sentcompress.benchmark.memory_meter import measure_memory
 from sentcompress.benchmark.models import Folder, Missing, Parts, read_curves
 from sentcompress.benchmark.records import (
     PARTS,
@@ -39,8 +38,9 @@ from sentcompress.benchmark.records import (
 )
 from sentcompress.benchmark.results import earlier_results, merged, model_digests, write_results
 from sentcompress.benchmark.samples import write_samples
-from sentcompress.benchmark.speed_models import SpeedModels, speed_models
+from sentcompress.benchmark.speed_runs import measure_speed
 from sentcompress.benchmark.throughput import measure_throughput
+from sentcompress.benchmark.timing import SpeedModels, speed_models
 from sentcompress.distributed import processes
 from sentcompress.errors import InputError
 from sentcompress.estimate.roofline import decoding_cost

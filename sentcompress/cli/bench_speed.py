@@ -159,9 +159,9 @@ def sweep(
     Names what to take instead where the sentence model is slower. New tokens and repeats are the recipe's
     bench.new_tokens and bench.repeats.
     """
+    from sentcompress.benchmark.break_even import sweep_speed, sweep_table, write_sweep
     from sentcompress.benchmark.models import Folder, Parts
-    from sentcompress.benchmark.speed_models import speed_models
-    from sentcompress.benchmark.speed_sweep import sweep_speed, table, write
+    from sentcompress.benchmark.timing import speed_models
     from sentcompress.table import as_rich
 
     sizes = _numbers("--batch-sizes", batch_sizes)
@@ -185,8 +185,8 @@ def sweep(
         prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
         sentence_tokens=_numbers("--sentence-tokens", sentence_tokens),
     )
-    console().print(as_rich(table(found)))
-    typer.echo(f"figures: {write(found, target)}")
+    console().print(as_rich(sweep_table(found)))
+    typer.echo(f"figures: {write_sweep(found, target)}")
 
 
 def _bytes(option: str, text: str) -> int:

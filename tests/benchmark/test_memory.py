@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark.measurements.memory import (
+from sentcompress.benchmark.memory_meter import (
     MemoryMeter,
     cache_tensors,
     measure_memory,

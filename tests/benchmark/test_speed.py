@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark.largest_batch import FullTokenSystem
-from sentcompress.benchmark.measurements.speed import measure_speed
 from sentcompress.benchmark.models import Parts
 from sentcompress.benchmark.records import SpeedRun
-from sentcompress.benchmark.systems import (
+from sentcompress.benchmark.speed_runs import measure_speed
+from sentcompress.benchmark.throughput import LargestTokenBatch, by_processes
+from sentcompress.benchmark.timing import (
     BACKBONE,
     IN_PLACE,
     LOOKUP,
@@ -19,7 +19,6 @@ from sentcompress.benchmark.systems import (
     TokenSystem,
     make_prompts,
 )
-from sentcompress.benchmark.throughput import by_processes
 from sentcompress.errors import InputError, RunError
 from sentcompress.estimate.roofline import (
     backbone_bytes_per_token,
@@ -160,8 +159,8 @@ def test_copies_of_a_read_prompt_are_continued_as_the_prompt_itself():
     )
     assert copies == alone * 3
     backbone = tiny_opt()
-    system = FullTokenSystem(backbone, [2, *prompt.tokens], 9, 10**6, static=False)
-    in_place = FullTokenSystem(backbone, [2, *prompt.tokens], 9, 10**6, static=True)
+    system = LargestTokenBatch(backbone, [2, *prompt.tokens], 9, 10**6, static=False)
+    in_place = LargestTokenBatch(backbone, [2, *prompt.tokens], 9, 10**6, static=True)
     assert system.write([], 9) == in_place.write([], 9) == 9
 
 
@@ -207,7 +206,7 @@ def test_forced_lengths_are_kept_and_end_marks_are_paid_for(monkeypatch):
 
 def test_a_setting_that_fails_is_said_not_hidden(monkeypatch):
     def broken(self, prompts, new_tokens):
-        if self.switches:
+        if self.options:
             raise ValueError("no such cache")
         return plain(self, prompts, new_tokens)
 

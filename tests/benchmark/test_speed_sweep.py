@@ -2,7 +2,15 @@
 
 import pytest
 
-from sentcompress.benchmark.speed_sweep import FILE, Cell, SpeedSweep, advice, sweep_speed, table, write
+from sentcompress.benchmark.break_even import (
+    SWEEP_FILE,
+    SpeedSweep,
+    SweepPoint,
+    sweep_advice,
+    sweep_speed,
+    sweep_table,
+    write_sweep,
+)
 from sentcompress.errors import InputError
 from sentcompress.estimate.shapes import random_sentences
 from sentcompress.recipe import BenchSettings
@@ -21,15 +29,15 @@ def measure(**changes):
 
 def test_every_point_of_the_grid_is_measured(tmp_path):
     found = measure()
-    points = {(c.batch_size, c.prompt_tokens, c.sentence_tokens) for c in found.cells}
+    points = {(c.batch_size, c.prompt_tokens, c.sentence_tokens) for c in found.points}
     assert points == {(b, p, s) for b in (1, 2) for p in (4, 12) for s in (2, 6)}
-    assert all(c.lowest <= c.ratio <= c.highest and c.tokens_per_second > 0 for c in found.cells)
-    assert all((c.lookup_ratio is not None) == (c.batch_size == 1) for c in found.cells)
-    shown = table(found)
-    assert shown.columns == ["batch", "prompt tokens", "2 a sentence", "6 a sentence"]
+    assert all(c.lowest <= c.ratio <= c.highest and c.tokens_per_second > 0 for c in found.points)
+    assert all((c.lookup_ratio is not None) == (c.batch_size == 1) for c in found.points)
+    shown = sweep_table(found)
+    assert shown.columns == ["batch", "prompt tokens", "2 per sentence", "6 per sentence"]
     assert len(shown.rows) == 4
-    assert SpeedSweep.model_validate_json(write(found, tmp_path / "new").read_text()) == found
-    assert (tmp_path / "new" / FILE).is_file()
+    assert SpeedSweep.model_validate_json(write_sweep(found, tmp_path / "new").read_text()) == found
+    assert (tmp_path / "new" / SWEEP_FILE).is_file()
 
 
 def test_sentences_and_prompts_that_do_not_fit_are_refused():
@@ -39,8 +47,8 @@ def test_sentences_and_prompts_that_do_not_fit_are_refused():
         measure(prompt_tokens=[4, 500])
 
 
-def cell(batch, sentence, ratio, lookup=None):
-    return Cell(
+def point(batch, sentence, ratio, lookup=None):
+    return SweepPoint(
         batch_size=batch,
         prompt_tokens=32,
         sentence_tokens=sentence,
@@ -53,13 +61,13 @@ def cell(batch, sentence, ratio, lookup=None):
 
 
 def test_advice_names_the_losing_points_and_what_to_take_there():
-    def of(*cells):
-        return advice(SpeedSweep(new_tokens=1, repeats=1, cells=list(cells)))
+    def of(*points):
+        return sweep_advice(SpeedSweep(new_tokens=1, repeats=1, points=list(points)))
 
-    assert of(cell(1, 8, 3.0, 1.1)) == ["Break-even: none in this grid, it is faster everywhere."]
-    small = of(cell(1, 2, 0.7, 1.5), cell(1, 8, 2.0, 1.5))
+    assert of(point(1, 8, 3.0, 1.1)) == ["Break-even: none in this grid, it is faster everywhere."]
+    small = of(point(1, 2, 0.7, 1.5), point(1, 8, 2.0, 1.5))
     assert "sentences of 2: 0.70x" in small[0]
     assert "speculative" in small[1]
     assert "Prompt lookup is faster" in small[2]
     assert "1.50x against 0.70x" in small[2]
-    assert "arithmetic" in of(cell(64, 2, 0.9))[1]
+    assert "arithmetic" in of(point(64, 2, 0.9))[1]

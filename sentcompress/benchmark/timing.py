@@ -1,20 +1,32 @@
-"""What is timed: the backbone's own ``generate``, and the sentence model, on the same tokens."""
+"""What is timed, and the clock: two models, prompts of the same tokens, and systems that continue them in turns.
+
+The backbone runs in transformers' own ``generate``, the sentence model in its generator. Both write the same number of
+tokens after the same prompts.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from sentcompress.benchmark.measurements.data import draw_lengths, heldout_text
+from sentcompress.benchmark.models import DTYPES, Missing, Parts
+from sentcompress.contracts.causal_lm import position_limit
+from sentcompress.errors import InputError
+from sentcompress.estimate.shapes import random_models, random_sentences
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.backbone_cache import Prefix
+from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
 from sentcompress.recipe.choices import CacheKind, HeadKind
@@ -26,10 +38,63 @@ IN_PLACE = "backbone, static cache"
 INT8 = "backbone, 8-bit weights"
 SENTENCES = "sentence model"
 
+LOOKUP_TOKENS = 10
+"""Tokens that prompt lookup proposes at once."""
+HELDOUT_SENTENCES = 2000
+RANDOM_SENTENCES = 400
+
+
+@dataclass(frozen=True)
+class SpeedModels:
+    """The two models that are timed against each other, and text to make prompts of.
+
+    Attributes:
+        sentences: held-out text, or random tokens in sentences of held-out lengths.
+        trained: False for random weights.
+    """
+
+    model: SentenceLM
+    backbone: PreTrainedModel
+    sentences: list[list[int]]
+    trained: bool
+
+    @property
+    def bos_token_id(self) -> int:
+        """The token before a text, for the backbone."""
+        return int(self.model.config.vae_config.bos_token_id)
+
+
+def speed_models(parts: Parts) -> SpeedModels:
+    """The models of a run's folder, or random weights in the recipe's shapes where there is no folder."""
+    recipe, dtype = parts.recipe, DTYPES[parts.recipe.bench.dtype]
+    if parts.folder is not None:
+        sentences = heldout_text(parts.corpus, HELDOUT_SENTENCES)
+        model, backbone = parts.sentence_lm, _token_level_model(parts)
+        # Other measurements need their models unchanged; sharded models have this dtype everywhere.
+        if dtype != torch.float32 and not parts.is_spread:
+            model, backbone = copy.deepcopy(model).to(dtype), copy.deepcopy(backbone).to(dtype)
+        return SpeedModels(model, backbone, sentences, trained=True)
+    model, backbone = random_models(recipe)
+    vae = model.config.vae_config
+    lengths = draw_lengths(parts.corpus, RANDOM_SENTENCES, recipe.seed + 1)
+    sentences = random_sentences(
+        [min(n, vae.max_sentence_tokens) for n in lengths], vae.vocab_size, recipe.seed
+    )
+    model = quantize(parts.place(model, dtype), recipe.bench.quantize)
+    return SpeedModels(model, parts.place(backbone, dtype), sentences, trained=False)
+
+
+def _token_level_model(parts: Parts) -> PreTrainedModel:
+    """The backbone before training; where it cannot be loaded, the baseline, which is as fast."""
+    try:
+        return parts.backbone
+    except Missing:
+        return parts.baseline
+
 
 @dataclass
 class Prompt:
-    """One prompt, the same tokens for every system: as sentences, and joined."""
+    """One prompt as sentences, and as the same tokens joined."""
 
     sentences: list[list[int]]
 
@@ -39,7 +104,7 @@ class Prompt:
 
 
 def make_prompts(sentences: Sequence[Sequence[int]], tokens: int, count: int) -> list[Prompt]:
-    """Prompts of exactly ``tokens`` tokens each, from consecutive sentences of the text, the last cut short."""
+    """Make prompts of exactly ``tokens`` tokens from consecutive sentences; the last sentence is cut short."""
     source = itertools.cycle([list(ids) for ids in sentences])
     prompts = []
     for _ in range(count):
@@ -53,27 +118,31 @@ def make_prompts(sentences: Sequence[Sequence[int]], tokens: int, count: int) ->
 
 
 class System:
-    """Something that continues prompts."""
+    """A model with settings that continues prompts."""
 
     name: str
     model: Any
     note = ""
-    reads = True
-    """False where the prompt has been read before, so that neither the prefill nor a whole run can be timed."""
+    reads_prompts = True
+    """False where the prompts are in the cache already: then neither prefill nor whole runs are timed."""
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
         """Read the prompts."""
 
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
-        """Write ``new_tokens`` for each; return how many were written for the shortest."""
+        """Write ``new_tokens`` after each prompt; return how many the shortest continuation has."""
         raise NotImplementedError
 
 
 class TokenSystem(System):
-    """The backbone in transformers ``generate``, greedy."""
+    """The backbone in transformers' ``generate``, greedy.
 
-    def __init__(self, name: str, model: PreTrainedModel, bos_token_id: int, **switches: Any) -> None:
-        self.name, self.model, self.bos, self.switches = name, model.eval(), bos_token_id, switches
+    Args:
+        options: more arguments of ``generate``.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, bos_token_id: int, **options: Any) -> None:
+        self.name, self.model, self.bos, self.options = name, model.eval(), bos_token_id, options
         self.device = next(model.parameters()).device
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -93,13 +162,13 @@ class TokenSystem(System):
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=self.model.config.pad_token_id,
-            **self.switches,
+            **self.options,
         )
         return int(output.shape[1] - inputs["input_ids"].shape[1])
 
 
 class SentenceSystem(System):
-    """The SentenceLM with forced sentence lengths, so that the number of new tokens is the same."""
+    """The SentenceLM with forced sentence lengths, so that it writes as many tokens as the backbone."""
 
     name = SENTENCES
 
@@ -120,7 +189,7 @@ class SentenceSystem(System):
         self.head = self.generator.head(head, shortlist_tokens)
 
     def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
-        """The same system held to other lengths."""
+        """The same system with other forced lengths."""
         other = copy.copy(self)
         other.lengths = tuple(sentence_lengths)
         return other
@@ -152,7 +221,7 @@ def both_systems(
     settings: BenchSettings,
     bos_token_id: int,
 ) -> tuple[TokenSystem, SentenceSystem]:
-    """The backbone as it is used most, and the sentence model as the recipe wants it timed."""
+    """The backbone with its usual cache, and the sentence model with the settings of the recipe."""
     ours = SentenceSystem(
         model,
         sentence_lengths,
@@ -164,7 +233,19 @@ def both_systems(
     return TokenSystem(BACKBONE, backbone, bos_token_id), ours
 
 
+def require_positions(backbone: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a text that is longer than the backbone's positions. Raises InputError."""
+    limit = position_limit(backbone.config)
+    if prompt_tokens + new_tokens + 1 > limit:
+        raise InputError(
+            f"bench: a prompt of {prompt_tokens} tokens and {new_tokens} new ones exceed the backbone's {limit} "
+            "positions",
+            fix="lower bench.prompt_tokens or bench.new_tokens",
+        )
+
+
 def seconds(system: System, call: Callable[[Any], Any]) -> float:
+    """Seconds that a call takes with the system; on a GPU until its work is done."""
     _synchronize(system)
     began = time.perf_counter()
     call(system)
@@ -175,10 +256,21 @@ def seconds(system: System, call: Callable[[Any], Any]) -> float:
 def alternate(
     systems: Sequence[System], prompts: Sequence[Prompt], new_tokens: int, repeats: int
 ) -> list[list[float]]:
-    """Seconds of each system's whole run, by repeat: in turns; the models are warm from the runs before."""
+    """Seconds of each system's whole run, by repeat. Systems take turns; earlier runs have warmed them up."""
     return [[seconds(s, lambda s: s.write(prompts, new_tokens)) for s in systems] for _ in range(repeats)]
 
 
 def _synchronize(system: System) -> None:
     if next(system.model.parameters()).device.type == "cuda":
         torch.cuda.synchronize()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings at every ``generate`` about settings that are intended."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

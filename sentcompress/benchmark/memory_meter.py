@@ -1,4 +1,4 @@
-"""Memory: exact cache bytes a token of text, the slope of allocated memory, the longest context in a budget."""
+"""Memory: exact cache bytes per token of text, slope of allocated memory, longest context in a budget."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe.choices import CacheKind
 
 UNLIMITED_TEXT = 2048
-"""Tokens of the text where the backbone names no limit, as with ALiBi."""
+"""Tokens of text measured where the backbone has no limit, as with ALiBi."""
 SLOPE_TOKENS = 512
-"""Tokens over which a slope is taken at least: a cache that grows by some cells at a time jumps within fewer."""
-BUDGET = 2**30
-"""Bytes of cache the longest context is computed for unless told otherwise."""
+"""The fewest tokens for a slope: over fewer, the steps in which a cache grows distort it."""
+BUDGET_BYTES = 2**30
+"""Default bytes of cache for which the longest context is computed."""
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and their peak: the same on every device, and exact.
+    """Counts the bytes of live tensors, and their peak: exact, and the same on every device.
 
-    Tensors that existed before (the weights) are not counted.
+    Tensors made before (the weights) are not counted.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class MemoryMeter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._sizes or key in known:  # a view, or written in place
+            if key in self._sizes or key in given:  # a view, or written in place
                 continue
             self._sizes[key] = storage.nbytes()
             self.live += storage.nbytes()
@@ -70,7 +70,7 @@ def cache_tensors(cache: Any) -> list[Tensor]:
     """The keys and values of a transformers cache."""
     found = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     if not found:
-        raise RunError(f"the cache of type {type(cache).__name__} holds no tensors that could be counted")
+        raise RunError(f"the cache of type {type(cache).__name__} has no tensors that can be counted")
     return found
 
 
@@ -80,7 +80,7 @@ def tensor_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, a shared one once."""
+    """Bytes of all parameters; shared ones count once."""
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
@@ -93,15 +93,15 @@ def measure_memory(
     sentence_lengths: Sequence[int],
     new_tokens: int,
     bos_token_id: int,
-    budget: int = BUDGET,
+    budget: int = BUDGET_BYTES,
     cache: CacheKind = "full",
 ) -> list[MemoryReport]:
     """Measure both models on the same text.
 
     Args:
-        sentences: held-out text (or random tokens): a text of as many tokens as the backbone has positions.
-        sentence_lengths: lengths the sentence model writes in the slope's run.
-        new_tokens: tokens generated there, at least :data:`SLOPE_TOKENS` where the backbone has positions for them.
+        sentences: held-out text (or random tokens); as many tokens are used as the backbone has positions.
+        sentence_lengths: forced lengths of the sentences written for the slope.
+        new_tokens: tokens generated for the slope, at least :data:`SLOPE_TOKENS` if the backbone has the positions.
         cache: how the sentence model keeps the backbone's keys and values.
     """
     limit = position_limit(backbone.config)
@@ -116,12 +116,12 @@ def measure_memory(
     ]
 
 
-def _take(sentences: Sequence[Sequence[int]], tokens: int, cells: int) -> list[list[int]]:
-    """Whole sentences from the beginning, at most so many tokens and cells; at least one sentence."""
+def _take(sentences: Sequence[Sequence[int]], tokens: int, count: int) -> list[list[int]]:
+    """Whole sentences from the beginning: at most ``count``, and of at most ``tokens`` tokens; at least one."""
     chosen: list[list[int]] = []
     total = 0
     for sentence in sentences:
-        if chosen and (total + len(sentence) > tokens or len(chosen) == cells):
+        if chosen and (total + len(sentence) > tokens or len(chosen) == count):
             break
         chosen.append(list(sentence)[:tokens])
         total += len(chosen[-1])
@@ -179,12 +179,12 @@ def _sentence_report(
     cache: CacheKind,
 ) -> MemoryReport:
     generator = SentenceGenerator(model, None)
-    generator.head("auto")  # made once, whatever the length of the text
-    # The start cell is there once, whatever the length of the text: it is not counted to the text's tokens.
-    cells = generator.prefill([text], cache)
-    if not cells.cache_bytes:
-        raise RunError("the backbone's cache is more than keys and values: its bytes cannot be counted")
-    per_position = cells.cache_bytes // (cells.counts[0] * model.latents)
+    generator.head("auto")  # made before anything is counted: it does not grow with the text
+    # The start position is the same for every text: it is not counted as part of the text.
+    prefilled = generator.prefill([text], cache)
+    if not prefilled.cache_bytes:
+        raise RunError("the backbone's cache holds more than keys and values, so its bytes cannot be counted")
+    per_position = prefilled.cache_bytes // (prefilled.counts[0] * model.latents)
     per_token = per_position * model.latents * len(text) / tokens
     transient = decoder_cache_bytes(model)
     settings = GenerationSettings(
@@ -214,7 +214,7 @@ def _sentence_report(
 
 @torch.no_grad()
 def decoder_cache_bytes(model: SentenceLM) -> int:
-    """Bytes of the decoder's keys and values of one text, after a sentence as long as they get."""
+    """Bytes of the decoder's keys and values for one text, after the longest sentence it can write."""
     decoder: Any = model.vae.decoder
     latents = model.termination.weight.new_zeros(1, model.latents, model.vae.config.hidden_size)
     cache = decoder.allocate(1, latents)
@@ -225,7 +225,7 @@ def decoder_cache_bytes(model: SentenceLM) -> int:
 
 
 def _series(generate: Callable[[Callable[[int], None]], None]) -> list[tuple[int, int]]:
-    """Tokens of text, and the peak of allocated bytes since the point before."""
+    """Tokens of text, and peak of allocated bytes since the previous point."""
     points: list[tuple[int, int]] = []
     with _meter() as meter:
         generate(lambda tokens: points.append((tokens, meter.lap())))
@@ -240,7 +240,7 @@ def _meter() -> Iterator[MemoryMeter]:
 
 
 def _slope(series: Sequence[tuple[int, int]]) -> float:
-    """Bytes a token of a straight line through the points; the first ones are the prompt's, not the growth's."""
+    """Bytes per token, by a straight line through the points without the first ones, which are the prompt's."""
     points = np.array(series[len(series) // 10 :], dtype=np.float64)
     if len(np.unique(points[:, 0])) < 2:
         return 0.0
