@@ -84,7 +84,7 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
                     os.fsync(file.fileno())
             os.replace(temporary, path)
             if durable:
-                _fsync(path.parent)
+                fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -119,7 +119,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         gone = set_aside(path)
         os.rename(temporary, path)
         shutil.rmtree(gone, ignore_errors=True)
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -142,9 +142,9 @@ def move_files(source: Path, target: Path, last: str) -> None:
             if path.is_dir():
                 shutil.rmtree(target / path.name, ignore_errors=True)
             if path.name == last:
-                _fsync(target)
+                fsync(target)
             os.replace(path, target / path.name)
-        _fsync(target)
+        fsync(target)
 
 
 def fsync_tree(folder: Path) -> None:
@@ -156,14 +156,17 @@ def fsync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             (Path(root) / name).chmod(mode)
-            _fsync(Path(root) / name)
-        _fsync(Path(root))
+            fsync(Path(root) / name)
+        fsync(Path(root))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(
+        path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
+    )  # Windows flushes only what it may write
     try:
         os.fsync(descriptor)
     finally:

@@ -1,30 +1,40 @@
-"""The token cache's folders: their key, their proof of wholeness, and their atomic publication. No torch."""
+"""The token cache: the key of a corpus, and folders that are built once, checked, and published whole. No torch."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Segmenter
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, SentCompressError, StorageError
+from sentcompress.files import file_digest, fsync, open_lock_file, try_lock, wait_for_lock
 
 FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""
 META = "meta.json"
 VARIABLE = "SENTCOMPRESS_CACHE"
 VERIFY_LIMIT = 4 << 30
-"""Larger caches are checked by file sizes only, since reading them whole would take minutes."""
+"""Larger caches are checked by file sizes only, since reading them would take minutes."""
+_MAX_BUILDS = 3
+"""Another process may damage or replace a cache folder after it was published and before it is opened."""
+_STALE_SECONDS = 24 * 3600.0
+
+T = TypeVar("T")
 
 
 class CacheDamage(Exception):
@@ -35,22 +45,22 @@ def cache_root() -> Path:
     """``$SENTCOMPRESS_CACHE``, or ``~/.cache/sentcompress``.
 
     Raises:
-        InputError: it is no path that a folder can have.
+        InputError: no folder can have this path.
     """
     value = os.environ.get(VARIABLE)
-    name = f"{VARIABLE}={value}" if value else f"~/.cache/sentcompress, where {VARIABLE} is not set"
+    name = f"{VARIABLE}={value}" if value else f"~/.cache/sentcompress ({VARIABLE} is not set)"
     try:
         path = Path(value or "~/.cache/sentcompress").expanduser()
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):  # it is made, or refused, when it is written
+    except (FileNotFoundError, NotADirectoryError):  # created, or refused, when it is written
         return path
     except RuntimeError:
         raise InputError(
-            f"{name}: no home folder of that user is known", fix=f"write the path of a folder in {VARIABLE}"
+            f"{name}: no home folder of that user is known", fix=f"set {VARIABLE} to the path of a folder"
         ) from None
     except OSError as error:
         raise InputError(
-            f"{name}: cannot be used as token cache: {error.strerror}",
+            f"{name}: cannot be used as the token cache: {error.strerror}",
             fix=f"set {VARIABLE} to the path of a folder that you may write to",
         ) from None
     if not stat.S_ISDIR(mode):
@@ -63,11 +73,9 @@ def digest(text: str | bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def key_parts(
-    dataset: Dataset, segmenter: Segmenter, backend: Tokenizer, heldout_documents: int
-) -> dict[str, Any]:
-    """Everything that changes the content of a corpus, as JSON values."""
-    return {
+def corpus_key(dataset: Dataset, segmenter: Segmenter, backend: Tokenizer, heldout_documents: int) -> str:
+    """The name of a corpus' folder: a digest of everything that changes its content."""
+    parts = {
         "format": FORMAT,
         "dataset": {
             **_component(dataset),
@@ -81,10 +89,6 @@ def key_parts(
         },
         "tokenizer": digest(backend.to_str()),
     }
-
-
-def key_of(parts: dict[str, Any]) -> str:
-    """The folder's name."""
     return digest(json.dumps(parts, sort_keys=True))[:24]
 
 
@@ -99,7 +103,7 @@ def _component(component: Dataset | Segmenter) -> dict[str, Any]:
 
 
 def _code_of(cls: type) -> str:
-    """A digest of the source file that defines a class: one being written changes without a new version."""
+    """A digest of the source file that defines a class: code under development changes without a new version."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     try:
         return digest(Path(file).read_bytes()) if file else ""
@@ -109,7 +113,7 @@ def _code_of(cls: type) -> str:
 
 @cache
 def _version_of(module: str) -> str:
-    """Version of the distribution that has a module; empty when it is in none."""
+    """The version of the distribution that contains a module; empty if there is none."""
     top = module.partition(".")[0]
     try:
         return metadata.version(top)
@@ -119,16 +123,48 @@ def _version_of(module: str) -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def open_cached(
+    folder: Path,
+    key: str,
+    read: Callable[[dict[str, Any]], T],
+    fill: Callable[[Path], dict[str, Any]],
+    say: Callable[[str], None],
+) -> T:
+    """Open a cache folder; build it first if it is missing or damaged.
+
+    Args:
+        read: opens the folder, given its ``meta.json``.
+        fill: writes the files into an empty folder and returns what ``meta.json`` should say.
+        say: gets a line when there is something to wait for or to repair.
+
+    Raises:
+        StorageError: the cache cannot be written.
+        InputError: no folder can have its path.
+    """
+    builds = 0
+    while builds < _MAX_BUILDS:
+        try:
+            return read(read_meta(folder, key))
+        except (CacheDamage, FileNotFoundError) as damage:
+            with build_folder(folder, say) as temporary:
+                if temporary is None:  # another process was building it
+                    continue
+                if folder.exists():
+                    say(f"token cache {folder}: {damage}; building it again")
+                _seal(temporary, {"format": FORMAT, "key": key, **fill(temporary)})
+                _publish(temporary, folder, key)
+                builds += 1
+    raise StorageError(
+        f"the token cache {folder} is damaged again as soon as it is built",
+        fix=f"check that disk, or set {VARIABLE} to a folder on another one",
+    )
 
 
 def read_meta(folder: Path, key: str) -> dict[str, Any]:
     """``meta.json`` of a whole cache folder.
 
     Raises:
-        CacheDamage: a file is missing, of another size, or does not have its recorded checksum.
+        CacheDamage: a file is missing, or has another size or checksum than recorded.
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -149,33 +185,23 @@ def read_meta(folder: Path, key: str) -> dict[str, Any]:
     return meta
 
 
-def is_whole(folder: Path, key: str) -> bool:
-    """Whether :func:`read_meta` finds nothing wrong."""
-    try:
-        read_meta(folder, key)
-    except CacheDamage:
-        return False
-    return True
-
-
-def seal(folder: Path, meta: dict[str, Any]) -> None:
+def _seal(folder: Path, meta: dict[str, Any]) -> None:
     """Flush every file of a folder to the disk and record sizes and checksums in ``meta.json``."""
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"size": path.stat().st_size, "blake2b": file_digest(path)}
-        _flush(path)
+        fsync(path)
     path = folder / META
     path.write_text(json.dumps({**meta, "files": files}, indent=1, ensure_ascii=True), encoding="utf-8")
-    _flush(path)
-    _flush(folder)
+    fsync(path)
+    fsync(folder)
 
 
-def publish(temporary: Path, final: Path, key: str) -> None:
+def _publish(temporary: Path, final: Path, key: str) -> None:
     """Rename a sealed folder to its final name.
 
-    Another process may be publishing the same corpus at the same time; the first whole one stays, and a
-    damaged one is moved away. Nothing is ever written into a published
-    folder, so readers that have it open are safe.
+    Another process may be publishing the same corpus at the same time: the first whole folder stays, and a damaged one
+    is moved away. Nothing is ever written into a published folder, so readers that have it open are safe.
     """
     for _ in range(10):
         try:
@@ -183,26 +209,126 @@ def publish(temporary: Path, final: Path, key: str) -> None:
         except OSError:
             if not final.exists():
                 raise
-            if is_whole(final, key):
+            with suppress(CacheDamage):
+                read_meta(final, key)
                 shutil.rmtree(temporary)
                 return
-            rubbish = final.with_name(f".{final.name}.{uuid4().hex[:8]}.old")
+            damaged = final.with_name(f".{final.name}.{uuid4().hex[:8]}.old")
             try:
-                os.rename(final, rubbish)
+                os.rename(final, damaged)
             except FileNotFoundError:
                 continue
-            shutil.rmtree(rubbish, ignore_errors=True)
+            shutil.rmtree(damaged, ignore_errors=True)
         else:
-            _flush(final.parent)
+            fsync(final.parent)
             return
     raise OSError(f"{final} keeps being replaced by other processes")
 
 
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+@contextmanager
+def build_folder(final: Path, say: Callable[[str], None]) -> Iterator[Path | None]:
+    """An empty folder to fill and publish as ``final``; it is deleted when the block ends, whatever happens in it.
+
+    If another process is building the same folder, wait until it has finished or died, and yield None: look again.
+    On a file system without locks nobody waits, and several processes may build the same folder at once.
+
+    Raises:
+        StorageError: the cache cannot be written.
+        InputError: no folder can have its path.
+    """
+    temporary: Path | None = None
+    with _storage_refusals(final.parent), _build_lock(final, say) as locked:
+        if locked is False:
+            yield None
+            return
+        # The name tells where a folder is built under a lock: there, without its lock, it belongs to a dead process.
+        host = f"{_boot_id()}-" if locked else ""
+        temporary = final.with_name(f".{final.name}.{host}{uuid4().hex[:8]}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            _remove_leftovers(temporary, final)
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _storage_refusals(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses in the block into an error that names the cache's folder."""
     try:
-        os.fsync(handle)
+        yield
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: OSError) -> SentCompressError:
+    message = f"cannot write the token cache {folder}: {error.strerror or error}"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return InputError(message, fix=f"set {VARIABLE} to the path of a folder")
+    return StorageError(message, fix=f"free some space there, or set {VARIABLE} to a folder with room")
+
+
+@contextmanager
+def _build_lock(final: Path, say: Callable[[str], None]) -> Iterator[bool | None]:
+    """Hold the lock of a cache folder.
+
+    Yields:
+        False after waiting for another process that held it, None if there are no locks here.
+    """
+    path = _lock_file(final)
+    descriptor = open_lock_file(path)
+    try:
+        locked = None if descriptor is None else try_lock(descriptor)
+        if descriptor is not None and locked is False:
+            say(f"another process is tokenizing this corpus; waiting for it (it holds {path})")
+            wait_for_lock(descriptor)
+        yield locked
     finally:
-        os.close(handle)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock_file(final: Path) -> Path:
+    # Never deleted: a process that has it open would hold another lock than the next one, which opens a new file.
+    return final.parent.parent / "locks" / f"{final.parent.name}-{final.name}"
+
+
+@cache
+def _boot_id() -> str:
+    """A name for this machine since it started: on some network file systems others do not see its locks."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    text = socket.gethostname() + (boot.read_text(encoding="ascii") if boot.exists() else "")
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _remove_leftovers(own: Path, final: Path) -> None:
+    """Delete what killed builds left behind: at once if the lock shows that they are dead, else after a day.
+
+    Both times are the file system's, so nothing looks old only because a clock was changed.
+    """
+    now = own.stat().st_mtime
+    for path in own.parent.glob(".*.tmp"):
+        if path == own:
+            continue
+        with suppress(FileNotFoundError), _held_if_dead(path, own, final) as dead:
+            if dead or now - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+    for path in own.parent.glob(".*.old"):  # a damaged folder that some process was about to delete
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _held_if_dead(path: Path, own: Path, final: Path) -> Iterator[bool]:
+    """Whether a temporary folder's process is known to be dead; its lock is held meanwhile, so none can start."""
+    _, key, made, _ = path.name.split(".") if path.name.count(".") == 3 else ("", "", "", "")
+    if not made.startswith(f"{_boot_id()}-"):
+        yield False
+    elif key == final.name:
+        yield own.name.startswith(f".{key}.{_boot_id()}-")  # this process holds the lock already
+    else:
+        descriptor = open_lock_file(_lock_file(final.with_name(key)))
+        try:
+            yield descriptor is not None and try_lock(descriptor) is True
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A corpus: documents cut into sentences and tokenized once, memory-mapped from the token cache. No torch."""
+"""A corpus: documents split into sentences and tokenized once, memory-mapped from the token cache. No torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,8 @@ from tokenizers import Tokenizer
 from sentcompress.contracts import Dataset, Document, Segmenter
 from sentcompress.errors import DataError, PluginError, SentCompressError
 from sentcompress.registry import describe_component
-from sentcompress.text.arrays import GrowingArray, growing_arrays
-from sentcompress.text.building import ATTEMPTS, build_folder, damaged_again
-from sentcompress.text.cache import (
-    FORMAT,
-    CacheDamage,
-    cache_root,
-    key_of,
-    key_parts,
-    publish,
-    read_meta,
-    seal,
-)
-from sentcompress.text.documents import DocumentFile
+from sentcompress.text.cache import cache_root, corpus_key, open_cached
+from sentcompress.text.documents import DocumentFile, GrowingArray, growing_arrays
 from sentcompress.text.encoding import Encoded, choose_workers, encode_documents, token_dtype
 from sentcompress.text.heldout import choose_heldout, first_copies
 from sentcompress.text.progress import Bar, speaker
@@ -48,14 +37,14 @@ _ARRAYS = (
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _HISTOGRAM_BINS = 32
 COUNTED_TOKENS = 2_000_000
-"""Tokens counted for the frequencies of all; enough for one figure a token."""
+"""Tokens that are counted to estimate how frequent each token is."""
 
 
 class Corpus:
-    """Read-only arrays of a tokenized corpus. Sentences and documents are numbered from 0.
+    """The read-only arrays of a tokenized corpus. Sentences and documents are numbered from 0.
 
     Attributes:
-        key: changes with everything that changes the content.
+        key: digest of everything that changes the content.
         tokens: all sentences' tokens, without special tokens.
         sentence_offsets: ``[S + 1]`` into ``tokens``.
         sentence_bytes: ``[S]`` UTF-8 bytes of each sentence.
@@ -102,7 +91,7 @@ class Corpus:
         return self.tokens[self.sentence_offsets[index] : self.sentence_offsets[index + 1]].astype(np.int64)
 
     def sentence_text(self, index: int) -> str:
-        """A sentence's text, exactly as it stands in its document."""
+        """A sentence's text, exactly as in its document."""
         start = int(self._sentence_starts[index])
         return bytes(self._text[start : start + int(self.sentence_bytes[index])]).decode("utf-8")
 
@@ -122,7 +111,7 @@ class Corpus:
         return bytes(self._text[begin:end]).decode("utf-8")
 
     def train_counts(self, vocab_size: int) -> np.ndarray:
-        """``[V]``: how often each token occurs in training documents, those of about ``COUNTED_TOKENS`` tokens."""
+        """``[V]``: how often each token occurs in about ``COUNTED_TOKENS`` tokens of training documents."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         tokens_before = self.sentence_offsets[self.document_offsets]
         total = int((tokens_before[self.train + 1] - tokens_before[self.train]).sum())
@@ -176,74 +165,63 @@ def build_corpus(
     workers: int | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """Open the corpus from the token cache, building it first where it is not there whole.
+    """Open the corpus from the token cache; build it first if it is missing or damaged.
 
     Afterwards the segmenter is prepared: from training documents only, or from the cached state.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        cache_dir: in place of ``$SENTCOMPRESS_CACHE`` or ``~/.cache/sentcompress``.
+        cache_dir: used instead of ``$SENTCOMPRESS_CACHE`` or ``~/.cache/sentcompress``.
         workers: processes; None chooses by the size of the text.
-        progress: show a bar and say what was found.
+        progress: show a progress bar and messages.
 
     Raises:
-        DataError: documents cannot be read, or are too few.
+        DataError: documents cannot be read, or there are too few.
         PluginError: the segmenter or dataset failed, or the segmenter loses text or does not return.
         StorageError: the cache cannot be written.
     """
     backend = plain_backend(tokenizer)
     wanted = int(getattr(dataset.options, "heldout_documents", 20))
-    key = key_of(key_parts(dataset, segmenter, backend, wanted))
+    key = corpus_key(dataset, segmenter, backend, wanted)
     folder = (cache_dir or cache_root()) / "corpora" / key
     console = speaker(progress)
-    built = 0
-    while built < ATTEMPTS:
-        try:
-            corpus = Corpus(folder, read_meta(folder, key), backend)
-        except (CacheDamage, FileNotFoundError) as damage:
-            with build_folder(folder, console.print) as temporary:
-                if temporary is None:  # another process was building it
-                    continue
-                if folder.exists():
-                    console.print(f"token cache {folder}: {damage}; building it again")
-                meta = _Builder(dataset, segmenter, tokenizer, backend, console).fill(
-                    temporary, wanted, workers
-                )
-                seal(temporary, {"format": FORMAT, "key": key, **meta})
-                publish(temporary, folder, key)
-                built += 1
-        else:
-            # The state in the cache counts, even after a build: another process may have been faster.
-            if segmenter.tokenizer is not tokenizer or segmenter.state() != corpus.meta["segmenter_state"]:
-                segmenter.load_state(corpus.meta["segmenter_state"])
-                _prepare(segmenter, tokenizer, None)
-            return corpus
-    raise damaged_again(folder)
+    builder = _Builder(dataset, segmenter, tokenizer, backend, console)
+    corpus = open_cached(
+        folder,
+        key,
+        lambda meta: Corpus(folder, meta, backend),
+        lambda empty: builder.fill(empty, wanted, workers),
+        console.print,
+    )
+    # The state in the cache counts, even after a build: another process may have been faster.
+    if segmenter.tokenizer is not tokenizer or segmenter.state() != corpus.meta["segmenter_state"]:
+        segmenter.load_state(corpus.meta["segmenter_state"])
+        _prepare(segmenter, tokenizer, None)
+    return corpus
 
 
 class _Builder:
-    """Builds one cache folder: texts first, then the held-out choice, the segmenter, the tokens."""
+    """Builds a corpus' folder: the texts, the choice of held-out documents, the segmenter's state, the tokens."""
 
     def __init__(
         self, dataset: Dataset, segmenter: Segmenter, tokenizer: Any, backend: Tokenizer, console: Console
     ) -> None:
         self.dataset, self.segmenter, self.tokenizer, self.backend = dataset, segmenter, tokenizer, backend
         self.console = console
-        self.empty = 0
-        self.surrogates = 0
 
     def fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
-        """Write the arrays into an empty folder; return what ``meta.json`` is to say."""
+        """Write the arrays into an empty folder; return what ``meta.json`` should say."""
         began = time.monotonic()
+        self.empty = self.surrogates = 0
         documents = DocumentFile(folder)
         documents.fill(self._texts())
-        self._say_what_was_left_out()
+        self._report_repairs()
         heldout = choose_heldout(documents.hashes, wanted)
         if len(heldout) < wanted:
             self.console.print(
-                f"{len(documents)} documents: {len(heldout)} held out, not {wanted} (half of them at most)"
+                f"{len(documents)} documents: {len(heldout)} are held out instead of {wanted} (at most half)"
             )
-        learned = bool(self.segmenter.state())  # it came with a model: keep what it knows
+        learned = bool(self.segmenter.state())  # it came with a model: keep its state
         texts = None if learned else documents.texts(lambda index: index not in heldout)
         _prepare(self.segmenter, self.tokenizer, texts)
         workers = workers or choose_workers(documents.size)
@@ -258,7 +236,7 @@ class _Builder:
             workers,
             self.console.print,
         )
-        with closing(results):  # so that its processes end before anything else, whatever happens
+        with closing(results):  # its processes end first, whatever happens
             too_long = self._write_arrays(folder, documents, results, heldout, scored)
         return {
             "dtype": dtype,
@@ -274,7 +252,7 @@ class _Builder:
         }
 
     def _texts(self) -> Iterator[tuple[bytes, str]]:
-        """The documents that have text, as bytes, and their sources; datasets are read once only."""
+        """The documents that have text, as bytes, with their sources. A dataset is read only once."""
         limit = getattr(self.dataset.options, "max_documents", None)
         for document in islice(self._documents(), limit):
             text, replaced = _SURROGATES.subn("\ufffd", document.text)
@@ -284,7 +262,7 @@ class _Builder:
             self.surrogates += replaced
             yield text.encode("utf-8"), document.source
 
-    def _say_what_was_left_out(self) -> None:
+    def _report_repairs(self) -> None:
         if self.empty:
             self.console.print(f"{self.empty} empty document(s) skipped")
         if self.surrogates:
@@ -296,7 +274,7 @@ class _Builder:
                 if not isinstance(document, Document) or not isinstance(document.text, str):
                     raise PluginError(
                         f"{describe_component('dataset', self.dataset)} must yield Document(text, source) "
-                        f"with strings, not {repr(document)[:80]}",
+                        f"with strings, but yielded {repr(document)[:80]}",
                         fix="report this to its author",
                     )
                 yield document
@@ -314,11 +292,11 @@ class _Builder:
         heldout: set[int],
         scored: set[int],
     ) -> int:
-        """Write what is encoded as it comes; return how many pieces had to be split further.
+        """Write encoded documents as they come; return how many sentences had to be split further.
 
         Args:
             heldout: documents that are not trained on.
-            scored: of these, those that are scored.
+            scored: those of them that are scored.
         """
         too_long = done = 0
         has_tokens = bytearray()
@@ -340,8 +318,8 @@ class _Builder:
                 bar.advance(int(part.byte_lengths.sum()))
             counts = {name: arrays[name].length for name in ("train", "heldout")}
         if not all(counts.values()):
-            raise DataError("too few documents have tokens", fix="add documents with text in them")
-        # A document the tokenizer has no tokens for has no sentences: it is left out like an empty one.
+            raise DataError("too few documents have any tokens", fix="add documents that contain text")
+        # A document for which the tokenizer has no tokens has no sentences: it is left out like an empty one.
         self.empty += has_tokens.count(0)
         documents.write_sources(folder / "sources.json", map(bool, has_tokens))
         return too_long
@@ -356,7 +334,7 @@ class _Builder:
         heldout: set[int],
         scored: set[int],
     ) -> None:
-        """Add documents from number ``first`` on, before which there are so many tokens."""
+        """Append the documents from number ``first`` on; ``tokens`` tokens were written before them."""
         sentences, kept = part.sentences, np.flatnonzero(part.sentences)
         before = arrays["sentence_bytes"].length
         arrays["sentence_offsets"].append(tokens + np.cumsum(part.lengths))
@@ -368,11 +346,11 @@ class _Builder:
         arrays["sentence_starts"].append(running + np.repeat(begins - running[firsts], sentences[kept]))
         number = arrays["document_offsets"].length - 1
         arrays["document_offsets"].append(before + np.cumsum(sentences[kept]))
-        places = [first + index for index in kept.tolist()]
-        trained = [number + i for i, place in enumerate(places) if place not in heldout]
-        arrays["train"].append(np.array(trained, dtype=np.int64))
-        measured = [number + i for i, place in enumerate(places) if place in scored]
-        arrays["heldout"].append(np.array(measured, dtype=np.int64))
+        indexes = (first + kept).tolist()
+        train = [number + i for i, index in enumerate(indexes) if index not in heldout]
+        arrays["train"].append(np.array(train, dtype=np.int64))
+        test = [number + i for i, index in enumerate(indexes) if index in scored]
+        arrays["heldout"].append(np.array(test, dtype=np.int64))
 
 
 def _prepare(segmenter: Segmenter, tokenizer: Any, documents: Iterator[str] | None) -> None:

@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from sentcompress.text.encoding import Span
+import numpy as np
+
 from sentcompress.text.heldout import text_hash
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a document lies in ``text.bin``."""
+
+    start: int
+    stop: int
+    source: str
 
 
 class DocumentFile:
@@ -82,3 +94,47 @@ class DocumentFile:
                 file.write((", " if number else "") + json.dumps(source))
             file.write("]")
         self._sources.unlink()
+
+
+class GrowingArray:
+    """A ``.npy`` file of one dimension that grows at its end; whole once it is closed.
+
+    Args:
+        path: of the file.
+        dtype: of its elements.
+    """
+
+    def __init__(self, path: Path, dtype: str = "int64") -> None:
+        self.dtype = np.dtype(dtype)
+        self.length = 0
+        self._file = path.open("wb")
+        self._header()
+        self._begin = self._file.tell()
+
+    def append(self, values: np.ndarray) -> None:
+        """Add ``[n]`` values."""
+        np.ascontiguousarray(values, dtype=self.dtype).tofile(self._file)
+        self.length += len(values)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._header()
+        if self._file.tell() != self._begin:  # numpy leaves room for a length of any size
+            raise RuntimeError("numpy's header has changed its size")
+        self._file.close()
+
+    def _header(self) -> None:
+        np.lib.format.write_array_header_1_0(
+            self._file,
+            {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)},
+        )
+
+
+@contextmanager
+def growing_arrays(folder: Path, *names: str) -> Iterator[dict[str, GrowingArray]]:
+    """int64 arrays by name, in ``folder/NAME.npy``, closed at the end of the block."""
+    with ExitStack() as stack:
+        arrays = {name: GrowingArray(folder / f"{name}.npy") for name in names}
+        for array in arrays.values():
+            stack.callback(array.close)
+        yield arrays

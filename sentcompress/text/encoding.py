@@ -24,23 +24,14 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError, SentCompressError
-from sentcompress.text.batches import in_batches
-from sentcompress.text.segmentation import Sentence, checked_split, tokenize_pieces
+from sentcompress.text.documents import Span
+from sentcompress.text.segmentation import Sentence, checked_split, in_batches, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
 """Text of one task: small enough for a smooth progress bar, large enough to drown the cost of passing it."""
 BYTES_PER_WORKER = 6 << 20
 """For less, starting a worker process takes longer than what it saves."""
 MAX_WORKERS = 16
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a document lies in ``text.bin``."""
-
-    start: int
-    stop: int
-    source: str
 
 
 @dataclass

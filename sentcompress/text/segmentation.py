@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import DataError, PluginError
 from sentcompress.registry import describe_component
-from sentcompress.text.batches import in_batches
 from sentcompress.text.time_limit import VARIABLE, Overtime, TimeLimit, split_seconds
 
+T = TypeVar("T")
 Sentence = tuple[str, list[int]]
 """A sentence's text and its tokens, without special tokens."""
 
@@ -177,6 +177,22 @@ def tokenize_pieces(
     if last is not None:
         yield last
     return too_long
+
+
+def in_batches(
+    items: Iterable[T], size: Callable[[T], int], enough: int, most: int | None = None
+) -> Iterator[list[T]]:
+    """Consecutive items, each list as long as it takes to be ``enough`` together; none has over ``most`` of them."""
+    batch: list[T] = []
+    together = 0
+    for item in items:
+        batch.append(item)
+        together += size(item)
+        if together >= enough or len(batch) == most:
+            yield batch
+            batch, together = [], 0
+    if batch:
+        yield batch
 
 
 def _cut(pieces: Sequence[str], longest: int) -> Iterator[str]:

@@ -1,24 +1,106 @@
-"""Samplers for token-level models: documents cut into equal sequences, and passages as rows of tokens."""
+"""Samplers for token-level models: sequences of equal length cut from whole documents, and passages as tokens.
+
+Documents are tokenized whole, not by sentences, and cached beside the corpus.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sentcompress.text.cache import open_cached
 from sentcompress.text.corpus import Corpus
-from sentcompress.text.order import Epochs
-from sentcompress.text.sampling import Batch, Passage, PassageSampler, check_counts, pad
-from sentcompress.text.whole import open_whole
+from sentcompress.text.encoding import offsets, token_dtype
+from sentcompress.text.progress import Bar, speaker
+from sentcompress.text.sampling import Batch, Epochs, Passage, PassageSampler, check_counts, pad
+from sentcompress.text.segmentation import in_batches
 
 IGNORED = -100
-"""Label of a position that is no target (the convention of transformers)."""
+"""Label of a position without a target (the convention of transformers)."""
+_BATCH_TEXTS = 32
+_MAX_CHARACTERS = 1 << 21
+"""Characters to tokenize at once: the tokenizer's output takes 200 bytes per token."""
+
+
+@dataclass(frozen=True)
+class WholeTokens:
+    """Tokens of all documents of a corpus, without special tokens.
+
+    Attributes:
+        tokens: flat, memory-mapped.
+        offsets: ``[D + 1]`` into ``tokens``.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
+    """Open the tokens of a corpus' whole documents from the cache; tokenize them first if they are missing.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    folder = corpus.folder.parent.parent / "whole" / corpus.key
+
+    def read(meta: dict[str, Any]) -> WholeTokens:
+        return WholeTokens(
+            np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+            np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
+        )
+
+    return open_cached(
+        folder, corpus.key, read, lambda empty: _fill(empty, corpus, progress), speaker(progress).print
+    )
+
+
+def _fill(folder: Path, corpus: Corpus, progress: bool) -> dict[str, Any]:
+    dtype = token_dtype(corpus.backend)
+    counts = np.zeros(corpus.num_documents, dtype=np.int64)
+    total = int(corpus.sentence_bytes.sum())
+    with (
+        (folder / "tokens.bin").open("wb") as file,
+        Bar("tokenizing whole documents", total, enabled=progress) as bar,
+    ):
+        for batch in in_batches(_texts(corpus), lambda text: len(text[1]), _MAX_CHARACTERS, _BATCH_TEXTS):
+            texts = [text for _, text in batch]
+            # The tokenizer distributes them over its own threads.
+            encodings = corpus.backend.encode_batch_fast(texts, add_special_tokens=False)
+            for (document, _), encoding in zip(batch, encodings, strict=True):
+                np.array(encoding.ids, dtype=dtype).tofile(file)
+                counts[document] += len(encoding.ids)
+            bar.advance(sum(len(text.encode("utf-8")) for text in texts))
+    np.save(folder / "offsets.npy", offsets(counts))
+    return {"dtype": dtype}
+
+
+def _texts(corpus: Corpus) -> Iterator[tuple[int, str]]:
+    """All documents with their numbers; very long ones in several pieces."""
+    for document in range(corpus.num_documents):
+        for text in _pieces(corpus.document_text(document)):
+            yield document, text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text of more than ``_MAX_CHARACTERS`` before line ends or spaces."""
+    start = 0
+    while len(text) - start > _MAX_CHARACTERS:
+        low, high = start + _MAX_CHARACTERS // 2, start + _MAX_CHARACTERS
+        cut = max(text.rfind("\n", low, high), text.rfind(" ", low, high))
+        stop = high if cut < 0 else cut
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 class TokenSampler:
-    """Documents tokenized whole, each ended by ``eos``, one after the other, cut into equal sequences.
+    """Whole documents, each followed by ``eos``, one after the other, cut into sequences of equal length.
 
-    The documents' order changes every epoch, and so do the cuts.
+    The order of the documents changes every epoch, and so do the cuts.
     """
 
     def __init__(
@@ -78,15 +160,15 @@ class TokenSampler:
 
 
 class PassageTokenSampler:
-    """The passages of a :class:`PassageSampler` as rows of tokens, for the equal-data baseline.
+    """The passages of a :class:`PassageSampler` as sequences of tokens, for the baseline.
 
-    A passage's text is tokenized whole, as a token-level model is used; one of more than ``max_length``
-    tokens becomes several rows. Text that was carried over as context is read but not scored.
+    A passage's text is tokenized whole, as users of a token-level model do; more than ``max_length`` tokens become
+    several sequences. Text that was carried over as context is read but not scored.
 
     Args:
         max_length: ``T`` at most.
-        bos: put before each row, or None.
-        eos: put after a document's last passage, or None.
+        bos: token put before each sequence, or None.
+        eos: token put after a document's last passage, or None.
     """
 
     def __init__(

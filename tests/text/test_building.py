@@ -19,7 +19,7 @@ from sentcompress.datasets.text import TextDataset
 from sentcompress.errors import InputError
 from sentcompress.segmenters.regex import RegexSegmenter
 from sentcompress.text import encoding
-from sentcompress.text.building import build_folder
+from sentcompress.text.cache import build_folder
 from sentcompress.text.corpus import Corpus, build_corpus
 
 SEGMENTER = """

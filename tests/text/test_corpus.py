@@ -21,7 +21,7 @@ from sentcompress.contracts import Dataset, DatasetOptions, Document, Options, S
 from sentcompress.datasets.text import TextDataset
 from sentcompress.errors import DataError, PluginError, StorageError
 from sentcompress.registry import get_registry
-from sentcompress.text import whole
+from sentcompress.text import token_sampling
 from sentcompress.text.cache import VERIFY_LIMIT
 from sentcompress.text.corpus import Corpus, build_corpus
 
@@ -116,10 +116,10 @@ def test_summary_adds_up(build: Build) -> None:
 def test_whole_documents_are_tokenized_uncut(
     build: Build, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, longest: int
 ) -> None:
-    monkeypatch.setattr(whole, "_LONGEST_TEXT", longest)  # of very long ones: cut before spaces
+    monkeypatch.setattr(token_sampling, "_MAX_CHARACTERS", longest)  # of very long ones: cut before spaces
     corpus = build(Given(TEXTS))
     for _ in range(2):
-        found = whole.open_whole(corpus, progress=False)
+        found = token_sampling.open_whole(corpus, progress=False)
         for document, text in enumerate(TEXTS):
             tokens = found.tokens[found.offsets[document] : found.offsets[document + 1]]
             assert tokens.tolist() == tokenizer(text)["input_ids"]
@@ -385,7 +385,7 @@ class TestDocuments:
     ) -> None:
         corpus = build(Given(TEXTS, heldout=20), progress=True)
         assert len(corpus.heldout) == 2
-        assert "4 documents: 2 held out, not 20" in capsys.readouterr().err
+        assert "4 documents: 2 are held out instead of 20" in capsys.readouterr().err
 
     def test_max_documents_holds_for_every_dataset(self, build: Build) -> None:
         dataset = Given(TEXTS)

@@ -9,7 +9,7 @@ import sys
 def test_corpus_and_datasets_do_not_import_torch() -> None:
     script = (
         "import sys\n"
-        "import sentcompress.text.corpus, sentcompress.text.segmentation, sentcompress.text.whole\n"
+        "import sentcompress.text.corpus, sentcompress.text.segmentation, sentcompress.text.encoding\n"
         "import sentcompress.datasets.text, sentcompress.datasets.jsonl\n"
         "import sentcompress.datasets.hub, sentcompress.datasets.python_package\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)\n"

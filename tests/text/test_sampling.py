@@ -17,8 +17,7 @@ from sentcompress.datasets.text import TextDataset
 from sentcompress.registry import get_registry
 from sentcompress.text import sampling
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.text.order import Shuffle
-from sentcompress.text.sampling import PADDING, START, PassageSampler, SentenceSampler
+from sentcompress.text.sampling import PADDING, START, PassageSampler, SentenceSampler, Shuffle
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 
 PAD, EOS = 1, 2
@@ -100,7 +99,7 @@ class TestSentences:
     ) -> None:
         listed = SentenceSampler(large, large.train, size, 0, PAD)
         expected = sorted(i for n in range(listed.batches_per_epoch) for i in listed.indexes(n).tolist())
-        monkeypatch.setattr(sampling, "LISTED", 0)
+        monkeypatch.setattr(sampling, "MAX_LISTED_SENTENCES", 0)
         sampler = SentenceSampler(large, large.train, size, 0, PAD)
         batches = [sampler.indexes(n) for n in range(sampler.batches_per_epoch)]
         assert sorted(i for batch in batches for i in batch.tolist()) == expected
