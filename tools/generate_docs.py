@@ -125,7 +125,7 @@ def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
 
 
 def _table(model: type[BaseModel], first: str) -> list[str]:
-    from sentcompress.cli.fields import describe_fields
+    from sentcompress.cli.options import describe_fields
 
     rows = [
         f"| `{row.name}` | {_cell(row.type)} | {_cell(row.default)} | {_cell(row.description)} |"

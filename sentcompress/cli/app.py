@@ -22,7 +22,6 @@ from sentcompress.cli import (
     launch,
     plugins,
     recipes,
-    reconstruct,
     run,
     sweep,
     train_vae,
@@ -78,7 +77,6 @@ baseline.add_to(app)
 launch.add_to(app)
 watch.add_to(app)
 generate.add_to(app)
-reconstruct.add_to(app)
 bench.add_to(app)
 harness.add_to(app)
 recipes.add_to(app)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sentcompress.cli.bench_common import ResultsOption, measure, show
 from sentcompress.cli.common import BackboneOption, SetOption, console, examples
-from sentcompress.recipe.choices import HeadKind
+from sentcompress.cli.options import FieldCommand, recipe_options
 
 if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
@@ -26,37 +26,6 @@ InitOption = Annotated[
 RecipeOption = Annotated[
     str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
 ]
-DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="Where to measure; else the recipe's bench.device."),
-]
-DtypeOption = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None,
-    typer.Option(help="Weights of both models; else the recipe's bench.dtype."),
-]
-HeadOption = Annotated[
-    HeadKind | None,
-    typer.Option(
-        help="How the likeliest token is found; all but shortlist write the same. Else the recipe's bench.head."
-    ),
-]
-QuantizeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PARTS",
-        help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits; else bench.quantize.",
-    ),
-]
-CompileOption = Annotated[
-    bool,
-    typer.Option(
-        "--compile",
-        help="torch.compile the sentence model's decoder: a CUDA graph on a GPU; else bench.compile.",
-    ),
-]
-ProfileOption = Annotated[
-    bool, typer.Option("--profile", help="Also show where a token's time goes, in both models.")
-]
 LargestBatchOption = Annotated[
     str | None,
     typer.Option(
@@ -70,6 +39,7 @@ LargestBatchOption = Annotated[
 def add_to(bench: typer.Typer) -> None:
     bench.command(
         "speed",
+        cls=FieldCommand,
         epilog=examples(
             "sentcompress bench speed out/quickstart",
             "sentcompress bench speed --backbone opt-125m --init random --out out/speed-125m",
@@ -81,6 +51,7 @@ def add_to(bench: typer.Typer) -> None:
     )(speed)
     bench.command(
         "memory",
+        cls=FieldCommand,
         epilog=examples(
             "sentcompress bench memory out/quickstart",
             "sentcompress bench memory --backbone opt-1.3b --init random --out out/memory-1.3b",
@@ -95,50 +66,42 @@ def add_to(bench: typer.Typer) -> None:
     )(sweep)
 
 
+@recipe_options(
+    device="bench.device",
+    dtype="bench.dtype",
+    head="bench.head",
+    quantize="bench.quantize",
+    compile="bench.compile",
+    profile="bench.profile",
+)
 def speed(
     folder: OptionalFolder = None,
     backbone: BackboneOption = None,
     init: InitOption = None,
     recipe: RecipeOption = "strong",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    head: HeadOption = None,
-    quantize: QuantizeOption = None,
-    compile_: CompileOption = False,
-    profile: ProfileOption = False,
     largest_batch: LargestBatchOption = None,
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Tokens/s, time to first token and break-even beside the backbone's own generate."""
-    chosen = _overrides(
-        device=device, dtype=dtype, head=head, compile=compile_ or None, profile=profile or None
-    )
-    chosen += [f"bench.quantize=[{quantize}]"] if quantize is not None else []
+    chosen = []
     if largest_batch is not None:
         size = _bytes("--largest-batch", largest_batch)
-        chosen += ["bench.largest_batch=true", f"bench.memory_budget_bytes={size}"]
+        chosen = ["bench.largest_batch=true", f"bench.memory_budget_bytes={size}"]
     _measure_shapes("speed", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
 
 
-def _overrides(**options: Any) -> list[str]:
-    """Fields of ``bench`` that were given as options."""
-    return [f"bench.{name}={value}".lower() for name, value in options.items() if value is not None]
-
-
+@recipe_options(device="bench.device", dtype="bench.dtype")
 def memory(
     folder: OptionalFolder = None,
     backbone: BackboneOption = None,
     init: InitOption = None,
     recipe: RecipeOption = "strong",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Cache bytes a token, slope of allocated memory, longest text in a budget."""
-    chosen = _overrides(device=device, dtype=dtype)
-    _measure_shapes("memory", folder, backbone, init, recipe, out, [*chosen, *(set_ or [])])
+    _measure_shapes("memory", folder, backbone, init, recipe, out, set_)
 
 
 def sweep(

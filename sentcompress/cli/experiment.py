@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sentcompress.cli.options import override
 from sentcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ def resolve(
     if backbone is not None:
         changes += backbone_overrides(backbone, revision)
     elif revision is not None:
-        changes.append(_override("backbone.revision", revision))
+        changes.append(override("backbone.revision", revision))
     if data is not None:
-        changes.append(_override("data", data_section(data)))
+        changes.append(override("data", data_section(data)))
     if vae is not None:
-        changes.append(_override("graft.vae", str(vae)))
+        changes.append(override("graft.vae", str(vae)))
     if on_bad_line is not None:
-        changes.append(_override("data.options.on_bad_line", on_bad_line))
+        changes.append(override("data.options.on_bad_line", on_bad_line))
     loaded = load_recipe(recipe, [*changes, *(overrides or [])])
     loaded.check_components()
     return loaded
@@ -88,7 +89,7 @@ def backbone_overrides(model: str, revision: str | None = None) -> list[str]:
     from sentcompress.recipe import BackboneSpec
 
     spec = BackboneSpec(model=model, revision=revision)
-    return [_override("backbone", spec.model_dump(exclude_defaults=True) | {"model": model})]
+    return [override("backbone", spec.model_dump(exclude_defaults=True) | {"model": model})]
 
 
 def data_section(path: str) -> dict[str, Any]:
@@ -127,8 +128,3 @@ def _holds_json_lines(path: Path) -> bool:
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
         # Not JSON, not UTF-8, damaged: the text dataset says what is wrong with it, if anything.
         return False
-
-
-def _override(field: str, value: Any) -> str:
-    # JSON is YAML, so any value survives the way through --set.
-    return f"{field}={json.dumps(value, ensure_ascii=False)}"

@@ -1,72 +1,42 @@
-"""``sentcompress generate``: continue a text, a sentence at a time."""
+"""``sentcompress generate`` continues a text; ``sentcompress reconstruct`` shows what of it survives the latents."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.common import examples, quick_imports
+from sentcompress.cli.common import console, examples, quick_imports
+from sentcompress.cli.options import FieldCommand, model_options
 from sentcompress.files import printable
-from sentcompress.recipe.choices import CacheKind, HeadKind
+
+if TYPE_CHECKING:
+    from sentcompress.generation import GenerationSettings
 
 
+def _default_settings() -> GenerationSettings:
+    from sentcompress.generation.settings import DEFAULT_SETTINGS
+
+    return DEFAULT_SETTINGS
+
+
+@model_options(_default_settings)
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceLM, such as OUT/graft.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.")] = 128,
-    max_new_sentences: Annotated[int | None, typer.Option(help="Sentences to write at most.")] = None,
-    max_sentence_tokens: Annotated[
-        int | None, typer.Option(help="Longest sentence.", show_default="the model's limit")
-    ] = None,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits when sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens already seen are less likely.")
-    ] = 1.0,
-    stop_threshold: Annotated[
-        float, typer.Option(help="Probability at which the stop flag stops; 1 never.")
-    ] = 0.5,
-    seed: Annotated[int | None, typer.Option(help="Seeds the draws.")] = None,
-    head: Annotated[
-        HeadKind,
-        typer.Option(
-            help="How the likeliest token is found; all write the same but shortlist, which knows for each sentence "
-            "only the tokens predicted for it."
-        ),
-    ] = "auto",
-    shortlist_tokens: Annotated[int, typer.Option(help="Tokens of a predicted shortlist.")] = 1024,
-    cache: Annotated[
-        CacheKind,
-        typer.Option(
-            help="Keep the backbone's keys and values as they are, in 8 bits, or in the computer's memory."
-        ),
-    ] = "full",
-    compile_: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="torch.compile the decoder's step: a CUDA graph on a GPU, for small models faster on a CPU too. The "
-            "first sentence waits for it.",
-        ),
-    ] = False,
     quantize: Annotated[
         str,
         typer.Option(
             metavar="PARTS",
-            help="Round weights of encoder, backbone, decoder (commas between them) to 8 bits.",
+            help="Round the weights of encoder, backbone, decoder (comma-separated) to 8 bits.",
         ),
     ] = "",
+    **settings: Any,
 ) -> None:
     """Continue PROMPT with a grafted model; sentences appear as they are written."""
-    from pydantic import ValidationError
-
     from sentcompress.errors import InputError
-    from sentcompress.registry import describe_validation_error
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -77,38 +47,66 @@ def generate(
         from sentcompress.modeling.int8 import quantize as quantized
         from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 
-    try:
-        settings = GenerationSettings(
-            max_new_tokens=max_new_tokens,
-            max_new_sentences=max_new_sentences,
-            max_sentence_tokens=max_sentence_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            stop_threshold=stop_threshold,
-            seed=seed,
-            head=head,
-            shortlist_tokens=shortlist_tokens,
-            cache=cache,
-            compile=compile_,
-        )
-    except ValidationError as error:
-        raise InputError(describe_validation_error(error, GenerationSettings, "")) from None
+    asked = GenerationSettings.checked(settings)
     parts = [part.strip() for part in quantize.split(",") if part.strip()]
     generator = SentenceGenerator(quantized(load_sentence_lm(folder), parts), load_saved_tokenizer(folder))
     shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
     typer.echo(shown(text), nl=False)
-    for piece in generator.stream(text, settings):
+    for piece in generator.stream(text, asked):
         typer.echo(shown(piece), nl=False)
         sys.stdout.flush()
     typer.echo()
 
 
+def reconstruct(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceVAE or SentenceLM.")],
+    sentence: Annotated[str, typer.Argument(help="Text; it is split into sentences as in training.")],
+) -> None:
+    """Encode SENTENCE, decode it from its latents alone, and show both side by side.
+
+    [-lost-] is in the original only, {+added+} in the reconstruction only.
+    """
+    from sentcompress.errors import InputError
+
+    if not sentence.strip():
+        raise InputError("the sentence is empty", fix="give some text to reconstruct")
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from sentcompress.generation import differences
+    from sentcompress.generation import reconstruct as write_again
+    from sentcompress.modeling.loading import (
+        load_saved_tokenizer,
+        load_segmenter,
+        load_sentence_lm,
+        load_vae,
+        read_config,
+    )
+    from sentcompress.text.segmentation import sentences_to_ids
+
+    is_vae = read_config(folder)["model_type"] == "sentence-vae"
+    vae = load_vae(folder) if is_vae else load_sentence_lm(folder).vae
+    tokenizer = load_saved_tokenizer(folder)
+    pieces = sentences_to_ids(sentence, load_segmenter(vae.config, tokenizer), tokenizer)
+    results = write_again(vae, tokenizer, [ids for _, ids in pieces])
+    table = Table("sentence", "reconstruction", "what was lost", "tokens right")
+    for result in results:
+        shown = Text()
+        for part in differences(tokenizer, result):
+            mark = {"kept": "{}", "lost": "[-{}-]", "added": "{{+{}+}}"}[part.kind]
+            shown.append(mark.format(part.text), style={"lost": "red", "added": "green"}.get(part.kind, ""))
+        right = sum(a == b for a, b in zip(result.reference_ids, result.hypothesis_ids, strict=False))
+        table.add_row(
+            Text(result.reference), Text(result.hypothesis), shown, f"{right} of {len(result.reference_ids)}"
+        )
+    console().print(table)
+
+
 def add_to(app: typer.Typer) -> None:
     app.command(
         "generate",
+        cls=FieldCommand,
         epilog=examples(
             'sentcompress generate out/quickstart/graft "The state of the Union is"',
             'sentcompress generate out/quickstart/graft "My fellow citizens," --do-sample --top-p 0.9 --seed 1',
@@ -116,3 +114,7 @@ def add_to(app: typer.Typer) -> None:
             "cat speech.txt | sentcompress generate out/quickstart/graft -",
         ),
     )(generate)
+    app.command(
+        "reconstruct",
+        epilog=examples('sentcompress reconstruct out/quickstart/vae "The people are the Government."'),
+    )(reconstruct)

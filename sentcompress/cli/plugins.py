@@ -160,7 +160,7 @@ def _print_options(options: type[BaseModel]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sentcompress.cli.fields import describe_fields
+    from sentcompress.cli.options import describe_fields
 
     rows = describe_fields(options)
     if not rows:

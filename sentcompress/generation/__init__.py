@@ -1,9 +1,28 @@
-"""Sentence-by-sentence generation with a SentenceLM, and reconstruction with a SentenceVAE."""
+"""Sentence-by-sentence generation with a SentenceLM, and reconstruction with a SentenceVAE.
 
-from sentcompress.generation.backbone_cache import Prefix
-from sentcompress.generation.engine import Generation, SentenceGenerator
-from sentcompress.generation.round_trip import Difference, differences, reconstruct
-from sentcompress.generation.settings import GenerationSettings
+torch is imported only when a name that needs it is used: the command line reads GenerationSettings without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sentcompress.generation.backbone_cache import Prefix
+    from sentcompress.generation.engine import Generation, SentenceGenerator
+    from sentcompress.generation.round_trip import Difference, differences, reconstruct
+    from sentcompress.generation.settings import GenerationSettings
+
+_MODULES = {
+    "Difference": "round_trip",
+    "Generation": "engine",
+    "GenerationSettings": "settings",
+    "Prefix": "backbone_cache",
+    "SentenceGenerator": "engine",
+    "differences": "round_trip",
+    "reconstruct": "round_trip",
+}
 
 __all__ = [
     "Difference",
@@ -14,3 +33,9 @@ __all__ = [
     "differences",
     "reconstruct",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"sentcompress.generation.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.output_head import Head, make_head, make_shortlist_head
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter, Told
-from sentcompress.generation.settings import GenerationSettings
+from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
 from sentcompress.modeling.loading import load_segmenter
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe.choices import CacheKind, HeadKind
@@ -128,7 +128,7 @@ class SentenceGenerator:
             InputError: a prompt is empty, or has more sentences than the backbone has positions.
         """
         rows = [self._read(number, Generation(prompt), prefix) for number, prompt in enumerate(prompts)]
-        settings = settings or GenerationSettings(max_new_tokens=128)
+        settings = settings or DEFAULT_SETTINGS
         for number, _, piece in self._run(rows, settings, prefix):
             if on_sentence and piece:
                 on_sentence(number, piece)
@@ -192,7 +192,7 @@ class SentenceGenerator:
     ) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
         rows = [self._read(0, Generation(prompt), prefix)]
-        for _, _, piece in self._run(rows, settings or GenerationSettings(max_new_tokens=128), prefix):
+        for _, _, piece in self._run(rows, settings or DEFAULT_SETTINGS, prefix):
             if piece:
                 yield piece
 

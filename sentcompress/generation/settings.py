@@ -1,10 +1,19 @@
-"""What a user can ask of generation; names as in transformers where there is one."""
+"""Options of generation, named as in transformers where it has them. Imports no torch.
+
+A field here is all there is to an option: ``sentcompress generate``, ``SentenceLM.generate(**settings)`` and the
+harness's ``gen_kwargs`` follow.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from collections.abc import Mapping
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sentcompress.errors import InputError
 from sentcompress.recipe.choices import CacheKind, HeadKind
+from sentcompress.registry import describe_validation_error
 
 
 class GenerationSettings(BaseModel):
@@ -13,45 +22,64 @@ class GenerationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Tokens to write at most; end marks are not counted."""
+    """Most tokens to write; end marks are not counted."""
     max_new_sentences: int | None = Field(default=None, ge=1)
-    """Sentences to write at most; finishing the prompt's last one counts."""
+    """Most sentences to write; finishing the last sentence of the prompt counts."""
     max_sentence_tokens: int | None = Field(default=None, ge=1)
-    """Longest sentence; null takes the model's limit."""
+    """Most tokens in a sentence; without it, the model's limit."""
     do_sample: bool = False
-    """Draw tokens instead of taking the likeliest."""
+    """Sample tokens instead of taking the most likely one."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits."""
+    """Divides the logits when sampling."""
     top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Sample from the k most likely tokens; 0 samples from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Keep the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1 makes tokens already seen less likely."""
     stop_threshold: float = Field(default=0.5, ge=0, le=1)
     """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
     seed: int | None = Field(default=None, ge=0)
-    """Seeds the draws."""
+    """Seed for sampling."""
     head: HeadKind = "auto"
-    """How the likeliest token is found: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
-    bytes and proves that the token is the same (on a CPU, when nothing is drawn); ``auto`` takes the faster of these
-    two; ``shortlist`` knows for each sentence only the tokens predicted for it, and so may write others."""
+    """How to find the most likely token: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
+    bytes and proves that the token is the same (on a CPU, without sampling); ``auto`` takes the faster of these two;
+    ``shortlist`` considers only the tokens predicted for each sentence, so the text may differ."""
     shortlist_tokens: int = Field(default=1024, ge=2)
-    """Tokens a predicted ``shortlist`` has."""
+    """Number of tokens predicted for each sentence by ``shortlist``."""
     cache: CacheKind = "full"
-    """How the backbone's keys and values are kept: as they are; in 8 bits, about a quarter of the memory; or, for a
-    model on a GPU, in the computer's memory (``offloaded``), as they are or in 8 bits, and one block's at a time on
-    the GPU."""
+    """How to store the backbone's keys and values: ``full`` as they are; ``int8`` in 8 bits, about a quarter of the
+    memory; ``offloaded`` and ``offloaded-int8`` in the computer's memory, with one block at a time on the GPU."""
     compile: bool = False
-    """torch.compile the decoder's step: on a GPU a CUDA graph, on a CPU fused loops, which pay for small models only.
-    The first sentences wait for the compiler, and the last digits of sums may differ."""
-    use_cache: bool = True
-    """Keep keys and values of backbone and decoder; False computes all again each time (for checks)."""
-    sentence_lengths: tuple[int, ...] | None = None
-    """Benchmarks with untrained weights: exact tokens of each sentence in turn, cycled; nothing else ends one."""
+    """torch.compile the decoder's step: a CUDA graph on a GPU, fused loops on a CPU (faster for small models only). The
+    first sentence waits for the compiler, and the last digits of sums may differ."""
+    use_cache: bool = Field(default=True, json_schema_extra={"option": False})
+    """Keep keys and values of backbone and decoder; False computes everything again at each step (for checks)."""
+    sentence_lengths: tuple[int, ...] | None = Field(default=None, json_schema_extra={"option": False})
+    """For benchmarks with untrained weights: exact tokens of each sentence in turn, cycled. Nothing else ends a
+    sentence."""
 
     @model_validator(mode="after")
-    def _what_is_compiled_uses_the_cache(self) -> GenerationSettings:
+    def _compile_needs_the_cache(self) -> GenerationSettings:
         if self.compile and not self.use_cache:
             raise ValueError("compile goes with use_cache: leave one of them as it is")
         return self
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], where: str = "") -> GenerationSettings:
+        """Settings as a user gave them.
+
+        Args:
+            where: what stands before a field's name in messages.
+
+        Raises:
+            InputError: a field is unknown or its value does not fit; the message names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InputError(describe_validation_error(error, cls, where)) from None
+
+
+DEFAULT_SETTINGS = GenerationSettings(max_new_tokens=128)
+"""Settings of a call that names none."""

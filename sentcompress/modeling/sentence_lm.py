@@ -167,7 +167,8 @@ class SentenceLM(PreTrainedModel):
         """
         # Imported by name: generation is built on the models, this method is only a convenience.
         generation = import_module("sentcompress.generation")
-        asked = generation.GenerationSettings(**{"max_new_tokens": 128, **settings})
+        default = import_module("sentcompress.generation.settings").DEFAULT_SETTINGS
+        asked = generation.GenerationSettings(**{**default.model_dump(), **settings})
         generator = generation.SentenceGenerator(self, tokenizer)
         read = generator.read_prefix(prefix) if prefix is not None else None
         return generator.generate(prompts, asked, prefix=read)

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator, cells, decoding, reconstruct
+from sentcompress.generation import (
+    GenerationSettings,
+    SentenceGenerator,
+    backbone_cache,
+    reconstruct,
+    sentence_writer,
+)
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.round_trip import differences
@@ -69,7 +75,7 @@ def test_a_cache_in_8_bits_changes_little(generator):
 
 def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, PROMPTS)]
-    monkeypatch.setattr(decoding, "READ_AT_A_TIME", 2)
+    monkeypatch.setattr(sentence_writer, "READ_AT_A_TIME", 2)
     texts = []
     read = generator.model.vae.decoder.read
     monkeypatch.setattr(
@@ -132,7 +138,7 @@ def test_an_offloaded_cache_changes_nothing(generator):
 
 def test_a_cache_that_is_more_than_keys_and_values_is_done_without(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, PROMPTS)]
-    monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
+    monkeypatch.setattr(backbone_cache, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
     assert generator.prefill([[[5, 6]]]).cache_bytes == 0
     assert [g.token_ids for g in run(generator, PROMPTS)] == expected
 
@@ -161,7 +167,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(generator, monkeypatch
 
 def test_a_prefix_where_nothing_but_whole_caches_can_be_kept(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, [PREFIX + prompt for prompt in PROMPTS])]
-    monkeypatch.setattr(cells, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
+    monkeypatch.setattr(backbone_cache, "DynamicLayer", type("AnotherKindOfLayer", (), {}))
     prefix = generator.read_prefix(PREFIX)
     assert prefix.cache is None
     settings = GenerationSettings(max_new_tokens=40, stop_threshold=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator, heads
+from sentcompress.generation import GenerationSettings, SentenceGenerator, output_head
 from sentcompress.generation.output_head import WORTH_IT, Head, ShortlistExactHead, make_head
 from sentcompress.recipe import build_recipe
 from sentcompress.testing import tiny_sentence_lm
@@ -28,7 +28,7 @@ def weights(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("many", [1024, 20])
 def test_the_token_is_the_full_heads(kind, rows, many, monkeypatch):
-    monkeypatch.setattr(heads, "MANY", many)
+    monkeypatch.setattr(output_head, "MANY", many)
     weight = weights(kind)
     full, short = Head(weight), ShortlistExactHead(weight)
     banned = torch.arange(rows) % 3 == 0
@@ -116,13 +116,13 @@ def test_a_predicted_shortlist_of_all_tokens_writes_what_the_full_head_writes(to
 def test_a_sentence_is_written_with_its_own_shortlist(tokenizer, sampled, monkeypatch):
     generator = SentenceGenerator(predicting(tokenizer), tokenizer)
     lists = []
-    words = heads.ShortlistHead.words
+    words = output_head.ShortlistHead.words
 
     def noted(self, latents):
         lists.extend(found := words(self, latents))
         return found
 
-    monkeypatch.setattr(heads.ShortlistHead, "words", noted)
+    monkeypatch.setattr(output_head.ShortlistHead, "words", noted)
     ask = {"max_new_sentences": 3, "stop_threshold": 1, "do_sample": sampled, "seed": 1}
     settings = GenerationSettings(**ask, head="shortlist", shortlist_tokens=12, max_sentence_tokens=9)
     contexts = [[[5, 6, 7], [8, 9]], [[40, 41, 42]]]
