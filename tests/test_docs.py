@@ -147,6 +147,13 @@ def test_the_lowest_session_pins_every_lower_bound():
         noxfile.lower_bounds(["a<2"])
 
 
+def test_the_readme_is_short():
+    """A newcomer reads all of it: at most 700 words outside code, lines of at most 120 columns."""
+    assert max(map(len, README.splitlines())) <= 120
+    prose = re.sub(r"^```.+?^```$|<!--.+?-->|\]\([^)]*\)|^\|[-|]+$", "", README, flags=re.M | re.S)
+    assert len(prose.replace("|", " ").split()) <= 700
+
+
 # The plugin guide
 
 
@@ -172,6 +179,11 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield registry
     for module in modules:
         sys.modules.pop(module, None)
+
+
+def test_the_readme_shows_the_guides_segmenter():
+    shown = dict(re.findall(r"^```python title=\"(.+?)\"\n(.+?)^```$", README, re.M | re.S))
+    assert shown == blocks("sentcompress_semicolon.py")
 
 
 def test_the_guides_packaging_is_right():
