@@ -1,4 +1,4 @@
-"""A recipe is one experiment: the parts and the stages. Its models, and how it is read and checked."""
+"""A recipe describes one experiment: its components and stages. Its fields, and how it is read and checked."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Recipe(Section):
     name: str
     """Name shown in reports."""
     description: str = ""
-    """One line for ``sentcompress recipes``."""
+    """One line, shown by ``sentcompress recipes``."""
     seed: int = Field(default=0, ge=0)
-    """Seeds weights, batches and sampling."""
+    """Random seed of weights, batches and sampling."""
     backbone: BackboneSpec = BackboneSpec()
     """The decoder LLM."""
     segmenter: ComponentSpec = ComponentSpec(name="regex")
-    """How text is cut into sentences."""
+    """How text is split into sentences."""
     fusion: ComponentSpec = ComponentSpec(name="sum-norm")
     """How a sentence's hidden states become its latents."""
     vae: VAESpec = VAESpec()
@@ -71,20 +71,20 @@ class Recipe(Section):
     data: ComponentSpec = ComponentSpec(name="python-package")
     """The corpus."""
     pretrain: PretrainSettings | None = None
-    """Makes a backbone from nothing instead of the other stages."""
+    """Trains a backbone from scratch instead of the other stages."""
     train_vae: TrainVAESettings = TrainVAESettings()
     """First stage."""
     graft: GraftSettings = GraftSettings()
     """Second stage."""
     baseline: BaselineSettings = BaselineSettings()
-    """The twin the graft is compared with."""
+    """The token-level model the graft is compared with: the same LLM, fine-tuned on the same data."""
     bench: BenchSettings = BenchSettings()
     """Measurements."""
 
     @model_validator(mode="before")
     @classmethod
     def _options_alone_keep_the_default_component(cls, raw: Any) -> Any:
-        # So that --set segmenter.options.max_tokens=32 works on a recipe that says nothing of its segmenter.
+        # So that --set segmenter.options.max_tokens=32 works on a recipe without a segmenter section.
         if not isinstance(raw, dict):
             return raw
         filled = dict(raw)
@@ -116,7 +116,7 @@ class Recipe(Section):
         ):
             where = "data.options" if kind == "dataset" else f"{kind}.options"
             if spec.name is None:
-                continue  # found when the model is: it may have to be asked of the hub
+                continue  # chosen when the model is loaded, which may need the hub
             if not spec.options and kind in ("fusion", "backbone"):
                 registry.owner(kind, spec.name)  # defaults are valid; loading the class would import torch
             else:
@@ -125,7 +125,8 @@ class Recipe(Section):
             registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
         if self.graft.teacher == "backbone" and self.backbone.init == "random":
             raise RecipeError(
-                "graft.teacher: the backbone's weights are random, it knows nothing", fix="use baseline"
+                "graft.teacher: the backbone has random weights, so there is nothing to learn from it",
+                fix="set graft.teacher=baseline",
             )
         if self.graft.overlap_sentences >= self.graft.max_sentences:
             raise RecipeError(
@@ -144,7 +145,7 @@ class Recipe(Section):
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: in the wheel, or in the repository of an editable install."""
+    """The folder of the shipped recipes: in the wheel, or in the repository of an editable install."""
     packaged = Path(str(files("sentcompress"))) / "_recipes"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
 
@@ -165,7 +166,7 @@ def find_recipe(name: str) -> Path:
     if key in shipped:
         return shipped[key]
     raise RecipeError(
-        f"no recipe file '{name}', and no shipped recipe of that name.{did_you_mean(key, shipped)}",
+        f"there is no recipe file '{name}' and no shipped recipe of that name.{did_you_mean(key, shipped)}",
         fix="give the path of a YAML file, or a name that 'sentcompress recipes' lists",
     )
 
@@ -193,12 +194,12 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     except ValueError as error:  # such as the date 2024-99-99
         raise RecipeError(f"{path}: broken YAML: {error}", fix="quote that value") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {type(raw).__name__}")
+        raise RecipeError(f"{path}: a recipe must be a mapping of sections, not {type(raw).__name__}")
     return build_recipe(raw, overrides or [], source=str(path))
 
 
 def build_recipe(raw: dict[str, Any], overrides: list[str], source: str) -> Recipe:
-    """Check a recipe given as plain values."""
+    """Apply overrides to plain values and check them as a recipe."""
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -212,7 +213,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {override}: write field=value, such as --set graft.steps=100")
+        raise RecipeError(f"--set {override}: write it as field=value, such as --set graft.steps=100")
     node: Any = raw
     for key in keys[:-1]:
         if not isinstance(node.get(key), dict):
