@@ -46,8 +46,8 @@ REFUSED = {
     "not a choice": ("name: x\nvae: {conditioning: magic}\n", ["vae.conditioning: ", "'cross-attention'"]),
     "no name": ("seed: 1\n", ["name: required, but missing"]),
     "empty name": ("name: ''\n", ["name: ", "non-empty"]),
-    "list": ("- a\n- b\n", ["a recipe is a mapping of sections, this is list"]),
-    "empty file": ("", ["a recipe is a mapping of sections, this is NoneType"]),
+    "list": ("- a\n- b\n", ["a recipe must be a mapping of sections, not list"]),
+    "empty file": ("", ["a recipe must be a mapping of sections, not NoneType"]),
     "broken YAML": ("name: x\ngraft: {steps: 5\nseed: 1\n", ["r.yaml:3:", "broken YAML"]),
     "tab": ("name: x\ngraft:\n\tsteps: 5\n", ["r.yaml:3:1: broken YAML"]),
     "impossible date": ("name: x\ndescription: 2024-99-99\n", ["broken YAML: month must be in 1..12"]),
@@ -125,9 +125,9 @@ def test_later_overrides_win(tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("graft.steps", "write field=value"),
-        ("=5", "write field=value"),
-        ("graft..steps=5", "write field=value"),
+        ("graft.steps", "write it as field=value"),
+        ("=5", "write it as field=value"),
+        ("graft..steps=5", "write it as field=value"),
         ("graft.steps=[1", "not valid YAML"),
         ("graft.steps=2024-99-99", "not valid YAML"),
         ("graft.stpes=5", "graft.stpes: unknown key. Did you mean 'steps'?"),

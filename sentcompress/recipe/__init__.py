@@ -166,7 +166,7 @@ def find_recipe(name: str) -> Path:
     if key in shipped:
         return shipped[key]
     raise RecipeError(
-        f"there is no recipe file '{name}' and no shipped recipe of that name.{did_you_mean(key, shipped)}",
+        f"no recipe file '{name}', and no shipped recipe of that name.{did_you_mean(key, shipped)}",
         fix="give the path of a YAML file, or a name that 'sentcompress recipes' lists",
     )
 

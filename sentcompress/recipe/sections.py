@@ -239,8 +239,8 @@ class GraftSettings(TrainingSettings, TuneSettings):
     stop_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on stop decisions."""
     teacher: str | None = None
-    """Distill from a token-level LLM on the same text: ``backbone`` (before training), ``baseline`` (then trained first),
-    or the folder of a causal LM with the same tokenizer."""
+    """Distill from a token-level LLM on the same text: ``backbone`` (before training), ``baseline`` (then trained
+    first), or the folder of a causal LM with the same tokenizer."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the token loss that is against the teacher's distribution; the rest is against the text."""
     shortlist_rank: int = Field(default=0, ge=0)
