@@ -78,7 +78,6 @@ def reconstruct(
     from sentcompress.generation import reconstruct as write_again
     from sentcompress.modeling.loading import (
         load_saved_tokenizer,
-        load_segmenter,
         load_sentence_lm,
         load_vae,
         read_config,
@@ -88,7 +87,7 @@ def reconstruct(
     is_vae = read_config(folder)["model_type"] == "sentence-vae"
     vae = load_vae(folder) if is_vae else load_sentence_lm(folder).vae
     tokenizer = load_saved_tokenizer(folder)
-    pieces = sentences_to_ids(sentence, load_segmenter(vae.config, tokenizer), tokenizer)
+    pieces = sentences_to_ids(sentence, vae.config.load_segmenter(tokenizer), tokenizer)
     results = write_again(vae, tokenizer, [ids for _, ids in pieces])
     table = Table("sentence", "reconstruction", "what was lost", "tokens right")
     for result in results:

@@ -14,13 +14,11 @@ from sentcompress.errors import InputError
 from sentcompress.generation.backbone_cache import Cells, Prefix
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.output_head import Head, make_head, make_shortlist_head
-from sentcompress.generation.prompts import ends_in_sentence
 from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter, Told
 from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
-from sentcompress.modeling.loading import load_segmenter
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe.choices import CacheKind, HeadKind
-from sentcompress.text.segmentation import sentences_to_ids
+from sentcompress.text.segmentation import checked_split, sentences_to_ids
 
 ENCODE_AT_A_TIME = 512
 """Sentences encoded together; bounds memory for long prompts."""
@@ -29,6 +27,8 @@ TOGETHER = 0.5
 for many, and meanwhile the others go on."""
 WORTH_DROPPING = 0.75
 """Share of texts still open below which the others are dropped from the caches."""
+
+PROBE_SENTENCE = "The next sentence stands here."
 
 
 @dataclass
@@ -78,7 +78,7 @@ class SentenceGenerator:
         self.model = model
         self.tokenizer = tokenizer
         if tokenizer is not None:
-            self.segmenter = segmenter or load_segmenter(model.config.vae_config, tokenizer)
+            self.segmenter = segmenter or model.config.vae_config.load_segmenter(tokenizer)
         self.device = next(model.parameters()).device
         self._heads: dict[tuple[HeadKind, int], Head] = {}
         self._compiled: CompiledStep | None = None
@@ -365,3 +365,14 @@ class SentenceGenerator:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def ends_in_sentence(text: str, segmenter: Segmenter) -> bool:
+    """Whether the segmenter would cut right behind ``text`` if another sentence followed."""
+    follow = PROBE_SENTENCE if text[-1:].isspace() else f" {PROBE_SENTENCE}"
+    end = 0
+    for piece in checked_split(text + follow, segmenter):
+        end += len(piece)
+        if end == len(text):
+            return True
+    return False

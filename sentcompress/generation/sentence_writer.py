@@ -20,7 +20,7 @@ from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.output_head import Head, Words
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.decoder import DecoderContext
-from sentcompress.modeling.ragged import Ragged
+from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.vae import SentenceVAE
 
 READ_AT_A_TIME = 64

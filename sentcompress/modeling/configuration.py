@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from sentcompress import __version__
+from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError
 from sentcompress.registry import get_registry
 
@@ -128,6 +129,15 @@ class SentenceVAEConfig(PretrainedConfig):
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs
         )
+
+    def load_segmenter(self, tokenizer: Any) -> Segmenter:
+        """The segmenter the model was trained with, its learned state restored."""
+        segmenter: Segmenter = get_registry().create(
+            "segmenter", self.segmenter["name"], self.segmenter.get("options")
+        )
+        segmenter.load_state(self.segmenter.get("state") or {})
+        segmenter.prepare(tokenizer, None)
+        return segmenter
 
 
 class SentenceLMConfig(PretrainedConfig):

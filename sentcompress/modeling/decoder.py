@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.modeling.configuration import SentenceVAEConfig
-from sentcompress.modeling.layers import DecoderBlock, LayerCache, Place, Unpack, latents_first, rotation
-from sentcompress.modeling.ragged import Ragged
+from sentcompress.modeling.layers import (
+    DecoderBlock,
+    LayerCache,
+    Place,
+    Ragged,
+    Unpack,
+    latents_first,
+    rotation,
+)
 
 
 @dataclass

@@ -12,8 +12,7 @@ from transformers import AutoConfig
 
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.modeling.configuration import SentenceVAEConfig
-from sentcompress.modeling.layers import latents_first
-from sentcompress.modeling.ragged import Ragged
+from sentcompress.modeling.layers import Ragged, latents_first
 from sentcompress.registry import get_registry
 
 UNUSED_COLUMNS = 64

@@ -15,7 +15,6 @@ from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAECon
 from sentcompress.modeling.pretrained import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
-from sentcompress.registry import get_registry
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
@@ -113,12 +112,3 @@ def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
             f"'{folder}': its tokenizer has a token {largest:,}, the model's vocabulary ends before {size:,}",
             fix="copy tokenizer.json and tokenizer_config.json from where the model was trained",
         )
-
-
-def load_segmenter(vae_config: SentenceVAEConfig, tokenizer: Any) -> Any:
-    """The segmenter a model was trained with, its learned state restored."""
-    record = vae_config.segmenter
-    segmenter = get_registry().create("segmenter", record["name"], record.get("options"))
-    segmenter.load_state(record.get("state") or {})
-    segmenter.prepare(tokenizer, None)
-    return segmenter

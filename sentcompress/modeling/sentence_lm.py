@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ from sentcompress.modeling.losses import Teaching, TokenLoss, stop_loss
 from sentcompress.modeling.shortlist import Shortlist
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.registry import get_registry
+
+if TYPE_CHECKING:
+    from sentcompress.generation import Generation
 
 PADDING, START = -1, -2
 """Cells of ``sentence_index`` that hold no sentence: padding, and the start of a document."""
@@ -153,7 +155,7 @@ class SentenceLM(PreTrainedModel):
 
     def generate(
         self, prompts: Sequence[str], tokenizer: Any, prefix: str | None = None, **settings: Any
-    ) -> list[Any]:
+    ) -> list[Generation]:
         """Continue texts sentence by sentence.
 
         Args:
@@ -163,15 +165,16 @@ class SentenceLM(PreTrainedModel):
             **settings: fields of :class:`sentcompress.generation.GenerationSettings`, such as ``max_new_tokens``.
 
         Returns:
-            a :class:`sentcompress.generation.Generation` for each prompt.
+            one result per prompt.
         """
-        # Imported by name: generation is built on the models, this method is only a convenience.
-        generation = import_module("sentcompress.generation")
-        default = import_module("sentcompress.generation.settings").DEFAULT_SETTINGS
-        asked = generation.GenerationSettings(**{**default.model_dump(), **settings})
-        generator = generation.SentenceGenerator(self, tokenizer)
-        read = generator.read_prefix(prefix) if prefix is not None else None
-        return generator.generate(prompts, asked, prefix=read)
+        # Generation is built on the models: this method is the one arrow back (tests/test_imports.py).
+        from sentcompress.generation.engine import SentenceGenerator
+        from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
+
+        generator = SentenceGenerator(self, tokenizer)
+        shared = None if prefix is None else generator.read_prefix(prefix)
+        chosen = GenerationSettings(**{**DEFAULT_SETTINGS.model_dump(), **settings})
+        return generator.generate(prompts, chosen, prefix=shared)
 
     def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:
         """Lay latents ``[S, k, H]`` out in rows ``[R, N, k, H]``; START cells hold the start latent."""

@@ -14,10 +14,9 @@ from transformers.utils import ModelOutput
 from sentcompress.errors import PluginError
 from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
-from sentcompress.modeling.encoder import GaussianHead, SentenceEncoder
+from sentcompress.modeling.layers import EncoderBlock, Ragged
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
 from sentcompress.modeling.losses import Teaching, TokenLoss, kl_to_standard_normal, taught_loss
-from sentcompress.modeling.ragged import Ragged
 from sentcompress.registry import describe_component, get_registry
 
 
@@ -36,6 +35,37 @@ class SentenceVAEOutput(ModelOutput):
     nll: Tensor | None = None
     targets: Tensor | None = None
     latents: Tensor | None = None
+
+
+class SentenceEncoder(nn.Module):
+    """Learned positions and ``encoder_layers`` self-attention blocks."""
+
+    def __init__(self, config: SentenceVAEConfig) -> None:
+        super().__init__()
+        self.embed_positions = nn.Embedding(config.max_sentence_tokens, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, embeddings: Tensor, layout: Ragged) -> Tensor:
+        """``[T, H]`` token embeddings to ``[T, H]`` hidden states, for the sentences of ``layout``."""
+        hidden_states = self.dropout(embeddings + self.embed_positions(layout.positions))
+        for block in self.blocks:
+            hidden_states = block(hidden_states, layout)
+        return self.norm(hidden_states)
+
+
+class GaussianHead(nn.Module):
+    """Optional: a log-variance beside each latent, for a KL term. The published model has none."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.log_variance = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """``[S, k, H]`` means to a sample around them and the log-variances, both ``[S, k, H]``."""
+        log_variance = self.log_variance(latents).clamp(-10, 4)
+        return latents + torch.randn_like(latents) * (0.5 * log_variance).exp(), log_variance
 
 
 class SentenceVAE(PreTrainedModel):

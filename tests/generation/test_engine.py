@@ -17,7 +17,7 @@ from sentcompress.generation import (
     sentence_writer,
 )
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.prompts import ends_in_sentence
+from sentcompress.generation.engine import ends_in_sentence
 from sentcompress.generation.round_trip import differences
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.testing import tiny_sentence_lm

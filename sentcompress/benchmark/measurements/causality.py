@@ -20,8 +20,8 @@ from sentcompress.errors import CausalityError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.sentence_writer import Sampler, SentenceWriter, Told
 from sentcompress.modeling.int8 import Int8Linear
+from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.ragged import Ragged
 from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
 
 TOLERANCE = 1e-4
