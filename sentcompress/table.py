@@ -41,6 +41,16 @@ def percent(value: Figure) -> str:
     return "-" if not isinstance(value, int | float) else f"{100 * value:.1f}%"
 
 
+def byte_size(value: Figure) -> str:
+    """A number of bytes as text, with the unit that suits it; ``-`` for None."""
+    if not isinstance(value, int | float):
+        return "-"
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
 def gib(size: float) -> str:
     """Bytes as a number of GiB, without the unit."""
     return f"{size / GIB:.2f}"

@@ -13,8 +13,8 @@ import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from sentcompress.benchmark.heldout import heldout_documents
-from sentcompress.benchmark.models import Parts
+from sentcompress.benchmark.heldout_text import heldout_documents
+from sentcompress.benchmark.models import Models
 from sentcompress.recipe import load_recipe
 from sentcompress.text.corpus import Corpus
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("recipe")
     asked = parser.parse_args()
     recipe = load_recipe(asked.recipe, ["backbone.init=random"])
-    parts = Parts(recipe, None)
+    parts = Models(recipe, None)
     documents = [document.sentences for document in heldout_documents(parts.corpus, recipe.bench)]
     ways = {f"what followed the last {n} tokens in this text": lookup(n) for n in range(1, LONGEST + 1)}
     ways["what follows most often in the training text"] = table(parts.corpus)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sentcompress.backbones.opt import OPTBackbone
-from sentcompress.benchmark.heldout import ByteCounter, heldout_documents
-from sentcompress.benchmark.measurements.causality import check_causality
-from sentcompress.benchmark.measurements.quality import score_sentence_model
+from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
+from sentcompress.benchmark.causality_checks import check_causality
+from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.loading import load_sentence_lm
 from sentcompress.recipe import Recipe, load_recipe

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sentcompress.benchmark.heldout import HeldoutDocument, heldout_documents
-from sentcompress.benchmark.models import Folder, Parts
+from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents
+from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.generation import SentenceGenerator
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.losses import TokenLoss
@@ -54,14 +54,14 @@ def nats(generator: SentenceGenerator, document: HeldoutDocument, cache: str, lo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    place = Folder(parser.parse_args().folder)
+    place = ModelFolder(parser.parse_args().folder)
     recipe = place.recipe(["bench.quantize=[]", "bench.max_documents=null"])
     longest = recipe.graft.max_sentences
-    documents = heldout_documents(Parts(recipe, place).corpus, recipe.bench)
+    documents = heldout_documents(Models(recipe, place).corpus, recipe.bench)
     size = sum(len("".join(d.texts[1:longest]).encode()) for d in documents)
     plain = 0.0
     for name, parts, cache in OPTIONS:
-        model = quantize(Parts(recipe, place).sentence_lm, parts)
+        model = quantize(Models(recipe, place).sentence_lm, parts)
         generator = SentenceGenerator(model, None)
         bits = sum(nats(generator, d, cache, longest) for d in documents) / math.log(2) / size
         plain = plain or bits

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sentcompress.benchmark.measurements.data import heldout_text
-from sentcompress.benchmark.models import Folder, Parts
+from sentcompress.benchmark.heldout_text import heldout_sentences
+from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 
 WAYS = [
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--new-tokens", type=int, default=40)
     asked = parser.parse_args()
-    place = Folder(asked.folder)
-    parts = Parts(place.recipe(), place)
-    text = heldout_text(parts.corpus, 2 * asked.prompts + 8)
+    place = ModelFolder(asked.folder)
+    parts = Models(place.recipe(), place)
+    text = heldout_sentences(parts.corpus, 2 * asked.prompts + 8)
     prompts = [text[2 * n : 2 * n + 1 + n % 7] for n in range(asked.prompts)]
     generator = SentenceGenerator(parts.sentence_lm, None)
     first: list[list[list[int]]] = []

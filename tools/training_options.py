@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from sentcompress.benchmark.models import Parts
+from sentcompress.benchmark.models import Models
 from sentcompress.estimate.shapes import random_models
 from sentcompress.estimate.training_memory import count_kept
 from sentcompress.modeling import losses
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--also", nargs="*", choices=["bf16", "compile"], default=[])
     asked = parser.parse_args()
     recipe = load_recipe("strong", [f"backbone.model={asked.backbone}", "backbone.config={}"])
-    corpus, graft = Parts(recipe, None).corpus, recipe.graft
+    corpus, graft = Models(recipe, None).corpus, recipe.graft
     model, _ = random_models(recipe)
     model.train()
     pad = int(model.config.pad_token_id)

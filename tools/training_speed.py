@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sentcompress.benchmark.models import Parts
+from sentcompress.benchmark.models import Models
 from sentcompress.estimate.shapes import random_models
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
@@ -60,7 +60,7 @@ def main() -> None:
         "strong",
         [f"backbone.model={asked.backbone}", "backbone.config={}", "segmenter.options.max_tokens=64"],
     )
-    parts = Parts(recipe, None)
+    parts = Models(recipe, None)
     model, backbone = random_models(recipe)
     model.train()
     twin = TokenLM(backbone).train()

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from sentcompress.benchmark.measurements.data import draw_lengths
-from sentcompress.benchmark.models import Parts
+from sentcompress.benchmark.heldout_text import draw_lengths
+from sentcompress.benchmark.models import Models
 from sentcompress.benchmark.profile import profile
 from sentcompress.benchmark.timing import SentenceSystem, alternate, make_prompts, speed_models
 from sentcompress.recipe import load_recipe
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     recipe = load_recipe("strong", [f"backbone.model={asked.backbone}", "backbone.init=random"])
-    parts = Parts(recipe, None)
+    parts = Models(recipe, None)
     timed = speed_models(parts)
     lengths = draw_lengths(parts.corpus, 64, recipe.seed)
     uneven = SentenceSystem(timed.model, lengths)

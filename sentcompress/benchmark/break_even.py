@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.records import SpeedReport
+from sentcompress.benchmark.measurements.speed import SpeedReport
 from sentcompress.benchmark.timing import (
     LOOKUP,
     LOOKUP_TOKENS,

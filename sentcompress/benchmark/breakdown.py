@@ -12,12 +12,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
-from sentcompress.benchmark.records import BY, Bucket, By
+from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
 from sentcompress.errors import CoverageError, InputError, did_you_mean
+from sentcompress.provenance import Record
+
+if TYPE_CHECKING:
+    from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument
+    from sentcompress.benchmark.measurements.quality import QualityScore
+
+By = Literal["position", "length", "index"]
+BY: tuple[By, ...] = get_args(By)
 
 STARTS: dict[By, tuple[int, ...]] = {
     "position": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128),
@@ -28,6 +36,18 @@ STARTS: dict[By, tuple[int, ...]] = {
 MARKS = ("end marks", "stop decisions")
 ROUNDING = 1e-9
 """Relative difference of two sums of the same fp64 numbers in another order."""
+
+
+class Bucket(Record):
+    """A part of one system's nats on all held-out documents; a breakdown's buckets add up to the whole."""
+
+    label: str
+    """Range of what it is broken down by; or ``end marks`` or ``stop decisions``, which stand for no bytes."""
+    bytes: int
+    nats: float
+    """Of its bytes alone."""
+    mark_nats: float = 0.0
+    """End marks and decisions of its sentences, once more: they are counted in the buckets of those names."""
 
 
 def chosen(words: Sequence[str]) -> list[By]:
@@ -47,14 +67,14 @@ def chosen(words: Sequence[str]) -> list[By]:
 
 
 @dataclass
-class Charges:
-    """What one system paid in one document.
+class TokenScores:
+    """Negative log-likelihoods of one document under one system, by token.
 
     Attributes:
         nats: ``[T]`` of each token of the scored text.
         sizes: ``[T]`` bytes of each.
         ends: ``[S]`` nats of the end mark of each scored sentence; None for a token-level model.
-        decisions: ``[S]`` nats of the decisions charged with each.
+        decisions: ``[S]`` nats of the decisions scored with each.
     """
 
     nats: np.ndarray
@@ -63,19 +83,19 @@ class Charges:
     decisions: np.ndarray | None = None
 
 
-def sentence_charges(
+def sentence_token_scores(
     document: HeldoutDocument,
     counter: ByteCounter,
     eos: int,
-    paid: Sequence[tuple[np.ndarray, np.ndarray]],
+    target_nats: Sequence[tuple[np.ndarray, np.ndarray]],
     sentence_nats: np.ndarray,
     decisions: np.ndarray,
-) -> Charges:
-    """Charges of a sentence model.
+) -> TokenScores:
+    """Scores of a sentence model.
 
     Args:
         eos: the end mark's token.
-        paid: targets and their nats, in the order in which they were charged.
+        target_nats: targets and their nats, in the order in which they were scored.
         sentence_nats: ``[N]`` of all sentences of the document, without decisions: what was summed up.
         decisions: ``[N]``.
 
@@ -83,13 +103,13 @@ def sentence_charges(
         CoverageError: these are not the sentences' tokens in order, or not what was summed up.
     """
     what = f"document {document.number} ({document.source})"
-    first = document.charged
+    first = document.first_scored
     sentences = document.sentences[first:]
     expected = [token for ids in sentences for token in (*ids, eos)]
-    targets, nats = (np.concatenate(columns) for columns in zip(*paid, strict=True))
+    targets, nats = (np.concatenate(columns) for columns in zip(*target_nats, strict=True))
     if not np.array_equal(targets, expected):
         raise CoverageError(
-            f"{what}: the model does not charge for the sentences' tokens in their order",
+            f"{what}: the model does not score the sentences' tokens in their order",
             fix="leave --by out (bench.by: []): the totals do not depend on the order",
         )
     lengths = np.array([len(ids) for ids in sentences])
@@ -101,11 +121,11 @@ def sentence_charges(
     # A sentence's figure is an fp32 sum: its tokens take what that rounding left over, so that all adds up.
     missing = sentence_nats[first:] - ends - np.bincount(owners, tokens, len(lengths))
     if np.any(np.abs(missing) > 1e-4 * np.maximum(1.0, sentence_nats[first:])):
-        raise CoverageError(f"{what}: what single tokens cost is not what their sentences were charged")
+        raise CoverageError(f"{what}: the nats of single tokens do not add up to those of their sentences")
     tokens = tokens + (missing / lengths)[owners]
     pieces = zip(sentences, document.texts[first:], strict=True)
     sizes = np.concatenate([counter.sizes_of(ids, text) for ids, text in pieces])
-    return Charges(tokens, sizes, ends, decisions[first:])
+    return TokenScores(tokens, sizes, ends, decisions[first:])
 
 
 def spread(nats: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -115,14 +135,14 @@ def spread(nats: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     per_byte = np.repeat(nats / np.maximum(sizes, 1), sizes)
     if len(per_byte) == 0:
-        raise CoverageError("no byte was charged")
+        raise CoverageError("no byte was scored")
     begins = np.minimum(np.cumsum(sizes) - sizes, len(per_byte) - 1)
     empty = sizes == 0
     np.add.at(per_byte, begins[empty], nats[empty])
     return per_byte
 
 
-class Places:
+class Breakdown:
     """The bucket of every scored byte and of every scored sentence.
 
     Args:
@@ -136,11 +156,11 @@ class Places:
         bytes_at: dict[By, list[np.ndarray]] = {name: [] for name in BY}
         sentences_at: dict[By, list[int]] = {name: [] for name in ("length", "index")}
         self._sizes = [document.scored_bytes for document in documents]
-        self._counts = [len(document.sentences) - document.charged for document in documents]
+        self._counts = [len(document.sentences) - document.first_scored for document in documents]
         for document in documents:
             for index, (ids, text) in enumerate(zip(document.sentences, document.texts, strict=True)):
-                if index < document.charged:
-                    continue  # context: charged to none
+                if index < document.first_scored:
+                    continue  # context: not scored
                 sizes = counter.sizes_of(ids, text)
                 total = sum(sizes)
                 bytes_at["position"].append(np.repeat(np.arange(len(ids)), sizes))
@@ -151,24 +171,24 @@ class Places:
         self._bytes = {name: _buckets(name, np.concatenate(found)) for name, found in bytes_at.items()}
         self._sentences = {name: _buckets(name, np.array(found)) for name, found in sentences_at.items()}
 
-    def split(self, system: str, charges: Sequence[Charges], nats: float) -> dict[By, list[Bucket]]:
+    def split(self, system: str, scores: Sequence[TokenScores], nats: float) -> dict[By, list[Bucket]]:
         """Buckets of one system that hold any bytes; end marks and decisions behind them where it pays for them.
 
         Args:
-            charges: of each document, in order.
+            scores: of each document, in order.
             nats: the total, as it stands in the table.
 
         Raises:
             CoverageError: the buckets' bytes or nats are not those of the whole.
         """
-        sizes = [int(charge.sizes.sum()) for charge in charges]
-        counts = [None if charge.ends is None else len(charge.ends) for charge in charges]
-        if sizes != self._sizes or counts not in (self._counts, [None] * len(charges)):
+        sizes = [int(score.sizes.sum()) for score in scores]
+        counts = [None if score.ends is None else len(score.ends) for score in scores]
+        if sizes != self._sizes or counts not in (self._counts, [None] * len(scores)):
             raise CoverageError(f"{system}: {sum(sizes)} of {sum(self._sizes)} bytes were found in a place")
-        per_byte = np.concatenate([spread(charge.nats, charge.sizes) for charge in charges])
+        per_byte = np.concatenate([spread(score.nats, score.sizes) for score in scores])
         nothing = np.zeros(0)
-        ends = np.concatenate([nothing, *(c.ends for c in charges if c.ends is not None)])
-        stops = np.concatenate([nothing, *(c.decisions for c in charges if c.decisions is not None)])
+        ends = np.concatenate([nothing, *(c.ends for c in scores if c.ends is not None)])
+        stops = np.concatenate([nothing, *(c.decisions for c in scores if c.decisions is not None)])
         found: dict[By, list[Bucket]] = {}
         for name in self.by:
             count = len(STARTS[name])
@@ -177,13 +197,13 @@ class Places:
             of_sentences = name in self._sentences and len(ends)
             marks = np.bincount(self._sentences[name], ends + stops, count) if of_sentences else [0.0] * count
             buckets = [
-                Bucket(label=label, bytes=int(size), nats=float(paid), mark_nats=float(mark))
-                for label, size, paid, mark in zip(labels(name), bytes_in, nats_in, marks, strict=True)
+                Bucket(label=label, bytes=int(size), nats=float(inside), mark_nats=float(mark))
+                for label, size, inside, mark in zip(labels(name), bytes_in, nats_in, marks, strict=True)
                 if size
             ]
             if len(ends):
                 sums = zip(MARKS, (ends, stops), strict=True)
-                buckets += [Bucket(label=label, bytes=0, nats=float(paid.sum())) for label, paid in sums]
+                buckets += [Bucket(label=label, bytes=0, nats=float(each.sum())) for label, each in sums]
             _check(system, name, buckets, sum(self._sizes), nats)
             found[name] = buckets
         return found
@@ -206,4 +226,59 @@ def _check(system: str, by: By, buckets: Sequence[Bucket], size: int, nats: floa
     if bytes_in != size:
         raise CoverageError(f"{system}, by {by}: the buckets hold {bytes_in} bytes, the text has {size}")
     if not math.isclose(nats_in, nats, rel_tol=ROUNDING):
-        raise CoverageError(f"{system}, by {by}: the buckets hold {nats_in} nats, {nats} were charged")
+        raise CoverageError(f"{system}, by {by}: the buckets hold {nats_in} nats, {nats} were scored")
+
+
+# ---- several systems
+
+
+@dataclass
+class BucketRow:
+    """One bucket under all systems.
+
+    Attributes:
+        bytes: 0 for end marks and stop decisions, whose bits are over all bytes.
+        bits: bits per byte by system; only the systems that pay here.
+        ratio: of the sentence model's to the baseline's.
+        with_marks: the same, end marks and decisions of the bucket's sentences included; None by position.
+        gap: nats the sentence model pays here and the baseline does not, as bits over all bytes: these add up.
+        share: of the whole gap.
+    """
+
+    label: str
+    bytes: int
+    bits: dict[str, float]
+    ratio: float | None = None
+    with_marks: float | None = None
+    gap: float | None = None
+    share: float | None = None
+
+
+def compare_buckets(scores: Sequence[QualityScore], by: By) -> tuple[str | None, list[BucketRow]]:
+    """The baseline's name (None where there is nothing to compare), and a row a bucket with the whole at the end."""
+    broken = {score.system: score for score in scores if by in score.by}
+    if not broken:
+        return None, []
+    baseline = next((name for name in BASELINES if name in broken and SENTENCE_MODEL in broken), None)
+    size = next(iter(broken.values())).bytes
+    labels = list(dict.fromkeys(bucket.label for score in broken.values() for bucket in score.by[by]))
+    at = {name: {bucket.label: bucket for bucket in score.by[by]} for name, score in broken.items()}
+    for name, score in broken.items():
+        marks = sum(bucket.mark_nats for bucket in score.by[by])
+        at[name]["all"] = Bucket(label="all", bytes=size, nats=score.nats - marks, mark_nats=marks)
+    rows = []
+    for label in [*labels, "all"]:
+        found = {name: buckets[label] for name, buckets in at.items() if label in buckets}
+        row = BucketRow(label, max(bucket.bytes for bucket in found.values()), {})
+        nats_of = {name: b.nats + (b.mark_nats if label == "all" else 0.0) for name, b in found.items()}
+        row.bits = {name: nats / math.log(2) / (row.bytes or size) for name, nats in nats_of.items()}
+        if baseline:
+            over = broken[SENTENCE_MODEL].nats - broken[baseline].nats
+            ours, theirs = nats_of.get(SENTENCE_MODEL, 0.0), nats_of.get(baseline, 0.0)
+            row.gap = (ours - theirs) / math.log(2) / size
+            row.share = (ours - theirs) / over if over else None
+            row.ratio = ours / theirs if theirs else None
+            if theirs and by != "position":
+                row.with_marks = (found[SENTENCE_MODEL].nats + found[SENTENCE_MODEL].mark_nats) / theirs
+        rows.append(row)
+    return baseline, rows

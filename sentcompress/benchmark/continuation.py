@@ -1,20 +1,20 @@
 """The log-likelihood of a text that continues another one, under a sentence model.
 
 A sentence model writes a text as a series of events: the decision to begin, the tokens of the first sentence, its end
-mark, the decision to go on, the tokens of the second sentence, and so on. What is charged for a continuation is every
+mark, the decision to go on, the tokens of the second sentence, and so on. What counts for a continuation is every
 event after the last token of the context, up to the last token of the continuation. So
 
 - in the sentence in which the continuation begins, the tokens of the context are given (the decoder is fed with them)
-  and only those after them are charged;
-- where the context ends with its sentence, that sentence's end mark and the decision to go on are charged too: the
+  and only those after them count;
+- where the context ends with its sentence, that sentence's end mark and the decision to go on count too: the
   context's text does not say that its sentence is over;
-- end marks and decisions between sentences of the continuation are charged, and what comes after its last token (an
+- end marks and decisions between sentences of the continuation count, and what comes after its last token (an
   end mark, a decision to stop or go on) is not, since more might follow;
-- with an empty context the decision to begin is charged as well.
+- with an empty context the decision to begin counts as well.
 
 Likelihoods of consecutive continuations therefore add up, wherever the text is cut and tokenized the same way.
 A model without a start latent cannot predict a text's first sentence. It is given that sentence whole, with its end
-mark, as in ``bench quality``, and refuses to charge for a part of it.
+mark, as in ``bench quality``, and refuses to score a part of it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.heldout import ByteCounter, windows
-from sentcompress.benchmark.sentence_charges import charge_window
+from sentcompress.benchmark.heldout_text import ByteCounter, windows
+from sentcompress.benchmark.sentence_scoring import score_window
 from sentcompress.errors import CoverageError, InputError
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.segmentation import Sentence
@@ -37,13 +37,13 @@ STOP_NATS = math.log(2)
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a continuation was charged.
+    """Score of a continuation.
 
     Attributes:
         nats: negative log-likelihood.
         tokens: of the continuation.
-        end_marks: charged.
-        decisions: to begin or go on, charged.
+        end_marks: scored.
+        decisions: to begin or go on, scored.
         greedy: every one of these is what greedy generation would choose.
     """
 
@@ -57,10 +57,10 @@ class Continuation:
 NOTHING = Continuation(nats=0.0, tokens=0, end_marks=0, decisions=0, greedy=True)
 
 
-def charge_continuation(
+def score_continuation(
     model: SentenceLM, sentences: Sequence[Sentence], border: int, counter: ByteCounter, size: int
 ) -> Continuation:
-    """Charge the part of a text from a border on.
+    """Score the part of a text from a border on.
 
     Args:
         model: in eval mode.
@@ -71,7 +71,7 @@ def charge_continuation(
 
     Raises:
         InputError: the model would have to predict a first sentence and has no start latent.
-        CoverageError: the tokens do not spell the text, or others than those were charged.
+        CoverageError: the tokens do not spell the text, or others than those were scored.
     """
     ids = [tokens for _, tokens in sentences]
     owner, given = _last_given(sentences, border, counter)
@@ -87,24 +87,24 @@ def charge_continuation(
             )
         owner, position = 1, 0
     found = [
-        (window, charge_window(model, ids, window, ends=False, what="continuation", greedy=True))
+        (window, score_window(model, ids, window, ends=False, what="continuation", greedy=True))
         for window in windows(len(ids), size, owner)
     ]
     eos = model.config.eos_token_id
     targets, nats = (
-        np.concatenate(columns) for columns in zip(*(charges.paid for _, charges in found), strict=True)
+        np.concatenate(columns) for columns in zip(*(scores.target_nats for _, scores in found), strict=True)
     )
     if not np.array_equal(targets, [token for sentence in ids[owner:] for token in (*sentence, eos)]):
-        raise CoverageError("the model does not charge for the sentences' tokens in their order")
-    charged = slice(position, -1)  # the last end mark comes after the continuation
-    before = np.concatenate([charges.before[window.charged - window.start :] for window, charges in found])
+        raise CoverageError("the model does not score the sentences' tokens in their order")
+    scored = slice(position, -1)  # the last end mark comes after the continuation
+    before = np.concatenate([scores.before[window.first_scored - window.start :] for window, scores in found])
     # Where the context has tokens of this sentence, the decision to begin it was made.
     decisions = before[1:] if position else before
-    greedy = np.concatenate([charges.greedy for _, charges in found])[charged]
-    end_marks = int((targets[charged] == eos).sum())
+    greedy = np.concatenate([scores.greedy for _, scores in found])[scored]
+    end_marks = int((targets[scored] == eos).sum())
     return Continuation(
-        nats=float(nats[charged].sum() + decisions.sum()),
-        tokens=len(targets[charged]) - end_marks,
+        nats=float(nats[scored].sum() + decisions.sum()),
+        tokens=len(targets[scored]) - end_marks,
         end_marks=end_marks,
         decisions=len(decisions),
         greedy=bool(greedy.all()) and bool((decisions < STOP_NATS).all()),

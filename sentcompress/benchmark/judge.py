@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument
-from sentcompress.benchmark.measurements.quality import score_token_model
-from sentcompress.benchmark.records import QualityScore
+from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument
+from sentcompress.benchmark.measurements.quality import QualityScore
+from sentcompress.benchmark.scoring import score_token_model
 from sentcompress.contracts.proof import TOLERANCE, reference_of
 from sentcompress.errors import InputError, SentCompressError
 from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm, resolve_backbone
@@ -80,7 +80,7 @@ class Judge:
         texts: Sequence[str],
         progress: Callable[[], None] = lambda: None,
     ) -> QualityScore:
-        """Score texts given their prompts: the texts' bytes are charged, each once, and none of the prompts'.
+        """Score texts given their prompts: each byte of the texts counts once, and none of the prompts'.
 
         Args:
             system: who wrote them.

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from sentcompress.benchmark.continuation import charge_continuation
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
+from sentcompress.benchmark.continuation import score_continuation
+from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
 from sentcompress.benchmark.measurements.causality import check_causality, require_causal
-from sentcompress.benchmark.measurements.quality import charge_document, check_document
-from sentcompress.benchmark.models import Folder, Parts
-from sentcompress.benchmark.sentence_charges import window_size
+from sentcompress.benchmark.models import ModelFolder, Models
+from sentcompress.benchmark.scoring import check_document, score_document
+from sentcompress.benchmark.sentence_scoring import window_size
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
+from sentcompress.registry import describe_validation_error
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import Sentence, sentences_to_ids
 
@@ -85,7 +87,7 @@ class SentenceHarnessLM(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy generation would write it.
 
-        What is charged is said in :mod:`sentcompress.benchmark.continuation`: everything the model predicts after the
+        :mod:`sentcompress.benchmark.continuation` says what counts: everything the model predicts after the
         last token of the context, up to the last token of the continuation, end marks and decisions to go on between
         sentences included. White space at the end of a context belongs to the continuation, and so does a token that
         reaches across the border.
@@ -96,26 +98,26 @@ class SentenceHarnessLM(LM):
         found = []
         for request in self._shown("loglikelihood", requests, disable_tqdm):
             context, continuation = request.args
-            charged = charge_continuation(
+            score = score_continuation(
                 self.model,
                 self._sentences(context + continuation),
                 len(context.rstrip()),
                 self.counter,
                 self.window,
             )
-            found.append((-charged.nats, charged.greedy))
+            found.append((-score.nats, score.greedy))
             self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole documents, after the proof of ``bench quality`` that every byte was charged once.
+        """Log-likelihood of whole documents, after the proof of ``bench quality`` that every byte was scored once.
 
-        Charged are the decision to begin, every token, every end mark, and every decision to go on or stop. That is
-        what ``bench quality`` charges, and the first sentence, which is context there.
+        It counts the decision to begin, every token, every end mark, and every decision to go on or stop: what
+        ``bench quality`` scores, and the first sentence, which is context there.
 
         Raises:
             InputError: the model has no start latent, so that it cannot predict a document's first sentence.
-            CoverageError: a byte, an end mark or a decision was charged twice or never.
+            CoverageError: a byte, an end mark or a decision was scored twice or never.
         """
         if not self.model.config.start_latent:
             raise InputError(
@@ -129,9 +131,9 @@ class SentenceHarnessLM(LM):
             if sentences:
                 texts, ids = zip(*sentences, strict=True)
                 document = HeldoutDocument(
-                    number, "the harness", list(ids), list(texts), whole=True, charged=0
+                    number, "the harness", list(ids), list(texts), whole=True, first_scored=0
                 )
-                tally = charge_document(self.model, document, self.window)
+                tally = score_document(self.model, document, self.window)
                 nats = check_document(document, tally, self.counter).nats
             found.append(-nats)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
@@ -173,7 +175,10 @@ def _generation_settings(asked: dict[str, Any]) -> tuple[list[str], GenerationSe
         settings.pop("temperature", None)
     elif "seed" not in settings:
         settings["seed"] = int(torch.randint(2**31, ()))
-    return until, GenerationSettings.checked(settings, "gen_kwargs")
+    try:
+        return until, GenerationSettings(**settings)
+    except ValidationError as error:
+        raise InputError(describe_validation_error(error, GenerationSettings, "gen_kwargs")) from None
 
 
 def _cut(pieces: Iterable[str], until: Sequence[str]) -> str:
@@ -225,10 +230,10 @@ def heldout(pretrained: str | None = None, run: str | None = None, **_others: An
 
     if run is None and pretrained is None:
         raise InputError("whose held-out documents?", fix="add --metadata run=OUT, the folder of a run")
-    folder = Folder(Path(run or pretrained or ""))
+    folder = ModelFolder(Path(run or pretrained or ""))
     recipe = folder.recipe()
     settings = recipe.bench.model_copy(update={"max_bytes_per_document": None})
-    documents = heldout_documents(Parts(recipe, folder).corpus, settings)
+    documents = heldout_documents(Models(recipe, folder).corpus, settings)
     rows = [{"text": "".join(d.texts), "source": d.source} for d in documents]
     return {"test": Dataset.from_list(rows)}
 

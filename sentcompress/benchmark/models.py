@@ -9,6 +9,7 @@ import math
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sentcompress.benchmark.records import Curve
-from sentcompress.benchmark.results import STAGES
+from sentcompress.benchmark.measurements.quality import ModelCounts
+from sentcompress.benchmark.results import STAGES, Curve
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import read_json, storage_errors
@@ -47,7 +48,7 @@ class Missing(Exception):
     """Something that was asked for is not there; the text says why. Reported, not failed."""
 
 
-class Folder:
+class ModelFolder:
     """A run folder (``OUT`` with ``vae``, ``graft``, ``baseline`` in it) or the folder of one model.
 
     Raises:
@@ -122,7 +123,7 @@ class Folder:
         return total
 
 
-class Parts:
+class Models:
     """Everything the measurements share, loaded when first asked for.
 
     Args:
@@ -131,7 +132,7 @@ class Parts:
         out: where results go, and blocks of a model that no memory holds; None takes the system's temporary folder.
     """
 
-    def __init__(self, recipe: Recipe, folder: Folder | None, out: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, folder: ModelFolder | None, out: Path | None = None) -> None:
         """Raises InputError where the recipe's ``bench.device`` is not there."""
         self.recipe = recipe
         self.folder = folder
@@ -143,13 +144,13 @@ class Parts:
                 fix="use auto or cpu, or install a build of torch for your GPU",
             )
         self.device = torch.device("cuda" if gpu and wanted != "cpu" else "cpu")
-        self.is_spread = recipe.bench.device_map != "none"
-        if self.is_spread and recipe.bench.quantize:
+        self.is_sharded = recipe.bench.device_map != "none"
+        if self.is_sharded and recipe.bench.quantize:
             raise InputError(
                 "bench.device_map: a model whose weights are in 8 bits cannot be spread over devices",
                 fix="leave bench.quantize or bench.device_map out",
             )
-        if self.is_spread and process_count() > 1:
+        if self.is_sharded and process_count() > 1:
             raise InputError(
                 "bench.device_map: in several processes each has a device of its own",
                 fix="leave bench.device_map out, or measure in one process",
@@ -164,13 +165,13 @@ class Parts:
             self.out.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix="blocks-", dir=self.out)
 
-    def about(self, model: nn.Module) -> tuple[str, str]:
+    def describe(self, model: nn.Module) -> tuple[str, str]:
         """Dtype of a model's weights, and where its blocks lie; empty where all is on one device."""
         return str(next(model.parameters()).dtype).removeprefix("torch."), self._places.get(model, "")
 
     def _make_room(self) -> None:
         """Only two models are held where memory is short: the sentence model, and what it is compared with."""
-        if self.is_spread:
+        if self.is_sharded:
             for name in ("backbone", "baseline"):
                 self.__dict__.pop(name, None)  # loaded again when it is asked for
             gc.collect()  # Accelerate's hooks hold a model in a circle
@@ -186,7 +187,7 @@ class Parts:
             StorageError: blocks cannot be put on the disk.
         """
         model = model.eval()
-        if not self.is_spread:
+        if not self.is_sharded:
             return model.to(self.device, dtype)
         model = model.to(DTYPES[self.recipe.bench.dtype])
         if self._room is None:
@@ -257,7 +258,7 @@ class Parts:
 
     @cached_property
     def baseline(self) -> PreTrainedModel:
-        """The equal-data twin."""
+        """The LLM fine-tuned on the same data, token by token."""
         if not self.recipe.baseline.enabled:
             raise Missing("the recipe has baseline.enabled: false")
         folder = self._stage("baseline")
@@ -285,7 +286,7 @@ class Parts:
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def read_curves(folder: Folder) -> list[Curve]:
+def read_curves(folder: ModelFolder) -> list[Curve]:
     """Loss and held-out curves from the stages' ``metrics.jsonl``."""
     curves = []
     for stage in STAGES:
@@ -308,3 +309,63 @@ def read_curves(folder: Folder) -> list[Curve]:
                     points.setdefault(name, []).append((step, float(value)))
         curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
     return curves
+
+
+# ---- how large a model is, and what it was trained on
+
+
+def model_counts(
+    model: nn.Module, models: Models, stages: Sequence[str], mean_sentence_tokens: float
+) -> ModelCounts:
+    """Count a model of a run.
+
+    Args:
+        model: the sentence model, or a token-level one of the same backbone.
+        stages: it was trained in; the last one says how much of it learned. None for a model as it came.
+        mean_sentence_tokens: of the held-out text.
+    """
+    records = {stage: _record(models, stage) for stage in stages}
+    if "graft" in records:  # its SentenceVAE may come from another run
+        records = {"vae": _record(models, "vae")} | records
+    learned = records[stages[-1]].get("trainable_parameters") if stages else 0
+    per_position = mean_sentence_tokens / model.latents if isinstance(model, SentenceLM) else 1.0
+    total, tables = count(model)
+    backbone, positions = count(models.sentence_lm.backbone)
+    return ModelCounts(
+        parameters=total,
+        trainable_parameters=learned,
+        backbone_parameters=backbone - positions,
+        table_parameters=tables,
+        tokens_per_position=per_position,
+        training_tokens={name: about["tokens"] for name, about in records.items() if "tokens" in about},
+    )
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """All weights, shared ones once; and those of embedding tables that nothing multiplies with.
+
+    A table that is also the output head (tied embeddings) is no mere table.
+    """
+    tables: dict[int, int] = {}
+    others: dict[int, int] = {}
+    for module in model.modules():
+        kind = tables if isinstance(module, nn.Embedding) else others
+        kind.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+    if isinstance(model, SentenceLM):  # its head is a weight, not a module, where embeddings are tied
+        others[id(model.vae.output_weight)] = model.vae.output_weight.numel()
+    return sum((tables | others).values()), sum(size for key, size in tables.items() if key not in others)
+
+
+def _record(models: Models, stage: str) -> dict[str, Any]:
+    """What a stage wrote of itself; empty where there is nothing."""
+    if stage == "vae" and models.recipe.graft.vae:
+        folder = Path(models.recipe.graft.vae)
+    elif models.folder is None:
+        return {}
+    else:
+        try:
+            folder = models.folder.stage(stage)
+        except Missing:
+            return {}
+    about = read_json(folder / "run.json")
+    return about if isinstance(about, dict) else {}

@@ -1,8 +1,9 @@
-"""Figures of the SentenceVAE paper (arXiv 2408.00655), to stand beside ours, always marked as the paper's."""
+"""Figures of the SentenceVAE paper (arXiv 2408.00655), shown beside ours and always marked as the paper's."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 VAE_PERPLEXITY = {
     ("opt-125m", 1): 3.605,
@@ -27,23 +28,40 @@ SLLM = {
     ("opt-1.3b", 1): (15.95, 8.76, 119.07, 479.71, 400.01, 57.07),
     ("opt-1.3b", 2): (15.95, 3.84, 119.07, 553.95, 400.01, 55.14),
 }
-"""Experiment 2: perplexity, output tokens/s and memory KB a token of OPT and of the SLLM."""
+"""Experiment 2: perplexity, output tokens/s and memory (KB per token) of OPT and of the SLLM."""
 
 
-def paper_row(recipe: dict[str, Any], part: str) -> str:
-    """What the paper printed for a recipe's backbone and depth; empty when it has no such row."""
+class PaperFigures(NamedTuple):
+    """Figures of an OPT model and of the SLLM made of it."""
+
+    opt_perplexity: float
+    perplexity: float
+    opt_speed: float
+    speed: float
+    """Output tokens per second."""
+    opt_memory: float
+    memory: float
+    """KB per token."""
+
+
+def vae_note(recipe: dict[str, Any]) -> list[str]:
+    """The paper's perplexity of reconstruction for a recipe's backbone and depth; empty where it has none."""
+    perplexity = VAE_PERPLEXITY.get(_model_and_blocks(recipe))
+    return [] if perplexity is None else [_note(f"teacher-forced perplexity {perplexity}")]
+
+
+def sllm_note(recipe: dict[str, Any], line: Callable[[PaperFigures], str]) -> list[str]:
+    """A line on the paper's SLLM for a recipe's backbone and depth; empty where the paper has none."""
+    figures = SLLM.get(_model_and_blocks(recipe))
+    return [] if figures is None else [_note(line(PaperFigures(*figures)))]
+
+
+def _model_and_blocks(recipe: dict[str, Any]) -> tuple[str, int]:
     try:
-        model = str(recipe["backbone"]["model"]).rpartition("/")[2]
-        key = (model, int(recipe["vae"]["encoder_layers"]))
+        return str(recipe["backbone"]["model"]).rpartition("/")[2], int(recipe["vae"]["encoder_layers"])
     except (KeyError, TypeError, ValueError):
-        return ""
-    if part == "reconstruct":
-        return f"teacher-forced perplexity {VAE_PERPLEXITY[key]}" if key in VAE_PERPLEXITY else ""
-    if key not in SLLM:
-        return ""
-    base_ppl, ppl, base_speed, speed, base_memory, memory = SLLM[key]
-    return {
-        "quality": f"perplexity {ppl}, OPT {base_ppl} (not fine-tuned on the same text)",
-        "speed": f"{speed} output tokens/s, OPT {base_speed}: {speed / base_speed:.2f}x",
-        "memory": f"{memory} KB a token, OPT {base_memory} KB",
-    }.get(part, "")
+        return "", 0
+
+
+def _note(line: str) -> str:
+    return f"The paper's figures (its own hardware and text, and not causal: see the docs): {line}"

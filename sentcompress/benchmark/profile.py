@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sentcompress.benchmark.records import PartTime
+from sentcompress.benchmark.measurements.speed import PartTime
 from sentcompress.benchmark.timing import Prompt, SentenceSystem, System, TokenSystem
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.sentence_writer import Sampler

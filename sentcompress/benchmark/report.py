@@ -1,17 +1,21 @@
-"""The HTML report: one file that opens from disk without a network. No torch."""
+"""Results to read: tables on the terminal, and one HTML file that opens from disk without a network. No torch."""
 
 from __future__ import annotations
 
 import base64
+from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from sentcompress.benchmark.plots import figures
-from sentcompress.benchmark.records import Results
-from sentcompress.benchmark.tables import BY_TITLES, TITLES, honesty_lines, tables
-from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE
+from rich.console import Console
+from rich.text import Text
+
+from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR, svg
+from sentcompress.benchmark.measurement import Excerpts, Section, measurements
+from sentcompress.benchmark.results import Results
 from sentcompress.files import write_atomically
-from sentcompress.table import Table, number, percent
+from sentcompress.table import Table, as_rich
 
 STYLE = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --ours: #2563eb; }
@@ -35,15 +39,57 @@ img.wide { max-width: 100%; }
 .sample { border-left: 3px solid var(--line); padding: 2px 0 2px 14px; margin: 14px 0; white-space: pre-wrap; }
 .sample em { color: var(--soft); font-style: normal; } .sample strong { font-weight: 500; color: var(--ours); }
 .bad { color: #b91c1c; }
-.honesty { font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; color: var(--soft); }
+.provenance { font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; color: var(--soft); }
 """
 
-TEXTS = 2
-"""Prompts whose continuations the report shows."""
+
+def sections(results: Results) -> dict[str, list[Section]]:
+    """Tables of each measurement that has rows, with their figures; by the measurement's name."""
+    found = {}
+    for measurement in measurements():
+        if results.rows_of(measurement.name):
+            found[measurement.name] = measurement.sections(results)
+            for section in found[measurement.name]:
+                _without_empty_notes(section.table)
+    return found
+
+
+def _without_empty_notes(table: Table) -> None:
+    if table.columns[-1] == "note" and not any(row[-1] for row in table.rows):
+        table.columns.pop()
+        table.rows = [row[:-1] for row in table.rows]
+
+
+def tables(results: Results) -> list[Table]:
+    """The tables that are printed, in order."""
+    return [section.table for group in sections(results).values() for section in group if section.terminal]
+
+
+def render(results: Results, console: Console) -> None:
+    """Print all tables, what was not measured, and where the figures come from."""
+    for table in tables(results):
+        console.print(as_rich(table))
+    for skipped in results.skipped:
+        line = f"not measured: {skipped.part}, {skipped.what}: {skipped.reason}"
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+    for line in provenance_lines(results):
+        console.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def provenance_lines(results: Results) -> list[str]:
+    """Each line of provenance once, with the measurements and systems it stands for."""
+    one_line = {measurement.name for measurement in measurements() if measurement.one_line}
+    lines: dict[str, list[str]] = {}
+    for row in results.rows:
+        name = row.part if row.part in one_line else f"{row.part}: {row.system}"
+        names = lines.setdefault(row.honesty.line(), [])
+        if name not in names:
+            names.append(name)
+    return [f"[{'; '.join(names)}] {line}" for line, names in lines.items()]
 
 
 def write_report(results: Results, path: Path) -> None:
-    """Write the report.
+    """Write the HTML report.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -54,28 +100,31 @@ def write_report(results: Results, path: Path) -> None:
 
 def render_report(results: Results) -> str:
     """The report as HTML; every text in it that is not ours is escaped."""
-    drawn = figures(results)
     title = escape(results.title)
     body = [f"<h1>{title}</h1>", f'<p class="sub">sentcompress benchmark, {escape(results.created)}</p>']
     body.append(_tiles(results))
-    if "curves" in drawn:
-        body.append(_section("Training", _image(drawn["curves"], "loss curves", wide=True)))
-    titles = {title: part for part, title in TITLES.items()}
-    titles |= {title: f"by {by}" for by, title in BY_TITLES.items()} | {DIFFERENCES_TITLE: "differences"}
-    for table in tables(results):
-        part = titles[table.title]
-        image = _image(drawn[part], table.title, wide=part.startswith("by ")) if part in drawn else ""
-        body.append(_section(table.title, image + _table(table)))
-        if part == "reconstruct" and results.reconstruction:
-            body.append(_examples(results.reconstruction.examples))
-    body += [_texts(results), _samples(results)]
+    if any(curve.name == "loss" and curve.points for curve in results.curves):
+        curves = svg(partial(_draw_losses, results), (9.4, 2.9))
+        body.append(_section("Training", _image(curves, "loss curves", wide=True)))
+    found = sections(results)
+    for measurement in measurements():
+        for section in found.get(measurement.name, ()):
+            image, table = "", section.table
+            if section.draw is not None:
+                image = _image(svg(section.draw, section.size), table.title, wide=section.wide)
+            body.append(_section(table.title, image + _table(table)))
+        body += [_excerpts(excerpts) for excerpts in measurement.excerpts(results)]
+    if results.samples:
+        texts = [(sample.prompt, {"": sample.text}) for sample in results.samples]
+        note = f"Prompts from held-out documents; {results.samples[0].system}."
+        body.append(_excerpts(Excerpts("Samples", texts, note)))
     if results.skipped:
         items = "".join(
             f"<li>{escape(s.part)}: {escape(s.what)}: {escape(s.reason)}</li>" for s in results.skipped
         )
         body.append(_section("Not measured", f"<ul>{items}</ul>"))
-    lines = "".join(f"<p>{escape(line)}</p>" for line in honesty_lines(results))
-    body.append(_section("Where each row comes from", f'<div class="honesty">{lines}</div>'))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in provenance_lines(results))
+    body.append(_section("Where each row comes from", f'<div class="provenance">{lines}</div>'))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -109,64 +158,34 @@ def _cell(text: str) -> str:
 
 
 def _tiles(results: Results) -> str:
-    """The headline."""
-    tiles: list[tuple[str, str]] = []
-    scores = {score.system: score for score in results.quality}
-    if "sentence model" in scores:
-        text = "bits per byte, sentence model"
-        if twin := scores.get("baseline, equal data"):
-            text += f" (equal-data baseline {twin.bits_per_byte:.3f})"
-        tiles.append((f"{scores['sentence model'].bits_per_byte:.3f}", text))
-    if results.reconstruction:
-        exact = percent(results.reconstruction.exact_sentences)
-        tiles.append((exact, "held-out sentences reconstructed exactly"))
-    if results.speed:
-        ours = next(
-            (r for r in results.speed.runs if r.ratio is not None and r.system == "sentence model"), None
-        )
-        if ours:
-            tiles.append((f"{ours.ratio:.2f}x", f"output tokens/s of the backbone, batch {ours.batch_size}"))
-    if len(results.memory) == 2:
-        a, b = (report.cache_bytes_per_token for report in results.memory)
-        tiles.append(
-            (f"{a / b:.1f}x", f"smaller cache a token ({number(b, 0)} instead of {number(a, 0)} bytes)")
-        )
-    if results.causality:
-        future = max(c.max_delta for c in results.causality.checks if c.kind == "future")
-        verdict = "causal: largest effect of the future" if results.causality.passed else "NOT causal"
-        tiles.append((f"{future:g}" if future else "0.0", verdict))
+    """The headline figures."""
+    tiles = [tile for measurement in measurements() for tile in measurement.tiles(results)]
     cells = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles)
     return f'<div class="tiles">{cells}</div>' if tiles else ""
 
 
-def _examples(examples: list[tuple[str, str]]) -> str:
-    rows = [[repr(a)[1:-1], repr(b)[1:-1] if b != a else "the same"] for a, b in examples]
-    return _section(
-        "Reconstructed sentences", _table(Table("", ["held-out sentence", "what came back"], rows, []))
-    )
+def _excerpts(excerpts: Excerpts) -> str:
+    items = f'<p class="note">{escape(excerpts.note)}</p>' if excerpts.note else ""
+    for prompt, texts in excerpts.texts:
+        alone = texts.get("")  # the one text of a prompt stands right behind it
+        after = "" if alone is None else f"<strong>{escape(alone)}</strong>"
+        items += f'<div class="sample"><em>{escape(prompt)}</em>{after}</div>'
+        for system, text in texts.items():
+            if system:
+                items += f'<p class="note">{escape(system)}</p>'
+                items += f'<div class="sample"><strong>{escape(text)}</strong></div>'
+    return _section(excerpts.title, items)
 
 
-def _texts(results: Results) -> str:
-    """What every system wrote after the first prompts."""
-    if not results.text:
-        return ""
-    items = ""
-    for index, prompt in enumerate(results.text.prompts[:TEXTS]):
-        items += f'<div class="sample"><em>{escape(prompt)}</em></div>'
-        for score in results.text.scores:
-            text = escape(score.texts[index])
-            items += (
-                f'<p class="note">{escape(score.system)}</p><div class="sample"><strong>{text}</strong></div>'
-            )
-    return _section("Texts after the same prompts", items)
-
-
-def _samples(results: Results) -> str:
-    if not results.samples:
-        return ""
-    items = "".join(
-        f'<div class="sample"><em>{escape(s.prompt)}</em><strong>{escape(s.text)}</strong></div>'
-        for s in results.samples
-    )
-    how = escape(results.samples[0].system)
-    return _section("Samples", f'<p class="note">Prompts from held-out documents; {how}.</p>{items}')
+def _draw_losses(results: Results, figure: Any) -> None:
+    stages = list(dict.fromkeys(curve.stage for curve in results.curves if curve.name == "loss"))
+    all_axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, stage in zip(all_axes, stages, strict=True):
+        for curve in results.curves:
+            if curve.stage == stage and curve.name == "loss":
+                steps, values = zip(*curve.points, strict=True)
+                color = BASELINE_COLOR if stage == "baseline" else SENTENCE_COLOR
+                axes.plot(steps, values, color=color, linewidth=1.6)
+        axes.set_title({"vae": "SentenceVAE", "graft": "graft", "baseline": "baseline"}.get(stage, stage))
+        axes.set_xlabel("step")
+    all_axes[0].set_ylabel("training loss")

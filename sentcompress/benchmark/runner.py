@@ -1,410 +1,239 @@
-"""Measures the parts of a benchmark and gathers rows, each with its honesty line."""
+"""Runs measurements and gathers their rows, each with its provenance. It knows no measurement by name."""
 
 from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from sentcompress.benchmark import rows as make_rows
-from sentcompress.benchmark.breakdown import Places, chosen
-from sentcompress.benchmark.counts import model_counts
-from sentcompress.benchmark.heldout import ByteCounter, heldout_documents, same_bytes
-from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.measurements.causality import check_causality, require_causal
-from sentcompress.benchmark.measurements.data import draw_lengths, heldout_lengths, measure_data
-from sentcompress.benchmark.measurements.quality import score_sentence_model, score_token_model, score_unigram
-from sentcompress.benchmark.measurements.reconstruct import heldout_sentences, measure_reconstruction
-from sentcompress.benchmark.measurements.segments import regex_presets, score_segmenters
-from sentcompress.benchmark.measurements.text import BASELINE, measure_text
-from sentcompress.benchmark.memory_meter import measure_memory
-from sentcompress.benchmark.models import Folder, Missing, Parts, read_curves
-from sentcompress.benchmark.records import (
-    PARTS,
-    By,
-    CausalityReport,
-    Part,
-    QualityScore,
+from sentcompress.benchmark.heldout_text import heldout_documents, heldout_lengths
+from sentcompress.benchmark.measurement import Measurement, Report, measurements
+from sentcompress.benchmark.models import Missing, ModelFolder, Models, read_curves
+from sentcompress.benchmark.report import write_report
+from sentcompress.benchmark.results import (
     Results,
     Row,
     Skipped,
-    Throughput,
+    earlier_results,
+    merged,
+    model_digests,
+    write_results,
 )
-from sentcompress.benchmark.results import earlier_results, merged, model_digests, write_results
-from sentcompress.benchmark.samples import write_samples
-from sentcompress.benchmark.speed_runs import measure_speed
-from sentcompress.benchmark.throughput import measure_throughput
-from sentcompress.benchmark.timing import SpeedModels, speed_models
+from sentcompress.benchmark.text_writing import write_samples
 from sentcompress.distributed import processes
 from sentcompress.errors import InputError
-from sentcompress.estimate.roofline import decoding_cost
 from sentcompress.files import storage_errors, write_atomically
-from sentcompress.generation.output_head import ShortlistHead, make_shortlist_head
 from sentcompress.provenance import Provenance
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import BenchSettings, Recipe
 from sentcompress.table import Figure
 from sentcompress.text.progress import Bar
 
-DRAWN_LENGTHS = 64
-"""Sentence lengths drawn for the speed runs."""
+Made = TypeVar("Made")
 
 
 def run_bench(
-    parts: Sequence[str] | None,
-    folder: Path | Folder | None,
+    names: Sequence[str] | None,
+    folder: Path | ModelFolder | None,
     recipe: Recipe | None = None,
     out: Path | None = None,
     *,
-    by: Sequence[str] | None = None,
-    judge: str | None = None,
+    changes: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Results:
-    """Measure parts of a run or model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
+    """Measure a run or a model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
 
-    Parts that were measured before and are not asked for now are kept, with their own honesty lines. In several
-    processes each scores its share of the held-out documents, and all write texts at the same time; then the first
-    measures the rest, and writes.
+    What was measured before and is not asked for now is kept, with its own provenance. In several processes, all of
+    them take part in the distributed measurements; then the first measures the rest, and writes.
 
     Args:
-        parts: names of :data:`PARTS`; None takes the recipe's ``bench.metrics``.
-        folder: a run's folder or a model's; None measures speed and memory with random weights.
+        names: measurements to run; None takes the recipe's ``bench.metrics``.
+        folder: a run's folder or a model's; None measures random weights, where a measurement can.
         recipe: None takes the one saved in the folder.
         out: where results go; None takes ``bench`` in the folder.
-        by: what quality is broken down by; None takes the recipe's ``bench.by``.
-        judge: the LLM that scores generated text; None takes the recipe's ``bench.text_judge``.
+        changes: fields of the recipe's ``bench`` with other values for this call; the results stay the recipe's.
 
     Raises:
-        CausalityError: quality or text was asked for, and the model sees the future.
-        CoverageError: a scorer could not prove that it charged every byte once.
-        InputError: the folder, the recipe, the data or the judge cannot be used.
+        CausalityError: something was asked for that needs a causal model, and the model sees the future.
+        CoverageError: a scorer could not prove that it scored every byte once.
+        InputError: the folder, the recipe, the data or a setting cannot be used.
     """
-    from sentcompress.benchmark.report import write_report
-
-    place = Folder(folder) if isinstance(folder, Path) else folder
+    if isinstance(folder, Path):
+        folder = ModelFolder(folder)
     if recipe is None:
-        if place is None:
+        if folder is None:
             raise InputError("neither a folder nor a recipe was given")
-        recipe = place.recipe()
-    wanted = _checked(parts if parts is not None else recipe.bench.metrics)
-    if by and "quality" not in wanted:
-        raise InputError("only quality is broken down, and it is not measured", fix="add it to bench.metrics")
-    target = out or (place.path / "bench" if place else Path("out") / "bench")
-    transformers_logging.disable_progress_bar()  # a bar for every small model hides what counts
+        recipe = folder.recipe()
+    wanted = _checked(names if names is not None else recipe.bench.metrics, changes or {})
+    target = out or (folder.path / "bench" if folder else Path("out") / "bench")
+    transformers_logging.disable_progress_bar()  # one for every small model would hide ours
     first = processes().is_main_process
-    bench = _Bench(
-        Parts(recipe, place, target), quiet or not first, chosen(recipe.bench.by if by is None else by)
-    )
-    if "text" in wanted and (judge := judge or recipe.bench.text_judge):
-        bench.judge = Judge(judge, bench.parts.device)  # one that does not exist is said now, not in an hour
-    if set(wanted) - {"causality", "segments"}:
-        bench.know_the_text()
+    settings = BenchSettings.model_validate(recipe.bench.model_dump() | dict(changes or {}))
+    bench = Bench(Models(recipe, folder, target), settings, quiet=quiet or not first)
+    for name in wanted:
+        bench.measurements[name].prepare(bench)
+    if any(bench.measurements[name].reads_corpus for name in wanted):
+        bench.read_corpus()
     earlier, results = earlier_results(target), bench.results
     if processes().num_processes > 1:
-        wanted = together_first(wanted)
+        wanted = distributed_first(wanted)
     if not first:
-        if "quality" in wanted:
-            bench.measure("quality")
-        if "speed" in wanted:
-            bench.attempt("speed", "throughput", bench.throughput)
+        for name in wanted:
+            if bench.measurements[name].distributed:
+                bench.measure(name)
         return results
-    if place is not None:
-        results.curves = read_curves(place)
-        results.models = model_digests(place.stages())
-    for number, part in enumerate(wanted, 1):
-        bench.measure(part)
-        # What is measured is kept, should a later part be killed; it is not taken for the whole.
+    if folder is not None:
+        results.curves = read_curves(folder)
+        results.models = model_digests(folder.stages())
+    for number, name in enumerate(wanted, 1):
+        bench.measure(name)
+        # Keep what is measured if a later measurement is killed; `is_current` does not take it for the whole.
         write_results(merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
-    if place is not None and (parts is None or set(wanted) >= {"quality", "speed"}):
-        bench.attempt("samples", "samples", bench.samples)
+    headlines = {m.name for m in measurements() if m.headline}
+    if folder is not None and (names is None or headlines <= set(wanted)):
+        bench.attempt("samples", "samples", bench.write_samples)
     results = merged(earlier, results, wanted)
     with storage_errors(target):
         write_report(results, target / "report.html")
-        write_atomically(
-            target / "samples.txt", "\n\n".join(f"{s.prompt}|{s.text}" for s in results.samples) + "\n"
-        )
+        samples = "\n\n".join(f"{sample.prompt}|{sample.text}" for sample in results.samples)
+        write_atomically(target / "samples.txt", samples + "\n")
     write_results(results, target)  # last: it marks the end
     return results
 
 
-def _checked(parts: Sequence[str]) -> list[Part]:
-    for part in parts:
-        if part not in PARTS:
-            raise InputError(f"no part of the benchmark is called '{part}'", fix=f"use {', '.join(PARTS)}")
-    return [part for part in PARTS if part in parts]
+def _checked(names: Sequence[str], changes: Mapping[str, Any]) -> list[str]:
+    """The measurements in order. Raises InputError for an unknown one, and for a change that none of them reads."""
+    known = {measurement.name: measurement for measurement in measurements()}
+    for name in names:
+        if name not in known:
+            raise InputError(f"no measurement is called '{name}'", fix=f"use {', '.join(known)}")
+    for measurement in measurements():
+        for flag in measurement.flags:
+            if flag.field in changes and measurement.name not in names:
+                raise InputError(
+                    f"{flag.name} (bench.{flag.field}) only concerns {measurement.name}, which is not measured",
+                    fix=f"add {measurement.name} to bench.metrics",
+                )
+    return [name for name in known if name in names]
 
 
-def together_first(parts: Sequence[Part]) -> list[Part]:
-    """What all processes measure together comes first: nobody waits for what one does alone."""
-    return sorted(parts, key=lambda part: part not in ("causality", "quality", "speed"))
+def distributed_first(names: Sequence[str]) -> list[str]:
+    """What all processes measure together comes first, so that nobody waits for what one does alone."""
+    together = {measurement.name for measurement in measurements() if measurement.distributed}
+    return sorted(names, key=lambda name: name not in together)
 
 
-class _Bench:
-    """One benchmark under way."""
+class Bench:
+    """One benchmark under way: the models, the settings, and the results so far.
 
-    def __init__(self, parts: Parts, quiet: bool, by: Sequence[By]) -> None:
-        self.parts, self.recipe, self.by = parts, parts.recipe, by
-        self.settings = parts.recipe.bench
-        self.judge: Judge | None = None
+    Args:
+        settings: how to measure: the recipe's ``bench``, changed for this call.
+        quiet: show no progress.
+    """
+
+    def __init__(self, models: Models, settings: BenchSettings, *, quiet: bool) -> None:
+        self.models, self.recipe, self.settings = models, models.recipe, settings
+        self.measurements = {m.name: type(m)() for m in measurements()}
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        self.provenance = Provenance(self.recipe, parts.device, "float32")
+        self.provenance = Provenance(self.recipe, models.device, "float32")
         self.results = Results(
             title=self.recipe.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             recipe=self.recipe.model_dump(mode="json"),
         )
+        self._done: set[str] = set()
+        self._shared: dict[Any, Any] = {}
 
-    def measure(self, part: Part) -> None:
+    # ---- for the runner
+
+    def measure(self, name: str) -> None:
+        """Run a measurement and store its report."""
         began = time.monotonic()
-        self.console.print(f"bench: {part} ...", markup=False)
-        self.attempt(part, part, getattr(self, part))
-        self.console.print(f"bench: {part}: {time.monotonic() - began:.0f} s", markup=False)
+        self.console.print(f"bench: {name} ...", markup=False)
+        self.attempt(name, name, partial(self.report, type(self.measurements[name])))
+        self.console.print(f"bench: {name}: {time.monotonic() - began:.0f} s", markup=False)
 
-    def attempt(self, part: str, what: str, call: Callable[[], Any]) -> Any:
-        """Measure; what cannot be, because something is not there, is written down instead."""
+    def read_corpus(self) -> None:
+        """From here on, rows say how long the held-out sentences are."""
+        self.provenance.mean_sentence_tokens = float(heldout_lengths(self.models.corpus).mean())
+
+    def write_samples(self) -> None:
+        """Have the sentence model continue the beginnings of held-out documents, for the report."""
+        documents = heldout_documents(self.models.corpus, self.settings)[: self.settings.samples]
+        texts = [document.texts for document in documents]
+        model, tokenizer = self.models.sentence_lm, self.models.tokenizer
+        self.results.samples += write_samples(model, tokenizer, texts, self.recipe.seed)
+
+    # ---- for measurements
+
+    def report(self, kind: type[Measurement[Report]]) -> Report:
+        """The report of a measurement, which is measured now unless it was before."""
+        if kind.name not in self._done:
+            report = self.measurements[kind.name].measure(self)
+            if report is not None:
+                kind.put(self.results, report)
+            self._done.add(kind.name)
+            return report
+        return kind.of(self.results)
+
+    def attempt(self, name: str, what: str, call: Callable[[], Made]) -> Made | None:
+        """Measure; if something that it needs is not there, note that in the results and return None."""
         try:
             return call()
         except Missing as missing:
-            self.skip(part, what, str(missing))
+            self.skip(name, what, str(missing))
             return None
 
-    def skip(self, part: str, what: str, reason: str) -> None:
-        self.results.skipped.append(Skipped(part=part, what=what, reason=reason))
-        self.console.print(f"bench: {part}: {what} not measured: {reason}", markup=False)
+    def skip(self, name: str, what: str, reason: str) -> None:
+        """Note what was not measured, and why."""
+        self.results.skipped.append(Skipped(part=name, what=what, reason=reason))
+        self.console.print(f"bench: {name}: {what} not measured: {reason}", markup=False)
 
     def row(
         self,
-        part: Part,
+        name: str,
         system: str,
         figures: dict[str, Figure],
         stages: Sequence[str] = (),
         note: str = "",
-        about: tuple[str, str] | None = None,
+        model: nn.Module | tuple[str, str] | None = None,
     ) -> None:
-        """Add a row; ``stages`` are what the system was trained in, ``about`` is of the model that was measured."""
+        """Add a row to the results.
+
+        Args:
+            name: of the measurement.
+            stages: those the system was trained in; none for weights that learned nothing in this run.
+            model: what was measured, or its dtype and where it lay (:meth:`Models.describe`) if it is gone already.
+        """
         tokens = None
-        if self.parts.folder is not None and stages:
-            tokens = self.parts.folder.training_tokens(*stages)
+        if self.models.folder is not None and stages:
+            tokens = self.models.folder.training_tokens(*stages)
         elif not stages:
             tokens = 0
         honesty = self.provenance.honesty(tokens)
-        if about is not None:
-            honesty.dtype, where = about
+        if model is not None:
+            honesty.dtype, where = self.models.describe(model) if isinstance(model, nn.Module) else model
             honesty.device = "; ".join(filter(None, (honesty.device, where)))
-        self.results.rows.append(Row(part=part, system=system, figures=figures, note=note, honesty=honesty))
+        self.results.rows.append(Row(part=name, system=system, figures=figures, note=note, honesty=honesty))
 
-    def know_the_text(self) -> None:
-        """From here on, rows say how long the held-out sentences are."""
-        self.provenance.mean_sentence_tokens = float(heldout_lengths(self.parts.corpus).mean())
+    def shared(self, make: Callable[[Models], Made]) -> Made:
+        """What several measurements need, made once."""
+        if make not in self._shared:
+            self._shared[make] = make(self.models)
+        return self._shared[make]
+
+    def bar(self, what: str, total: int) -> Bar:
+        """A progress bar on the terminal."""
+        return Bar(f"bench: {what}", total, enabled=not self.quiet)
 
     @property
-    def trained_in(self) -> tuple[str, ...]:
+    def graft_stages(self) -> tuple[str, ...]:
         """Stages the sentence model was trained in."""
         return ("graft",) if self.recipe.graft.vae else ("vae", "graft")
-
-    # ---- parts
-
-    def causality(self) -> CausalityReport:
-        if self.results.causality is None:
-            report = check_causality(self.parts.sentence_lm, seed=self.recipe.seed)
-            self.results.causality = report
-            for check in report.checks:
-                self.row(
-                    "causality",
-                    f"{check.name} ({check.attention})",
-                    make_rows.causality(check),
-                    self.trained_in,
-                    about=self.parts.about(self.parts.sentence_lm),
-                )
-        return self.results.causality
-
-    def quality(self) -> None:
-        model = self.parts.sentence_lm
-        causality = self.causality()
-        documents = heldout_documents(self.parts.corpus, self.settings)
-        counter = ByteCounter(self.parts.tokenizer)
-        places = Places(self.by, documents, counter) if self.by else None
-        bos = self.parts.bos_token_id
-        # Longer passages than it was trained on would measure something else.
-        context = self.settings.context_sentences or self.recipe.graft.max_sentences
-        scores: list[QualityScore] = []
-
-        def sentence_model(
-            candidate: Any, system: str, advance: Callable[[], None], shortlist: ShortlistHead | None = None
-        ) -> QualityScore:
-            return score_sentence_model(
-                candidate,
-                documents,
-                counter,
-                causality=causality,
-                context_sentences=context,
-                system=system,
-                places=places,
-                shortlist=shortlist,
-                progress=advance,
-            )
-
-        def token_model(candidate: Any, system: str, advance: Callable[[], None]) -> QualityScore:
-            return score_token_model(
-                candidate,
-                documents,
-                counter,
-                bos,
-                system=system,
-                context_tokens=self.settings.context_tokens,
-                places=places,
-                progress=advance,
-            )
-
-        jobs: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
-            ("sentence model", lambda: model, sentence_model, self.trained_in),
-            ("baseline, equal data", lambda: self.parts.baseline, token_model, ("baseline",)),
-            ("backbone, as it came", lambda: self.parts.as_it_came, token_model, ()),
-            ("sentence model, untrained", self.parts.untrained, sentence_model, ()),
-        ]
-        approximate = ""
-        if model.shortlist is not None:
-            head = make_shortlist_head(model, self.settings.shortlist_tokens)
-            approximate = f"sentence model, shortlist of {head.tokens:,}"
-            score_short = partial(sentence_model, shortlist=head)
-            jobs.insert(1, (approximate, lambda: model, score_short, self.trained_in))
-        for system, load, score, stages in jobs:
-            with Bar(f"bench: quality: {system}", len(documents), enabled=not self.quiet) as bar:
-                if (candidate := self.attempt("quality", system, load)) is None:
-                    continue
-                found = score(candidate, system, partial(bar.advance, 1))
-            sentence = self.provenance.mean_sentence_tokens or 1.0
-            middle = found.baseline_tokens / len(found.documents) / 2
-            if system != approximate:  # the cost is computed for the full head
-                found.cost = decoding_cost(candidate, middle, sentence)
-            found.counts = model_counts(candidate, self.parts, stages, sentence)
-            scores.append(found)
-            note = _context_note(system, found)
-            self.row("quality", system, make_rows.quality(found), stages, note, self.parts.about(candidate))
-            candidate = None  # so that it need not lie beside the next one
-        vocab_size = model.config.vae_config.vocab_size
-        unigram = score_unigram(self.parts.corpus, documents, counter, vocab_size, bos, places)
-        note = "frequencies of the training documents, add one"
-        self.row("quality", "unigram", make_rows.quality(unigram), (), note)
-        scores.append(unigram)
-        same_bytes(scores)
-        self.results.quality = scores
-
-    def text(self) -> None:
-        require_causal(self.causality())
-        abouts: dict[str, tuple[str, str]] = {}
-        report = measure_text(
-            self.parts,
-            self.judge,
-            self.attempt,
-            lambda system, model: abouts.update({system: self.parts.about(model)}),
-            quiet=self.quiet,
-        )
-        self.results.text = report
-        stages = {"sentence model": self.trained_in, BASELINE: ("baseline",)}
-        for score in report.scores:
-            figures, trained = make_rows.text(score, report), stages.get(score.system, ())
-            self.row("text", score.system, figures, trained, about=abouts.get(score.system))
-
-    def reconstruct(self) -> None:
-        system, vae = self.parts.vae
-        report = measure_reconstruction(
-            vae,
-            self.parts.tokenizer,
-            heldout_sentences(self.parts.corpus, self.settings.max_sentences),
-            system=system,
-            extra_metrics=self.settings.extra_metrics,
-        )
-        self.results.reconstruction = report
-        stages = ("vae",) if system == "SentenceVAE" else self.trained_in
-        note = "" if stages == ("vae",) else "the graft trained it for prediction, not for reconstruction"
-        self.row("reconstruct", system, make_rows.reconstruction(report), stages, note, self.parts.about(vae))
-
-    @cached_property
-    def _timed(self) -> SpeedModels:
-        return speed_models(self.parts)
-
-    def _lengths(self) -> list[int]:
-        return draw_lengths(self.parts.corpus, DRAWN_LENGTHS, self.recipe.seed)
-
-    def throughput(self) -> list[Throughput]:
-        """What all processes write together; each must call it."""
-        return measure_throughput(self._timed, self._lengths(), self.settings)
-
-    def speed(self) -> None:
-        timed = self._timed
-        together = self.throughput() if processes().num_processes > 1 else []
-        report = measure_speed(
-            timed.model,
-            timed.backbone,
-            sentences=timed.sentences,
-            sentence_lengths=self._lengths(),
-            settings=self.settings,
-            trained=timed.trained,
-            bos_token_id=timed.bos_token_id,
-        )
-        report.throughput = together
-        self.results.speed = report
-        self.results.skipped += report.skipped
-        why = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")
-        why += f"; head {report.head}"
-        why += "" if self.settings.cache == "full" else f"; cache {self.settings.cache}"
-        why += "; compiled" if self.settings.compile else ""
-        if report.quantized:
-            why += f"; 8 bits: {', '.join(report.quantized)}"
-        for run in report.runs:
-            ours = run.system == "sentence model"
-            note = "; ".join(filter(None, (why if ours else "", run.note)))
-            self.row(
-                "speed",
-                run.system,
-                make_rows.speed(run),
-                self.trained_in if timed.trained and ours else (),
-                note,
-                self.parts.about(timed.model if ours else timed.backbone),
-            )
-
-    def memory(self) -> None:
-        timed = self._timed
-        self.results.memory = measure_memory(
-            timed.model,
-            timed.backbone,
-            sentences=timed.sentences,
-            sentence_lengths=self._lengths(),
-            new_tokens=self.settings.new_tokens,
-            bos_token_id=timed.bos_token_id,
-            budget=self.settings.memory_budget_bytes,
-            cache=self.settings.cache,
-        )
-        for report in self.results.memory:
-            ours = report.system == "sentence model"
-            stages = self.trained_in if timed.trained and ours else ()
-            about = self.parts.about(timed.model if ours else timed.backbone)
-            self.row("memory", report.system, make_rows.memory(report), stages, about=about)
-
-    def data(self) -> None:
-        tokenizer = self.parts.tokenizer
-        self.results.data = measure_data(self.parts.corpus, self.recipe, tokenizer.pad_token_id)
-        self.row("data", self.recipe.data.name, make_rows.data(self.results.data))
-
-    def segments(self) -> None:
-        for scored in score_segmenters(regex_presets()):
-            self.row("segments", scored["segmenter"], make_rows.segments(scored))
-
-    def samples(self) -> None:
-        texts = [
-            d.texts for d in heldout_documents(self.parts.corpus, self.settings)[: self.settings.samples]
-        ]
-        model, tokenizer = self.parts.sentence_lm, self.parts.tokenizer
-        self.results.samples += write_samples(model, tokenizer, texts, self.recipe.seed)
-
-
-def _context_note(system: str, score: QualityScore) -> str:
-    untrained = "weights drawn from the seed; " if system.endswith("untrained") else ""
-    return f"{untrained}left context: up to {score.context}"

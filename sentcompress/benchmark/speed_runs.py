@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.break_even import break_even
+from sentcompress.benchmark.measurements.speed import SpeedReport, SpeedRun
 from sentcompress.benchmark.profile import profile
-from sentcompress.benchmark.records import Skipped, SpeedReport, SpeedRun
+from sentcompress.benchmark.results import Skipped
 from sentcompress.benchmark.throughput import largest_batches
 from sentcompress.benchmark.timing import (
     BACKBONE,

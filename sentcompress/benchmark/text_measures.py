@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.heldout import ByteCounter
-from sentcompress.benchmark.records import Interval, QualityScore, TextScore
+from sentcompress.benchmark.heldout_text import ByteCounter
+from sentcompress.benchmark.measurements.quality import QualityScore
+from sentcompress.benchmark.measurements.text import Interval, TextScore
 from sentcompress.registry import get_registry
 from sentcompress.text.segmentation import checked_split
 

@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from sentcompress.benchmark.measurements.speed import Throughput
 from sentcompress.benchmark.memory_meter import cache_tensors, decoder_cache_bytes, tensor_bytes
-from sentcompress.benchmark.records import Throughput
 from sentcompress.benchmark.timing import (
     BACKBONE,
     IN_PLACE,

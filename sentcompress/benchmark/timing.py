@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sentcompress.benchmark.measurements.data import draw_lengths, heldout_text
-from sentcompress.benchmark.models import DTYPES, Missing, Parts
+from sentcompress.benchmark.heldout_text import draw_lengths, heldout_sentences
+from sentcompress.benchmark.models import DTYPES, Missing, Models
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.estimate.shapes import random_models, random_sentences
@@ -42,6 +42,8 @@ LOOKUP_TOKENS = 10
 """Tokens that prompt lookup proposes at once."""
 HELDOUT_SENTENCES = 2000
 RANDOM_SENTENCES = 400
+DRAWN_LENGTHS = 64
+"""Sentence lengths drawn for the runs."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,32 @@ class SpeedModels:
         return int(self.model.config.vae_config.bos_token_id)
 
 
-def speed_models(parts: Parts) -> SpeedModels:
+def speed_models(models: Models) -> SpeedModels:
     """The models of a run's folder, or random weights in the recipe's shapes where there is no folder."""
-    recipe, dtype = parts.recipe, DTYPES[parts.recipe.bench.dtype]
-    if parts.folder is not None:
-        sentences = heldout_text(parts.corpus, HELDOUT_SENTENCES)
-        model, backbone = parts.sentence_lm, _token_level_model(parts)
+    recipe, dtype = models.recipe, DTYPES[models.recipe.bench.dtype]
+    if models.folder is not None:
+        sentences = heldout_sentences(models.corpus, HELDOUT_SENTENCES)
+        model, backbone = models.sentence_lm, _token_level_model(models)
         # Other measurements need their models unchanged; sharded models have this dtype everywhere.
-        if dtype != torch.float32 and not parts.is_spread:
+        if dtype != torch.float32 and not models.is_sharded:
             model, backbone = copy.deepcopy(model).to(dtype), copy.deepcopy(backbone).to(dtype)
         return SpeedModels(model, backbone, sentences, trained=True)
     model, backbone = random_models(recipe)
     vae = model.config.vae_config
-    lengths = draw_lengths(parts.corpus, RANDOM_SENTENCES, recipe.seed + 1)
+    lengths = draw_lengths(models.corpus, RANDOM_SENTENCES, recipe.seed + 1)
     sentences = random_sentences(
         [min(n, vae.max_sentence_tokens) for n in lengths], vae.vocab_size, recipe.seed
     )
-    model = quantize(parts.place(model, dtype), recipe.bench.quantize)
-    return SpeedModels(model, parts.place(backbone, dtype), sentences, trained=False)
+    model = quantize(models.place(model, dtype), recipe.bench.quantize)
+    return SpeedModels(model, models.place(backbone, dtype), sentences, trained=False)
 
 
-def _token_level_model(parts: Parts) -> PreTrainedModel:
+def _token_level_model(models: Models) -> PreTrainedModel:
     """The backbone before training; where it cannot be loaded, the baseline, which is as fast."""
     try:
-        return parts.backbone
+        return models.backbone
     except Missing:
-        return parts.baseline
+        return models.baseline
 
 
 @dataclass

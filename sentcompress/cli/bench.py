@@ -1,138 +1,171 @@
-"""``sentcompress bench``: one subcommand a measurement."""
+"""``sentcompress bench``: a subcommand for each measurement, made from the measurement itself."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from sentcompress.cli import bench_speed
-from sentcompress.cli.bench_common import FolderArgument, ResultsOption, measure
-from sentcompress.cli.common import SetOption, console, examples
+from sentcompress.cli.bench_common import (
+    FolderArgument,
+    InitOption,
+    OptionalFolder,
+    RecipeOption,
+    ResultsOption,
+    measure,
+    measure_random,
+    require_only_folder,
+)
+from sentcompress.cli.common import BackboneOption, SetOption, console, examples
+from sentcompress.cli.options import FieldCommand, override, recipe_options
 
-bench = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-
-ByOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--by",
-        metavar="NAMES",
-        help="Break quality down by position, length, index (commas between them); else the recipe's bench.by.",
-    ),
-]
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="LLM that scores the text: an alias (smollm2-135m), hub name, folder or GGUF file; else the recipe's "
-        "bench.text_judge.",
-    ),
-]
+if TYPE_CHECKING:
+    from sentcompress.benchmark.measurement import Flag, Measurement
 
 
-@bench.callback()
+class BenchGroup(TyperGroup):
+    """The commands of all measurements, which are read when one of them is asked for, and those of this file."""
+
+    @property
+    def commands(self) -> dict[str, Any]:
+        if not self._complete:
+            self._complete = True
+            measured = typer.main.get_command(_measurement_commands())
+            self._own = {**measured.commands, **self._own}  # type: ignore[attr-defined]
+        return self._own
+
+    @commands.setter
+    def commands(self, own: dict[str, Any]) -> None:
+        self._own, self._complete = own, False
+
+
+commands = typer.Typer(cls=BenchGroup, rich_markup_mode=None, no_args_is_help=True)
+
+
+@commands.callback()
 def options() -> None:
-    """Measure models beside their token-level twins; writes results.json and report.html.
+    """Measure models beside their token-level baselines; writes results.json and report.html.
 
-    What is measured, and how, is in docs/measures.md.
+    docs/measures.md says what is measured, and how.
     """
 
 
-@bench.command(
-    "all",
-    epilog=examples(
-        "sentcompress bench all out/quickstart", "sentcompress bench all out/mine --set bench.repeats=9"
-    ),
-)
-def all_(
-    folder: FolderArgument, by: ByOption = None, out: ResultsOption = None, set_: SetOption = None
-) -> None:
-    """Measure every part the recipe names and write the report."""
-    measure(None, folder, out, set_, by)
+# ---- one command for each measurement
 
 
-@bench.command(
-    "quality",
-    epilog=examples(
-        "sentcompress bench quality out/quickstart",
-        "sentcompress bench quality out/quickstart --by position,length,index",
-    ),
-)
-def quality(
-    folder: FolderArgument, by: ByOption = None, out: ResultsOption = None, set_: SetOption = None
-) -> None:
-    """Bits per byte and perplexity on held-out documents.
+def _measurement_commands() -> typer.Typer:
+    from sentcompress.benchmark.measurement import measurements
 
-    Refuses a model that sees the future, and a scorer that cannot prove it charged every byte once. --by shows where
-    the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document.
-    """
-    measure(["causality", "quality"], folder, out, set_, by)
-
-
-@bench.command(
-    "text",
-    epilog=examples(
-        "sentcompress bench text out/quickstart --judge smollm2-135m",
-        "sentcompress bench text out/quickstart --set bench.text_prompts=8 --set bench.text_top_p=0.9",
-    ),
-)
-def text(
-    folder: FolderArgument, judge: JudgeOption = None, out: ResultsOption = None, set_: SetOption = None
-) -> None:
-    """Repetition and variety of what the models write, and a judge's bits.
-
-    The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
-    as many tokens, drawn alike; the human's own continuation stands beside them. Refuses a model that sees the future.
-    """
-    measure(["causality", "text"], folder, out, set_, judge=judge)
+    app = typer.Typer(rich_markup_mode=None)
+    app.command(
+        "all",
+        help="Measure everything the recipe names and write the report.",
+        epilog=examples(
+            "sentcompress bench all out/quickstart", "sentcompress bench all out/mine --set bench.repeats=9"
+        ),
+    )(_all_command(tuple(flag for m in measurements() for flag in m.flags if flag.in_all)))
+    for measurement in measurements():
+        app.command(
+            measurement.name,
+            cls=FieldCommand if measurement.options else TyperCommand,
+            help=inspect.cleandoc(type(measurement).__doc__ or ""),
+            epilog=examples(*measurement.examples),
+        )(measurement.command(console) or _command(measurement))
+    return app
 
 
-@bench.command("reconstruct", epilog=examples("sentcompress bench reconstruct out/quickstart/vae"))
-def reconstruct(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
-    """How much of held-out sentences survives their latents, free-running."""
-    measure(["reconstruct"], folder, out, set_)
+def _all_command(flags: tuple[Flag, ...]) -> Callable[..., None]:
+    def run(folder: Path, out: Path | None, set_: list[str] | None, **given: Any) -> None:
+        overrides, changes = _settings(flags, given)
+        measure(None, folder, out, [*overrides, *(set_ or [])], changes)
+
+    folder = _parameter("folder", FolderArgument, inspect.Parameter.empty)
+    return _with_parameters(run, [folder], flags)
 
 
-bench_speed.add_to(bench)
+def _command(measurement: Measurement[Any]) -> Callable[..., None]:
+    """The command of a measurement: of a folder, or of random weights where the measurement allows them."""
+    names = [*(other.name for other in measurement.requires), measurement.name]
+
+    def run(
+        folder: Path | None,
+        out: Path | None,
+        set_: list[str] | None,
+        backbone: str | None = None,
+        init: str | None = None,
+        recipe: str = "",
+        **given: Any,
+    ) -> None:
+        overrides, changes = _settings(measurement.flags, given)
+        overrides += set_ or []
+        if folder is None:
+            results = measure_random(names, backbone, init, recipe, out, overrides, changes)
+        else:
+            require_only_folder(backbone, init)
+            results = measure(names, folder, out, overrides, changes)
+        measurement.verdict(results)
+
+    parameters = [_parameter("folder", FolderArgument, inspect.Parameter.empty)]
+    if measurement.random_weights:
+        parameters = [
+            _parameter("folder", OptionalFolder),
+            _parameter("backbone", BackboneOption),
+            _parameter("init", InitOption),
+            _parameter("recipe", RecipeOption, "strong"),
+        ]
+    command = _with_parameters(run, parameters, measurement.flags)
+    if not measurement.options:
+        return command
+    return recipe_options(**{field: f"bench.{field}" for field in measurement.options})(command)
 
 
-@bench.command("causality", epilog=examples("sentcompress bench causality out/quickstart/graft"))
-def causality(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
-    """Prove that later sentences change nothing before them. Fails (code 1) for a model that leaks."""
-    from sentcompress.benchmark.measurements.causality import require_causal
-
-    results = measure(["causality"], folder, out, set_)
-    if results.causality:
-        require_causal(results.causality)
-
-
-@bench.command("data", epilog=examples("sentcompress bench data out/quickstart"))
-def data(folder: FolderArgument, out: ResultsOption = None, set_: SetOption = None) -> None:
-    """Sentence lengths, padding of the batches, tokens that cutting costs."""
-    measure(["data"], folder, out, set_)
+def _with_parameters(
+    run: Callable[..., None], parameters: list[inspect.Parameter], flags: tuple[Flag, ...]
+) -> Callable[..., None]:
+    """Give a function the parameters that typer makes arguments and options of, and those that all commands have."""
+    parameters = [*parameters]
+    for flag in flags:
+        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help)
+        parameters.append(_parameter(flag.field, Annotated[flag.type | None, option]))
+    parameters += [_parameter("out", ResultsOption), _parameter("set_", SetOption)]
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
-@bench.command(
-    "segments",
-    epilog=examples("sentcompress bench segments", "sentcompress bench segments --markdown > segments.md"),
-)
-def segments(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-) -> None:
-    """Score the presets of the regex segmenter on the labelled hard cases."""
-    from sentcompress.benchmark.measurements.segments import regex_presets, render_markdown, score_segmenters
-
-    text = render_markdown(score_segmenters(regex_presets()))
-    if markdown:
-        typer.echo(text)
-        return
-    from rich.markdown import Markdown
-
-    console().print(Markdown(text))
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-@bench.command(
+def _settings(flags: tuple[Flag, ...], given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """What the flags that were given set: overrides of the recipe, and changes that it does not record."""
+    overrides: list[str] = []
+    changes: dict[str, Any] = {}
+    for flag in flags:
+        value = given.get(flag.field)
+        if value is None:
+            continue
+        settings = flag.settings(value) if flag.settings else {flag.field: value}
+        if flag.recorded:
+            overrides += [override(f"bench.{field}", setting) for field, setting in settings.items()]
+        else:
+            changes |= settings
+    return overrides, changes
+
+
+bench_speed.add_to(commands)
+
+
+# ---- several results
+
+
+@commands.command(
     "compare",
     epilog=examples(
         "sentcompress bench compare out/quickstart out/mine", "sentcompress bench compare a.json b.json"
@@ -152,7 +185,7 @@ def compare(
         typer.echo(f"careful: {warning}")
 
 
-@bench.command(
+@commands.command(
     "scaling-law",
     epilog=examples(
         "sentcompress sweep quickstart --grid graft.steps=60,120,240,480 --grid seed=0,1 --out out/budgets",
@@ -190,7 +223,7 @@ def scaling_law(
 
 def add_to(app: typer.Typer) -> None:
     app.add_typer(
-        bench,
+        commands,
         name="bench",
         epilog=examples(
             "sentcompress bench all out/quickstart",

@@ -1,22 +1,35 @@
-"""What the subcommands of ``bench`` share: measuring parts of a folder, and showing them."""
+"""What the subcommands of ``bench`` share: their arguments, what they measure, showing results."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sentcompress.cli.common import console
 
 if TYPE_CHECKING:
-    from sentcompress.benchmark.records import Results
+    from sentcompress.benchmark.results import Results
+    from sentcompress.recipe import Recipe
 
 FolderArgument = Annotated[
     Path,
     typer.Argument(
         metavar="DIR", help="Folder of a run (out/quickstart) or of a model (out/quickstart/graft)."
     ),
+]
+OptionalFolder = Annotated[
+    Path | None,
+    typer.Argument(metavar="[DIR]", help="Folder of a run or model; not needed with --init random."),
+]
+InitOption = Annotated[
+    Literal["random"] | None,
+    typer.Option(help="Measure random weights in the shapes of --backbone: no training, no download."),
+]
+RecipeOption = Annotated[
+    str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
 ]
 ResultsOption = Annotated[
     Path | None,
@@ -25,34 +38,82 @@ ResultsOption = Annotated[
 
 
 def measure(
-    parts: list[str] | None,
+    names: list[str] | None,
     folder: Path,
     out: Path | None,
     overrides: list[str] | None,
-    by: list[str] | None = None,
-    judge: str | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Results:
-    from sentcompress.benchmark.models import Folder
+    """Measure a folder and show the results.
+
+    Args:
+        names: measurements; None takes the recipe's.
+        overrides: fields of the recipe, such as ``bench.repeats=9``.
+        changes: fields of ``bench`` that the results do not record in their recipe.
+    """
+    from sentcompress.benchmark.models import ModelFolder
     from sentcompress.benchmark.runner import run_bench
 
-    place = Folder(folder)
-    target = out or place.path / "bench"
-    results = run_bench(parts, place, place.recipe(overrides), target, by=by, judge=judge)
-    show(results, target, parts)
+    found = ModelFolder(folder)
+    target = out or found.path / "bench"
+    results = run_bench(names, found, found.recipe(overrides), target, changes=changes)
+    show(results, target, names)
     return results
 
 
-def show(results: Results, target: Path, parts: list[str] | None = None) -> None:
-    """Print the tables (of the parts just measured) and where the report is, in the first of several processes."""
-    from sentcompress.benchmark.tables import render
+def measure_random(
+    names: list[str],
+    backbone: str | None,
+    init: str | None,
+    recipe: str,
+    out: Path | None,
+    overrides: list[str],
+    changes: Mapping[str, Any] | None = None,
+) -> Results:
+    """Measure random weights in a recipe's shapes and show the results."""
+    from sentcompress.benchmark.runner import run_bench
+
+    resolved = random_recipe(recipe, backbone, init, overrides)
+    target = out or random_folder(resolved)
+    results = run_bench(names, None, resolved, target, changes=changes)
+    show(results, target, names)
+    return results
+
+
+def random_recipe(recipe: str, backbone: str | None, init: str | None, overrides: list[str]) -> Recipe:
+    """A recipe whose backbone has random weights. Raises InputError unless ``--init random`` was given."""
+    from sentcompress.cli.experiment import resolve
+    from sentcompress.errors import InputError
+
+    if init is None:
+        raise InputError(
+            "no folder of a model was given", fix="give DIR, or add --init random to measure random weights"
+        )
+    return resolve(recipe, [*overrides, "backbone.init=random"], backbone=backbone)
+
+
+def random_folder(recipe: Recipe) -> Path:
+    """Where results of random weights go."""
+    return Path("out") / f"bench-{Path(recipe.backbone.model).name}"
+
+
+def require_only_folder(backbone: str | None, init: str | None) -> None:
+    """Refuse random weights beside a folder. Raises InputError."""
+    from sentcompress.errors import InputError
+
+    if backbone is not None or init is not None:
+        raise InputError("give either DIR, or --backbone with --init random", fix="leave one of them out")
+
+
+def show(results: Results, target: Path, names: list[str] | None = None) -> None:
+    """Print the tables and where the report is, in the first of several processes.
+
+    Args:
+        names: measurements to show; None shows all.
+    """
+    from sentcompress.benchmark.report import render
     from sentcompress.distributed import processes
 
-    if not processes().is_main_process:
-        return
-
-    if parts is not None:
-        kept = [row for row in results.rows if row.part in parts]
-        skipped = [entry for entry in results.skipped if entry.part in parts]
-        results = results.model_copy(update={"rows": kept, "skipped": skipped})
-    render(results, console())
-    typer.echo(f"report: {target / 'report.html'}")
+    if processes().is_main_process:
+        render(results if names is None else results.of_measurements(names), console())
+        typer.echo(f"report: {target / 'report.html'}")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sentcompress.recipe.choices import CacheKind, HeadKind
+from sentcompress.recipe.choices import CacheKind, HeadKind, MeasurementName
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -269,17 +269,8 @@ class BaselineSettings(TuneSettings):
 class BenchSettings(Section):
     """What ``bench all`` measures."""
 
-    metrics: list[
-        Literal["causality", "quality", "text", "reconstruct", "speed", "memory", "data", "segments"]
-    ] = [
-        "causality",
-        "quality",
-        "reconstruct",
-        "speed",
-        "memory",
-        "data",
-    ]
-    """Parts of the benchmark."""
+    metrics: list[MeasurementName] = ["causality", "quality", "reconstruct", "speed", "memory", "data"]
+    """Measurements to run."""
     by: list[Literal["position", "length", "index"]] = []
     """Break quality down by token position in the sentence, sentence length, or sentence index in the document."""
     extra_metrics: list[ComponentSpec] = []

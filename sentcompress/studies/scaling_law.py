@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from sentcompress.benchmark.records import Skipped
+from sentcompress.benchmark.results import Skipped
 from sentcompress.provenance import Record, command, commit, packages
 from sentcompress.studies.fits import (
     CONFIDENCE,

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sentcompress.benchmark.plots import OURS as OUR_COLOR
-from sentcompress.benchmark.plots import STYLE
-from sentcompress.benchmark.plots import TWIN as TWIN_COLOR
+from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR, STYLE
 from sentcompress.errors import InputError
 from sentcompress.files import storage_errors
 from sentcompress.studies.scaling_law import (
@@ -27,7 +25,7 @@ from sentcompress.studies.scaling_law import (
 )
 from sentcompress.studies.scaling_points import OURS, TWIN, Point
 
-COLORS = {OURS: OUR_COLOR, TWIN: TWIN_COLOR, RATIO: "#334155"}
+COLORS = {OURS: SENTENCE_COLOR, TWIN: BASELINE_COLOR, RATIO: "#334155"}
 MARKERS = "osD^vP*X"
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
-from sentcompress.benchmark import rows as make_rows
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.records import ModelCounts, QualityScore, Results
-from sentcompress.benchmark.results import FILE, read_results
+from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
+from sentcompress.benchmark.measurements.quality import ModelCounts, Quality, QualityScore
+from sentcompress.benchmark.results import FILE, Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.estimate.costs import DecodingCost, products_per_token, training_flops
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
 
-OURS, TWIN = make_rows.OURS, make_rows.TWINS[0]
+OURS, TWIN = SENTENCE_MODEL, BASELINES[0]
 STAGES = {OURS: "graft", TWIN: "baseline"}
 """The stage whose tokens are the budget of each system."""
 SAME_BUDGET = 1.05
@@ -228,7 +228,7 @@ def _measure_again(folder: Path) -> str:
 
 
 def _score(folder: Path, results: Results, system: str) -> QualityScore:
-    score = next((score for score in results.quality if score.system == system), None)
+    score = next((score for score in Quality.of(results) if score.system == system), None)
     if score is None:
         why = next((f": {s.reason}" for s in results.skipped if s.what == system), "")
         fix = f"measure it: sentcompress bench quality {folder}"
@@ -287,7 +287,7 @@ def flops(counts: ModelCounts, tokens: int) -> float:
 def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
     texts = []
     for folder, results in read:
-        scores = {score.system: score for score in results.quality}
+        scores = {score.system: score for score in Quality.of(results)}
         keys = {tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in STAGES}
         if len(keys) > 1:
             raise InputError(

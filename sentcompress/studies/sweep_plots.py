@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sentcompress.benchmark.plots import STYLE
+from sentcompress.benchmark.drawing import STYLE
 from sentcompress.errors import InputError
 from sentcompress.files import storage_errors
 from sentcompress.studies.sweep_results import CellFigures, CellRow, SweepResults

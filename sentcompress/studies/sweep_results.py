@@ -9,8 +9,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.records import Results
-from sentcompress.benchmark.results import read_results
+from sentcompress.benchmark.measurements.quality import Quality
+from sentcompress.benchmark.measurements.reconstruct import Reconstruct
+from sentcompress.benchmark.measurements.speed import Speed
+from sentcompress.benchmark.results import Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
@@ -113,18 +115,19 @@ def read_cell(folder: Path) -> tuple[CellFigures, Results]:
     figures = CellFigures()
     lengths = [row.honesty.mean_sentence_tokens for row in results.rows]
     figures.mean_sentence_tokens = next((n for n in lengths if n is not None), None)
-    if report := results.reconstruction:
+    if report := Reconstruct.of(results):
         figures.token_accuracy = report.token_accuracy
         figures.exact_sentences = report.exact_sentences
         figures.forced_perplexity = report.teacher_forced_perplexity
-    scores = {score.system: score.bits_per_byte for score in results.quality}
+    scores = {score.system: score.bits_per_byte for score in Quality.of(results)}
     ours = figures.bits_per_byte = scores.get(OURS)
     figures.backbone_bits_per_byte = scores.get(BACKBONE)
     figures.baseline_bits_per_byte = scores.get(BASELINE)
     if ours is not None:
         figures.backbone_ratio = _ratio(ours, scores.get(BACKBONE))
         figures.baseline_ratio = _ratio(ours, scores.get(BASELINE))
-    runs = [run for run in results.speed.runs if run.system == OURS] if results.speed else []
+    speed = Speed.of(results)
+    runs = [run for run in speed.runs if run.system == OURS] if speed else []
     if runs:
         run = min(runs, key=lambda run: run.batch_size)
         figures.output_tokens_per_second, figures.speed_ratio = run.output_tokens_per_second, run.ratio
@@ -166,7 +169,8 @@ def count_parameters(folder: Path) -> int | None:
 def comparison_notes(done: list[tuple[CellRow, Results]]) -> list[str]:
     """Why the figures of these cells may not be comparable, and by how much."""
     notes = setting_warnings([results for _, results in done])
-    texts = {tuple((d.source, d.bytes) for d in r.quality[0].documents) for _, r in done if r.quality}
+    scored = [scores[0] for _, results in done if (scores := Quality.of(results))]
+    texts = {tuple((d.source, d.bytes) for d in score.documents) for score in scored}
     known = [c.figures.backbone_bits_per_byte for c, _ in done if c.figures]
     reference = [value for value in known if value is not None]
     if len(texts) > 1:

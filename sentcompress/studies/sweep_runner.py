@@ -19,8 +19,7 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text
 
-from sentcompress.benchmark.records import Results
-from sentcompress.benchmark.results import is_current
+from sentcompress.benchmark.results import Results, is_current
 from sentcompress.distributed import Interruption
 from sentcompress.errors import InputError, RunError
 from sentcompress.estimate.plan import count

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentcompress.benchmark.models import Folder, Parts
+from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.modeling.grafting import graft, vae_config, wrap_backbone
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
@@ -73,9 +73,9 @@ def run_folder(tmp_path_factory, tokenizer, text_files) -> Path:
 
 
 @pytest.fixture(scope="session")
-def parts(run_folder) -> Parts:
-    folder = Folder(run_folder)
-    return Parts(folder.recipe(), folder)
+def parts(run_folder) -> Models:
+    folder = ModelFolder(run_folder)
+    return Models(folder.recipe(), folder)
 
 
 @pytest.fixture

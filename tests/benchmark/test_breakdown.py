@@ -10,19 +10,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from sentcompress.benchmark.plots import figures
+from sentcompress.benchmark.rows import breakdown
+from sentcompress.benchmark.report import tables
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from sentcompress.benchmark import quality, sentence_charges
-from sentcompress.benchmark.breakdown import STARTS, Charges, Places, chosen, labels, spread
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents
-from sentcompress.benchmark.measurements.quality import score_sentence_model, score_token_model
-from sentcompress.benchmark.plots import figures
-from sentcompress.benchmark.records import BY, CausalityCheck, CausalityReport, Results
-from sentcompress.benchmark.results import parse_results, read_results
-from sentcompress.benchmark.rows import breakdown
+from sentcompress.benchmark import quality
+from sentcompress.benchmark.breakdown import BY, STARTS, Breakdown, TokenScores, chosen, labels, spread
+from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
+from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
+from sentcompress.benchmark.measurements.quality import BY_TITLES
+from sentcompress.benchmark.results import Results, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench
-from sentcompress.benchmark.tables import BY_TITLES, tables
+from sentcompress.benchmark.scoring import score_sentence_model, score_token_model
 from sentcompress.cli import main
 from sentcompress.errors import CoverageError, InputError
 from sentcompress.recipe import BenchSettings
@@ -45,7 +46,7 @@ def documents(parts):
 
 @pytest.fixture(scope="module")
 def places(documents, counter):
-    return Places(BY, documents, counter)
+    return Breakdown(BY, documents, counter)
 
 
 def document(texts, counter, **changes):
@@ -118,7 +119,7 @@ def test_a_model_that_pays_by_position_shows_it(counter):
     def nll(ids):
         return torch.cat([torch.zeros(len(ids) - 1 - len(nats), dtype=torch.float64), nats])
 
-    places = Places(["position", "index"], [doc], counter)
+    places = Breakdown(["position", "index"], [doc], counter)
     found = quality._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, places)
     assert list(found.by) == ["position", "index"]
     by_label = {bucket.label: bucket.nats for bucket in found.by["position"]}
@@ -132,8 +133,8 @@ def test_a_model_that_pays_by_position_shows_it(counter):
 def test_a_token_over_a_border_is_split_by_bytes(counter):
     """A token of 4 bytes, 3 in one sentence and 1 in the next, pays a quarter in the second."""
     doc = document(["Given. ", "abc", "defg"], counter)
-    places = Places(["index", "position"], [doc], counter)
-    charges = Charges(np.array([8.0, 3.0]), np.array([4, 3]))
+    places = Breakdown(["index", "position"], [doc], counter)
+    charges = TokenScores(np.array([8.0, 3.0]), np.array([4, 3]))
     found = places.split("straddling", [charges], 11.0)
     assert [(b.label, b.bytes, b.nats) for b in found["index"]] == [("1", 3, 6.0), ("2", 4, 5.0)]
     assert sum(bucket.nats for bucket in found["position"]) == 11.0
@@ -183,11 +184,11 @@ def test_bytes_of_each_token_of_other_tokenizers():
 
 def test_buckets_that_are_not_the_whole_are_refused(counter):
     doc = document(["Given. ", "abc", "defg"], counter)
-    places = Places(["length"], [doc], counter)
+    places = Breakdown(["length"], [doc], counter)
     with pytest.raises(CoverageError, match="nats"):
-        places.split("x", [Charges(np.array([8.0]), np.array([7]))], 8.1)
+        places.split("x", [TokenScores(np.array([8.0]), np.array([7]))], 8.1)
     with pytest.raises(CoverageError, match="6 of 7 bytes"):
-        places.split("x", [Charges(np.array([8.0]), np.array([6]))], 8.0)
+        places.split("x", [TokenScores(np.array([8.0]), np.array([6]))], 8.0)
 
 
 def test_a_model_that_charges_in_another_order_is_refused(documents, counter, monkeypatch):
@@ -202,7 +203,7 @@ def test_a_model_that_charges_in_another_order_is_refused(documents, counter, mo
     arguments = (model, documents[:1], counter)
     assert score_sentence_model(*arguments, causality=CAUSAL).by == {}
     with pytest.raises(CoverageError, match="order"):
-        score_sentence_model(*arguments, causality=CAUSAL, places=Places(BY, documents[:1], counter))
+        score_sentence_model(*arguments, causality=CAUSAL, places=Breakdown(BY, documents[:1], counter))
 
 
 def test_names_are_taken_in_any_form_and_a_typo_is_answered():

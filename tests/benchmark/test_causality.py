@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark.measurements.causality import attention_of, check_causality, require_causal
-from sentcompress.benchmark.measurements.quality import score_sentence_model
+from sentcompress.benchmark.causality_checks import attention_of, check_causality
+from sentcompress.benchmark.measurements.causality import require_causal
+from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.errors import CausalityError
 from sentcompress.testing import OPT_TWINS, tiny_sentence_lm
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sentcompress.benchmark.continuation import NOTHING, charge_continuation
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, heldout_documents, windows
-from sentcompress.benchmark.measurements.causality import check_causality
-from sentcompress.benchmark.measurements.quality import charge_document, check_document, score_sentence_model
+from sentcompress.benchmark.causality_checks import check_causality
+from sentcompress.benchmark.continuation import NOTHING, score_continuation
+from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents, windows
+from sentcompress.benchmark.scoring import check_document, score_document, score_sentence_model
 from sentcompress.errors import InputError
 from sentcompress.recipe import BenchSettings, Recipe
 from sentcompress.registry import get_registry
@@ -48,7 +48,7 @@ def model(tokenizer):
 @pytest.fixture
 def charge(model, counter, cut):
     def charge(context, continuation, size=20):
-        return charge_continuation(model, cut(context + continuation), len(context), counter, size)
+        return score_continuation(model, cut(context + continuation), len(context), counter, size)
 
     return charge
 
@@ -69,7 +69,7 @@ def test_a_uniform_model_pays_log2_v_a_token_and_end_mark_and_a_bit_a_decision(t
     torch.nn.init.zeros_(uniform.vae.lm_head.weight)
     sentences = cut(TEXT)
     assert len(sentences) == 3
-    whole = charge_continuation(uniform, sentences, 0, counter, 20)
+    whole = score_continuation(uniform, sentences, 0, counter, 20)
     assert whole.tokens == sum(len(ids) for _, ids in sentences)
     assert (whole.end_marks, whole.decisions) == (2, 3), "between sentences, and the decision to begin"
     bits = (whole.tokens + whole.end_marks) * math.log2(len(tokenizer)) + whole.decisions
@@ -114,7 +114,7 @@ def test_the_sum_is_what_the_models_forward_says(charge, model, cut):
     """From nothing: sentence_nll of each sentence and every decision, less the last end mark."""
     sentences = [ids for _, ids in cut(TEXT)]
     document = HeldoutDocument(0, "test", sentences, [text for text, _ in cut(TEXT)], whole=False, charged=0)
-    tally = charge_document(model, document, 20)
+    tally = score_document(model, document, 20)
     last_end = tally.paid[-1][1][-1]
     assert charge("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
 
@@ -127,23 +127,23 @@ def test_a_whole_document_is_bench_quality_and_its_first_sentence(parts, tokeniz
         whole = HeldoutDocument(
             document.number, document.source, document.sentences, document.texts, whole=True, charged=0
         )
-        tally = charge_document(model, whole, 6)
+        tally = score_document(model, whole, 6)
         checked = check_document(whole, tally, counter)
         assert checked.bytes == checked.covered_bytes == len("".join(document.texts).encode())
         assert np.all(tally.times == 1)
         assert checked.nats - tally.nats[0] == pytest.approx(bench.nats, abs=1e-3)
         first = HeldoutDocument(0, "", document.sentences[:1], document.texts[:1], whole=False, charged=0)
-        assert tally.nats[0] == pytest.approx(charge_document(model, first, 6).nats[0], abs=1e-3)
+        assert tally.nats[0] == pytest.approx(score_document(model, first, 6).nats[0], abs=1e-3)
 
 
 def test_a_model_without_a_start_latent_is_given_the_first_sentence_or_refuses(tokenizer, counter, cut):
     model = tiny_sentence_lm(len(tokenizer), Recipe.model_validate(NO_START))
     first = len("The people have seen a year of peace.")
-    given = charge_continuation(model, cut(TEXT), first, counter, 20)
+    given = score_continuation(model, cut(TEXT), first, counter, 20)
     assert (given.end_marks, given.decisions) == (1, 2), "the first end mark is given, the decisions are not"
     for border in (0, 8):
         with pytest.raises(InputError, match="no start latent"):
-            charge_continuation(model, cut(TEXT), border, counter, 20)
+            score_continuation(model, cut(TEXT), border, counter, 20)
 
 
 def test_greedy_is_said_of_what_greedy_generation_writes(model, tokenizer, cut, charge, teach):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sentcompress.benchmark.measurements.data import draw_lengths, heldout_lengths, heldout_text, measure_data
-from sentcompress.benchmark.measurements.reconstruct import heldout_sentences, measure_reconstruction
+from sentcompress.benchmark.heldout_text import draw_lengths, heldout_lengths, heldout_sentences
+from sentcompress.benchmark.measurements.data import measure_data
+from sentcompress.benchmark.reconstruction import measure_reconstruction
 from sentcompress.recipe import ComponentSpec
 from sentcompress.testing import tiny_vae
 
@@ -33,7 +34,7 @@ def test_lengths_are_drawn_from_heldout_text_by_the_seed(parts):
     assert draw != draw_lengths(parts.corpus, 50, seed=2)
     assert set(draw) <= set(heldout_lengths(parts.corpus).tolist())
     first = parts.corpus.document_sentences(int(parts.corpus.heldout[0])).start
-    assert heldout_text(parts.corpus, 1) == [parts.corpus.sentence(first).tolist()]
+    assert heldout_sentences(parts.corpus, 1) == [parts.corpus.sentence(first).tolist()]
 
 
 def test_reconstruction_of_an_untrained_model_is_bad_but_counted(parts, tokenizer):

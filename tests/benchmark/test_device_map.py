@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sentcompress.benchmark.models import Folder, Parts
-from sentcompress.benchmark.records import Results
+from sentcompress.benchmark.models import ModelFolder, Models
+from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, StorageError
 from sentcompress.modeling import device_map
@@ -55,7 +55,7 @@ def scarce(model: torch.nn.Module, blocks: torch.nn.ModuleList, number: float) -
 
 
 def measure(run_folder: Path, out: Path, parts: list[str], *settings: str) -> Results:
-    place = Folder(run_folder)
+    place = ModelFolder(run_folder)
     fast = ["bench.repeats=1", "bench.break_even=false", "bench.batch_sizes=[2]", "bench.text_prompts=1"]
     short = ["bench.prompt_tokens=8", "bench.text_new_tokens=8"]
     return run_bench(parts, place, place.recipe([*fast, *short, *settings]), out, quiet=True)
@@ -81,10 +81,10 @@ def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
 
 
 def test_a_model_that_is_not_compared_any_more_is_let_go(run_folder, tmp_path):
-    place = Folder(run_folder)
+    place = ModelFolder(run_folder)
     twin = AutoModelForCausalLM.from_pretrained(run_folder / "baseline")
     few = scarce(twin, blocks_of(twin), 1.5)
-    parts = Parts(place.recipe(["bench.device_map=auto", few]), place, tmp_path)
+    parts = Models(place.recipe(["bench.device_map=auto", few]), place, tmp_path)
     gone = weakref.ref(parts.baseline)
     assert "disk" in parts.about(gone())[1]
     assert len(list(tmp_path.glob("blocks-*/*"))) == 1
@@ -128,10 +128,10 @@ def test_rows_tell_the_dtype_of_their_own_model(run_folder, tmp_path):
 
 
 def test_an_llm_without_room_is_an_error_not_something_missing(run_folder, tmp_path):
-    place = Folder(run_folder)
+    place = ModelFolder(run_folder)
     recipe = place.recipe(["bench.device_map=auto", "bench.max_memory={cpu: 10KB}"])
     with pytest.raises(InputError, match=r"bench\.max_memory"):
-        Parts(recipe, place, tmp_path).backbone  # noqa: B018
+        Models(recipe, place, tmp_path).backbone  # noqa: B018
 
 
 def test_blocks_are_shared_out_evenly_and_in_order():
@@ -161,7 +161,7 @@ def test_blocks_are_shared_out_evenly_and_in_order():
     ],
 )
 def test_what_cannot_be_spread_is_refused(run_folder, tmp_path, settings, message):
-    place = Folder(run_folder)
+    place = ModelFolder(run_folder)
     with pytest.raises(InputError, match=message):
         run_bench(
             ["quality"], place, place.recipe(["bench.device_map=auto", *settings]), tmp_path, quiet=True

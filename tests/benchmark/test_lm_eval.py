@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentcompress.benchmark.heldout import HeldoutDocument, heldout_documents
-from sentcompress.benchmark.measurements.quality import charge_document
+from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents
+from sentcompress.benchmark.scoring import score_document
 from sentcompress.cli import main
 from sentcompress.errors import CausalityError, InputError
 from sentcompress.modeling.loading import load_sentence_lm
@@ -115,10 +115,10 @@ def test_likelihoods_of_a_split_text_add_up(lm):
 def test_a_document_costs_what_bench_quality_says(lm, parts):
     """The same documents, tokens and windows: the difference is the first sentence."""
     for document in heldout_documents(parts.corpus, BenchSettings(max_documents=2)):
-        bench = charge_document(parts.sentence_lm, document, lm.window)
+        bench = score_document(parts.sentence_lm, document, lm.window)
         nats = -ask(lm.loglikelihood_rolling, "".join(document.texts))
         alone = HeldoutDocument(0, "", document.sentences[:1], document.texts[:1], whole=False, charged=0)
-        first = charge_document(lm.model, alone, lm.window)
+        first = score_document(lm.model, alone, lm.window)
         assert nats == pytest.approx(bench.nats.sum() + first.nats.sum(), abs=1e-3)
     assert ask(lm.loglikelihood_rolling, "") == 0
 

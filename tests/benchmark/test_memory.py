@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sentcompress.benchmark.memory_meter import (
-    MemoryMeter,
-    cache_tensors,
-    measure_memory,
-    weight_bytes,
-)
+from sentcompress.benchmark.memory_meter import MemoryMeter, cache_tensors, measure_memory, weight_bytes
 from sentcompress.errors import RunError
 from sentcompress.estimate.shapes import random_sentences
 from sentcompress.testing import tiny_opt, tiny_sentence_lm

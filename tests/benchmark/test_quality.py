@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sentcompress.benchmark.heldout import ByteCounter, check_bytes, heldout_documents, same_bytes
+from sentcompress.benchmark.heldout_text import ByteCounter, check_bytes, heldout_documents, windows
 from sentcompress.benchmark.measurements import quality
-from sentcompress.benchmark.measurements.quality import (
+from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
+from sentcompress.benchmark.scoring import (
+    require_same_bytes,
     score_sentence_model,
     score_token_model,
     score_unigram,
-    windows,
 )
-from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.generation.output_head import make_shortlist_head
 from sentcompress.recipe import BenchSettings, build_recipe
@@ -122,13 +122,13 @@ def test_both_kinds_score_the_same_bytes(model, documents, counter, corpus, toke
         score_token_model(tiny_opt(len(tokenizer)), documents, counter, 2, system="token"),
         score_unigram(corpus, documents, counter, len(tokenizer), 2),
     ]
-    same_bytes(scores)
+    require_same_bytes(scores)
     for found in scores:
         assert found.baseline_tokens == scores[0].baseline_tokens
         assert all(row.covered_bytes == row.bytes for row in found.documents)
     scores[1].documents[0].covered_bytes += 1
     with pytest.raises(CoverageError, match="same bytes"):
-        same_bytes(scores)
+        require_same_bytes(scores)
 
 
 def test_windows_change_the_context_only(model, documents, counter):
@@ -241,7 +241,7 @@ def test_bytes_of_tokens_are_counted_not_assumed(counter):
 def test_a_truncated_document_pays_for_no_stop(model, corpus):
     cut = heldout_documents(corpus, BenchSettings(max_bytes_per_document=200))
     document = next(d for d in cut if not d.whole)
-    tally = quality.charge_document(model, document, 50)
+    tally = quality.score_document(model, document, 50)
     assert tally.decisions.tolist() == [1] * (len(document.sentences) - 1) + [0]
     assert np.all(tally.times[1:] == 1)
 

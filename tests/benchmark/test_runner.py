@@ -9,10 +9,10 @@ import shutil
 import pytest
 
 from sentcompress.benchmark.compare import compare, compare_results, warnings
-from sentcompress.benchmark.models import Folder
-from sentcompress.benchmark.records import PARTS, SCHEMA_VERSION, Results
-from sentcompress.benchmark.results import is_current, parse_results, read_results
-from sentcompress.benchmark.runner import run_bench, together_first
+from sentcompress.benchmark.models import ModelFolder
+from sentcompress.benchmark.profile import PARTS
+from sentcompress.benchmark.results import SCHEMA_VERSION, Results, is_current, parse_results, read_results
+from sentcompress.benchmark.runner import distributed_first, run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 from sentcompress.provenance import commit
 
@@ -26,7 +26,7 @@ def results(run_folder, tmp_path_factory) -> tuple[Results, object]:
 def test_everything_is_measured(results):
     found, out = results
     assert found.measured() == list(PARTS)
-    assert [score.system for score in found.quality] == [
+    assert [score.system for score in Quality.of(found)] == [
         "sentence model",
         "sentence model, shortlist of 100",
         "baseline, equal data",
@@ -37,7 +37,7 @@ def test_everything_is_measured(results):
     assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "samples.txt"}
     assert read_results(out) == found
     assert found.samples
-    assert found.reconstruction.extra == {"exact-match.sentences": found.reconstruction.exact_sentences}
+    assert Reconstruct.of(found).extra == {"exact-match.sentences": Reconstruct.of(found).exact_sentences}
 
 
 def test_every_row_is_honest(results):
@@ -74,8 +74,8 @@ def test_one_part_is_measured_again_and_the_others_are_kept(results, run_folder,
     shutil.copytree(out, tmp_path / "bench")
     again = run_bench(["data"], run_folder, out=tmp_path / "bench", quiet=True)
     assert again.measured() == found.measured()
-    assert again.quality == found.quality
-    assert again.text == found.text
+    assert Quality.of(again) == Quality.of(found)
+    assert GeneratedText.of(again) == GeneratedText.of(found)
     assert again.samples == found.samples
 
 
@@ -85,8 +85,12 @@ def test_a_single_model_folder_says_what_it_lacks(run_folder, tmp_path):
     assert (tmp_path / "lone" / "bench" / "results.json").is_file()
     reasons = {skipped.what: skipped.reason for skipped in found.skipped}
     assert "single model" in reasons["baseline, equal data"]
-    assert found.reconstruction.system == "encoder and decoder of the grafted model"
-    assert {score.system for score in found.quality} >= {"sentence model", "backbone, as it came", "unigram"}
+    assert Reconstruct.of(found).system == "encoder and decoder of the grafted model"
+    assert {score.system for score in Quality.of(found)} >= {
+        "sentence model",
+        "backbone, as it came",
+        "unigram",
+    }
 
 
 def test_a_lone_vae_has_no_quality_but_reconstructs(run_folder, tmp_path):
@@ -97,14 +101,14 @@ def test_a_lone_vae_has_no_quality_but_reconstructs(run_folder, tmp_path):
 
 
 def test_a_stage_folder_stands_for_its_run(run_folder):
-    assert Folder(run_folder / "graft").path == run_folder
+    assert ModelFolder(run_folder / "graft").path == run_folder
 
 
 def test_folders_that_hold_nothing_are_refused(tmp_path, run_folder):
     with pytest.raises(ModelFolderError):
-        Folder(tmp_path)
+        ModelFolder(tmp_path)
     with pytest.raises(ModelFolderError):
-        Folder(tmp_path / "absent")
+        ModelFolder(tmp_path / "absent")
     with pytest.raises(InputError, match="no part"):
         run_bench(["speeed"], run_folder)
 
@@ -133,10 +137,10 @@ def test_compare(results):
     changed = found.model_copy(deep=True)
     changed.rows = [row for row in changed.rows if row.part != "memory"]
     changed.rows[0].honesty.threads += 1
-    changed.quality[0].documents[0].bytes += 1
+    Quality.of(changed)[0].documents[0].bytes += 1
     assert any(row.part == "memory" and row.values[1] is None for row in compare_results([found, changed]))
-    changed.text.prompts[0] += " and more"
-    changed.text.judge = "another"
+    GeneratedText.of(changed).prompts[0] += " and more"
+    GeneratedText.of(changed).judge = "another"
     assert len(warnings([found, changed])) == 4
     assert not warnings([found, found])
 
@@ -147,7 +151,7 @@ def test_commit_is_unknown_outside_a_checkout(tmp_path):
 
 def test_results_are_current_until_recipe_or_weights_change(results, run_folder, tmp_path):
     _, out = results
-    recipe = Folder(run_folder).recipe()
+    recipe = ModelFolder(run_folder).recipe()
     assert is_current(out, run_folder, recipe)
     assert not is_current(tmp_path, run_folder, recipe)
     assert not is_current(out, run_folder, recipe.model_copy(update={"seed": 5}))
@@ -170,5 +174,5 @@ def test_results_of_other_weights_are_not_kept(results, run_folder, tmp_path):
 
 
 def test_what_processes_measure_together_comes_before_what_one_does_alone():
-    assert together_first(PARTS)[:3] == ["causality", "quality", "speed"]
-    assert together_first(["data", "text", "speed"]) == ["speed", "data", "text"]
+    assert distributed_first(PARTS)[:3] == ["causality", "quality", "speed"]
+    assert distributed_first(["data", "text", "speed"]) == ["speed", "data", "text"]

@@ -13,8 +13,9 @@ import yaml
 from rich.console import Console
 
 from sentcompress.benchmark import rows as make_rows
-from sentcompress.benchmark.counts import count
-from sentcompress.benchmark.records import DocumentScore, ModelCounts, QualityScore, Results, Row
+from sentcompress.benchmark.models import count
+from sentcompress.benchmark.measurements.quality import DocumentScore, ModelCounts, QualityScore
+from sentcompress.benchmark.results import Results, Row
 from sentcompress.benchmark.results import read_results, write_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.cli import main
@@ -417,34 +418,34 @@ def test_other_differences_are_said(tmp_path):
 
 def set_bits(system: str, value: float) -> Callable[[Results], None]:
     def change(results: Results) -> None:
-        next(s for s in results.quality if s.system == system).bits_per_byte = value
+        next(s for s in Quality.of(results) if s.system == system).bits_per_byte = value
 
     return change
 
 
 def without(system: str) -> Callable[[Results], None]:
     def change(results: Results) -> None:
-        results.quality = [s for s in results.quality if s.system != system]
+        Quality.put(results, [s for s in Quality.of(results) if s.system != system])
 
     return change
 
 
 def uncounted(results: Results) -> None:
-    for found in results.quality:
+    for found in Quality.of(results):
         found.counts = None
 
 
 def untold(results: Results) -> None:
-    results.quality[1].counts.training_tokens = {}
+    Quality.of(results)[1].counts.training_tokens = {}
 
 
 def other_text(results: Results) -> None:
-    for found in results.quality:
+    for found in Quality.of(results):
         found.documents[0].covered_bytes -= 7
 
 
 def other_text_of_one(results: Results) -> None:
-    results.quality[1].documents[0].covered_bytes -= 7
+    Quality.of(results)[1].documents[0].covered_bytes -= 7
 
 
 @pytest.mark.parametrize(

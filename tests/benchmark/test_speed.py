@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentcompress.benchmark.measurements.speed import SpeedRun
 
-from sentcompress.benchmark.models import Parts
-from sentcompress.benchmark.records import SpeedRun
+from sentcompress.benchmark.models import Models
 from sentcompress.benchmark.speed_runs import measure_speed
 from sentcompress.benchmark.throughput import LargestTokenBatch, by_processes
 from sentcompress.benchmark.timing import (
@@ -284,7 +284,7 @@ def test_a_device_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(InputError, match=r"bench\.device: this machine has no CUDA device"):
-        Parts(load_recipe("strong", ["bench.device=cuda"]), None)
+        Models(load_recipe("strong", ["bench.device=cuda"]), None)
 
 
 def test_throughput_of_a_system_that_stops_early_is_an_error():

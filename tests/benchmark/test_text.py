@@ -6,16 +6,17 @@ import math
 
 import pytest
 import torch
+from sentcompress.benchmark.results import Results
+from sentcompress.benchmark.report import tables
+from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE, TEXT_TITLE
 
-from sentcompress.benchmark.heldout import ByteCounter
+from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.measurements.text import HUMAN, TextWriter, first_tokens, text_prompts
+from sentcompress.benchmark.measurements.text import HUMAN
+from sentcompress.benchmark.text_writing import TextWriter, first_tokens, text_prompts
 from sentcompress.benchmark.models import Missing
-from sentcompress.benchmark.records import Results
 from sentcompress.benchmark.report import render_report
 from sentcompress.benchmark.runner import run_bench
-from sentcompress.benchmark.tables import tables
-from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE, TEXT_TITLE
 from sentcompress.errors import CausalityError, CoverageError, InputError
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt
@@ -192,7 +193,7 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_measured(run_fold
 
 
 def test_all_systems_stand_in_the_table_with_intervals_and_differences(results, uniform_judge):
-    report = results.text
+    report = GeneratedText.of(results)
     assert [score.system for score in report.scores] == [
         "sentence model",
         "baseline, equal data",
@@ -224,7 +225,7 @@ def test_all_systems_stand_in_the_table_with_intervals_and_differences(results, 
         "backbone, as it came",
         HUMAN,
     ]
-    assert results.causality.passed
+    assert Causality.of(results).passed
 
 
 def test_rows_carry_the_figures(results):
@@ -238,7 +239,7 @@ def test_rows_carry_the_figures(results):
 
 def test_the_report_shows_the_texts_escaped(results):
     changed = results.model_copy(deep=True)
-    changed.text.scores[0].texts[0] = "<b>bold</b>"
+    GeneratedText.of(changed).scores[0].texts[0] = "<b>bold</b>"
     html = render_report(changed)
     assert "Texts after the same prompts" in html
     assert "&lt;b&gt;bold&lt;/b&gt;" in html
@@ -251,8 +252,12 @@ def test_without_a_baseline_and_a_judge_the_rest_is_measured_and_said(run_folder
     shutil.copytree(run_folder / "graft", tmp_path / "lone")
     found = run_bench(["text"], tmp_path / "lone", quiet=True)
     assert "single model" in {s.what: s.reason for s in found.skipped}["baseline, equal data"]
-    assert [s.system for s in found.text.scores] == ["sentence model", "backbone, as it came", HUMAN]
-    assert not any(score.differences for score in found.text.scores)
+    assert [s.system for s in GeneratedText.of(found).scores] == [
+        "sentence model",
+        "backbone, as it came",
+        HUMAN,
+    ]
+    assert not any(score.differences for score in GeneratedText.of(found).scores)
     titles = {table.title: table for table in tables(found)}
     assert DIFFERENCES_TITLE not in titles
     assert {row[1] for row in titles[TEXT_TITLE].rows} == {"no judge"}
@@ -263,13 +268,14 @@ def test_without_a_baseline_and_a_judge_the_rest_is_measured_and_said(run_folder
 def test_a_judge_that_is_the_backbone_is_said(run_folder, tmp_path):
     backbone = run_bench(["data"], run_folder, out=tmp_path, quiet=True).recipe["backbone"]["model"]
     found = run_bench(["text"], run_folder, out=tmp_path, judge=backbone, quiet=True)
-    assert found.text.judge_is_backbone
+    assert GeneratedText.of(found).judge_is_backbone
     assert any("no outsider" in note for table in tables(found) for note in table.notes)
 
 
 def test_a_model_that_sees_the_future_writes_nothing(run_folder, tmp_path, monkeypatch):
+    from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
+
     from sentcompress.benchmark import runner
-    from sentcompress.benchmark.records import CausalityCheck, CausalityReport
 
     check = CausalityCheck(name="x", kind="future", attention="sdpa", max_delta=1, tolerance=0, passed=False)
     monkeypatch.setattr(runner, "check_causality", lambda *_, **__: CausalityReport(checks=[check]))

@@ -1,40 +1,81 @@
-"""What a corpus looks like to the models: sentence lengths, padding, the tokens that cutting costs."""
+"""The corpus as the models see it: sentence lengths, padding, the tokens that cutting costs. No torch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR
+from sentcompress.benchmark.measurement import Measurement, Section
+from sentcompress.provenance import Record
+from sentcompress.table import Figure, Table, number, percent
 
-from sentcompress.benchmark.records import DataReport
-from sentcompress.recipe import Recipe
-from sentcompress.text.corpus import Corpus
-from sentcompress.text.sampling import PassageSampler, SentenceSampler
+if TYPE_CHECKING:
+    from sentcompress.benchmark.results import Results
+    from sentcompress.benchmark.runner import Bench
+    from sentcompress.recipe import Recipe
+    from sentcompress.text.corpus import Corpus
 
 BATCHES = 20
 """Batches looked at for the share of padding."""
 
 
-def heldout_lengths(corpus: Corpus) -> np.ndarray:
-    """Tokens of every held-out sentence, in the order of the text."""
-    ranges = [corpus.document_sentences(number) for number in corpus.heldout.tolist()]
-    return np.concatenate([np.asarray(corpus.sentence_lengths[r.start : r.stop]) for r in ranges])
+class DataReport(Record):
+    """The corpus the recipe names."""
+
+    summary: dict[str, Any]
+    heldout_documents: int
+    mean_sentence_tokens: float
+    """Of the held-out documents."""
+    histogram: list[tuple[int, int]]
+    """Tokens of a held-out sentence, and how many there are."""
+    padding: dict[str, float]
+    """Share of padding a sampler's batches have."""
+    cutting_overhead: float
+    """Tokens of the sentences over tokens of the uncut text, less 1, on the held-out documents."""
 
 
-def heldout_text(corpus: Corpus, count: int) -> list[list[int]]:
-    """The first ``count`` held-out sentences, one after the other."""
-    numbers = [n for document in corpus.heldout.tolist() for n in corpus.document_sentences(document)]
-    return [corpus.sentence(number).tolist() for number in numbers[:count]]
+class Data(Measurement[DataReport | None]):
+    """Sentence lengths, padding of the batches, tokens that cutting costs."""
 
+    title = "Data"
+    order = 70
+    one_line = True
+    compared = ("heldout_mean_sentence_tokens", "cutting_overhead")
+    examples = ("sentcompress bench data out/quickstart",)
 
-def draw_lengths(corpus: Corpus, count: int, seed: int) -> list[int]:
-    """Sentence lengths drawn from the held-out text."""
-    return np.random.default_rng(seed).choice(heldout_lengths(corpus), count).tolist()
+    def measure(self, bench: Bench) -> DataReport:
+        models = bench.models
+        report = measure_data(models.corpus, bench.recipe, models.tokenizer.pad_token_id)
+        figures: dict[str, Figure] = {
+            name: value for name, value in report.summary.items() if isinstance(value, int | float)
+        }
+        figures |= {
+            "heldout_mean_sentence_tokens": report.mean_sentence_tokens,
+            "cutting_overhead": report.cutting_overhead,
+        }
+        figures |= {f"padding: {name}": share for name, share in report.padding.items()}
+        bench.row(self.name, bench.recipe.data.name, figures)
+        return report
+
+    def sections(self, results: Results) -> list[Section]:
+        lines = []
+        for row in results.rows_of(self.name):
+            for name, value in row.figures.items():
+                share = name.startswith("padding") or name == "cutting_overhead"
+                lines.append([name.replace("_", " "), percent(value) if share else number(value)])
+        table = Table(self.title, ["figure", "value"], lines)
+        report = self.of(results)
+        if report is None:
+            return [Section(table)]
+        return [Section(table, lambda figure: _draw(report, figure), (7.6, 2.7))]
 
 
 def measure_data(corpus: Corpus, recipe: Recipe, pad_token_id: int) -> DataReport:
     """Summarize a recipe's corpus."""
+    from sentcompress.benchmark.heldout_text import heldout_lengths
+    from sentcompress.text.sampling import PassageSampler, SentenceSampler
+
     lengths = heldout_lengths(corpus)
     texts = [corpus.document_text(number) for number in corpus.heldout.tolist()]
     uncut = sum(len(e.ids) for e in corpus.backend.encode_batch_fast(texts, add_special_tokens=False))
@@ -75,3 +116,18 @@ def _padding(sampler: Any, field: str) -> float:
         total += values.numel()
         real += int((values > 0).sum() if field == "attention_mask" else (values >= 0).sum())
     return 1 - real / total
+
+
+def _draw(report: DataReport, figure: Any) -> None:
+    """Histogram of sentence lengths."""
+    axes = figure.subplots()
+    lengths, counts = zip(*report.histogram, strict=True)
+    axes.bar(lengths, counts, width=0.85, color=SENTENCE_COLOR)
+    mean = report.mean_sentence_tokens
+    axes.axvline(mean, color=BASELINE_COLOR, linewidth=1.4)
+    position = {"xytext": (5, -4), "textcoords": "offset points"}
+    axes.annotate(f"mean {mean:.1f}", (mean, max(counts)), color=BASELINE_COLOR, **position)
+    axes.set_title("Tokens of a held-out sentence")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("sentences")
+    axes.grid(axis="x", visible=False)

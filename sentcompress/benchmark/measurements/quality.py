@@ -1,354 +1,377 @@
-"""Bits per byte and perplexity on held-out documents, after proof that every byte was charged exactly once."""
+"""Bits per byte and perplexity, and where they are lost. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from sentcompress.benchmark.breakdown import Charges, Places, sentence_charges
-from sentcompress.benchmark.heldout import ByteCounter, HeldoutDocument, Window, check_bytes, windows
-from sentcompress.benchmark.measurements.causality import require_causal
-from sentcompress.benchmark.records import CausalityReport, DocumentScore, QualityScore
-from sentcompress.benchmark.sentence_charges import WindowCharges, charge_window, window_size
-from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.distributed import gathered_shares, own_share
-from sentcompress.errors import CoverageError
-from sentcompress.generation.output_head import ShortlistHead
-from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.text.corpus import Corpus
+from sentcompress.benchmark.breakdown import BY, Bucket, By, chosen, compare_buckets
+from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR, bars
+from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL, Flag, Measurement, Section
+from sentcompress.benchmark.measurements.causality import Causality
+from sentcompress.benchmark.paper import sllm_note
+from sentcompress.estimate.costs import DecodingCost
+from sentcompress.provenance import Record
+from sentcompress.table import Figure, Table, byte_size, number, percent
 
-LOGITS_AT_A_TIME = 2**26
-"""Logits of a token-level model held at once: 256 MiB in fp32."""
-UNIGRAM_BYTES = 4_000_000
-"""Training text the unigram's counts are taken from."""
+if TYPE_CHECKING:
+    from sentcompress.benchmark.results import Results
+    from sentcompress.benchmark.runner import Bench
 
-
-# ---- the sentence model
-
-
-@dataclass
-class SentenceTally:
-    """What was charged in one document, by sentence."""
-
-    nats: np.ndarray
-    times: np.ndarray
-    """How often each sentence was charged."""
-    targets: np.ndarray
-    decisions: np.ndarray
-    """How often the decision after each sentence was."""
-    decision_nats: np.ndarray
-    """Of the decisions charged with each sentence: to begin or go on before it, to stop after the last one."""
-    kinds: Counter[str] = field(default_factory=Counter)
-    paid: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    """Targets and their nats, in the order in which they were charged."""
+UNTRAINED = "sentence model, untrained"
+BY_TITLES: dict[By, str] = {
+    "position": "Quality by position of the token in its sentence",
+    "length": "Quality by tokens of the sentence",
+    "index": "Quality by sentence of the document (0 is context)",
+}
+BY_FLAG = Flag(
+    "--by",
+    "by",
+    "Break quality down by position, length, index (commas between them); else the recipe's bench.by.",
+    settings=lambda words: {"by": chosen(words)},
+    type=list[str],
+    metavar="NAMES",
+    in_all=True,
+    recorded=False,
+)
 
 
-def score_sentence_model(
-    model: SentenceLM,
-    documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
-    *,
-    causality: CausalityReport,
-    context_sentences: int | None = None,
-    system: str = "sentence model",
-    places: Places | None = None,
-    shortlist: ShortlistHead | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> QualityScore:
-    """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
+class DocumentScore(Record):
+    """One held-out document under one model."""
 
-    Args:
-        causality: of this model; one that failed is refused.
-        context_sentences: sentences a window holds; None takes all the backbone has positions for.
-        places: splits the total by where it was paid; None leaves that out.
-        shortlist: score what this head writes, which knows a few tokens a sentence; None: the full head.
-        progress: called after each document.
-
-    Raises:
-        CausalityError: the model sees the future.
-        CoverageError: a byte, an end mark or a decision was charged twice or never.
-    """
-    require_causal(causality)
-    model.eval()
-    size = window_size(model, context_sentences)
-    scored = []
-    for document in own_share(documents):
-        tally = charge_document(model, document, size, shortlist)
-        row = check_document(document, tally, counter)
-        charges = None
-        if places:
-            nats = tally.nats - tally.decision_nats
-            eos = model.config.eos_token_id
-            charges = sentence_charges(document, counter, eos, tally.paid, nats, tally.decision_nats)
-        scored.append(_Scored(row, tally.kinds, charges))
-        progress()
-    return _summary(system, scored, documents, f"{size} sentences", places)
+    document: int
+    source: str
+    bytes: int
+    """Of everything after the first sentence: what is scored."""
+    covered_bytes: int
+    """Bytes of the pieces that were scored; equal to ``bytes``, or the scorer has refused."""
+    nats: float
+    targets: int
+    """Tokens and end marks scored."""
+    baseline_tokens: int
+    """Tokens of the same text, cut nowhere, by the baseline's tokenizer."""
 
 
-def charge_document(
-    model: SentenceLM, document: HeldoutDocument, size: int, shortlist: ShortlistHead | None = None
-) -> SentenceTally:
-    """Charge a document from ``document.charged`` on, in windows of ``size`` sentences."""
-    count = len(document.sentences)
-    tally = SentenceTally(
-        nats=np.zeros(count),
-        times=np.zeros(count, dtype=np.int64),
-        targets=np.zeros(count, dtype=np.int64),
-        decisions=np.zeros(count, dtype=np.int64),
-        decision_nats=np.zeros(count),
-    )
-    for window in windows(count, size, document.charged):
-        what = f"document {document.number}"
-        found = charge_window(
-            model, document.sentences, window, ends=document.whole, what=what, shortlist=shortlist
-        )
-        _add(tally, window, found)
-    return tally
+class ModelCounts(Record):
+    """How large a model is, and what it was trained on: the abscissas of a scaling law."""
+
+    parameters: int
+    """All weights, shared ones once."""
+    trainable_parameters: int | None
+    """What learned in the model's last stage, adapters included; None when that is not known."""
+    backbone_parameters: int
+    """Weights of the LLM's blocks, without embedding tables: the same for the sentence model and its baseline."""
+    table_parameters: int
+    """Weights of embedding tables that are only looked up, so that they cost no multiplication."""
+    tokens_per_position: float
+    """Tokens of text that one position of the backbone stands for; 1 for a token-level model."""
+    training_tokens: dict[str, int]
+    """By stage; a stage whose tokens are not known is left out."""
 
 
-def _add(tally: SentenceTally, window: Window, found: WindowCharges) -> None:
-    """Add to the tally what each sentence of a window, and the decision before it, was charged."""
-    decided = found.before.copy()
-    decided[-1] += found.stop
-    charged, inside = slice(window.charged, window.stop), slice(window.charged - window.start, None)
-    tally.nats[charged] += (found.nats + decided)[inside]
-    tally.decision_nats[charged] += decided[inside]
-    tally.targets[charged] += found.targets[inside]
-    tally.times[charged] += 1
-    # The decision after sentence t comes with predicting sentence t + 1; the last one decides to stop.
-    first = max(window.charged - 1, 0)
-    tally.decisions[first : window.stop] += found.decisions[first - window.start :]
-    tally.paid.append(found.paid)
-    tally.kinds.update(
-        {
-            "tokens": float(found.nats.sum()) - found.end_nats,
-            "end marks": found.end_nats,
-            "stop decisions": float(decided.sum()),
+class QualityScore(Record):
+    """One model on all held-out documents."""
+
+    system: str
+    bits_per_byte: float
+    perplexity: float
+    """exp(total nats / baseline tokens)."""
+    nats: float
+    bytes: int
+    targets: int
+    baseline_tokens: int
+    context: str
+    """What a prediction may look back on."""
+    breakdown: dict[str, float] = {}
+    """Nats by kind: tokens, end marks, stop decisions."""
+    by: dict[By, list[Bucket]] = {}
+    """Where they were lost; only what was asked for."""
+    cost: DecodingCost | None = None
+    """What it takes to write such text; None for the unigram frequencies."""
+    counts: ModelCounts | None = None
+    """None for the unigram frequencies, and in files of versions that did not count."""
+    documents: list[DocumentScore]
+
+    def figures(self) -> dict[str, Figure]:
+        """The score as a row."""
+        figures: dict[str, Figure] = {
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "nats": self.nats,
+            "bytes": self.bytes,
+            "baseline_tokens": self.baseline_tokens,
+            "targets": self.targets,
         }
+        if self.cost:
+            figures["decoding_flops_per_token"] = self.cost.flops
+            figures["decoding_bytes_per_token"] = self.cost.bytes
+        for kind, nats in self.breakdown.items():
+            figures[f"bits_per_byte_{kind.replace(' ', '_')}"] = nats / math.log(2) / self.bytes
+        return figures
+
+
+class Quality(Measurement[list[QualityScore]]):
+    """Bits per byte and perplexity on held-out documents.
+
+    Refuses a model that sees the future, and a scorer that cannot prove it scored every byte once. --by shows where
+    the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document.
+    """
+
+    title = "Quality on held-out documents"
+    order = 20
+    requires = (Causality,)
+    distributed = True
+    headline = True
+    compared = ("bits_per_byte", "perplexity", "bytes")
+    flags = (BY_FLAG,)
+    examples = (
+        "sentcompress bench quality out/quickstart",
+        "sentcompress bench quality out/quickstart --by position,length,index",
     )
 
+    def measure(self, bench: Bench) -> list[QualityScore]:
+        from sentcompress.benchmark import scoring
+        from sentcompress.benchmark.breakdown import Breakdown
+        from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
+        from sentcompress.benchmark.models import model_counts
+        from sentcompress.estimate.roofline import decoding_cost
+        from sentcompress.generation.output_head import make_shortlist_head
 
-def check_document(document: HeldoutDocument, tally: SentenceTally, counter: ByteCounter) -> DocumentScore:
-    """Prove that everything from ``document.charged`` on was charged once.
+        models, settings = bench.models, bench.settings
+        model = models.sentence_lm
+        causality = bench.report(Causality)
+        documents = heldout_documents(models.corpus, settings)
+        counter = ByteCounter(models.tokenizer)
+        breakdown = Breakdown(settings.by, documents, counter) if settings.by else None
+        by_sentences: Callable[..., QualityScore] = partial(
+            scoring.score_sentence_model,
+            documents=documents,
+            counter=counter,
+            causality=causality,
+            # Longer passages than it was trained on would measure something else.
+            context_sentences=settings.context_sentences or bench.recipe.graft.max_sentences,
+            breakdown=breakdown,
+        )
+        by_tokens: Callable[..., QualityScore] = partial(
+            scoring.score_token_model,
+            documents=documents,
+            counter=counter,
+            bos_token_id=models.bos_token_id,
+            context_tokens=settings.context_tokens,
+            breakdown=breakdown,
+        )
+        baseline, as_it_came = BASELINES
+        systems: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
+            (SENTENCE_MODEL, lambda: model, by_sentences, bench.graft_stages),
+            (baseline, lambda: models.baseline, by_tokens, ("baseline",)),
+            (as_it_came, lambda: models.as_it_came, by_tokens, ()),
+            (UNTRAINED, models.untrained, by_sentences, ()),
+        ]
+        approximate = ""
+        if model.shortlist is not None:
+            head = make_shortlist_head(model, settings.shortlist_tokens)
+            approximate = f"{SENTENCE_MODEL}, shortlist of {head.tokens:,}"
+            by_shortlist = partial(by_sentences, shortlist=head)
+            systems.insert(1, (approximate, lambda: model, by_shortlist, bench.graft_stages))
+        scores: list[QualityScore] = []
+        for system, load, score, stages in systems:
+            with bench.bar(f"{self.name}: {system}", len(documents)) as bar:
+                if (candidate := bench.attempt(self.name, system, load)) is None:
+                    continue
+                found = score(candidate, system=system, progress=partial(bar.advance, 1))
+            sentence = bench.provenance.mean_sentence_tokens or 1.0
+            middle = found.baseline_tokens / len(found.documents) / 2
+            if system != approximate:  # the cost is computed for the full head
+                found.cost = decoding_cost(candidate, middle, sentence)
+            found.counts = model_counts(candidate, models, stages, sentence)
+            scores.append(found)
+            note = "weights drawn from the seed; " if system == UNTRAINED else ""
+            note += f"left context: up to {found.context}"
+            bench.row(self.name, system, found.figures(), stages, note, candidate)
+            candidate = None  # free its memory before the next one is loaded
+        vocab_size = model.config.vae_config.vocab_size
+        unigram = scoring.score_unigram(
+            models.corpus, documents, counter, vocab_size, models.bos_token_id, breakdown
+        )
+        note = "frequencies of the training documents, add one"
+        bench.row(self.name, unigram.system, unigram.figures(), (), note)
+        scores.append(unigram)
+        scoring.require_same_bytes(scores)
+        return scores
 
-    Raises:
-        CoverageError: a byte, an end mark or a decision was charged twice or never.
-    """
-    what = f"document {document.number} ({document.source})"
-    expected_times = np.arange(len(document.sentences)) >= document.charged
-    if not np.array_equal(tally.times, expected_times):
-        raise CoverageError(
-            f"{what}: sentences were charged {sorted(set(tally.times[document.charged :].tolist()))} times, not once"
+    def sections(self, results: Results) -> list[Section]:
+        lines = [
+            [
+                row.system,
+                number(row.figures["bits_per_byte"], 4),
+                number(row.figures["perplexity"], 2),
+                number(row.figures.get("bits_per_byte_end_marks"), 4),
+                number(row.figures.get("bits_per_byte_stop_decisions"), 4),
+                row.note,
+            ]
+            for row in results.rows_of(self.name)
+        ]
+        scores = self.of(results)
+        notes = [*_coverage_note(scores), *_data_note(results), *_cost_note(scores)]
+        notes += sllm_note(
+            results.recipe,
+            lambda paper: (
+                f"perplexity {paper.perplexity}, OPT {paper.opt_perplexity} (not fine-tuned on the same text)"
+            ),
         )
-    expected_targets = np.array([len(ids) + 1 for ids in document.sentences]) * expected_times
-    if not np.array_equal(tally.targets, expected_targets):
-        wrong = int(np.flatnonzero(tally.targets != expected_targets)[0])
-        raise CoverageError(
-            f"{what}: sentence {wrong} has {expected_targets[wrong]} targets with its end mark, "
-            f"{tally.targets[wrong]} were charged"
+        columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
+        table = Table(self.title, columns, lines, notes)
+        found = [Section(table, partial(_draw, scores) if scores else None)]
+        broken_down = [by for by in BY if any(by in score.by for score in scores)]
+        for by in broken_down:
+            table = _by_table(scores, by, explain=by == broken_down[0])
+            found.append(Section(table, partial(_draw_by, scores, by), (10.4, 3.2), wide=True))
+        return found
+
+    def tiles(self, results: Results) -> list[tuple[str, str]]:
+        scores = {score.system: score for score in self.of(results)}
+        if SENTENCE_MODEL not in scores:
+            return []
+        text = "bits per byte, sentence model"
+        if baseline := scores.get(BASELINES[0]):
+            text += f" (equal-data baseline {baseline.bits_per_byte:.3f})"
+        return [(f"{scores[SENTENCE_MODEL].bits_per_byte:.3f}", text)]
+
+    def warnings(self, results: Sequence[Results]) -> list[str]:
+        measured = [scores for result in results if (scores := self.of(result))]
+        if len({tuple((d.source, d.bytes) for d in scores[0].documents) for scores in measured}) < 2:
+            return []
+        return [
+            "they were scored on different held-out text: bits per byte and perplexity cannot be compared"
+        ]
+
+
+# ---- notes below the table
+
+
+def _coverage_note(scores: Sequence[QualityScore]) -> list[str]:
+    if not scores:
+        return []
+    first = scores[0]
+    return [
+        f"Every system scored the same {first.bytes:,} bytes of {len(first.documents)} held-out documents: "
+        "everything after the first sentence of each. Coverage proven: each byte scored exactly once, one end mark "
+        "per sentence, no padding. Perplexity is per token of the uncut text by the baseline's tokenizer "
+        f"({first.baseline_tokens:,}). The sentence model also has to predict end marks and stop decisions; their "
+        "share of its bits per byte is shown."
+    ]
+
+
+def _data_note(results: Results) -> list[str]:
+    """What the sentence model and its baseline were trained on."""
+    tokens = {row.system: row.honesty.training_tokens for row in results.rows_of(Quality.name)}
+    ours, baseline = tokens.get(SENTENCE_MODEL), tokens.get(BASELINES[0])
+    if not ours or not baseline:
+        return []
+    before = "include the SentenceVAE's training, which has no counterpart there"
+    if not results.recipe["train_vae"]["steps"]:
+        before = "are the same text, a sentence at a time: its SentenceVAE was not trained before"
+    return [
+        f"Equal data: the baseline was trained on the graft's passages for as many steps ({baseline:,} tokens). "
+        f"The sentence model's {ours:,} tokens {before}."
+    ]
+
+
+def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
+    """What a token of text costs the sentence model, as a share of its baseline's."""
+    costs = {score.system: score.cost for score in scores if score.cost}
+    baseline = next((name for name in BASELINES if name in costs), None)
+    if baseline is None or SENTENCE_MODEL not in costs:
+        return []
+    ours, theirs = costs[SENTENCE_MODEL], costs[baseline]
+    return [
+        f"To write one token of such text at batch 1 (computed from shapes, {theirs.text_tokens:,.0f} tokens into the "
+        f"text, sentences of {ours.sentence_tokens:.1f} tokens) the sentence model takes {ours.flops / 1e6:,.2f} MFLOP "
+        f"and reads {byte_size(ours.bytes)}, the {baseline.partition(',')[0]} {theirs.flops / 1e6:,.2f} MFLOP and "
+        f"{byte_size(theirs.bytes)}: {ours.flops / theirs.flops:.0%} and {ours.bytes / theirs.bytes:.0%}."
+    ]
+
+
+# ---- breakdowns and figures
+
+
+def _by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table:
+    baseline, rows = compare_buckets(scores, by)
+    systems = [name for name in (SENTENCE_MODEL, *BASELINES) if any(name in row.bits for row in rows)]
+    marks = any(row.with_marks is not None for row in rows)
+    lines = []
+    for row in rows:
+        line = [row.label, number(row.bytes or None)]
+        line += [number(row.bits.get(name), 4) for name in systems]
+        if baseline:
+            line.append(number(row.ratio))
+            line += [number(row.with_marks)] if marks else []
+            line += [number(row.gap, 4), percent(row.share)]
+        lines.append(line)
+    columns = [by, "bytes", *systems]
+    notes = []
+    if explain:
+        notes.append(
+            "Bits per byte of the bucket's bytes; for end marks and stop decisions, of all bytes. For every system, a "
+            "byte belongs to the token of the sentence model that contains it, and a token's nats are divided evenly "
+            "among its bytes. The buckets' bytes and nats were proven to add up to the whole."
         )
-    expected_decisions = np.ones(len(document.sentences), dtype=np.int64)
-    expected_decisions[-1] = int(document.whole)
-    if not np.array_equal(tally.decisions, expected_decisions):
-        raise CoverageError(f"{what}: not every decision to stop or go on was charged once")
-    scored = slice(document.charged, None)
-    pieces = zip(document.sentences[scored], document.texts[scored], strict=True)
-    covered = sum(counter.bytes_of(ids, text) for ids, text in pieces)
-    check_bytes(what, covered, document.scored_bytes)
-    return DocumentScore(
-        document=document.number,
-        source=document.source,
-        bytes=document.scored_bytes,
-        covered_bytes=covered,
-        nats=float(tally.nats.sum()),
-        targets=int(tally.targets.sum()),
-        baseline_tokens=len(counter.encode(document.scored_text)),
+    if baseline:
+        columns += ["ratio", *(["with marks"] if marks else []), "gap", "share of gap"]
+    if baseline and explain:
+        notes.append(
+            f"Ratio to '{baseline}'. Gap: what the sentence model loses more, in bits per byte of all bytes; gaps "
+            "add up."
+        )
+    if marks:
+        notes.append("With marks: the ratio with the end marks and decisions of these sentences.")
+    return Table(BY_TITLES[by], columns, lines, notes)
+
+
+def _draw(scores: Sequence[QualityScore], figure: Any) -> None:
+    axes = figure.subplots()
+    bars(
+        axes,
+        [score.system for score in scores],
+        [score.bits_per_byte for score in scores],
+        [f"{score.bits_per_byte:.3f}" for score in scores],
     )
+    axes.set_title("Bits per byte on the same held-out bytes (lower is better)")
+    axes.set_xlabel("bits per byte")
 
 
-# ---- token-level models
-
-
-def score_token_model(
-    model: PreTrainedModel,
-    documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
-    bos_token_id: int,
-    *,
-    system: str,
-    context_tokens: int | None = None,
-    places: Places | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> QualityScore:
-    """Score the same bytes with a token-level model: the first sentence is its context too.
-
-    Args:
-        bos_token_id: stands before each document, as in training.
-        context_tokens: positions a window holds; None takes all the model has.
-        places: splits the total by where it was paid; None leaves that out.
-
-    Raises:
-        CoverageError: a byte was charged twice or never.
-    """
-    model.eval()
-    room = position_limit(model.config)
-    size = max(2, min(context_tokens or room, room))
-
-    def nll(ids: Tensor) -> Tensor:
-        return _token_nll(model, ids, size)
-
-    return _score_tokens(nll, documents, counter, bos_token_id, system, f"{size} tokens", progress, places)
-
-
-def score_unigram(
-    corpus: Corpus,
-    documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
-    vocab_size: int,
-    bos_token_id: int,
-    places: Places | None = None,
-) -> QualityScore:
-    """Frequencies of the training documents' tokens, one added to each count: what knowing no context costs.
-
-    A sample of ``UNIGRAM_BYTES`` of the training text, spread evenly, is enough for one figure a token.
-    """
-    counts = np.ones(vocab_size, dtype=np.float64)
-    sizes = np.add.reduceat(corpus.sentence_bytes, corpus.document_offsets[:-1])[corpus.train]
-    step = max(1, round(float(sizes.sum()) / UNIGRAM_BYTES))
-    for number in corpus.train[::step].tolist():
-        counts += np.bincount(counter.encode(corpus.document_text(number)), minlength=vocab_size)
-    table = torch.from_numpy(-np.log(counts / counts.sum()))
-
-    def nll(ids: Tensor) -> Tensor:
-        return table[ids[1:]]
-
-    return _score_tokens(nll, documents, counter, bos_token_id, "unigram", "none", lambda: None, places)
-
-
-def _score_tokens(
-    nll: Callable[[Tensor], Tensor],
-    documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
-    bos_token_id: int,
-    system: str,
-    context: str,
-    progress: Callable[[], None],
-    places: Places | None = None,
-) -> QualityScore:
-    """Score with a function from ``[T]`` tokens to the NLL ``[T - 1]`` of all but the first."""
-    scored_documents = []
-    for document in own_share(documents):
-        # Apart, so that no token reaches from the context into the scored text: the bytes must match exactly.
-        before = [bos_token_id, *counter.encode(document.context_text)]
-        scored = counter.encode(document.scored_text)
-        losses = nll(torch.tensor([*before, *scored]))
-        charged = losses[len(before) - 1 :].double()
-        if len(losses) != len(before) + len(scored) - 1 or not bool(torch.isfinite(charged).all()):
-            raise CoverageError(
-                f"document {document.number}: {len(charged)} of {len(scored)} tokens were charged"
-            )
-        covered = counter.bytes_of(scored, document.scored_text)
-        check_bytes(f"document {document.number} ({document.source})", covered, document.scored_bytes)
-        row = DocumentScore(
-            document=document.number,
-            source=document.source,
-            bytes=document.scored_bytes,
-            covered_bytes=covered,
-            nats=float(charged.sum()),
-            targets=len(scored),
-            baseline_tokens=len(scored),
+def _draw_by(scores: Sequence[QualityScore], by: By, figure: Any) -> None:
+    """Bits per byte by bucket for each system, and where the gap to the baseline is."""
+    baseline, rows = compare_buckets(scores, by)
+    buckets = [row for row in rows[:-1] if row.bytes]
+    positions = np.arange(len(buckets))
+    count = 2 if baseline else 1
+    left, *right = figure.subplots(1, count, squeeze=False, width_ratios=[3, 2][:count])[0]
+    styles = iter([":", "--", "-."])  # of the systems that have no color of their own
+    for depth, system in enumerate(rows[-1].bits):
+        color = COLORS.get(system, GREY)
+        left.plot(
+            positions,
+            [row.bits[system] for row in buckets],
+            color=color,
+            linestyle="-" if color != GREY else next(styles, ":"),
+            linewidth=1.6,
+            marker="o",
+            markersize=3.5,
+            label=system,
+            zorder=10 - depth,
         )
-        charges = None
-        if places:
-            charges = Charges(charged.numpy(), np.array(counter.sizes_of(scored, document.scored_text)))
-        scored_documents.append(_Scored(row, Counter(), charges))
-        progress()
-    return _summary(system, scored_documents, documents, context, places)
-
-
-@torch.no_grad()
-def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
-    """NLL ``[T - 1]`` of tokens 1 on, from windows of ``size`` tokens; NaN would show one that was left out."""
-    device = next(model.parameters()).device
-    losses = torch.full((len(ids) - 1,), float("nan"), dtype=torch.float64)
-    todo = windows(len(ids), size)
-    at_a_time = max(1, LOGITS_AT_A_TIME // (size * model.config.vocab_size))
-    for begin in range(0, len(todo), at_a_time):
-        block = todo[begin : begin + at_a_time]
-        width = max(w.stop - w.start for w in block)
-        rows = torch.zeros(len(block), width, dtype=torch.long)
-        mask = torch.zeros_like(rows)
-        for row, w in enumerate(block):
-            rows[row, : w.stop - w.start] = ids[w.start : w.stop]
-            mask[row, : w.stop - w.start] = 1
-        logits = model(input_ids=rows.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for row, w in enumerate(block):
-            first = w.charged - w.start - 1
-            predicted = logits[row, first : w.stop - w.start - 1].float()
-            nll = F.cross_entropy(predicted, ids[w.charged : w.stop].to(device), reduction="none")
-            place = slice(w.charged - 1, w.stop - 1)
-            if not bool(losses[place].isnan().all()):
-                raise CoverageError(f"tokens {w.charged} to {w.stop - 1} were charged twice")
-            losses[place] = nll.double().cpu()
-    return losses
-
-
-# ---- both
-
-
-@dataclass
-class _Scored:
-    """A document's score, what it was paid for, and where (if that was asked for)."""
-
-    row: DocumentScore
-    kinds: Counter[str]
-    charges: Charges | None
-
-
-def _summary(
-    system: str,
-    own: list[_Scored],
-    documents: Sequence[HeldoutDocument],
-    context: str,
-    places: Places | None,
-) -> QualityScore:
-    """Totals over the documents of all processes; figures come from sums, never from averages of averages.
-
-    Raises:
-        CoverageError: a document was scored twice or by nobody, or the total is no number.
-    """
-    scored = gathered_shares(own)
-    rows = [one.row for one in scored]
-    if [row.document for row in rows] != [document.number for document in documents]:
-        raise CoverageError(
-            f"{system}: {len(rows)} documents were scored, {len(documents)} are held out, or not in order"
-        )
-    breakdown = Counter[str]()
-    for one in scored:
-        breakdown.update(one.kinds)
-    charges = [one.charges for one in scored if one.charges is not None]
-    nats, size = sum(row.nats for row in rows), sum(row.bytes for row in rows)
-    tokens = sum(row.baseline_tokens for row in rows)
-    if not math.isfinite(nats):
-        raise CoverageError(f"{system}: the total negative log-likelihood is {nats}")
-    return QualityScore(
-        system=system,
-        bits_per_byte=nats / math.log(2) / size,
-        perplexity=math.exp(min(nats / tokens, 700.0)),
-        nats=nats,
-        bytes=size,
-        targets=sum(row.targets for row in rows),
-        baseline_tokens=tokens,
-        context=context,
-        breakdown=dict(breakdown),
-        by=places.split(system, charges, nats) if places else {},
-        documents=rows,
-    )
+    left.set_xticks(positions, [row.label for row in buckets], rotation=45)
+    left.set_title(f"Bits per byte by {by}")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    for axes in right:
+        names = [row.label for row in rows[:-1]]
+        axes.bar(np.arange(len(names)), [row.gap for row in rows[:-1]], color=SENTENCE_COLOR, width=0.7)
+        axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right")
+        axes.axhline(0, color="#94a3b8", linewidth=0.8)
+        axes.set_title("Where the gap is (bits per byte of all bytes)")
+        axes.grid(axis="x", visible=False)

