@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.continuation import score_continuation
 from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
-from sentcompress.benchmark.measurements.causality import check_causality, require_causal
+from sentcompress.benchmark.measurements.causality import require_causal
 from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.benchmark.scoring import check_document, score_document
 from sentcompress.benchmark.sentence_scoring import window_size

@@ -200,7 +200,7 @@ class Bench:
         self,
         name: str,
         system: str,
-        figures: dict[str, Figure],
+        figures: Mapping[str, Figure],
         stages: Sequence[str] = (),
         note: str = "",
         model: nn.Module | tuple[str, str] | None = None,
@@ -221,7 +221,9 @@ class Bench:
         if model is not None:
             honesty.dtype, where = self.models.describe(model) if isinstance(model, nn.Module) else model
             honesty.device = "; ".join(filter(None, (honesty.device, where)))
-        self.results.rows.append(Row(part=name, system=system, figures=figures, note=note, honesty=honesty))
+        self.results.rows.append(
+            Row(part=name, system=system, figures=dict(figures), note=note, honesty=honesty)
+        )
 
     def shared(self, make: Callable[[Models], Made]) -> Made:
         """What several measurements need, made once."""

@@ -56,7 +56,7 @@ def score_sentence_model(
     documents: Sequence[HeldoutDocument],
     counter: ByteCounter,
     *,
-    causality: CausalityReport,
+    causality: CausalityReport | None,
     context_sentences: int | None = None,
     system: str = "sentence model",
     breakdown: Breakdown | None = None,
@@ -66,7 +66,7 @@ def score_sentence_model(
     """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
 
     Args:
-        causality: of this model; one that failed is refused.
+        causality: of this model; a model that failed, or was not checked, is refused.
         context_sentences: sentences a window holds; None takes all the backbone has positions for.
         breakdown: also splits the total; None leaves that out.
         shortlist: score what this head writes, which knows a few tokens a sentence; None: the full head.

@@ -31,17 +31,20 @@ if TYPE_CHECKING:
 class BenchGroup(TyperGroup):
     """The commands of all measurements, which are read when one of them is asked for, and those of this file."""
 
+    _own: dict[str, Any]
+    _complete = False
+
     @property
-    def commands(self) -> dict[str, Any]:
+    def commands(self) -> dict[str, Any]:  # type: ignore[override]
         if not self._complete:
             self._complete = True
-            measured = typer.main.get_command(_measurement_commands())
-            self._own = {**measured.commands, **self._own}  # type: ignore[attr-defined]
+            measured: Any = typer.main.get_command(_measurement_commands())
+            self._own = {**measured.commands, **self._own}
         return self._own
 
     @commands.setter
     def commands(self, own: dict[str, Any]) -> None:
-        self._own, self._complete = own, False
+        self._own = own
 
 
 commands = typer.Typer(cls=BenchGroup, rich_markup_mode=None, no_args_is_help=True)

@@ -51,12 +51,14 @@ class CausalityReport(Record):
 
 
 def require_causal(report: CausalityReport | None) -> None:
-    """Refuse a model that failed; one that was not checked passes.
+    """Refuse a model that failed, or was not checked.
 
     Raises:
         CausalityError: naming the checks.
     """
-    if report is None or report.passed:
+    if report is None:
+        raise CausalityError("the model was not checked for causality", fix="measure causality first")
+    if report.passed:
         return
     lines = [
         f"  {check.name} ({check.attention}): max |delta| {check.max_delta:g}, allowed {check.tolerance:g}"
@@ -103,7 +105,8 @@ class Causality(Measurement[CausalityReport | None]):
         return report
 
     def verdict(self, results: Results) -> None:
-        require_causal(self.of(results))
+        if (report := self.of(results)) is not None:
+            require_causal(report)
 
     def sections(self, results: Results) -> list[Section]:
         report = self.of(results)
