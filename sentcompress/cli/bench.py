@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sentcompress.cli import bench_speed
+from sentcompress.cli import bench_sweep
 from sentcompress.cli.bench_common import (
     FolderArgument,
     InitOption,
@@ -162,7 +162,7 @@ def _settings(flags: tuple[Flag, ...], given: dict[str, Any]) -> tuple[list[str]
     return overrides, changes
 
 
-bench_speed.add_to(commands)
+bench_sweep.add_to(commands)
 
 
 # ---- several results

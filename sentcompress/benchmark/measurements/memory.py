@@ -1,4 +1,4 @@
-"""Cache bytes per token, the slope of allocated memory, the longest text in a budget. No torch."""
+"""Cache bytes per token, slope of allocated memory, longest text in a budget. No torch but in ``measure``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sentcompress.benchmark.drawing import COLORS, GREY
 from sentcompress.benchmark.measurement import SENTENCE_MODEL, Measurement, Section
 from sentcompress.benchmark.paper import sllm_note
 from sentcompress.provenance import Record
-from sentcompress.table import Table, byte_size, number
+from sentcompress.table import Figure, Table, byte_size, number
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
@@ -30,9 +30,9 @@ class MemoryReport(Record):
     transient_bytes: int
     """Held only while a sentence is written (the decoder's own cache)."""
     peak_slope_bytes_per_token: float
-    """Straight line through allocated memory against tokens generated: the paper's way."""
+    """Straight line through allocated memory against tokens generated, as in the paper."""
     series: list[tuple[int, int]]
-    """Tokens of text, and bytes allocated beyond the weights at the most since the point before."""
+    """Tokens of text, and peak of bytes allocated beyond the weights since the previous point."""
     budget_bytes: int
     longest_context_tokens: int
     """Tokens of text whose cache fits in the budget."""
@@ -71,19 +71,13 @@ class Memory(Measurement[list[MemoryReport]]):
         )
         for report in reports:
             ours = report.system == SENTENCE_MODEL
-            figures = {
-                "cache_bytes_per_token": report.cache_bytes_per_token,
-                "cache_bytes_per_position": report.cache_bytes_per_position,
-                "transient_bytes": report.transient_bytes,
-                "peak_slope_bytes_per_token": report.peak_slope_bytes_per_token,
-                "weight_bytes": report.weight_bytes,
-                "budget_bytes": report.budget_bytes,
-                "longest_context_tokens": report.longest_context_tokens,
-                "position_limit_tokens": report.position_limit_tokens,
-            }
             stages = bench.graft_stages if timed.trained and ours else ()
             bench.row(
-                self.name, report.system, figures, stages, model=timed.model if ours else timed.backbone
+                self.name,
+                report.system,
+                _figures(report),
+                stages,
+                model=timed.model if ours else timed.backbone,
             )
         return reports
 
@@ -115,9 +109,9 @@ class Memory(Measurement[list[MemoryReport]]):
             notes.append(f"The sentence model's cache is {a / b:.1f} times smaller per token of text.")
         if reports:
             notes.append(
-                f"Longest text: tokens whose cache fits in {byte_size(reports[0].budget_bytes)}, beside the tokens "
-                "the backbone has positions for. Slope: straight line through the peak of allocated memory against "
-                "tokens."
+                f"Longest text: tokens whose cache fits in {byte_size(reports[0].budget_bytes)}, whether or not the "
+                "backbone has the positions for them. Slope: straight line through the peak of allocated memory "
+                "against tokens."
             )
         notes += sllm_note(
             results.recipe, lambda paper: f"{paper.memory} KB per token, OPT {paper.opt_memory} KB"
@@ -126,6 +120,19 @@ class Memory(Measurement[list[MemoryReport]]):
         table = Table(self.title, [*columns, "positions for"], lines, notes)
         has_series = any(report.series for report in reports)
         return [Section(table, partial(_draw, reports) if has_series else None, (7.6, 3.1))]
+
+
+def _figures(report: MemoryReport) -> dict[str, Figure]:
+    return {
+        "cache_bytes_per_token": report.cache_bytes_per_token,
+        "cache_bytes_per_position": report.cache_bytes_per_position,
+        "transient_bytes": report.transient_bytes,
+        "peak_slope_bytes_per_token": report.peak_slope_bytes_per_token,
+        "weight_bytes": report.weight_bytes,
+        "budget_bytes": report.budget_bytes,
+        "longest_context_tokens": report.longest_context_tokens,
+        "position_limit_tokens": report.position_limit_tokens,
+    }
 
 
 def _draw(reports: Sequence[MemoryReport], figure: Any) -> None:
@@ -138,6 +145,6 @@ def _draw(reports: Sequence[MemoryReport], figure: Any) -> None:
         axes.plot(tokens, cache, color=color, linestyle=":", linewidth=1.2)
     axes.set_title("Memory beyond the weights against length of text")
     axes.set_xlabel("tokens of text (dotted: the cache alone, from its tensors)")
-    axes.set_ylabel("MiB allocated at the most")
+    axes.set_ylabel("MiB, peak")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left")

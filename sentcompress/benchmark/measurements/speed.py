@@ -1,4 +1,4 @@
-"""Tokens per second beside the backbone's own ``generate``. No torch."""
+"""Speed beside the backbone's own ``generate``. No torch but in ``measure``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from sentcompress.table import Figure, Table, number, percent
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
     from sentcompress.benchmark.runner import Bench
+    from sentcompress.recipe import BenchSettings
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """A number of bytes, with or without a unit. Raises InputError."""
+    """The number of bytes in a text such as ``4GiB``. Raises InputError."""
     units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in units or not float(found[1]):
@@ -34,8 +35,8 @@ def parse_bytes(option: str, text: str) -> int:
 LARGEST_BATCH = Flag(
     "--largest-batch",
     "largest_batch",
-    "Also time each system at the largest batch whose cache fits into so much, such as 4GiB; else the recipe's "
-    "bench.largest_batch.",
+    "Also time each system at the largest batch whose cache fits into so many bytes, such as 4GiB.  [default: (the "
+    "recipe's bench.largest_batch)]",
     lambda text: {"largest_batch": True, "memory_budget_bytes": parse_bytes("--largest-batch", text)},
     metavar="BYTES",
 )
@@ -52,42 +53,42 @@ class SpeedRun(Record):
     """New tokens after the first, over the time after the first."""
     total_seconds: float
     ratio: float | None
-    """Median over the pairs of its output tokens/s and the backbone's measured beside it."""
+    """Median over the pairs of its output tokens per second and the backbone's measured beside it."""
     ratios: list[float] = []
     total_ratio: float | None = None
     """The same for the whole run, prefill included."""
     roofline_share: float | None = None
-    """Seconds the bytes read per token take at the measured bandwidth, over the seconds measured."""
+    """Seconds that the bytes read per token take at the measured bandwidth, over the seconds measured."""
     fallback_rate: float | None = None
-    """Tokens that took the full output head because no shortlist could be proved, over all tokens picked."""
+    """Share of tokens that took the full output head because the shortlist could not be proven right."""
     note: str = ""
 
 
 class PartTime(Record):
-    """Where a token's time goes in one system, at one batch size; the prefill is spread over the tokens written."""
+    """Where the time per token goes in one system, at one batch size; the prefill is shared among the tokens."""
 
     system: str
     batch_size: int
     part: str
     milliseconds_per_token: float
-    """Of the time of a token of the whole batch."""
+    """Of the time per token of the whole batch."""
     share: float
     """Of the system's time; the shares of its parts sum to 1."""
 
 
 class Throughput(Record):
-    """Output speed of some of a run's processes, each with a device and prompts of its own."""
+    """Output speed of some of a run's processes, each with its own device and prompts."""
 
     system: str
     processes: int
     batch_size: int
     """Of each process."""
     tokens_per_second: float
-    """Of all together, the prefill included; median of ``rates``."""
+    """Of all together, prefill included; median of ``rates``."""
     rates: list[float]
-    """Of each repeat."""
+    """By repeat."""
     efficiency: float
-    """Over as many times what the first brings alone; median over the repeats, measured in turns."""
+    """Over the speed of the first alone, times the number of processes; median over repeats, measured in turns."""
 
 
 class SpeedReport(Record):
@@ -98,15 +99,15 @@ class SpeedReport(Record):
     repeats: int
     trained: bool
     sentence_lengths: list[int]
-    """The draw of forced sentence lengths."""
+    """The forced sentence lengths."""
     bandwidth_bytes_per_second: float
     head: str = "exact"
-    """Output head the sentence model picked tokens with."""
+    """Output head with which the sentence model picked tokens."""
     quantized: list[str] = []
-    """Parts of the sentence model with weights in 8 bits."""
+    """Modules of the sentence model with weights in 8 bits."""
     runs: list[SpeedRun]
     output_ratio: float | None = None
-    """The sentence model's output tokens/s over the backbone's, at the smallest batch."""
+    """The sentence model's output tokens per second over the backbone's, at the smallest batch."""
     prefill_ratio: float | None = None
     """The same for the prompt's tokens."""
     fallback_rate: float | None = None
@@ -115,7 +116,7 @@ class SpeedReport(Record):
     """Of the sentence model, at batch 1."""
     profile: list[PartTime] = []
     throughput: list[Throughput] = []
-    """By number of devices, where several processes measured."""
+    """By number of processes, where several processes measured."""
     skipped: list[Skipped] = []
     break_even: dict[str, Figure] = {}
     advice: list[str] = []
@@ -157,10 +158,11 @@ class Speed(Measurement[SpeedReport | None]):
 
         timed, settings = bench.shared(speed_models), bench.settings
         lengths = draw_lengths(bench.models.corpus, DRAWN_LENGTHS, bench.recipe.seed)
-        several = processes().num_processes > 1
-        throughput = measure_throughput(timed, lengths, settings) if several else []
+        throughput = []
+        if processes().num_processes > 1:
+            throughput = measure_throughput(timed, lengths, settings)
         if not processes().is_main_process:
-            return None  # the first measures the rest alone
+            return None  # the first process measures the rest alone
         report = measure_speed(
             timed.model,
             timed.backbone,
@@ -172,12 +174,6 @@ class Speed(Measurement[SpeedReport | None]):
         )
         report.throughput = throughput
         bench.results.skipped += report.skipped
-        how = "forced lengths drawn from held-out text" + ("" if timed.trained else "; untrained weights")
-        how += f"; head {report.head}"
-        how += "" if settings.cache == "full" else f"; cache {settings.cache}"
-        how += "; compiled" if settings.compile else ""
-        if report.quantized:
-            how += f"; 8 bits: {', '.join(report.quantized)}"
         for run in report.runs:
             ours = run.system == SENTENCE_MODEL
             bench.row(
@@ -185,7 +181,7 @@ class Speed(Measurement[SpeedReport | None]):
                 run.system,
                 _figures(run),
                 bench.graft_stages if timed.trained and ours else (),
-                "; ".join(filter(None, (how if ours else "", run.note))),
+                "; ".join(filter(None, (_settings_note(report, settings) if ours else "", run.note))),
                 timed.model if ours else timed.backbone,
             )
         return report
@@ -201,12 +197,12 @@ class Speed(Measurement[SpeedReport | None]):
         report = self.of(results)
         for run in report.runs if report else ():
             if run.ratio is not None and run.system == SENTENCE_MODEL:
-                return [(f"{run.ratio:.2f}x", f"output tokens/s of the backbone, batch {run.batch_size}")]
+                return [(f"{run.ratio:.2f}x", f"the backbone's output tokens/s, batch {run.batch_size}")]
         return []
 
     def sections(self, results: Results) -> list[Section]:
         report = self.of(results)
-        table = _table(results, results.rows_of(self.name))
+        table = _table(results, report, results.rows_of(self.name))
         return [Section(table, partial(_draw, report) if report and report.runs else None, (7.6, 2.6))]
 
 
@@ -226,11 +222,24 @@ def _figures(run: SpeedRun) -> dict[str, Figure]:
     }
 
 
+def _settings_note(report: SpeedReport, settings: BenchSettings) -> str:
+    """How the sentence model was run."""
+    notes = [
+        "forced lengths drawn from held-out text",
+        "" if report.trained else "untrained weights",
+        f"head {report.head}",
+        "" if settings.cache == "full" else f"cache {settings.cache}",
+        "compiled" if settings.compile else "",
+        f"8 bits: {', '.join(report.quantized)}" if report.quantized else "",
+    ]
+    return "; ".join(filter(None, notes))
+
+
 def _times(value: Figure) -> str:
     return f"{value:.2f}x" if isinstance(value, int | float) else "-"
 
 
-def _table(results: Results, rows: Sequence[Row]) -> Table:
+def _table(results: Results, report: SpeedReport | None, rows: Sequence[Row]) -> Table:
     lines = [
         [
             number(row.figures["batch_size"]),
@@ -245,81 +254,67 @@ def _table(results: Results, rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    notes = []
-    speed = Speed.of(results)
-    if speed:
-        notes.append(
-            f"{speed.prompt_tokens} prompt tokens and {speed.new_tokens} new ones; median of {speed.repeats} "
-            "alternating runs, ratios taken pair by pair. Output tokens/s is after the first token; the whole run "
-            "includes the prefill. Roofline: share of the speed that the measured memory bandwidth, "
-            f"{speed.bandwidth_bytes_per_second / 1e9:.1f} GB/s, allows."
-        )
-        draw = ", ".join(map(str, speed.sentence_lengths[:24]))
-        more = ", ..." if len(speed.sentence_lengths) > 24 else ""
-        notes.append(
-            f"The sentence model was held to sentence lengths drawn from held-out text: {draw}{more}."
-        )
-        if speed.head == "shortlist":
-            notes.append(
-                "Output head: a shortlist predicted for each sentence; other tokens than the full head's may be "
-                "written (`bench quality` says what that costs)."
-            )
-        elif speed.head != "exact":
-            rates = [run.fallback_rate for run in speed.runs if run.fallback_rate is not None]
-            notes.append(
-                f"Output head: {speed.head}, the same tokens as the full head, which had to be read for at most "
-                f"{max(rates):.2%} of them."
-            )
-        notes += _profile(speed)
-        notes += _throughput(speed)
-        notes += speed.advice
-    columns = [
-        "batch",
-        "system",
-        "prefill tok/s",
-        "first token ms",
-        "output tok/s",
-        "ratio",
-        "whole run",
-        "roofline",
-    ]
-    return Table(Speed.title, [*columns, "note"], lines, [*notes, *_paper_note(results)])
-
-
-def _throughput(speed: SpeedReport) -> list[str]:
-    """What more processes bring, a line a system."""
-    lines: dict[str, list[str]] = {}
-    for found in speed.throughput:
-        shown = f"{found.processes}: {found.tokens_per_second:,.1f}"
-        if found.processes > 1:
-            shown += f" ({found.efficiency:.0%} of as many times one)"
-        lines.setdefault(f"{found.system}, batch {found.batch_size} each", []).append(shown)
-    return [
-        f"Tokens/s by number of processes, prefill included, {system}: {', '.join(found)}."
-        for system, found in lines.items()
-    ]
-
-
-def _profile(speed: SpeedReport) -> list[str]:
-    """Where a token's time goes, a line a system and batch size."""
-    groups: dict[tuple[int, str], list[PartTime]] = {}
-    for entry in speed.profile:
-        groups.setdefault((entry.batch_size, entry.system), []).append(entry)
-    return [
-        f"Where the time goes, {system}, batch {batch}: "
-        f"{sum(e.milliseconds_per_token for e in entries):.2f} ms a token: "
-        + ", ".join(f"{e.part} {e.share:.1%} ({e.milliseconds_per_token:.2f})" for e in entries)
-        for (batch, system), entries in groups.items()
-    ]
-
-
-def _paper_note(results: Results) -> list[str]:
-    return sllm_note(
+    notes = _notes(report) if report else []
+    notes += sllm_note(
         results.recipe,
         lambda paper: (
             f"{paper.speed} output tokens/s, OPT {paper.opt_speed}: {paper.speed / paper.opt_speed:.2f}x"
         ),
     )
+    speeds = ["prefill tok/s", "first token ms", "output tok/s"]
+    columns = ["batch", "system", *speeds, "ratio", "whole run", "roofline", "note"]
+    return Table(Speed.title, columns, lines, notes)
+
+
+def _notes(speed: SpeedReport) -> list[str]:
+    lengths = ", ".join(map(str, speed.sentence_lengths[:24]))
+    more = ", ..." if len(speed.sentence_lengths) > 24 else ""
+    notes = [
+        f"{speed.prompt_tokens} prompt tokens and {speed.new_tokens} new ones; median of {speed.repeats} "
+        "alternating runs, ratios taken pair by pair. Output tokens/s counts what comes after the first token; the "
+        "whole run includes the prefill. Roofline: share of the speed that the measured memory bandwidth, "
+        f"{speed.bandwidth_bytes_per_second / 1e9:.1f} GB/s, allows.",
+        f"The sentence model was given sentence lengths drawn from held-out text: {lengths}{more}.",
+    ]
+    if speed.head == "shortlist":
+        notes.append(
+            "Output head: a shortlist predicted for each sentence. It can write other tokens than the full head "
+            "(`bench quality` measures what that costs)."
+        )
+    elif speed.head != "exact":
+        rates = [run.fallback_rate for run in speed.runs if run.fallback_rate is not None]
+        notes.append(
+            f"Output head: {speed.head}. It writes the same tokens as the full head, which it needed for at most "
+            f"{max(rates):.2%} of them."
+        )
+    return notes + _profile_notes(speed) + _throughput_notes(speed) + speed.advice
+
+
+def _profile_notes(speed: SpeedReport) -> list[str]:
+    """Where the time per token goes: one line per system and batch size."""
+    groups: dict[tuple[int, str], list[PartTime]] = {}
+    for entry in speed.profile:
+        groups.setdefault((entry.batch_size, entry.system), []).append(entry)
+    return [
+        f"Where the time goes, {system}, batch {batch}: "
+        f"{sum(e.milliseconds_per_token for e in entries):.2f} ms per token: "
+        + ", ".join(f"{e.part} {e.share:.1%} ({e.milliseconds_per_token:.2f})" for e in entries)
+        for (batch, system), entries in groups.items()
+    ]
+
+
+def _throughput_notes(speed: SpeedReport) -> list[str]:
+    """What more processes bring: one line per system."""
+    lines: dict[str, list[str]] = {}
+    for found in speed.throughput:
+        shown = f"{found.processes}: {found.tokens_per_second:,.1f}"
+        if found.processes > 1:
+            shown += f" ({found.efficiency:.0%} of {found.processes} times one)"
+        lines.setdefault(f"{found.system}, batch {found.batch_size} each", []).append(shown)
+    return [
+        f"Tokens/s by number of processes, prefill included, {system}: {', '.join(found)}."
+        for system, found in lines.items()
+    ]
 
 
 def _draw(report: SpeedReport, figure: Any) -> None:
