@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from sentcompress.estimate.training_memory import Stage
-from sentcompress.estimate.training_time import fastest, parse_devices, ways
+from sentcompress.estimate.training_time import fastest, parse_devices, training_modes
 from sentcompress.recipe import load_recipe, shipped_recipes
 from sentcompress.table import as_markdown
 
@@ -29,24 +29,24 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
 def rows(name: str, devices: str, price: float) -> tuple[list[str], list[str]]:
-    """GiB on each device of each way, hours and cost of the fastest that fits; and that way's parts."""
+    """GiB on each device in each mode, hours and cost of the fastest that fits; and that mode's memory by part."""
     recipe = load_recipe(f"paper/{name}")
     stage: Stage = "vae" if name.startswith("vae") else "graft"
     number, machine = parse_devices(devices)
-    sizes, possible = ways(recipe, stage, machine, number, SENTENCE_TOKENS)
-    peaks = {way.footprint.name.replace("gradient_", ""): f"{way.total / 2**30:.1f}" for way in possible}
-    best = fastest(possible)
+    sizes, modes = training_modes(recipe, stage, machine, number, SENTENCE_TOKENS)
+    peaks = {mode.name.replace("gradient_", ""): f"{mode.total / 2**30:.1f}" for mode in modes}
+    best = fastest(modes)
     total = [
         f"`{name}`",
         f"{sizes.weights / 1e6:,.0f} M",
         *(peaks.get(column, "-") for column in COLUMNS[2:6]),
         f"{best.hours:,.1f}" if best else "-",
         f"{best.hours * number * price:,.1f}" if best else "-",
-        best.footprint.name if best else "more devices",
+        best.name if best else "more devices",
     ]
-    shown = best or possible[-1]
-    parts = [f"{getattr(shown.footprint, part) / 2**30:.2f}" for part in PARTS]
-    return total, [f"`{name}`", shown.footprint.name, *parts, f"{shown.total / 2**30:.1f}"]
+    shown = best or modes[-1]
+    parts = [f"{getattr(shown.memory, part) / 2**30:.2f}" for part in PARTS]
+    return total, [f"`{name}`", shown.name, *parts, f"{shown.total / 2**30:.1f}"]
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     found = [rows(name, asked.devices, asked.price) for name in names]
     print("\n".join(as_markdown(COLUMNS, [total for total, _ in found])))
     print()
-    print("\n".join(as_markdown(("recipe", "way", *PARTS, "peak"), [parts for _, parts in found])))
+    print("\n".join(as_markdown(("recipe", "mode", *PARTS, "peak"), [parts for _, parts in found])))
 
 
 if __name__ == "__main__":

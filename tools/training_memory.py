@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from sentcompress.estimate.training_memory import Stage
-from sentcompress.estimate.training_time import parse_devices, ways
+from sentcompress.estimate.training_time import parse_devices, training_modes
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.training.inputs import load_inputs
 
@@ -55,7 +55,7 @@ def predicted(recipe: Recipe, stage: Stage, tokens: float) -> float:
         tokens: mean length of a sentence.
     """
     number, cpu = parse_devices("1xcpu")
-    _, (plain, *others) = ways(recipe, stage, cpu, number, tokens)
+    _, (plain, *others) = training_modes(recipe, stage, cpu, number, tokens)
     settings = recipe.graft if stage == "graft" else recipe.train_vae
     return (others[0] if settings.gradient_checkpointing else plain).total
 

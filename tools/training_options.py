@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sentcompress.benchmark.models import Models
 from sentcompress.estimate.shapes import random_models
-from sentcompress.estimate.training_memory import count_kept
+from sentcompress.estimate.training_memory import count_saved
 from sentcompress.modeling import losses
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
@@ -79,7 +79,7 @@ def compiled(model: SentenceLM) -> SentenceLM:
 
 def kept_bytes(step: Callable[[], Tensor], model: SentenceLM) -> int:
     """Bytes saved for the backward pass, weights left out."""
-    loss, total = count_kept(step, {p.untyped_storage().data_ptr() for p in model.parameters()})
+    loss, total = count_saved(step, {p.untyped_storage().data_ptr() for p in model.parameters()})
     loss.backward()
     return total
 

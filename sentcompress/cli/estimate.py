@@ -1,4 +1,4 @@
-"""``sentcompress estimate``: what would it bring, on which device?"""
+"""``sentcompress estimate``: what a recipe would bring, and on which device."""
 
 from __future__ import annotations
 
@@ -16,64 +16,68 @@ def estimate(
         str,
         typer.Option(
             metavar="DEVICE",
-            help="cpu (measured now, in seconds), h100, a100, a100-40 or 4090 (data sheets).",
+            help="cpu (measured now; takes seconds), or h100, a100, a100-40, 4090 (from data sheets).",
         ),
     ] = "cpu",
     backbone: BackboneOption = None,
     sentence_tokens: Annotated[
         float,
-        typer.Option(min=1.0, max=1e6, help="Mean tokens of a sentence; 'bench data' measures yours."),
+        typer.Option(min=1.0, max=1e6, help="Mean tokens per sentence; 'bench data' measures yours."),
     ] = 15.0,
     devices: Annotated[
         str | None,
         typer.Option(
             metavar="NxDEVICE",
-            help="How to train on these, such as 4xA100 or 1xcpu: memory of each by part, time, what fits.",
+            help="Predict training on these devices, such as 4xA100 or 1xcpu: memory, time and what fits.",
         ),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1e6, help="Of one device for an hour, for the cost of training."),
+        typer.Option(min=0.0, max=1e6, help="What one device costs per hour; adds the cost of training."),
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Predict speed, memory and training time of a recipe beside its token-level twin, from shapes alone.
+    """Predict speed, memory and training time beside the token-level baseline, from shapes alone.
 
     Loads no data and no weights. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
-    the memory that each device needs to train each stage, whether DDP, FSDP or gradient checkpointing is needed, and
-    the hours of all stages together.
+    the memory that each device needs to train each stage, whether it takes FSDP or gradient checkpointing, and the
+    hours of all stages together.
     """
     from sentcompress.errors import InputError
     from sentcompress.estimate.decoding import estimate as predict
-    from sentcompress.estimate.decoding import shapes, table
+    from sentcompress.estimate.decoding import estimate_table
     from sentcompress.estimate.devices import device as find
-    from sentcompress.estimate.plan import budget
+    from sentcompress.estimate.plan import token_budget
+    from sentcompress.estimate.shapes import meta_models
     from sentcompress.table import as_rich
 
     resolved = resolve(recipe, set_, backbone=backbone)
     if resolved.pretrain is not None and devices is not None:
         raise InputError(
-            f"--devices is for training a SentenceVAE, a graft and its twin; recipe '{recipe}' trains an LLM from "
-            "nothing",
-            fix="give a recipe that grafts it; 'sentcompress run RECIPE --dry-run' counts the tokens of this one",
+            f"--devices is for training a SentenceVAE, a graft and its baseline; recipe '{recipe}' trains an LLM from "
+            "scratch",
+            fix="give a recipe that grafts an LLM; 'sentcompress run RECIPE --dry-run' counts the tokens of this one",
         )
     if resolved.pretrain is not None:
-        raise InputError(f"recipe '{recipe}' trains an LLM from nothing: there is no twin to compare with")
+        raise InputError(
+            f"recipe '{recipe}' trains an LLM from scratch, so there is no sentence model to compare with it",
+            fix="give a recipe that grafts an LLM",
+        )
     if price is not None and devices is None:
-        raise InputError("--price: of which devices?", fix="add --devices, such as 4xA100")
+        raise InputError("--price needs --devices", fix="add --devices, such as --devices 4xA100")
     if devices is not None:
-        from sentcompress.estimate.training_time import parse_devices, tables
+        from sentcompress.estimate.training_time import mode_tables, parse_devices
 
-        for plain in tables(resolved, *parse_devices(devices), sentence_tokens, price):
-            console().print(as_rich(plain))
+        for table in mode_tables(resolved, *parse_devices(devices), sentence_tokens, price):
+            console().print(as_rich(table))
         return
-    model, twin = shapes(resolved)
+    model, baseline = meta_models(resolved)
     machine = find(device)
     bench = resolved.bench
     estimates = [
         predict(
             model,
-            twin,
+            baseline,
             machine,
             batch_size=size,
             prompt_tokens=bench.prompt_tokens,
@@ -82,7 +86,9 @@ def estimate(
         )
         for size in bench.batch_sizes
     ]
-    console().print(as_rich(table(estimates, machine, sentence_tokens, budget(resolved)["graft"])))
+    console().print(
+        as_rich(estimate_table(estimates, machine, sentence_tokens, token_budget(resolved)["graft"]))
+    )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,37 +1,47 @@
-"""Before anything is built: what a recipe's model would cost beside its token-level twin, from shapes alone."""
+"""``estimate``: speed, memory and training cost of a recipe's model beside its token-level LLM, from shapes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from sentcompress.errors import InputError, SentCompressError
+from sentcompress.estimate.costs import FP32_BYTES, products_per_token, training_bytes, training_flops
 from sentcompress.estimate.devices import Device
 from sentcompress.estimate.roofline import backbone_cache_bytes, products
-from sentcompress.estimate.shapes import random_models
+from sentcompress.estimate.shapes import count_weights
 from sentcompress.generation.engine import TOGETHER
 from sentcompress.generation.output_head import WORTH_IT
-from sentcompress.modeling.pretrained import load_backbone_config
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.recipe import Recipe
-from sentcompress.table import Table
+from sentcompress.table import GIB, Table
 
-BACKWARD = 3
-"""A step of training costs three times its forward pass."""
 CACHE_PASSES = 3
-"""Times a step of a backbone goes over its cache: it is put together anew, of other texts or longer, and read."""
-GENERATE_PASSES, LOGIT_PASSES = 8, 4
-"""Times logits are written or read until the largest is known: in transformers ``generate`` (to fp32, a copy for its
-processors, what they change), and in our full head."""
-MOST_BLOCKS = 1000
-"""Blocks are built one by one."""
-TRAINED_BYTES = 12
-"""Gradient and two moments of a weight that learns, in fp32, beside the weight."""
+"""Times a step goes over a backbone's cache: it is built anew, longer or for other texts (read, written), and read."""
+GENERATE_PASSES = 8
+"""Times transformers ``generate`` reads or writes logits: cast to fp32, its processors' copy and changes, argmax."""
+LOGIT_PASSES = 4
+"""The same for our full output head."""
+
+
+@dataclass(frozen=True)
+class ModelEstimate:
+    """What one model is expected to cost.
+
+    Attributes:
+        seconds_per_token: until every text of the batch has one more token.
+        prefill_seconds: of reading a prompt for every text.
+        cache_bytes_per_token: of text.
+        weight_bytes: in the device's precision.
+        training_seconds_per_token: of training text.
+    """
+
+    seconds_per_token: float
+    prefill_seconds: float
+    cache_bytes_per_token: float
+    weight_bytes: float
+    training_seconds_per_token: float
 
 
 @dataclass(frozen=True)
@@ -39,74 +49,22 @@ class Estimate:
     """What is expected of both models on a device.
 
     Attributes:
-        batch_size: rows written together.
-        backbone_token, sentence_token: seconds until every row has one more token.
-        backbone_prefill, sentence_prefill: seconds of reading a prompt for every row.
-        backbone_cache, sentence_cache: bytes of cache a token of text.
-        backbone_bytes, sentence_bytes: bytes of the weights.
-        training_bytes: weights, gradients and moments of a graft that learns all of it; activations not counted.
-        training_token, baseline_token: seconds a token of training text takes, graft and token-level twin.
+        batch_size: texts written together.
+        training_bytes: weights, gradients and AdamW state of a graft that trains all of it, without activations.
     """
 
     batch_size: int
-    backbone_token: float
-    sentence_token: float
-    backbone_prefill: float
-    sentence_prefill: float
-    backbone_cache: float
-    sentence_cache: float
-    backbone_bytes: float
-    sentence_bytes: float
+    backbone: ModelEstimate
+    sentence: ModelEstimate
     training_bytes: float
-    training_token: float
-    baseline_token: float
 
     @property
     def output_ratio(self) -> float:
-        return self.backbone_token / self.sentence_token
+        return self.backbone.seconds_per_token / self.sentence.seconds_per_token
 
     @property
     def prefill_ratio(self) -> float:
-        return self.backbone_prefill / self.sentence_prefill
-
-
-def shapes(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
-    """Both models without weights.
-
-    Raises:
-        InputError: no such model can be built, or it has more blocks than any LLM; the field is named.
-    """
-    with explain_shape(recipe):
-        spec = recipe.backbone.model_copy(update={"init": "random"})
-        blocks = int(load_backbone_config(spec, weights=False).num_hidden_layers)
-        _check_depth("backbone.model", blocks)
-        _check_depth("vae.encoder_layers", recipe.vae.encoder_layers)
-        _check_depth("vae.decoder_layers", recipe.vae.decoder_layers)
-        with torch.device("meta"):
-            return random_models(recipe)
-
-
-@contextmanager
-def explain_shape(recipe: Recipe) -> Iterator[None]:
-    """Turn what a model makes of values that it was never given into a message that names them."""
-    try:
-        yield
-    except SentCompressError:
-        raise
-    except Exception as error:  # it may be anything
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(
-            f"no model like '{recipe.backbone.model}' can be made of backbone.config={recipe.backbone.config} and "
-            f"this vae and fusion: {text[:200]}",
-            fix="correct the field that is meant, or remove it for the backbone's own",
-        ) from error
-
-
-def _check_depth(field: str, blocks: int) -> None:
-    if blocks > MOST_BLOCKS:
-        raise InputError(
-            f"{field}: {blocks:,} blocks are more than any LLM has", fix=f"use {MOST_BLOCKS:,} at most"
-        )
+        return self.backbone.prefill_seconds / self.sentence.prefill_seconds
 
 
 def estimate(
@@ -122,106 +80,151 @@ def estimate(
     """Expected seconds and bytes.
 
     Args:
-        model, backbone: of any device, the meta device too.
+        model, backbone: on any device, the meta device too.
         sentence_tokens: mean length of a sentence.
     """
-    vae, k, b = model.vae, model.latents, batch_size
-    config: Any = backbone.config
-    text = prompt_tokens + new_tokens / 2
-    head = vae.output_weight.numel()
-    cache = backbone_cache_bytes(config, device.element_size)
-    encoder, decoder = products(vae.encoder), products(vae.decoder)
-    middle, whole = products(model.backbone), products(backbone.base_model)
-    layers = config.num_hidden_layers
-    prefix = int(getattr(vae.decoder, "prefix", 0))
-
-    def picking(rows: float, passes: int) -> float:
-        return device.read(passes * rows * 4 * vae.config.vocab_size)
-
-    token = device.product(whole + head, b) + CACHE_PASSES * device.read(b * text * cache)
-    token += picking(b, GENERATE_PASSES) + layers * device.block_seconds + device.step_seconds
-
-    # Sentences are of uneven length: the backbone reads those of a share of the texts together, and until there are as
-    # many they wait, half of that share on average.
-    share = max(TOGETHER, 1 / b)
-    going = b if b == 1 else b * (1 - share / 2)
-    read = device.product(encoder, share * b * sentence_tokens) + device.product(middle, share * b * k)
-    read += (layers + vae.config.encoder_layers) * device.block_seconds
-    sentence = read / share + CACHE_PASSES * device.read(b * text / sentence_tokens * k * cache)
-    step = device.product(decoder, going) + vae.config.decoder_layers * device.block_seconds
-    proved = bool(device.per_int8_weight) and head >= WORTH_IT
-    picked = device.product(head, going, int8=proved) + device.block_seconds
-    if proved:
-        picked += going * vae.config.vocab_size * device.per_proved_logit
-    else:
-        picked += picking(going, LOGIT_PASSES)
-    written = (sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * picked
-    sentence += written * b / going
-
-    rows = b * prompt_tokens
-    cells = rows / sentence_tokens * k
-    learned = encoder + decoder + head + middle * k / sentence_tokens
-    # A graft reads each token once and writes it once; its twin does both at once.
+    text_tokens = prompt_tokens + new_tokens / 2
+    prompts = batch_size * prompt_tokens
+    cache = backbone_cache_bytes(backbone.config, device.element_size)
     return Estimate(
-        batch_size=b,
-        backbone_token=token,
-        sentence_token=sentence / sentence_tokens,
-        backbone_prefill=device.product(whole, rows) + layers * device.block_seconds,
-        sentence_prefill=device.product(encoder, rows)
-        + device.product(middle, cells)
-        + (layers + vae.config.encoder_layers) * device.block_seconds,
-        backbone_cache=cache,
-        sentence_cache=cache * k / sentence_tokens,
-        backbone_bytes=_numel(backbone) * device.element_size,
-        sentence_bytes=_numel(model) * device.element_size,
-        training_bytes=_numel(model) * (4 + TRAINED_BYTES),
-        training_token=BACKWARD * 2 * learned / device.training_flops,
-        baseline_token=BACKWARD * 2 * (whole + head) / device.training_flops,
+        batch_size=batch_size,
+        backbone=ModelEstimate(
+            seconds_per_token=_backbone_step(model, backbone, device, batch_size, text_tokens),
+            prefill_seconds=device.product(products(backbone.base_model), prompts)
+            + _blocks(backbone) * device.block_seconds,
+            cache_bytes_per_token=cache,
+            weight_bytes=count_weights(backbone) * device.element_size,
+            training_seconds_per_token=_training_seconds(token_products(model, backbone), device),
+        ),
+        sentence=ModelEstimate(
+            seconds_per_token=_sentence_step(
+                model, backbone, device, batch_size, text_tokens, sentence_tokens
+            ),
+            prefill_seconds=_sentence_prefill(model, backbone, device, prompts, sentence_tokens),
+            cache_bytes_per_token=cache * model.latents / sentence_tokens,
+            weight_bytes=count_weights(model) * device.element_size,
+            training_seconds_per_token=_training_seconds(graft_products(model, sentence_tokens), device),
+        ),
+        training_bytes=training_bytes(count_weights(model), count_weights(model)),
     )
 
 
-def _numel(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+def vae_products(model: SentenceLM) -> float:
+    """Weights that a token is multiplied by when the SentenceVAE trains."""
+    return products(model.vae.encoder) + products(model.vae.decoder) + model.vae.output_weight.numel()
 
 
-def table(
+def graft_products(model: SentenceLM, sentence_tokens: float) -> float:
+    """The same for the graft: it reads each token once and writes it once."""
+    return products_per_token(vae_products(model), products(model.backbone), sentence_tokens / model.latents)
+
+
+def token_products(model: SentenceLM, backbone: PreTrainedModel) -> float:
+    """The same for the token-level LLM, whose vocabulary is the sentence model's."""
+    return products(backbone.base_model) + model.vae.output_weight.numel()
+
+
+def _training_seconds(weights: float, device: Device) -> float:
+    return training_flops(weights) / device.training_flops
+
+
+def _blocks(backbone: PreTrainedModel) -> int:
+    config: Any = backbone.config
+    return int(config.num_hidden_layers)
+
+
+def _logits(model: SentenceLM, device: Device, texts: float, passes: int) -> float:
+    """Seconds of going over the logits of so many texts."""
+    return device.read(passes * texts * FP32_BYTES * model.vae.config.vocab_size)
+
+
+def _backbone_step(
+    model: SentenceLM, backbone: PreTrainedModel, device: Device, batch_size: int, text_tokens: float
+) -> float:
+    """Seconds until every text has one more token, in transformers ``generate``."""
+    cache = backbone_cache_bytes(backbone.config, device.element_size)
+    seconds = device.product(token_products(model, backbone), batch_size)
+    seconds += CACHE_PASSES * device.read(batch_size * text_tokens * cache)
+    logits = _logits(model, device, batch_size, GENERATE_PASSES)
+    return seconds + (logits + _blocks(backbone) * device.block_seconds + device.step_seconds)
+
+
+def _sentence_step(
+    model: SentenceLM,
+    backbone: PreTrainedModel,
+    device: Device,
+    batch_size: int,
+    text_tokens: float,
+    sentence_tokens: float,
+) -> float:
+    """Seconds until every text has one more token, in the sentence model."""
+    vae, latents, b = model.vae, model.latents, batch_size
+    cache = backbone_cache_bytes(backbone.config, device.element_size)
+    # Sentences differ in length, so texts end theirs at different times. The backbone reads them when a share of the
+    # batch waits for it: half of that share waits on average.
+    share = max(TOGETHER, 1 / b)
+    writing = b if b == 1 else b * (1 - share / 2)
+    read = device.product(products(vae.encoder), share * b * sentence_tokens)
+    read += device.product(products(model.backbone), share * b * latents)
+    read += (_blocks(backbone) + vae.config.encoder_layers) * device.block_seconds
+    seconds = read / share + CACHE_PASSES * device.read(b * text_tokens / sentence_tokens * latents * cache)
+    step = device.product(products(vae.decoder), writing) + vae.config.decoder_layers * device.block_seconds
+    head = vae.output_weight.numel()
+    proves = bool(device.per_int8_weight) and head >= WORTH_IT
+    pick = device.product(head, writing, int8=proves) + device.block_seconds
+    if proves:
+        pick += writing * vae.config.vocab_size * device.per_proved_logit
+    else:
+        pick += _logits(model, device, writing, LOGIT_PASSES)
+    prefix = int(getattr(vae.decoder, "prefix", 0))
+    seconds += ((sentence_tokens + 1 + prefix) * step + (sentence_tokens + 1) * pick) * b / writing
+    return seconds / sentence_tokens
+
+
+def _sentence_prefill(
+    model: SentenceLM, backbone: PreTrainedModel, device: Device, tokens: int, sentence_tokens: float
+) -> float:
+    """Seconds of reading prompts of so many tokens in all."""
+    seconds = device.product(products(model.vae.encoder), tokens)
+    seconds += device.product(products(model.backbone), tokens / sentence_tokens * model.latents)
+    return seconds + (_blocks(backbone) + model.vae.config.encoder_layers) * device.block_seconds
+
+
+def estimate_table(
     estimates: Sequence[Estimate], device: Device, sentence_tokens: float, training_tokens: int
 ) -> Table:
-    """The estimates side by side, a column a batch size."""
-
-    def row(name: str, values: Sequence[str]) -> list[str]:
-        return [name, *values]
-
-    def rate(values: Sequence[float]) -> list[str]:
-        return [f"{e.batch_size / seconds:,.1f}" for e, seconds in zip(estimates, values, strict=True)]
-
-    first = estimates[0]
-    lines = [
-        row("backbone, output tokens/s", rate([e.backbone_token for e in estimates])),
-        row("sentence model, output tokens/s", rate([e.sentence_token for e in estimates])),
-        row("output ratio", [f"{e.output_ratio:.2f}x" for e in estimates]),
-        row("prefill ratio", [f"{e.prefill_ratio:.2f}x" for e in estimates]),
+    """The estimates side by side, with a column for each batch size."""
+    backbone, sentence = estimates[0].backbone, estimates[0].sentence
+    rows = [
+        ["backbone, output tokens/s", *(_rate(e, e.backbone) for e in estimates)],
+        ["sentence model, output tokens/s", *(_rate(e, e.sentence) for e in estimates)],
+        ["output ratio", *(f"{e.output_ratio:.2f}x" for e in estimates)],
+        ["prefill ratio", *(f"{e.prefill_ratio:.2f}x" for e in estimates)],
     ]
-    per_gib = 2**30
-    weights = f"{first.backbone_bytes / per_gib:.2f} GiB, {first.sentence_bytes / per_gib:.2f} GiB"
-    hours = [f"{training_tokens * t / 3600:.2f}" for t in (first.training_token, first.baseline_token)]
-    where = "measured on this machine just now" if device.measured else "from data sheets; not run here"
+    both = (sentence, backbone)
+    graft_hours, baseline_hours = (training_tokens * m.training_seconds_per_token / 3600 for m in both)
+    speedup = backbone.training_seconds_per_token / sentence.training_seconds_per_token
+    source = "measured on this machine just now" if device.measured else "from data sheets; not run here"
+    saved = 1 - sentence.cache_bytes_per_token / backbone.cache_bytes_per_token
     notes = [
-        f"Device {device.name} ({where}): reads {device.bandwidth / 1e9:,.1f} GB/s, "
-        f"{device.flops / 1e12:,.2f} TFLOP/s, {device.block_seconds * 1e6:,.0f} us a block called.",
-        f"Sentences of {sentence_tokens:.1f} tokens. Weights: backbone and sentence model {weights}; cache a token of "
-        f"text {first.backbone_cache:,.0f} and {first.sentence_cache:,.0f} bytes "
-        f"(-{1 - first.sentence_cache / first.backbone_cache:.1%}).",
-        f"Longest text of one row beside the weights in {device.memory_bytes / per_gib:.0f} GiB: "
-        f"{_longest(device, first.backbone_bytes, first.backbone_cache):,} tokens and "
-        f"{_longest(device, first.sentence_bytes, first.sentence_cache):,}.",
-        f"Training on {training_tokens:,} tokens: graft {hours[0]} h, token-level twin {hours[1]} h "
-        f"({first.baseline_token / first.training_token:.2f}x); weights, gradients and AdamW of the graft "
-        f"{first.training_bytes / per_gib:.2f} GiB, activations not counted.",
+        f"Device {device.name} ({source}): reads {device.bandwidth / 1e9:,.1f} GB/s, "
+        f"{device.flops / 1e12:,.2f} TFLOP/s, {device.block_seconds * 1e6:,.0f} us of overhead per block.",
+        f"Sentences of {sentence_tokens:.1f} tokens. Weights of the backbone and the sentence model: "
+        f"{backbone.weight_bytes / GIB:.2f} GiB, {sentence.weight_bytes / GIB:.2f} GiB; cache per token of text "
+        f"{backbone.cache_bytes_per_token:,.0f} and {sentence.cache_bytes_per_token:,.0f} bytes (-{saved:.1%}).",
+        f"Longest single text that fits beside the weights in {device.memory_bytes / GIB:.0f} GiB: "
+        f"{_longest(device, backbone):,} tokens and {_longest(device, sentence):,}.",
+        f"Training on {training_tokens:,} tokens: graft {graft_hours:.2f} h, token-level baseline "
+        f"{baseline_hours:.2f} h ({speedup:.2f}x); weights, gradients and AdamW state of the graft "
+        f"{estimates[0].training_bytes / GIB:.2f} GiB, activations not included.",
     ]
     columns = ["", *(f"batch {e.batch_size}" for e in estimates)]
-    return Table("Estimate, from shapes alone", columns, lines, notes)
+    return Table("Estimate, from shapes alone", columns, rows, notes)
 
 
-def _longest(device: Device, weights: float, cache: float) -> int:
-    return max(0, int((device.memory_bytes - weights) / cache))
+def _rate(estimate: Estimate, model: ModelEstimate) -> str:
+    return f"{estimate.batch_size / model.seconds_per_token:,.1f}"
+
+
+def _longest(device: Device, model: ModelEstimate) -> int:
+    return max(0, int((device.memory_bytes - model.weight_bytes) / model.cache_bytes_per_token))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -16,16 +17,16 @@ from transformers import OPTConfig, OPTForCausalLM
 from sentcompress.errors import InputError
 from sentcompress.generation.output_head import ONE_PASS_FROM, ShortlistExactHead
 
-ROWS = (1, 2, 8, 32, 128, 512)
-"""Rows at which products are timed on a CPU; between them costs are interpolated."""
-PROVED = 8
-"""Rows for which a head's proof is timed."""
+TIMED_ROWS = (1, 2, 8, 32, 128, 512)
+"""Batch sizes at which a CPU's products are timed; costs between them are interpolated."""
+PROOF_ROWS = 8
+"""Batch size at which the output head's proof of the largest logit is timed."""
 MATRIX = (16384, 2048)
-"""Of 128 MB: larger than a processor's cache, as the weights of a step are."""
+"""128 MB: larger than a processor's cache, as the weights of a step are."""
 GPU_UTILIZATION = 0.4
 """Share of a GPU's arithmetic that training usually reaches; an assumption."""
 GPU_BLOCK_SECONDS = 4e-4
-"""A block of a model called op by op from Python: an assumption, not measured here."""
+"""Overhead of a block whose operations Python calls one by one: an assumption, not measured here."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,18 @@ class Device:
     """What a step costs on a device.
 
     Attributes:
-        name: as it is asked for.
+        name: as the user writes it.
         memory_bytes: of the device.
         element_size: bytes of a weight.
         bandwidth: bytes/s at which weights and caches are read.
         flops: operations/s of large products.
         training_flops: operations/s that training reaches.
         block_seconds: overhead of calling one block once, whatever its size.
-        step_seconds: overhead of a step of transformers ``generate`` beside its blocks.
-        link: bytes/s that it exchanges with its like.
-        per_weight: seconds a weight by rows, where they were measured; else from bandwidth and operations.
-        per_int8_weight: the same for weights in 8 bits; empty where there are no such kernels.
-        per_proved_logit: seconds a logit until the largest is proved after a pass over weights in 8 bits.
-        measured: whether the figures were measured here.
+        step_seconds: overhead of a step of transformers ``generate``, its blocks not included.
+        link: bytes/s of exchanges with devices of the same kind.
+        per_weight: measured seconds per weight, by batch size; empty where they follow from bandwidth and ``flops``.
+        per_int8_weight: the same for int8 weights; empty without int8 kernels.
+        per_proved_logit: seconds per logit to prove the largest after a pass over int8 weights.
     """
 
     name: str
@@ -60,17 +60,21 @@ class Device:
     per_weight: Mapping[int, float] = field(default_factory=dict)
     per_int8_weight: Mapping[int, float] = field(default_factory=dict)
     per_proved_logit: float = 0.0
-    measured: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether the figures were measured on this machine."""
+        return bool(self.per_weight)
 
     def product(self, weights: float, rows: float, *, int8: bool = False) -> float:
-        """Seconds of multiplying ``rows`` by matrices of so many weights."""
-        table = self.per_int8_weight if int8 and self.per_int8_weight else self.per_weight
-        if table:
-            return weights * _between(table, rows)
+        """Seconds of multiplying ``rows`` states by matrices of so many weights."""
+        timed = self.per_int8_weight if int8 and self.per_int8_weight else self.per_weight
+        if timed:
+            return weights * _interpolate(timed, rows)
         return max(weights * self.element_size / self.bandwidth, 2 * weights * rows / self.flops)
 
     def read(self, size: float) -> float:
-        """Seconds of reading so many bytes, of a cache for instance."""
+        """Seconds of reading so many bytes."""
         return size / self.bandwidth
 
 
@@ -102,7 +106,7 @@ def device(name: str) -> Device:
     """A device by name; ``cpu`` is measured now.
 
     Raises:
-        InputError: it is not known.
+        InputError: there is no such device.
     """
     if name == "cpu":
         return measure_cpu()
@@ -111,17 +115,17 @@ def device(name: str) -> Device:
     return GPUS[name]()
 
 
-def _between(table: Mapping[int, float], rows: float) -> float:
-    """Interpolate between measured numbers of rows, both on a logarithmic scale; beyond the last in proportion."""
-    known = sorted(table)
+def _interpolate(timed: Mapping[int, float], rows: float) -> float:
+    """Interpolate between timed batch sizes, both axes logarithmic; beyond the largest in proportion."""
+    known = sorted(timed)
     if rows <= known[0]:
-        return table[known[0]]
+        return timed[known[0]]
     if rows >= known[-1]:
-        return table[known[-1]] * rows / known[-1]
+        return timed[known[-1]] * rows / known[-1]
     above = next(i for i, n in enumerate(known) if n >= rows)
     low, high = known[above - 1], known[above]
     share = math.log(rows / low) / math.log(high / low)
-    return math.exp((1 - share) * math.log(table[low]) + share * math.log(table[high]))
+    return math.exp((1 - share) * math.log(timed[low]) + share * math.log(timed[high]))
 
 
 @torch.no_grad()
@@ -131,7 +135,7 @@ def measure_cpu() -> Device:
     weight = torch.randn(out, width) * 0.02
     count = weight.numel()
     per_weight = {}
-    for rows in ROWS:
+    for rows in TIMED_ROWS:
         states = torch.randn(rows, width)
         per_weight[rows] = _seconds(lambda x=states: F.linear(x, weight)) / count  # type: ignore[misc]
     per_int8: dict[int, float] = {}
@@ -141,20 +145,19 @@ def measure_cpu() -> Device:
     except InputError:
         pass
     else:
-        for rows in ROWS:
+        for rows in TIMED_ROWS:
             states = torch.randn(rows, width)
             # Once or twice over the same weights, as the head does.
             passes = 2 if rows < ONE_PASS_FROM else 1
             per_int8[rows] = _seconds(lambda x=states, p=passes: head.int8.multiply(x, p)) / count  # type: ignore[misc]
-        # As of a model that knows what it writes: one token is far ahead of the others.
-        states, none = 50 * weight[:PROVED], torch.zeros(PROVED, dtype=torch.bool)
-        # A difference of two: of the quickest calls, which nothing else held up.
-        picking = _seconds(lambda: head.argmax(states, [None] * PROVED, none, 0), 21, min)
+        # Like those of a trained model: one token is far ahead of the others.
+        states, unbanned = 50 * weight[:PROOF_ROWS], torch.zeros(PROOF_ROWS, dtype=torch.bool)
+        # Differences amplify noise, so the quickest call of each counts: nothing else held it up.
+        picking = _seconds(lambda: head.argmax(states, [None] * PROOF_ROWS, unbanned, 0), 21, min)
         product = _seconds(lambda: head.int8.multiply(states, 1), 21, min)
-        per_logit = max(0.0, picking - product) / (PROVED * out)
-    largest = ROWS[-1]
+        per_logit = max(0.0, picking - product) / (PROOF_ROWS * out)
+    largest = TIMED_ROWS[-1]
     block, step = _overheads()
-    import psutil
 
     return Device(
         name="cpu",
@@ -168,12 +171,11 @@ def measure_cpu() -> Device:
         per_weight=per_weight,
         per_int8_weight=per_int8,
         per_proved_logit=per_logit,
-        measured=True,
     )
 
 
 def _overheads() -> tuple[float, float]:
-    """Seconds of a block's calls and of a step's, from models so small that nothing else takes time."""
+    """Overheads of a block and of a step, in seconds, from models so small that nothing else takes time."""
 
     def step(layers: int) -> float:
         config = OPTConfig(

@@ -1,8 +1,9 @@
-"""What training takes before anything is trained: memory of each device by part, time, and what fits where.
+"""Memory that training takes on each device, predicted before anything is trained.
 
-Weights, gradients and moments follow from shapes. Activations are counted, not guessed: a model of the same width with
-one block and with two is run on a little made-up text, without memory and with a vocabulary of a few tokens, and what
-autograd keeps for the backward pass is added up; it is linear in blocks and in sentences, or rows of tokens.
+Weights, gradients and optimizer state follow from shapes. Activations are counted, not guessed: a model of the same
+width with one block and with two runs on a little made-up text, on fake tensors and with a vocabulary of a few tokens,
+and the bytes that autograd saves for the backward pass are added up. They are linear in the number of blocks and in the
+number of sentences, or rows of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
-from sentcompress.estimate.fake_tensors import WithoutMemory
+from sentcompress.estimate.costs import (
+    FP32_BYTES,
+    checkpoint_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
+from sentcompress.estimate.fake_tensors import FakeExecution
+from sentcompress.estimate.shapes import count_weights
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.grafting import freeze_embeddings
 from sentcompress.modeling.losses import TokenLoss, rows_at_once, rows_in_cache
@@ -31,33 +40,34 @@ from sentcompress.training.optimization import trainable
 from sentcompress.training.tuning import apply_tune
 
 Stage = Literal["vae", "graft", "baseline"]
-Shape = SentenceLM | TokenLM
-"""What a stage trains, or is cut from, on the meta device."""
+TrainedModel = SentenceLM | TokenLM
+"""The model that a stage trains, or takes its part from."""
 SENTENCES, ROWS = (16, 32), (1, 2)
-"""Sentences of the two runs from which activations are extrapolated; rows of tokens of the twin."""
-TOKENS_KEPT = 64
-"""Vocabulary of these runs: activations do not depend on it."""
+"""Sizes of the two runs from which activations are extrapolated: sentences, or the baseline's rows of tokens."""
+SMALL_VOCABULARY = 64
+"""Tokens of the vocabulary in these runs: activations do not depend on it."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters, in numbers, and activations of a micro-batch, in bytes.
+class ModelSizes:
+    """Parameters, in numbers of weights, and activations of a micro-batch, in bytes.
 
     Attributes:
-        weights, learned: of the whole model.
-        root, root_learned: of these, what is in no block of the backbone.
-        unit: of the largest block.
-        head: of the output head, if it learns.
-        loss: bytes that the loss takes while it runs, the head's gradient left out.
-        blocks: of all parts.
-        activations, recomputed: kept for the backward pass; with ``gradient_checkpointing``, None where there is none.
+        weights, trainable: of the whole model.
+        root, root_trainable: of these, the weights outside the backbone's blocks.
+        block: weights of the largest block.
+        head: weights of the output head, 0 if it is frozen.
+        loss: bytes that the loss takes while it runs, without the head's gradient.
+        blocks: number of blocks in all parts.
+        activations: saved for the backward pass.
+        recomputed: the same with ``gradient_checkpointing``; None for stages without it.
     """
 
     weights: int
-    learned: int
+    trainable: int
     root: int
-    root_learned: int
-    unit: int
+    root_trainable: int
+    block: int
     head: int
     loss: int
     blocks: int
@@ -66,21 +76,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes on each device, by part, of one way to train.
+class DeviceMemory:
+    """Bytes on each device in one training mode.
 
     Attributes:
-        spread: ``fsdp``, else ``ddp``.
-        recomputed: with ``gradient_checkpointing``.
-        weights: and, spread over devices, what is gathered of them at a time.
-        gradients: and, of several whole copies, what they are exchanged in.
-        optimizer: two moments, and averaged weights if there are any.
+        sharded: trained with ``fsdp``, else ``ddp``.
+        recomputed: trained with ``gradient_checkpointing``.
+        weights: with ``fsdp``, also the weights that are gathered at a time.
+        gradients: with ``ddp`` on several devices, also the buckets they are exchanged in.
+        optimizer: AdamW's moments, and averaged weights if there are any.
         activations: of one micro-batch.
         logits: of the loss.
-        peak: at the worst moment of a step, which is less than the sum: gradients come as activations go.
+        peak: at the worst moment of a step. Less than the sum: activations are freed as gradients are computed.
     """
 
-    spread: bool
+    sharded: bool
     recomputed: bool
     weights: float
     gradients: float
@@ -91,111 +101,116 @@ class Footprint:
 
     @property
     def name(self) -> str:
-        return ("fsdp" if self.spread else "ddp") + (", gradient_checkpointing" if self.recomputed else "")
+        return ("fsdp" if self.sharded else "ddp") + (", gradient_checkpointing" if self.recomputed else "")
 
 
-def sizes(shape: Shape, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool) -> Sizes:
+def model_sizes(
+    model: TrainedModel, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool
+) -> ModelSizes:
     """Count a stage's parameters and activations. Takes seconds, and hardly any memory.
 
     Args:
-        shape: the recipe's model on the meta device, for ``baseline`` its twin.
+        model: the recipe's on the meta device; for ``baseline`` its token-level LLM.
         sentence_tokens: mean length of a sentence.
         bf16: products in bf16, weights in fp32.
 
     Raises:
-        InputError: nothing of the twin learns.
+        InputError: the baseline has no trainable parameters.
     """
-    model = copy.deepcopy(shape)
+    copied = copy.deepcopy(model)
     with torch.device("meta"):
-        part = _part(model, recipe, stage)
-    blocks = [] if stage == "vae" else list(_blocks(model))
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    learned = trainable(part).values()
-    head = _head(model)
-    # The twin reads and writes tokens alone, the others end each sentence with a mark.
+        part = _trained_part(copied, recipe, stage)
+    blocks = [] if stage == "vae" else list(_blocks(copied))
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
+    learning = trainable(part).values()
+    head = _output_weight(copied)
+    # The baseline is trained on tokens only, the others on an end mark for each sentence too.
     targets = recipe.graft.passages_per_batch * recipe.graft.max_sentences * sentence_tokens
-    own = 0
+    vae_blocks = 0
     if stage != "baseline":
         targets = _sentences(recipe, stage) * (sentence_tokens + 1)
-        own = recipe.vae.encoder_layers + recipe.vae.decoder_layers
-    return Sizes(
-        weights=_count(part.parameters()),
-        learned=_count(learned),
-        root=_count(p for p in part.parameters() if id(p) not in inside),
-        root_learned=_count(p for p in learned if id(p) not in inside),
-        unit=max((_count(block.parameters()) for block in blocks), default=0),
+        vae_blocks = recipe.vae.encoder_layers + recipe.vae.decoder_layers
+
+    def activations(recomputed: bool) -> float:
+        return _activations(model, recipe, stage, sentence_tokens, bf16=bf16, recomputed=recomputed)
+
+    return ModelSizes(
+        weights=count_weights(part),
+        trainable=count_weights(learning),
+        root=count_weights(p for p in part.parameters() if id(p) not in in_blocks),
+        root_trainable=count_weights(p for p in learning if id(p) not in in_blocks),
+        block=max(map(count_weights, blocks), default=0),
         head=head.numel() * head.requires_grad,
         loss=_loss_bytes(head, targets, bf16=bf16),
-        blocks=len(blocks) + own,
-        activations=_activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=False),
-        recomputed=None
-        if stage == "vae"
-        else _activations(shape, recipe, stage, sentence_tokens, bf16=bf16, recomputed=True),
+        blocks=len(blocks) + vae_blocks,
+        activations=activations(False),
+        recomputed=None if stage == "vae" else activations(True),
     )
 
 
-def footprints(found: Sizes, settings: TrainingSettings, devices: int) -> list[Footprint]:
-    """All ways to train on so many devices, the fastest first."""
+def device_memory(sizes: ModelSizes, settings: TrainingSettings, devices: int) -> list[DeviceMemory]:
+    """Memory on each of so many devices in every training mode, the fastest mode first."""
     return [
-        _footprint(found, settings, devices, activations, spread=spread, recomputed=recomputed)
-        for spread in ((False, True) if devices > 1 else (False,))
-        for recomputed, activations in ((False, found.activations), (True, found.recomputed))
+        _device_memory(sizes, settings, devices, activations, sharded=sharded, recomputed=recomputed)
+        for sharded in ((False, True) if devices > 1 else (False,))
+        for recomputed, activations in ((False, sizes.activations), (True, sizes.recomputed))
         if activations is not None
     ]
 
 
-def _footprint(
-    found: Sizes,
+def _device_memory(
+    sizes: ModelSizes,
     settings: TrainingSettings,
     devices: int,
     activations: float,
     *,
-    spread: bool,
+    sharded: bool,
     recomputed: bool,
-) -> Footprint:
-    share = devices if spread else 1
-    weights = 4 * found.weights / share
-    gradients = 4 * found.learned / share
-    if spread:
-        weights += 4 * (found.root + 2 * found.unit)
-        gradients += 4 * (found.root_learned + found.unit)
+) -> DeviceMemory:
+    share = devices if sharded else 1
+    weights = weight_bytes(sizes.weights) / share
+    gradients = gradient_bytes(sizes.trainable) / share
+    if sharded:
+        weights += weight_bytes(sizes.root + 2 * sizes.block)
+        gradients += gradient_bytes(sizes.root_trainable + sizes.block)
     elif devices > 1:
         gradients *= 2  # the buckets they are exchanged in
-    optimizer = (12 if settings.ema else 8) * found.learned / share
-    # Activations go as gradients come; those of earlier micro-batches are there from the start.
+    optimizer = optimizer_bytes(sizes.trainable, ema=bool(settings.ema)) / share
+    # Activations are freed as gradients come, but gradients of earlier micro-batches are there from the start.
     if settings.gradient_accumulation > 1 or devices > 1:
-        # The head's gradient is there before it is added up; spread, the root's whole gradients are counted already.
-        moving = activations + gradients + (0 if spread else 4 * found.head)
+        # The head's gradient exists twice while it is added up; sharded, the root's gradients contain it already.
+        moving = activations + gradients + (0 if sharded else gradient_bytes(sizes.head))
     else:
-        moving = max(activations + 4 * found.head, gradients)
-    return Footprint(
-        spread=spread,
+        moving = max(activations + gradient_bytes(sizes.head), gradients)
+    return DeviceMemory(
+        sharded=sharded,
         recomputed=recomputed,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        logits=found.loss,
-        peak=weights + optimizer + moving + found.loss,
+        logits=sizes.loss,
+        peak=weights + optimizer + moving + sizes.loss,
     )
 
 
-def state_bytes(found: Sizes, settings: TrainingSettings) -> int:
-    """Bytes of what training must remember: weights, moments, averaged weights if there are any."""
-    return 4 * found.weights + (12 if settings.ema else 8) * found.learned
+def state_bytes(sizes: ModelSizes, settings: TrainingSettings) -> float:
+    """Bytes of a checkpoint's training state."""
+    return checkpoint_bytes(sizes.weights, sizes.trainable, ema=bool(settings.ema))
 
 
-def saving_bytes(found: Sizes, settings: TrainingSettings) -> float:
-    """Bytes of the computer's memory that saving takes: a copy of the model, in the background of all state too."""
-    return 4 * found.weights + (state_bytes(found, settings) if settings.background_saves else 0)
+def saving_bytes(sizes: ModelSizes, settings: TrainingSettings) -> float:
+    """Bytes of main memory that saving takes: a copy of the model; in the background, of the training state too."""
+    return weight_bytes(sizes.weights) + (state_bytes(sizes, settings) if settings.background_saves else 0)
 
 
-def _part(model: Shape, recipe: Recipe, stage: Stage) -> nn.Module:
-    """What a stage trains, with what does not learn frozen."""
+def _trained_part(model: TrainedModel, recipe: Recipe, stage: Stage) -> nn.Module:
+    """What a stage trains, with the parameters that it does not train frozen."""
     if isinstance(model, TokenLM):
         if recipe.baseline.tune == "frozen":
             raise InputError(
-                "baseline.tune: frozen leaves nothing to learn", fix="use baseline.enabled: false"
+                "baseline.tune: frozen leaves no trainable parameters",
+                fix="set baseline.enabled to false instead",
             )
         apply_tune(model.lm, _blocks(model), recipe.baseline, "baseline")
         return model
@@ -207,57 +222,50 @@ def _part(model: Shape, recipe: Recipe, stage: Stage) -> nn.Module:
     return model
 
 
-def _blocks(model: Shape) -> nn.ModuleList:
+def _blocks(model: TrainedModel) -> nn.ModuleList:
     return blocks_of(model.lm) if isinstance(model, TokenLM) else model.backbone.blocks
 
 
-def _head(model: Shape) -> Tensor:
+def _output_weight(model: TrainedModel) -> Tensor:
     """``[V, H]``."""
     return model.lm.get_output_embeddings().weight if isinstance(model, TokenLM) else model.vae.output_weight
 
 
-def _count(parameters: object) -> int:
-    return sum(p.numel() for p in {id(p): p for p in parameters}.values())  # type: ignore[attr-defined]
-
-
 def _activations(
-    shape: Shape, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
+    model: TrainedModel, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
 ) -> float:
-    """Bytes kept for the backward pass of a micro-batch, extrapolated from small runs."""
-    wanted: float
-    if isinstance(shape, TokenLM):
+    """Bytes saved for the backward pass of a micro-batch, extrapolated from small runs."""
+    size: float
+    if isinstance(model, TokenLM):
         few, many = ROWS
-        wanted, length = _rows(shape, recipe, sentence_tokens)
-        batches = {rows: _tokens(rows, length) for rows in ROWS}
+        size, length = _baseline_rows(model, recipe, sentence_tokens)
+        batches = {rows: _token_batch(rows, length) for rows in ROWS}
     else:
         few, many = SENTENCES
-        wanted, longest = _sentences(recipe, stage), shape.vae.config.max_sentence_tokens
-        lengths = {sentences: spread_lengths(sentences, sentence_tokens, longest) for sentences in SENTENCES}
-        batches = {
-            sentences: _cells(lengths[sentences]) if stage == "graft" else _padded(lengths[sentences])
-            for sentences in SENTENCES
-        }
-    recipe, kept = _not_by_block(recipe), {}
-    for number in (1,) if stage == "vae" else (1, 2):
-        model = _shortened(shape, number)
+        size, longest = _sentences(recipe, stage), model.vae.config.max_sentence_tokens
+        make_batch = _graft_batch if stage == "graft" else _vae_batch
+        batches = {n: make_batch(uneven_lengths(n, sentence_tokens, longest)) for n in SENTENCES}
+    recipe, saved = _train_all_blocks(recipe), {}
+    for blocks in (1,) if stage == "vae" else (1, 2):
+        shallow = _with_blocks(model, blocks)
         with torch.device("meta"):
-            part = _part(model, recipe, stage)  # adapters are made here
-        _cut_vocabulary(part, len(_head(model)))
-        part = (without := WithoutMemory()).model(part).train()
+            part = _trained_part(shallow, recipe, stage)  # adapters are made here
+        _cut_vocabulary(part, len(_output_weight(shallow)))
+        part = (fake := FakeExecution()).fake_copy(part).train()
         if recomputed:
             recompute_activations(part)
-        for size, batch in batches.items():
-            kept[number, size] = _kept(part, batch, without, bf16=bf16)
-    full = len(_blocks(shape))
+        for n, batch in batches.items():
+            saved[blocks, n] = _saved_bytes(part, batch, fake, bf16=bf16)
+    depth = len(_blocks(model))
     if stage == "vae":
-        whole = {size: kept[1, size] for size in batches}
+        whole = {n: saved[1, n] for n in batches}
     else:
-        whole = {size: kept[1, size] + (full - 1) * (kept[2, size] - kept[1, size]) for size in batches}
-    return whole[few] + (whole[many] - whole[few]) / (many - few) * (wanted - few)
+        whole = {n: saved[1, n] + (depth - 1) * (saved[2, n] - saved[1, n]) for n in batches}
+    return whole[few] + (whole[many] - whole[few]) / (many - few) * (size - few)
 
 
-def _not_by_block(recipe: Recipe) -> Recipe:
-    """As if all blocks learned where only the last ones do: they are counted alike, those below keep no more."""
+def _train_all_blocks(recipe: Recipe) -> Recipe:
+    """With ``tune: last-n`` as if all blocks were trained: frozen blocks below save no less."""
     sections = {"graft": recipe.graft, "baseline": recipe.baseline}
     changed = {
         name: section.model_copy(update={"tune": "full"})
@@ -267,40 +275,40 @@ def _not_by_block(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def _shortened(shape: Shape, number: int) -> Shape:
+def _with_blocks(model: TrainedModel, number: int) -> TrainedModel:
     """A copy with only the first blocks of the backbone."""
-    blocks = _blocks(shape)
+    blocks = _blocks(model)
     few = nn.ModuleList(copy.deepcopy(block) for block in list(blocks)[:number])
-    model = copy.deepcopy(shape, {id(blocks): few})  # many blocks take long to copy
-    if isinstance(model, TokenLM):
-        stack: Any = model.lm
+    shallow = copy.deepcopy(model, {id(blocks): few})  # copying all blocks would take long
+    if isinstance(shallow, TokenLM):
+        stack: Any = shallow.lm
     else:
-        stack = model.backbone
-        # Which tokens mark begin and end does not matter, and published shapes do not say it.
-        model.vae.config.bos_token_id = model.vae.config.eos_token_id = 0
+        stack = shallow.backbone
+        # Which tokens mark begin and end does not matter here, and some published configurations do not say.
+        shallow.vae.config.bos_token_id = shallow.vae.config.eos_token_id = 0
     stack.config.num_hidden_layers = number
-    return model
+    return shallow
 
 
 def _sentences(recipe: Recipe, stage: Stage) -> int:
-    """Of a micro-batch."""
+    """Sentences of a micro-batch."""
     if stage == "graft":
         return recipe.graft.passages_per_batch * recipe.graft.max_sentences
     return recipe.train_vae.sentences_per_batch
 
 
-def _rows(shape: TokenLM, recipe: Recipe, sentence_tokens: float) -> tuple[float, int]:
-    """Rows of tokens in a micro-batch of the twin, and tokens in each, with the one that all begin with.
+def _baseline_rows(model: TokenLM, recipe: Recipe, sentence_tokens: float) -> tuple[float, int]:
+    """Rows in a micro-batch of the baseline, and tokens in each, start token included.
 
-    A passage that is longer than the LLM has positions becomes several rows, as in training.
+    As in training, a passage longer than the LLM has positions becomes several rows.
     """
     tokens = recipe.graft.max_sentences * sentence_tokens
-    length = max(2, min(math.ceil(tokens) + 1, position_limit(shape.lm.config)))
+    length = max(2, min(math.ceil(tokens) + 1, position_limit(model.lm.config)))
     return recipe.graft.passages_per_batch * tokens / (length - 1), length
 
 
 def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
-    """A block's logits and the states' gradient; in bf16 some logits in fp32 too, the head and its gradient again."""
+    """A block of logits and the states' gradient; in bf16 also fp32 logits, and the head and its gradient again."""
     vocab, width = head.shape
     rows = round(targets)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -308,22 +316,21 @@ def _loss_bytes(head: Tensor, targets: float, *, bf16: bool) -> int:
     size = dtype.itemsize * (block + rows * width)
     if not bf16:
         return size
-    return (
-        size + 4 * vocab * min(rows_in_cache(vocab), rows) + (4 if head.requires_grad else 2) * head.numel()
-    )
+    fp32_logits = FP32_BYTES * vocab * min(rows_in_cache(vocab), rows)
+    return size + fp32_logits + (4 if head.requires_grad else 2) * head.numel()
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int) -> None:
-    """Keep the first few tokens of every table."""
+    """Keep the first few tokens of every embedding table."""
     for parameter in model.parameters():
-        index = tuple(slice(TOKENS_KEPT if size == vocab_size else None) for size in parameter.shape)
+        index = tuple(slice(SMALL_VOCABULARY if size == vocab_size else None) for size in parameter.shape)
         parameter.data = parameter.data[index]
 
 
-def spread_lengths(sentences: int, mean: float, longest: int) -> Tensor:
-    """Made-up lengths ``[S]``, as uneven as those of text: some of what is kept is as long as the longest of them.
+def uneven_lengths(sentences: int, mean: float, longest: int) -> Tensor:
+    """Made-up sentence lengths ``[S]``, as uneven as in text: some activations are padded to the longest sentence.
 
-    They are the quantiles of an exponential distribution, cut at ``longest`` and stretched until their mean is right.
+    They are the quantiles of an exponential distribution, cut at ``longest`` and stretched to the right mean.
     """
     shape = -torch.log1p(-(torch.arange(sentences) + 0.5) / sentences)
     mean = min(max(mean, 1.0), float(longest))
@@ -334,16 +341,16 @@ def spread_lengths(sentences: int, mean: float, longest: int) -> Tensor:
     return lengths.round().long()
 
 
-def _padded(lengths: Tensor) -> dict[str, Tensor]:
+def _vae_batch(lengths: Tensor) -> dict[str, Tensor]:
     """Sentences of so many tokens each."""
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
 
 
-def _cells(lengths: Tensor) -> dict[str, Tensor]:
-    """The same as a passage."""
+def _graft_batch(lengths: Tensor) -> dict[str, Tensor]:
+    """A passage of sentences of so many tokens each."""
     sentences = len(lengths)
-    return _padded(lengths) | {
+    return _vae_batch(lengths) | {
         "sentence_index": torch.arange(sentences)[None],
         "passage_ids": torch.zeros(1, sentences, dtype=torch.long),
         "scored": torch.ones(sentences, dtype=torch.bool),
@@ -351,46 +358,47 @@ def _cells(lengths: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _tokens(rows: int, length: int) -> dict[str, Tensor]:
+def _token_batch(rows: int, length: int) -> dict[str, Tensor]:
     """Rows of so many tokens each."""
     ids = torch.ones(rows, length, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": ids, "labels": ids}
 
 
-def _kept(model: nn.Module, batch: dict[str, Tensor], without: WithoutMemory, *, bf16: bool) -> int:
-    """Bytes that one forward pass keeps, weights left out."""
-    around: AbstractContextManager[object] = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    weights = {address(p.untyped_storage()) for p in model.parameters()}
+def _saved_bytes(model: nn.Module, batch: dict[str, Tensor], fake: FakeExecution, *, bf16: bool) -> int:
+    """Bytes that one forward pass saves for the backward pass, weights left out."""
+    precision: AbstractContextManager[object] = (
+        torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+    )
+    weights = {storage_address(p.untyped_storage()) for p in model.parameters()}
 
     def step() -> Tensor:
         if isinstance(model, TokenLM):
             return model(**batch)[0].mean()
         return model(**batch, token_loss=TokenLoss(gamma=0.0)).loss
 
-    with without, around:
-        _, kept = count_kept(step, weights)
-    return kept
+    with fake, precision:
+        return count_saved(step, weights)[1]
 
 
-def count_kept(step: Callable[[], Tensor], weights: set[int]) -> tuple[Tensor, int]:
-    """Run a forward pass; its loss, and the bytes that are kept for the backward pass.
+def count_saved(step: Callable[[], Tensor], weights: set[int]) -> tuple[Tensor, int]:
+    """Run a forward pass; its loss, and the bytes that autograd saves for the backward pass.
 
     Args:
-        weights: addresses of what is there anyway.
+        weights: addresses of storages that exist anyway.
     """
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if (where := address(storage)) not in weights:
-            kept[where] = storage  # held, or its address might be given to another
-        return tensor.detach()  # itself, it would hold the graph that holds it, for ever
+        if (address := storage_address(storage)) not in weights:
+            saved[address] = storage  # held, or its address might be given to another
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = step()
-    return loss, sum(storage.nbytes() for storage in kept.values())
+    return loss, sum(storage.nbytes() for storage in saved.values())
 
 
-def address(storage: torch.UntypedStorage) -> int:
-    """Where a storage is; without memory, of the storage itself."""
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """Address of a storage's memory; of the storage object itself where there is no memory."""
     return storage._cdata if storage.device.type == "meta" else storage.data_ptr()

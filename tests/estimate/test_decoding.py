@@ -9,8 +9,12 @@ from typer.testing import CliRunner
 
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
-from sentcompress.estimate.decoding import CACHE_PASSES, GENERATE_PASSES, estimate, shapes
+from sentcompress.estimate.costs import training_bytes
+from sentcompress.estimate.decoding import CACHE_PASSES, GENERATE_PASSES, estimate
 from sentcompress.estimate.devices import Device, device, measure_cpu
+from sentcompress.estimate.plan import count
+from sentcompress.estimate.shapes import meta_models
+from sentcompress.estimate.training_memory import device_memory, model_sizes
 from sentcompress.recipe import load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
@@ -28,23 +32,23 @@ def test_a_step_of_the_backbone_reads_its_weights_and_its_cache():
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * 4
     logits = 4 * GENERATE_PASSES * model.config.vocab_size
     expected = 4 * weights + 15 * CACHE_PASSES * cache + logits
-    assert of_tiny().backbone_token == pytest.approx(expected / 1e9, rel=1e-6)
-    assert of_tiny().backbone_cache == cache
-    assert of_tiny().sentence_cache == cache / 5
+    assert of_tiny().backbone.seconds_per_token == pytest.approx(expected / 1e9, rel=1e-6)
+    assert of_tiny().backbone.cache_bytes_per_token == cache
+    assert of_tiny().sentence.cache_bytes_per_token == cache / 5
 
 
 def test_longer_sentences_cost_less_and_calls_cost_something():
-    assert of_tiny(sentence_tokens=10.0).sentence_token < of_tiny().sentence_token
+    assert of_tiny(sentence_tokens=10.0).sentence.seconds_per_token < of_tiny().sentence.seconds_per_token
     slow = Device("slow", 1e9, 4, 1e9, 1e12, 1e12, block_seconds=1e-3, step_seconds=0.0)
-    assert of_tiny(slow).backbone_token == pytest.approx(
-        of_tiny().backbone_token + tiny_opt().config.num_hidden_layers * 1e-3
+    assert of_tiny(slow).backbone.seconds_per_token == pytest.approx(
+        of_tiny().backbone.seconds_per_token + tiny_opt().config.num_hidden_layers * 1e-3
     )
 
 
 def test_large_batches_are_limited_by_arithmetic():
     few = Device("few", 1e9, 4, 1e15, 1e6, 1e6, block_seconds=0.0, step_seconds=0.0)
-    assert of_tiny(few, batch_size=8).backbone_token == pytest.approx(
-        8 * of_tiny(few).backbone_token, rel=1e-3
+    assert of_tiny(few, batch_size=8).backbone.seconds_per_token == pytest.approx(
+        8 * of_tiny(few).backbone.seconds_per_token, rel=1e-3
     )
 
 
@@ -63,14 +67,27 @@ def test_a_head_in_8_bits_is_read_faster_where_it_is_large():
         machine = replace(PLAIN, per_weight={1: 4e-9}, per_int8_weight={1: 1e-9} if int8 else {})
         return estimate(
             model, tiny_opt(), machine, batch_size=1, prompt_tokens=9, new_tokens=1, sentence_tokens=5.0
-        ).sentence_token
+        ).sentence.seconds_per_token
 
     assert writing(True, 8) < 0.5 * writing(False, 8)
     assert writing(True, -8) == writing(False, -8)
 
 
+def test_plan_estimate_and_devices_agree_on_the_bytes_of_training():
+    recipe = load_recipe("strong", ["backbone.config={}", "graft.max_sentences=24"])
+    model, backbone = meta_models(recipe)
+    sizes = model_sizes(model, recipe, "graft", 15.0, bf16=False)
+    memory = device_memory(sizes, recipe.graft.model_copy(update={"ema": None}), 1)[0]
+    found = estimate(
+        model, backbone, PLAIN, batch_size=1, prompt_tokens=1, new_tokens=1, sentence_tokens=15.0
+    )
+    assert memory.weights + memory.gradients + memory.optimizer == found.training_bytes
+    planned = count(recipe).sentence_lm
+    assert training_bytes(planned, planned) == pytest.approx(found.training_bytes, rel=0.01)
+
+
 def test_shapes_take_no_memory():
-    model, backbone = shapes(load_recipe("strong", ["backbone.model=opt-1.3b", "backbone.config={}"]))
+    model, backbone = meta_models(load_recipe("strong", ["backbone.model=opt-1.3b", "backbone.config={}"]))
     assert {p.device for m in (model, backbone) for p in m.parameters()} == {torch.device("meta")}
 
 
@@ -87,13 +104,13 @@ def test_shapes_take_no_memory():
 )
 def test_a_shape_that_cannot_be_is_named(field, message):
     with pytest.raises(InputError, match=message):
-        shapes(load_recipe("strong", [field]))
+        meta_models(load_recipe("strong", [field]))
 
 
 def test_a_folder_with_more_blocks_than_any_llm_is_refused(tmp_path):
     AutoConfig.for_model("opt", num_hidden_layers=200_000).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"backbone\.model: 200,000 blocks"):
-        shapes(load_recipe("strong", ["backbone.config={}", f"backbone.model={tmp_path}"]))
+        meta_models(load_recipe("strong", ["backbone.config={}", f"backbone.model={tmp_path}"]))
 
 
 def test_the_command_prints_ratios_and_says_what_was_not_run():

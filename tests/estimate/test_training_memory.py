@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
-from sentcompress.estimate.decoding import shapes
 from sentcompress.estimate.devices import device
-from sentcompress.estimate.shapes import random_models
-from sentcompress.estimate.training_memory import count_kept, footprints, sizes, spread_lengths
-from sentcompress.estimate.training_time import parse_devices, tables, ways
+from sentcompress.estimate.shapes import meta_models, random_models
+from sentcompress.estimate.training_memory import count_saved, device_memory, model_sizes, uneven_lengths
+from sentcompress.estimate.training_time import mode_tables, parse_devices, training_modes
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
 from sentcompress.training.jobs.token_level import TokenLM
@@ -30,7 +29,7 @@ SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_bat
 
 
 def batch(sentences: int, tokens: float, longest: int) -> dict[str, torch.Tensor]:
-    lengths = spread_lengths(sentences, tokens, longest)
+    lengths = uneven_lengths(sentences, tokens, longest)
     mask = (torch.arange(longest) < lengths[:, None]).long()
     return {
         "input_ids": torch.ones_like(mask),
@@ -50,15 +49,15 @@ def test_activations_are_what_a_whole_model_keeps(checkpointing):
     if checkpointing:
         recompute_activations(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    _, kept = count_kept(lambda: model(**batch(24, 15.0, 48), token_loss=TokenLoss(gamma=0.0)).loss, weights)
-    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
+    _, kept = count_saved(lambda: model(**batch(24, 15.0, 48), token_loss=TokenLoss(gamma=0.0)).loss, weights)
+    found = model_sizes(meta_models(recipe)[0], recipe, "graft", 15.0, bf16=False)
     predicted = found.recomputed if checkpointing else found.activations
     assert predicted == pytest.approx(kept, rel=0.1)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_of_the_twin_are_what_it_keeps(checkpointing, bf16):
+def test_activations_of_the_baseline_are_what_it_saves(checkpointing, bf16):
     recipe = load_recipe("strong", [*SMALL, "graft.passages_per_batch=3"])
     model = TokenLM(random_models(recipe)[1]).train()
     if checkpointing:
@@ -66,18 +65,18 @@ def test_activations_of_the_twin_are_what_it_keeps(checkpointing, bf16):
     ids = torch.ones(3, 24 * 15 + 1, dtype=torch.long)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        _, kept = count_kept(lambda: model(ids, torch.ones_like(ids), ids)[0].mean(), weights)
-    found = sizes(TokenLM(shapes(recipe)[1]), recipe, "baseline", 15.0, bf16=bf16)
+        _, kept = count_saved(lambda: model(ids, torch.ones_like(ids), ids)[0].mean(), weights)
+    found = model_sizes(TokenLM(meta_models(recipe)[1]), recipe, "baseline", 15.0, bf16=bf16)
     predicted = found.recomputed if checkpointing else found.activations
     assert predicted == pytest.approx(kept, rel=1e-3)
     assert found.weights == sum(p.numel() for p in model.parameters())
     assert found.head == model.lm.get_output_embeddings().weight.numel()
 
 
-def test_a_passage_longer_than_the_twin_has_positions_is_several_rows():
+def test_a_passage_longer_than_the_baseline_has_positions_is_several_rows():
     changes = [*SMALL, "backbone.config={max_position_embeddings: 64}"]
     cut, whole = (
-        sizes(TokenLM(shapes(recipe)[1]), recipe, "baseline", 15.0, bf16=False)
+        model_sizes(TokenLM(meta_models(recipe)[1]), recipe, "baseline", 15.0, bf16=False)
         for recipe in (load_recipe("strong", changes), load_recipe("strong", SMALL))
     )
     assert cut.activations == pytest.approx(whole.activations, rel=0.05)  # each row begins with a token more
@@ -89,8 +88,8 @@ def test_a_model_of_any_width_is_counted_in_hardly_any_memory():
     changes = "{hidden_size: 12288, word_embed_proj_dim: 12288, ffn_dim: 49152, num_attention_heads: 96}"
     recipe = load_recipe("strong", [f"backbone.config={changes}"])
     before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found, _ = ways(recipe, "graft", device("h100"), 64, 15.0)
-    assert 4 * found.unit > 7e9  # bytes of one block
+    found, _ = training_modes(recipe, "graft", device("h100"), 64, 15.0)
+    assert 4 * found.block > 7e9  # bytes of one block
     assert unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 5e8
 
 
@@ -101,13 +100,13 @@ def test_models_are_counted_that_depend_on_what_they_compute(tmp_path):
     AutoConfig.for_model("mixtral", **mixture, **heads, **ids).save_pretrained(tmp_path)
     for backbone in (str(tmp_path), "qwen2.5-0.5b"):  # whose published shape names no marks
         recipe = load_recipe("strong", [*SMALL, f"backbone.model={backbone}"])
-        found, _ = ways(recipe, "graft", device("h100"), 1, 15.0)
+        found, _ = training_modes(recipe, "graft", device("h100"), 1, 15.0)
         assert found.recomputed < found.activations
 
 
 @pytest.mark.parametrize("mean", [1.0, 6.0, 15.4, 30.0, 48.0])
 def test_made_up_lengths_are_as_long_as_is_said(mean):
-    lengths = spread_lengths(32, mean, 48)
+    lengths = uneven_lengths(32, mean, 48)
     assert lengths.min() >= 1
     assert lengths.max() <= 48
     assert lengths.float().mean() == pytest.approx(mean, rel=0.06)
@@ -118,58 +117,58 @@ def test_counting_leaves_nothing_behind():
     process = psutil.Process()
     before = process.memory_info().rss
     for _ in range(20):
-        _, kept = count_kept(lambda: x.exp().sum(), set())  # what exp keeps is its own result
+        _, kept = count_saved(lambda: x.exp().sum(), set())  # what exp keeps is its own result
         assert kept == 4 * 2**22
     assert process.memory_info().rss - before < 8 * 4 * 2**22
 
 
 def test_parts_follow_from_shapes():
     recipe = load_recipe("strong", [*SMALL, "graft.ema=0.99"])
-    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
-    one, checkpointing = footprints(found, recipe.graft, 1)
+    found = model_sizes(meta_models(recipe)[0], recipe, "graft", 15.0, bf16=False)
+    one, checkpointing = device_memory(found, recipe.graft, 1)
     assert one.weights == one.gradients == 4 * found.weights
     assert one.optimizer == 12 * found.weights
     assert checkpointing.activations < one.activations
-    ddp, _, fsdp, _ = footprints(found, recipe.graft, 4)
+    ddp, _, fsdp, _ = device_memory(found, recipe.graft, 4)
     assert ddp.gradients == 2 * one.gradients
     assert fsdp.optimizer == one.optimizer / 4
-    assert found.root + 6 * found.unit == found.weights  # opt-tiny has six blocks
-    assert fsdp.weights == 4 * (found.weights / 4 + found.root + 2 * found.unit)
+    assert found.root + 6 * found.block == found.weights  # opt-tiny has six blocks
+    assert fsdp.weights == 4 * (found.weights / 4 + found.root + 2 * found.block)
 
 
 def test_what_does_not_learn_takes_no_moments():
     recipe = load_recipe(
         "strong", [*SMALL, "graft.tune=lora", "vae.freeze=embeddings", "vae.init=embeddings"]
     )
-    found = sizes(shapes(recipe)[0], recipe, "graft", 15.0, bf16=False)
-    assert found.learned < 0.5 * found.weights
+    found = model_sizes(meta_models(recipe)[0], recipe, "graft", 15.0, bf16=False)
+    assert found.trainable < 0.5 * found.weights
     assert found.head == 0
 
 
 @pytest.mark.parametrize("stage", ["graft", "baseline"])
 def test_last_blocks_that_learn_take_moments_and_the_others_none(stage):
     recipe = load_recipe("strong", [*SMALL, f"{stage}.tune=last-n", f"{stage}.last_n=2"])
-    found, _ = ways(recipe, stage, device("a100"), 1, 15.0)
-    whole, _ = ways(load_recipe("strong", SMALL), stage, device("a100"), 1, 15.0)
-    assert found.learned < 0.6 * found.weights
+    found, _ = training_modes(recipe, stage, device("a100"), 1, 15.0)
+    whole, _ = training_modes(load_recipe("strong", SMALL), stage, device("a100"), 1, 15.0)
+    assert found.trainable < 0.6 * found.weights
     assert found.activations == whole.activations
 
 
 def test_a_large_model_needs_to_be_spread():
     recipe = load_recipe("strong", ["backbone.model=opt-6.7b", "backbone.config={}"])
-    _, found = ways(recipe, "graft", device("a100"), 8, 15.0)
-    assert {way.footprint.name: way.fits for way in found}["ddp"] is False
-    assert {way.footprint.name: way.fits for way in found}["fsdp"] is True
-    plain = tables(recipe, 8, device("a100"), 15.0, price=2.0)[0]
-    assert "What is needed: fsdp" in plain.notes[0]
-    assert plain.columns[-1] == "cost"
+    _, found = training_modes(recipe, "graft", device("a100"), 8, 15.0)
+    assert {mode.name: mode.fits for mode in found}["ddp"] is False
+    assert {mode.name: mode.fits for mode in found}["fsdp"] is True
+    table = mode_tables(recipe, 8, device("a100"), 15.0, price=2.0)[0]
+    assert "The fastest mode that fits: fsdp" in table.notes[0]
+    assert table.columns[-1] == "cost"
 
 
 def test_more_devices_take_less_time_and_exchanges_take_some():
     recipe = load_recipe("paper/sllm-125m-h1", ["graft.passages_per_batch=64"])
     hours = {}
     for number in (1, 2, 4):
-        _, found = ways(recipe, "graft", device("4090"), number, 15.0)
+        _, found = training_modes(recipe, "graft", device("4090"), number, 15.0)
         hours[number] = found[0].hours
     assert hours[4] < hours[2] < hours[1]
     assert hours[4] > hours[1] / 4
@@ -209,7 +208,7 @@ def test_numbers_that_mean_nothing_are_refused(option):
 def test_a_shape_that_cannot_be_is_named(field, value):
     shape = ["backbone.init=random", f"backbone.config={{{field}: {value}}}"]
     with pytest.raises(InputError, match=f"backbone.config.{field}: .* is no number from 1 to"):
-        ways(load_recipe("strong", shape), "graft", device("a100"), 4, 15.0)
+        training_modes(load_recipe("strong", shape), "graft", device("a100"), 4, 15.0)
 
 
 def test_an_a100_has_40_or_80_gigabytes():
@@ -230,7 +229,7 @@ def test_the_command_prints_every_way():
 
 def test_the_last_table_is_the_sum_of_the_stages_in_the_fastest_way_that_fits():
     recipe = load_recipe("quickstart")
-    together = tables(recipe, 2, device("a100"), 15.0, price=1000.0)[-1]
+    together = mode_tables(recipe, 2, device("a100"), 15.0, price=1000.0)[-1]
     assert [row[0] for row in together.rows] == ["vae", "graft", "baseline", "together"]
     hours, device_hours, cost = (
         [float(row[column].replace(",", "")) for row in together.rows] for column in (2, 3, 4)
@@ -238,16 +237,16 @@ def test_the_last_table_is_the_sum_of_the_stages_in_the_fastest_way_that_fits():
     assert cost[-1] == pytest.approx(sum(cost[:-1]), abs=0.02)
     assert cost[-1] > 0
     assert device_hours[-1] == pytest.approx(2 * hours[-1], abs=0.02)
-    without = tables(load_recipe("quickstart", ["baseline.enabled=false"]), 2, device("a100"), 15.0)[-1]
+    without = mode_tables(load_recipe("quickstart", ["baseline.enabled=false"]), 2, device("a100"), 15.0)[-1]
     assert [row[0] for row in without.rows] == ["vae", "graft", "together"]
     nothing = load_recipe("strong", ["backbone.model=opt-30b", "backbone.config={}"])
-    assert tables(nothing, 1, device("4090"), 15.0)[-1].rows[-1][1] == "without graft, baseline"
+    assert mode_tables(nothing, 1, device("4090"), 15.0)[-1].rows[-1][1] == "without graft, baseline"
 
 
 def test_a_recipe_from_nothing_is_told_what_devices_are_for():
     done = CliRunner().invoke(app, ["estimate", "opt-tiny", "--devices", "2xA100"])
     assert isinstance(done.exception, InputError)
-    assert str(done.exception).startswith("--devices is for training a SentenceVAE, a graft and its twin")
+    assert str(done.exception).startswith("--devices is for training a SentenceVAE, a graft and its baseline")
 
 
 def test_the_tables_of_the_published_set_up_are_current():
