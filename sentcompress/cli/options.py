@@ -45,6 +45,20 @@ class FieldCommand(TyperCommand):
         arguments = [p for p in known if p.param_type_name == "argument"]
         return [*arguments, *options, *known[len(arguments) :]]
 
+    def invoke(self, ctx: Any) -> Any:
+        # typer's own callback may refuse parameters that are not in the function's signature.
+        make_callback: Any = typer.main.get_callback
+        callback: Any = self.callback
+        if "convertors" not in inspect.signature(make_callback).parameters:
+            params = [p for p in self.get_params(ctx) if p.expose_value]  # not --help
+            self.callback = make_callback(
+                callback=callback.__wrapped__, params=params, pretty_exceptions_short=False
+            )
+        try:
+            return super().invoke(ctx)
+        finally:
+            self.callback = callback
+
 
 def model_options(defaults: Callable[[], BaseModel]) -> Callable[[Command], Command]:
     """Give a command that takes ``**settings`` an option for each field of a model.
