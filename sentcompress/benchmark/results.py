@@ -245,7 +245,7 @@ def is_current(target: Path, folder: Path, recipe: Recipe) -> bool:
     finished = [folder / name for name in STAGES if (folder / name / "config.json").is_file()]
     done = {row.part for row in results.rows} | {skipped.part for skipped in results.skipped}
     return (
-        results.recipe == recipe.model_dump(mode="json")
+        results.recipe == recipe.values()
         and results.models == model_digests(finished)
         and done >= set(recipe.bench.metrics)
     )

@@ -146,7 +146,7 @@ class Bench:
         self.results = Results(
             title=self.recipe.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self.recipe.values(),
         )
         self._done: set[str] = set()
         self._shared: dict[Any, Any] = {}

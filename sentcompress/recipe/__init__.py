@@ -134,13 +134,20 @@ class Recipe(Section):
                 f"({self.graft.max_sentences})"
             )
 
+    def values(self) -> dict[str, Any]:
+        """All fields as JSON values, under the names that results and run folders record them by.
+
+        A renamed field keeps its old name there, so that older results and runs still match.
+        """
+        return self.model_dump(mode="json", by_alias=True)
+
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def digest(self) -> str:
         """Twelve hex digits that change with any field; shown in every result."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(self.values(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

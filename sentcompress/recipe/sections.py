@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -117,10 +118,11 @@ class TrainingSettings(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the moving average of the weights, which is then evaluated and saved; null turns it off."""
     spike: float | None = Field(default=None, gt=1)
-    """A loss over this multiple of the median of the last 50 steps is trouble (and at least half a nat over it)."""
-    on_trouble: Literal["stop", "skip", "rollback"] = "stop"
-    """When a loss or gradient is no number, or a spike: end the run, leave the step out, or go back to the newest
-    checkpoint and on with the data after the step (at most 25 steps in a row, or 5 times between two checkpoints)."""
+    """A loss over this multiple of the median of the last 50 steps (and at least half a nat over it) is a spike."""
+    on_anomaly: Literal["stop", "skip", "rollback"] = Field(default="stop", serialization_alias="on_trouble")
+    """When a loss or gradient is NaN or infinite, or a spike: end the run, skip the step, or go back to the newest
+    checkpoint and continue with the data after the step (at most 25 steps in a row, or 5 times between two
+    checkpoints)."""
     precision: Precision = "auto"
     """``auto`` times fp32 against bf16 once on this machine and reports its choice."""
     gradient_checkpointing: bool = False
@@ -149,10 +151,19 @@ class TrainingSettings(Section):
     wandb: bool = False
     """Also log to Weights & Biases (project ``sentcompress``; ``WANDB_MODE=offline`` needs no account)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "on_trouble" not in raw:
+            return raw
+        warnings.warn("the recipe field 'on_trouble' is now called 'on_anomaly'", FutureWarning, stacklevel=2)
+        # If both are there, the later one counts: --set comes after the recipe's own.
+        return {("on_anomaly" if name == "on_trouble" else name): value for name, value in raw.items()}
+
     @model_validator(mode="after")
-    def _can_go_back(self) -> Self:
-        if self.on_trouble == "rollback" and not self.save_every:
-            raise ValueError("on_trouble: rollback goes back to a checkpoint: set save_every")
+    def _rollback_needs_checkpoints(self) -> Self:
+        if self.on_anomaly == "rollback" and not self.save_every:
+            raise ValueError("on_anomaly: rollback goes back to a checkpoint: set save_every")
         return self
 
 
