@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sentcompress import __version__
-from sentcompress.cli import app, experiment, main
+from sentcompress.cli import app, main, train
 from sentcompress.cli.error_messages import explain, report
+from sentcompress.cli.options import override
 from sentcompress.errors import InputError, PluginError, RecipeError, SentCompressError
 
 LISTED = (
@@ -235,53 +236,52 @@ def test_data_becomes_a_dataset_by_suffix_and_content(tmp_path: Path):
         ("f.jsonl.zst", "any", "jsonl"),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
-        section = experiment.data_section(str(tmp_path / name))
+        section = train.data_section(str(tmp_path / name))
         assert (section["name"], section["options"]) == (dataset, {"paths": [str(tmp_path / name)]}), name
     with gzip.open(tmp_path / "g.gz", "wt") as file:
         file.write(lines)
-    assert experiment.data_section(str(tmp_path / "g.gz"))["name"] == "jsonl"
+    assert train.data_section(str(tmp_path / "g.gz"))["name"] == "jsonl"
     (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
-    assert experiment.data_section(str(tmp_path / "h.bin"))["name"] == "text"
+    assert train.data_section(str(tmp_path / "h.bin"))["name"] == "text"
 
 
 def test_data_may_be_a_folder_or_a_glob(tmp_path: Path):
     folder = tmp_path / "corpus"
     (folder / "part").mkdir(parents=True)
     with pytest.raises(InputError, match="no file there"):
-        experiment.data_section(str(folder))
+        train.data_section(str(folder))
     (folder / "a.txt").write_text("text")
-    assert experiment.data_section(str(folder)) == {"name": "text", "options": {"paths": [str(folder)]}}
+    assert train.data_section(str(folder)) == {"name": "text", "options": {"paths": [str(folder)]}}
     (folder / "part" / "b.jsonl").write_text("{}\n")
-    section = experiment.data_section(f"{folder}/")
+    section = train.data_section(f"{folder}/")
     assert section == {"name": "jsonl", "options": {"paths": [f"{folder}/"]}}
-    assert experiment.data_section(f"{folder}/*/*.jsonl")["name"] == "jsonl"
+    assert train.data_section(f"{folder}/*/*.jsonl")["name"] == "jsonl"
     with pytest.raises(InputError, match=r"--data .*nothing.* no file there"):
-        experiment.data_section(str(tmp_path / "nothing*"))
+        train.data_section(str(tmp_path / "nothing*"))
 
 
 def test_the_backbone_brings_its_adapter(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: x\nbackbone: {name: opt, model: opt-125m, options: {}, init: random}\n")
-    backbone = experiment.resolve(str(recipe), None, backbone="gpt2", revision="v1").backbone
+    backbone = train.resolve(str(recipe), None, backbone="gpt2", revision="v1").backbone
     assert (backbone.name, backbone.model, backbone.revision, backbone.init) == (
         None,
         "gpt2",
         "v1",
         "pretrained",
     )
-    backbone = experiment.resolve(str(recipe), None, revision="v1").backbone
+    backbone = train.resolve(str(recipe), None, revision="v1").backbone
     assert (backbone.name, backbone.model, backbone.revision) == ("opt", "opt-125m", "v1")
 
 
 def test_options_change_the_recipe_and_set_has_the_last_word(tmp_path: Path):
     corpus = tmp_path / "a.jsonl"
     corpus.write_text('{"text": "A."}\n')
-    resolved = experiment.resolve(
+    resolved = train.resolve(
         "paper/sllm-125m-h1",
-        ["graft.vae=last/word", "seed=9"],
+        [override("graft.vae", str(tmp_path)), "graft.vae=last/word", "seed=9"],
         backbone="opt-350m",
         data=str(corpus),
-        vae=tmp_path,
         on_bad_line="skip",
     )
     assert resolved.backbone.model == "opt-350m"

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from sentcompress import __version__
 from sentcompress.cli import main, scaffold
-from sentcompress.cli.summaries import summary
+from sentcompress.cli.plugins import summary
 from sentcompress.errors import InputError
 from sentcompress.recipe import load_recipe
 from sentcompress.registry import KINDS, Registry, get_registry

@@ -13,18 +13,16 @@ import typer
 
 from sentcompress import __version__
 from sentcompress.cli import (
-    baseline,
     bench,
     estimate,
     generate,
-    graft,
     harness,
     launch,
     plugins,
     recipes,
     run,
     sweep,
-    train_vae,
+    train,
     validate,
     watch,
 )
@@ -71,9 +69,7 @@ def options(
 # The order here is the order of --help.
 run.add_to(app)
 sweep.add_to(app)
-train_vae.add_to(app)
-graft.add_to(app)
-baseline.add_to(app)
+train.add_to(app)
 launch.add_to(app)
 watch.add_to(app)
 generate.add_to(app)

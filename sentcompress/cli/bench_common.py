@@ -82,7 +82,7 @@ def measure_random(
 
 def random_recipe(recipe: str, backbone: str | None, init: str | None, overrides: list[str]) -> Recipe:
     """A recipe whose backbone has random weights. Raises InputError unless ``--init random`` was given."""
-    from sentcompress.cli.experiment import resolve
+    from sentcompress.cli.train import resolve
     from sentcompress.errors import InputError
 
     if init is None:

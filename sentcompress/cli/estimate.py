@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sentcompress.cli.common import BackboneOption, RecipeArgument, SetOption, console, examples
-from sentcompress.cli.experiment import resolve
+from sentcompress.cli.train import resolve
 
 
 def estimate(

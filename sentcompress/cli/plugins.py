@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import shlex
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sentcompress.cli.common import console, examples
-from sentcompress.cli.summaries import summary
 from sentcompress.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -170,6 +174,40 @@ def _print_options(options: type[BaseModel]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console().print(table)
+
+
+def summary(target: type | str) -> str:
+    """First line of the docstring of a class or of ``"module:Class"``; empty if there is none.
+
+    A class that is not imported yet stays so.
+    """
+    if isinstance(target, str):
+        module, _, name = target.partition(":")
+        text = _docstrings(module).get(name)
+    else:
+        text = target.__dict__.get("__doc__")  # its own, not the one it inherits from the contract
+    return inspect.cleandoc(text).partition("\n")[0].replace("``", "`") if isinstance(text, str) else ""
+
+
+@cache
+def _docstrings(module: str) -> dict[str, str | None]:
+    """Docstrings of a module's classes by name, read from its source: importing it might import torch."""
+    try:
+        tree = ast.parse(_source(module) or "")
+    except Exception:  # the file of a plugin may hold anything; a line of help is not worth an error
+        return {}
+    return {node.name: ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def _source(module: str) -> str | None:
+    """Walk the parent packages one by one: ``find_spec`` on the whole name would import them."""
+    parts = module.split(".")
+    spec: Any = find_spec(parts[0])
+    for end in range(2, len(parts) + 1):
+        if spec is None:
+            return None
+        spec = PathFinder.find_spec(".".join(parts[:end]), spec.submodule_search_locations)
+    return spec.loader.get_source(module) if spec else None
 
 
 def add_to(app: typer.Typer) -> None:

@@ -14,7 +14,7 @@ from sentcompress.cli.common import (
     SetOption,
     examples,
 )
-from sentcompress.cli.experiment import execute, resolve
+from sentcompress.cli.train import execute, resolve
 
 
 def run(
@@ -23,34 +23,30 @@ def run(
     set_: SetOption = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume/--no-resume", help="Pick up where the folder's run stopped, or refuse if it holds one."
-        ),
+        typer.Option("--resume/--no-resume", help="Continue an unfinished run in the folder, or refuse to."),
     ] = True,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     on_bad_line: Annotated[
         Literal["error", "skip"] | None,
-        typer.Option(help="A broken line of a JSON-lines corpus: stop there, or skip and count it."),
+        typer.Option(help="A broken line in a JSON-lines corpus: stop there, or skip and count it."),
     ] = None,
 ) -> None:
-    """Run every stage of a recipe in order and measure the result. A run that stopped is picked up."""
+    """Run every stage of a recipe in order and measure the result. An unfinished run is continued."""
     resolved = resolve(recipe, set_, on_bad_line=on_bad_line)
     folder = execute(
         resolved, out, stages=None, resume=resume and not overwrite, overwrite=overwrite, dry_run=dry_run
     )
-    if dry_run or resolved.pretrain is not None or not resolved.bench.metrics:
+    if dry_run:
         return
-    from sentcompress.benchmark.results import is_current, read_results
-    from sentcompress.benchmark.runner import run_bench
-    from sentcompress.cli.bench_common import show
+    from sentcompress.distributed import processes
+    from sentcompress.pipeline import BENCH, stages_of
 
-    target = folder / "bench"
-    if is_current(target, folder, resolved):
-        typer.echo(f"bench: already done ({target})", err=True)
-        show(read_results(target), target)
-    else:
-        show(run_bench(None, folder, resolved, target), target)
+    if BENCH in stages_of(resolved) and processes().is_main_process:
+        from sentcompress.benchmark.results import read_results
+        from sentcompress.cli.bench_common import show
+
+        show(read_results(folder / BENCH), folder / BENCH)
 
 
 def add_to(app: typer.Typer) -> None:

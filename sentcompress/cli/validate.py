@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from sentcompress.cli.common import RecipeArgument, SetOption, examples
-from sentcompress.cli.experiment import resolve
+from sentcompress.cli.train import resolve
 
 
 def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:

@@ -1,16 +1,29 @@
-"""From a command's options to a checked recipe, and from the recipe to its stages."""
+"""``sentcompress train-vae``, ``graft`` and ``baseline``: one stage each. Also how a command gets its recipe."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sentcompress.cli.options import override
+from sentcompress.cli.common import (
+    BackboneOption,
+    DataOption,
+    DryRunOption,
+    OutOption,
+    OverwriteOption,
+    RecipeArgument,
+    ResumeOption,
+    RevisionOption,
+    SetOption,
+    examples,
+)
+from sentcompress.cli.options import FieldCommand, override, recipe_options
 from sentcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +33,65 @@ _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
+def stage_command(stage: str, summary: str) -> Callable[..., None]:
+    """A command that runs one stage of a recipe.
+
+    Args:
+        stage: its name.
+        summary: help text of the command.
+    """
+
+    def command(
+        recipe: RecipeArgument = "quickstart",
+        backbone: BackboneOption = None,
+        revision: RevisionOption = None,
+        data: DataOption = None,
+        out: OutOption = None,
+        set_: SetOption = None,
+        resume: ResumeOption = False,
+        overwrite: OverwriteOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
+        execute(resolved, out, stages=[stage], resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+    command.__doc__ = summary
+    return command
+
+
+def add_to(app: typer.Typer) -> None:
+    vae = stage_command("vae", "Train a SentenceVAE: sentences to latents and back. Writes OUT/vae.")
+    app.command(
+        "train-vae",
+        epilog=examples(
+            "sentcompress train-vae",
+            "sentcompress train-vae --data 'corpus/*.jsonl' --out out/mine",
+            "sentcompress train-vae paper/vae-768-h1 --backbone opt-125m --dry-run",
+        ),
+    )(vae)
+    graft = stage_command("graft", "Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft.")
+    app.command(
+        "graft",
+        cls=FieldCommand,
+        epilog=examples(
+            "sentcompress graft --out out/quickstart",
+            "sentcompress graft --backbone opt-1.3b --vae out/paper-vae-2048-h1/vae --set graft.tune=lora",
+            "sentcompress graft paper/sllm-125m-h1 --vae out/paper-vae-768-h1/vae --dry-run",
+        ),
+    )(recipe_options(vae="graft.vae")(graft))
+    baseline = stage_command(
+        "baseline",
+        "Fine-tune the same LLM token by token on the graft's text, as the baseline. Writes OUT/baseline.",
+    )
+    app.command(
+        "baseline",
+        epilog=examples(
+            "sentcompress baseline --out out/quickstart",
+            "sentcompress baseline paper/sllm-125m-h1 --data corpus.jsonl --set baseline.learning_rate=1e-5",
+        ),
+    )(baseline)
+
+
 def resolve(
     recipe: str,
     overrides: list[str] | None,
@@ -27,15 +99,14 @@ def resolve(
     backbone: str | None = None,
     revision: str | None = None,
     data: str | None = None,
-    vae: Path | None = None,
     on_bad_line: str | None = None,
 ) -> Recipe:
-    """Read a recipe, change it by the options (``--set`` has the last word) and check it whole.
+    """Read a recipe, change it by the options (``--set`` overrides them) and check it.
 
     Raises:
         RecipeError: the recipe or an override is wrong.
         PluginError: it names a component that is missing or broken.
-        InputError: ``data`` is not there.
+        InputError: ``data`` does not exist.
     """
     from sentcompress.recipe import load_recipe
 
@@ -46,8 +117,6 @@ def resolve(
         changes.append(override("backbone.revision", revision))
     if data is not None:
         changes.append(override("data", data_section(data)))
-    if vae is not None:
-        changes.append(override("graft.vae", str(vae)))
     if on_bad_line is not None:
         changes.append(override("data.options.on_bad_line", on_bad_line))
     loaded = load_recipe(recipe, [*changes, *(overrides or [])])
@@ -85,7 +154,7 @@ def execute(
 
 
 def backbone_overrides(model: str, revision: str | None = None) -> list[str]:
-    """Overrides for ``--backbone`` and ``--revision``; the adapter is found anew, by the model."""
+    """Overrides for ``--backbone`` and ``--revision``; the adapter is chosen again, by the model."""
     from sentcompress.recipe import BackboneSpec
 
     spec = BackboneSpec(model=model, revision=revision)
@@ -96,11 +165,11 @@ def data_section(path: str) -> dict[str, Any]:
     """The recipe's ``data`` for ``--data PATH``: ``jsonl`` if the first file is JSON lines, else ``text``.
 
     Raises:
-        InputError: there is no such file or folder, or something that is no file, such as a pipe.
+        InputError: there is no such file or folder, or it is something else, such as a pipe.
     """
     found = _first_file(path)
     named = found.name.lower().endswith(_JSONL_SUFFIXES)
-    # A folder is searched by suffix, so what only looks like JSON lines would not be found in it.
+    # A folder is searched by suffix: JSON lines in a file with another suffix would not be found.
     json_lines = named or (not Path(path).is_dir() and _holds_json_lines(found))
     return {"name": "jsonl" if json_lines else "text", "options": {"paths": [path]}}
 
@@ -126,5 +195,5 @@ def _holds_json_lines(path: Path) -> bool:
         with opener(path, "rt", encoding="utf-8") as file:
             return isinstance(json.loads(file.readline(1_000_000)), dict)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
-        # Not JSON, not UTF-8, damaged: the text dataset says what is wrong with it, if anything.
+        # Not JSON, not UTF-8 or damaged: the text dataset reports what is wrong with it, if anything.
         return False
