@@ -1,4 +1,7 @@
-"""The stages of a recipe, in order: each is skipped when finished and picked up where it stopped."""
+"""The stages of a recipe, in order: each is skipped when it is done and continued where it stopped.
+
+``sentcompress run`` and Python programs both call :func:`run_recipe`.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,29 @@ from rich.console import Console
 
 from sentcompress.distributed import processes
 from sentcompress.errors import InputError, did_you_mean
-from sentcompress.estimate.plan import plan
 from sentcompress.files import folder_digest, write_atomically
 from sentcompress.recipe import Recipe
+from sentcompress.training.card import provenance
 from sentcompress.training.inputs import Inputs, load_inputs
-from sentcompress.training.loop import Job, run_job, seed_everything
-from sentcompress.training.run_folder import StageFolder, stage_record
+from sentcompress.training.jobs import Job
+from sentcompress.training.loop import seed_everything, train
+from sentcompress.training.run_folder import (
+    BASELINE,
+    COMPLETE,
+    GRAFT,
+    PRETRAIN,
+    VAE,
+    Stage,
+    StageFolder,
+    stage_record,
+)
 
-__all__ = ["STAGES", "Stage", "plan", "run_recipe"]
+BENCH = "bench"
+"""Name of the last stage, which measures the others, and of its folder."""
 
 
 class Run:
-    """A recipe and the folder it runs in; what several stages need is loaded once."""
+    """A recipe and the folder it runs in. Inputs that several stages need are loaded once."""
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe = recipe
@@ -36,41 +50,41 @@ class Run:
     @property
     def vae(self) -> Path:
         """Folder of the SentenceVAE that is grafted."""
-        return Path(self.recipe.graft.vae) if self.recipe.graft.vae else self.out / "vae"
+        return Path(self.recipe.graft.vae) if self.recipe.graft.vae else self.out / VAE.name
 
     @property
     def teacher(self) -> Path | None:
-        """Folder of the LLM the graft learns from; None where there is none, or it is the backbone."""
+        """Folder of the LLM that teaches the graft; None if there is none, or if it is the backbone."""
         named = self.recipe.graft.teacher
         if named in (None, "backbone"):
             return None
-        return self.out / "baseline" if named == "baseline" else Path(str(named)).expanduser()
+        return self.out / BASELINE.name if named == BASELINE.name else Path(str(named)).expanduser()
 
     def graft_inputs(self) -> dict[str, str]:
-        """Digests of the folders a graft takes."""
+        """Digests of the model folders that a graft starts from."""
         digests = {"vae": folder_digest(self.vae)}
-        if self.teacher is not None and (self.teacher / "config.json").is_file():
+        if self.teacher is not None and (self.teacher / COMPLETE).is_file():
             digests["teacher"] = folder_digest(self.teacher)
         return digests
 
     def check_graft(self, stages: Sequence[str]) -> None:
-        """Refuse a graft whose SentenceVAE or teacher will not be there, before anything is read or trained.
+        """Refuse a graft that will lack its SentenceVAE or teacher, before anything is read or trained.
 
         Raises:
             InputError: naming the folder.
         """
-        if "graft" not in stages:
+        if GRAFT.name not in stages:
             return
-        done = (self.out / "graft" / "config.json").is_file()  # needs its SentenceVAE no more
-        if "vae" not in stages and not done and not (self.vae / "config.json").is_file():
+        done = (self.out / GRAFT.name / COMPLETE).is_file()  # no longer needs its SentenceVAE
+        if VAE.name not in stages and not done and not (self.vae / COMPLETE).is_file():
             raise InputError(
                 f"graft: no SentenceVAE in '{self.vae}'",
-                fix="train it first, with the same recipe and --out: sentcompress train-vae; or give one: --vae DIR",
+                fix="train it first, with the same recipe and --out: sentcompress train-vae; or name one: --vae DIR",
             )
-        folder, own = self.teacher, self.recipe.graft.teacher == "baseline"
-        if folder is None or (own and "baseline" in stages):
+        folder, own = self.teacher, self.recipe.graft.teacher == BASELINE.name
+        if folder is None or (own and BASELINE.name in stages):
             return
-        if not (folder / "config.json").is_file():
+        if not (folder / COMPLETE).is_file():
             raise InputError(
                 f"graft.teacher: no model in '{folder}'",
                 fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
@@ -78,17 +92,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One line of the table of stages.
+class TrainingStage:
+    """How a stage is trained in a run.
 
     Attributes:
-        name: also its folder.
+        stage: its name, recipe section and dependencies.
         wanted: whether a recipe has it.
         job: builds its job; called after the random generators were seeded.
-        inputs: digests of what it takes from earlier stages, cheap to compute, as the job records them.
+        inputs: digests of what it takes from earlier stages, named as in the job, and cheap to compute.
     """
 
-    name: str
+    stage: Stage
     wanted: Callable[[Recipe], bool]
     job: Callable[[Run], Job]
     inputs: Callable[[Run], dict[str, str]] = lambda _: {}
@@ -122,101 +136,185 @@ def _grafts(recipe: Recipe) -> bool:
     return recipe.pretrain is None
 
 
-STAGES = (
-    Stage("pretrain", lambda recipe: recipe.pretrain is not None, _pretrain),
-    Stage("vae", lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
-    Stage("graft", _grafts, _graft, Run.graft_inputs),
-    Stage("baseline", lambda recipe: _grafts(recipe) and recipe.baseline.enabled, _baseline),
-)
+STAGES = {
+    entry.stage.name: entry
+    for entry in (
+        TrainingStage(PRETRAIN, lambda recipe: recipe.pretrain is not None, _pretrain),
+        TrainingStage(VAE, lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
+        TrainingStage(GRAFT, _grafts, _graft, Run.graft_inputs),
+        TrainingStage(BASELINE, lambda recipe: _grafts(recipe) and recipe.baseline.enabled, _baseline),
+    )
+}
+"""The training stages, in order."""
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Names of the stages that a recipe has, in order."""
+    names = [name for name, entry in STAGES.items() if entry.wanted(recipe)]
+    if recipe.graft.teacher == BASELINE.name:
+        names.sort(key=lambda name: name == GRAFT.name)  # the baseline teaches the graft, so it comes first
+    measured = _grafts(recipe) and recipe.bench.metrics
+    return [*names, BENCH] if measured else names
 
 
 def run_recipe(
     recipe: Recipe,
     out: Path,
     *,
-    stages: list[str] | None = None,
+    stages: Sequence[str] | None = None,
     resume: bool = True,
     overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Run stages of a recipe; finished ones are left as they are, a started one goes on.
+    """Run the stages of a recipe. Stages that are done are left as they are; an unfinished one is continued.
 
     Args:
         out: folder of the run.
-        stages: names, in order; None runs all that the recipe has.
-        resume: go on with a stage that was started; False refuses it.
-        overwrite: run every stage again in place of what is there.
+        stages: names, in order; None runs all that the recipe has, the benchmark last.
+        resume: continue an unfinished stage; False refuses it.
+        overwrite: replace the trained stages that are there.
 
     Returns:
-        held-out figures of each stage.
+        held-out figures of each trained stage. The benchmark writes its results into its folder.
 
     Raises:
         InputError: a stage's folder holds another run, or there is no such stage.
-        SentCompressError: as :func:`~sentcompress.training.loop.run_job` says.
+        SentCompressError: as :func:`~sentcompress.training.loop.train` and
+            :func:`~sentcompress.benchmark.runner.run_bench` say.
     """
     main = processes().is_main_process
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)
-    chosen = _chosen(recipe, stages)
-    run.check_graft([stage.name for stage in chosen])
-    results, busy = {}, False
-    for stage in chosen:
-        folder = out / stage.name
-        if (figures := _look(run, stage, resume=resume, overwrite=overwrite)) is not None:
-            console.print(f"{stage.name}: already done ({folder})")
-            results[stage.name] = figures
-            continue
-        held = StageFolder(folder, stage.name, {}).locked() if main else nullcontext()
-        with held:  # before anything of another run is touched
-            if main:
-                write_atomically(out / "recipe.yaml", recipe.dump())
-            busy = True
-            seed_everything(recipe.seed)
-            # Rank 0 fills the token cache, the others find it.
-            with processes().main_process_first():
-                job = stage.job(run)
-            results[stage.name] = run_job(job, folder, recipe, resume=resume, overwrite=overwrite)
-    console.print(f"everything is done: {out}" if not busy else f"done: {out}")
+    chosen = _checked(stages) if stages is not None else stages_of(recipe)
+    run.check_graft(chosen)
+    results: dict[str, dict[str, float]] = {}
+    skipped = []
+    for name in chosen:
+        if name == BENCH:
+            done = _run_bench(run)
+        else:
+            done, results[name] = _run_stage(run, STAGES[name], resume=resume, overwrite=overwrite)
+        if done:
+            skipped.append(name)
+            console.print(f"{name}: already done ({out / name})")
+    console.print(f"everything is done: {out}" if skipped == chosen else f"done: {out}")
     return results
 
 
+def run_job(
+    job: Job,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """Train a single job in a folder. A finished one is left as it is.
+
+    Args:
+        folder: of the stage, such as ``OUT/graft``.
+        resume: continue from the newest undamaged checkpoint, or start if there is none.
+        overwrite: replace the run in the folder, once the new one has taken its first step.
+
+    Returns:
+        held-out figures at the end.
+
+    Raises:
+        InputError: the folder holds another run or one in progress, or the settings do not fit the model.
+        SentCompressError: as :func:`~sentcompress.training.loop.train` says.
+    """
+    stage = StageFolder(folder, job.stage, {})
+    return _train(stage, recipe, lambda: job, resume=resume, overwrite=overwrite, console=console)
+
+
 def check_folder(recipe: Recipe, out: Path) -> None:
-    """Refuse a folder in which some stage of the recipe could not be run or gone on with. Reads only.
+    """Refuse a folder in which some stage of the recipe could not be run or continued. Reads only.
 
     Raises:
-        InputError: a stage's folder holds something else, or the same stage made of something else.
+        InputError: a stage's folder holds something else, or the same stage made from something else.
     """
-    for stage in _chosen(recipe, None):
-        folder = StageFolder(out / stage.name, stage.name, stage_record(stage.name, recipe, {}))
-        folder.check(resume=True, overwrite=False, partial=True)
+    for name in stages_of(recipe):
+        if name != BENCH:
+            stage = STAGES[name].stage
+            folder = StageFolder(out / name, stage, stage_record(stage, recipe, {}))
+            folder.check(resume=True, overwrite=False, partial=True)
 
 
-def _chosen(recipe: Recipe, names: list[str] | None) -> list[Stage]:
-    if names is None:
-        wanted = [stage for stage in STAGES if stage.wanted(recipe)]
-        if recipe.graft.teacher == "baseline":
-            # The twin teaches the graft and comes before it.
-            wanted.sort(key=lambda stage: stage.name == "graft")
-        return wanted
-    table = {stage.name: stage for stage in STAGES}
+def _checked(names: Sequence[str]) -> list[str]:
+    known = [*STAGES, BENCH]
     for name in names:
-        if name not in table:
-            raise InputError(f"no stage '{name}'.{did_you_mean(name, table)}", fix=f"use {', '.join(table)}")
-    return [table[name] for name in names]
+        if name not in known:
+            raise InputError(f"no stage '{name}'.{did_you_mean(name, known)}", fix=f"use {', '.join(known)}")
+    return list(names)
 
 
-def _look(run: Run, stage: Stage, *, resume: bool, overwrite: bool) -> dict[str, float] | None:
-    """Figures of a finished stage, None when there is work to do. Refuses quickly, before anything is built.
-
-    Raises:
-        InputError: the stage's folder holds something else.
-    """
-    path = run.out / stage.name
-    folder = StageFolder(path, stage.name, stage_record(stage.name, run.recipe, {}))
-    if processes().is_main_process and folder.interrupted:
-        with folder.locked():  # unless the run that is replacing it goes on
+def _run_stage(
+    run: Run, entry: TrainingStage, *, resume: bool, overwrite: bool
+) -> tuple[bool, dict[str, float]]:
+    """Whether a stage was done already, and its held-out figures."""
+    main = processes().is_main_process
+    stage, recipe = entry.stage, run.recipe
+    folder = StageFolder(run.out / stage.name, stage, stage_record(stage, recipe, {}))
+    # A first look, so that a folder is refused before the job is built. It needs no lock.
+    if main and folder.interrupted:
+        with folder.locked():  # refused if the run that replaces it is in progress
             folder.recover()
     processes().wait_for_everyone()
     if folder.finished and not overwrite:
-        folder.record = stage_record(stage.name, run.recipe, stage.inputs(run))
+        folder.record = stage_record(stage, recipe, entry.inputs(run))
     folder.check(resume=resume, overwrite=overwrite, partial=True)
-    return folder.figures() if folder.finished and not overwrite else None
+    if folder.finished and not overwrite:
+        return True, folder.figures()
+
+    def build() -> Job:
+        if main:
+            write_atomically(run.out / "recipe.yaml", recipe.dump())
+        seed_everything(recipe.seed)
+        # Rank 0 fills the token cache, the others find it.
+        with processes().main_process_first():
+            return entry.job(run)
+
+    return False, _train(folder, recipe, build, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    folder: StageFolder,
+    recipe: Recipe,
+    build: Callable[[], Job],
+    *,
+    resume: bool,
+    overwrite: bool,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """Lock the folder of a stage, build its job, check the folder and train."""
+    ranks = processes()
+    with folder.locked() if ranks.is_main_process else nullcontext():
+        if ranks.is_main_process:
+            folder.recover()
+        job = build()
+        ranks.wait_for_everyone()
+        folder.record = stage_record(folder.stage, recipe, job.inputs)
+        folder.check(resume=resume, overwrite=overwrite)
+        if folder.finished and not overwrite:
+            return folder.figures()
+        ranks.wait_for_everyone()  # all processes have read the folder before it changes
+        if ranks.is_main_process:
+            folder.open(overwrite=overwrite, about=provenance(recipe))
+        ranks.wait_for_everyone()
+        try:
+            return train(job, folder, recipe, console)
+        finally:
+            if ranks.is_main_process:
+                folder.restore()
+
+
+def _run_bench(run: Run) -> bool:
+    """Measure the models of a run; return whether that was done already."""
+    from sentcompress.benchmark.results import is_current
+    from sentcompress.benchmark.runner import run_bench
+
+    target = run.out / BENCH
+    if is_current(target, run.out, run.recipe):
+        return True
+    run_bench(None, run.out, run.recipe, target)
+    return False

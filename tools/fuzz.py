@@ -256,9 +256,9 @@ class Checkpoints(Kind):
         super().__init__(folder)
         from rich.console import Console
 
+        from sentcompress.pipeline import run_job
         from sentcompress.recipe import build_recipe
         from sentcompress.training.jobs.token_level import PretrainJob
-        from sentcompress.training.loop import run_job
 
         shape = {
             "hidden_size": 16,
@@ -283,7 +283,7 @@ class Checkpoints(Kind):
         from rich.console import Console
 
         from sentcompress.files import manifest
-        from sentcompress.training.loop import run_job
+        from sentcompress.pipeline import run_job
         from sentcompress.training.run_status import Watcher
 
         shutil.rmtree(self.stage, ignore_errors=True)

@@ -24,10 +24,11 @@ from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.pipeline import run_job
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.jobs.graft import GraftJob
-from sentcompress.training.loop import run_job, seed_everything
+from sentcompress.training.loop import seed_everything
 
 
 class SeesEverything(OPTBackbone):

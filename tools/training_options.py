@@ -28,7 +28,7 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import PassageSampler
-from sentcompress.training.memory import recompute_activations
+from sentcompress.training.tuning import recompute_activations
 
 Batch = dict[str, Tensor]
 Change = Callable[[Batch], Batch]

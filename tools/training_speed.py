@@ -26,7 +26,7 @@ from sentcompress.recipe import load_recipe
 from sentcompress.text.sampling import START, PassageSampler
 from sentcompress.text.token_sampling import PassageTokenSampler
 from sentcompress.training.jobs.token_level import TokenLM
-from sentcompress.training.optimization import build_optimizer
+from sentcompress.training.preparation import build_optimizer
 
 PAD = 64
 """Sentences a document and tokens a sentence of the padded batches."""

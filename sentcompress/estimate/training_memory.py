@@ -35,9 +35,8 @@ from sentcompress.modeling.losses import TokenLoss, rows_at_once, rows_in_cache
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe, TrainingSettings
 from sentcompress.training.jobs.token_level import TokenLM
-from sentcompress.training.memory import recompute_activations
-from sentcompress.training.optimization import trainable
-from sentcompress.training.tuning import apply_tune
+from sentcompress.training.preparation import trainable
+from sentcompress.training.tuning import apply_tune, recompute_activations
 
 Stage = Literal["vae", "graft", "baseline"]
 TrainedModel = SentenceLM | TokenLM

@@ -1,6 +1,6 @@
-"""Checkpoints: an ordinary model folder plus everything that is needed to go on exactly where it stopped.
+"""Checkpoints: an ordinary model folder plus everything needed to continue training exactly.
 
-Nothing is pickled: tensors are in safetensors, the rest is JSON; sizes and digests of all files are recorded.
+Nothing is pickled: tensors are in safetensors, the rest is JSON. A manifest records the size and digest of each file.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sentcompress.errors import ModelFolderError
 from sentcompress.files import (
@@ -27,14 +32,16 @@ from sentcompress.files import (
     storage_errors,
     temporary_path,
     whole_folder,
-    write_atomically,
 )
-from sentcompress.training.sharding import read_parts, spread_like
+from sentcompress.training.sharding import is_sharded, read_shards, shard_like
+
+if TYPE_CHECKING:
+    from sentcompress.training.preparation import WeightAverage
 
 MANIFEST = "manifest.json"
 TENSORS = "training_state.safetensors"
-PARTS = "training_state"
-"""In place of the file above, a folder of what each process has of a model that is spread over them."""
+SHARDS = "training_state"
+"""A folder of shards, one per process, that replaces the file above when the model is sharded."""
 STATE = "training_state.json"
 
 
@@ -42,8 +49,8 @@ class CheckpointStore:
     """The ``checkpoints`` folder of a stage.
 
     Args:
-        folder: where they are.
-        keep: how many to keep.
+        folder: the folder.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -54,15 +61,15 @@ class CheckpointStore:
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps there are checkpoints of, whole or not, oldest first."""
+        """Steps that have a checkpoint, damaged or not, oldest first."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
         return sorted(
             int(path.name[5:]) for path in found if path.name[5:].isdecimal() and path.name.isascii()
         )
 
-    def parts(self, step: int) -> Path:
-        """Where all processes write their parts while the first one saves."""
-        return temporary_path(self.path(step)) / PARTS
+    def shards(self, step: int) -> Path:
+        """The folder in which all processes write their shards while the first one saves the rest."""
+        return temporary_path(self.path(step)) / SHARDS
 
     def save(
         self,
@@ -71,16 +78,16 @@ class CheckpointStore:
         write_tensors: Callable[[Path], None],
         state: dict[str, Any],
     ) -> Path:
-        """Write a checkpoint whole or not at all, then drop those over ``keep``.
+        """Write a checkpoint completely or not at all, then delete old ones so that ``keep`` remain.
 
         Args:
             step: steps done.
-            write: fills a folder with the model.
-            write_tensors: puts the training state there, such as :func:`write_tensors`.
+            write: writes the model into a folder.
+            write_tensors: writes the training state there, such as :func:`write_tensors`.
             state: JSON values.
 
         Raises:
-            StorageError: the disk is full or refuses; earlier checkpoints are untouched.
+            StorageError: the disk is full or not writable; earlier checkpoints are unchanged.
         """
         path = self.path(step)
         with whole_folder(path) as temporary:
@@ -93,24 +100,24 @@ class CheckpointStore:
         return path
 
     def drop(self, *steps: int) -> None:
-        """Delete checkpoints, and what earlier deletions left. Raises StorageError where that is refused."""
+        """Delete checkpoints, and the remains of interrupted deletions. Raises StorageError if that is refused."""
         for step in steps:
             with storage_errors(self.folder):
                 set_aside(self.path(step))
-        for left in self.folder.glob(".step-*.gone"):  # those of runs that were killed too
+        for left in self.folder.glob(".step-*.gone"):  # also of runs that were killed
             shutil.rmtree(left, ignore_errors=True)
 
     def latest(self, warn: Callable[[str], None], before: int | None = None) -> Path | None:
-        """The newest whole checkpoint; damaged ones after it are named through ``warn``.
+        """The newest undamaged checkpoint; ``warn`` gets a line about each damaged one after it.
 
         Args:
-            before: only those of earlier steps.
+            before: consider only checkpoints of earlier steps.
 
         Returns:
-            its folder, or None when there is no checkpoint at all.
+            its folder, or None if there is no checkpoint at all.
 
         Raises:
-            ModelFolderError: there are checkpoints, and all are damaged.
+            ModelFolderError: all checkpoints are damaged.
         """
         problems = []
         for step in reversed(self.steps()):
@@ -121,30 +128,30 @@ class CheckpointStore:
             if problem is None:
                 return path
             problems.append(f"{path}: {problem}")
-            warn(f"damaged checkpoint left out: {path}: {problem}")
+            warn(f"damaged checkpoint skipped: {path}: {problem}")
         if problems:
             raise ModelFolderError(
-                "no checkpoint is whole:\n  " + "\n  ".join(problems),
-                fix="restore one from a copy, or start over with --overwrite",
+                "all checkpoints are damaged:\n  " + "\n  ".join(problems),
+                fix="restore one from a backup, or start over with --overwrite",
             )
         return None
 
 
 def unusable(checkpoint: Path, why: str) -> ModelFolderError:
-    """A checkpoint that is whole and yet nothing to go on from."""
+    """An undamaged checkpoint that training cannot continue from."""
     return ModelFolderError(
         f"{checkpoint}: {why}",
-        fix="delete that folder, and the checkpoint before it is taken; or start over with --overwrite",
+        fix="delete that folder to continue from the checkpoint before it, or start over with --overwrite",
     )
 
 
 def check_checkpoint(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None when it is whole."""
+    """Describe what is wrong with a checkpoint; None if it is undamaged."""
     record = read_json(path / MANIFEST)
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
         return f"{MANIFEST} is missing or broken"
     files = record["files"]
-    if STATE not in files or not any(name == TENSORS or name.startswith(f"{PARTS}/") for name in files):
+    if STATE not in files or not any(name == TENSORS or name.startswith(f"{SHARDS}/") for name in files):
         return f"{MANIFEST} does not name {STATE} and {TENSORS}"
     if problem := damage(path, files):
         return problem
@@ -155,12 +162,12 @@ def check_checkpoint(path: Path) -> str | None:
         field = ".".join(map(str, first["loc"])) or "it"
         return f"{STATE}: {field}: {first['msg']}"
     if path.name != f"step-{state.step:06d}":
-        return f"{STATE}: step: {state.step} is not that of the folder's name"
+        return f"{STATE}: step: {state.step} differs from the folder's name"
     return None
 
 
 class _State(BaseModel):
-    """``training_state.json``: what must be in it, and of which kind."""
+    """The fields of ``training_state.json`` and their types."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     step: int = Field(ge=0)
@@ -175,26 +182,26 @@ class _State(BaseModel):
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint that :func:`check_checkpoint` found whole."""
+    """The JSON state of a checkpoint that :func:`check_checkpoint` has passed."""
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     return state
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by ``group/name`` into a checkpoint's folder."""
+    """Write tensors by ``group/name`` into the folder of a checkpoint."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a whole checkpoint, spread over the processes as the model is.
+    """The tensors of a checkpoint, sharded over the processes as the model is.
 
     Args:
         like: the model's parameters by name.
     """
-    if (path / PARTS).is_dir():
-        return read_parts(path / PARTS, like)
+    if (path / SHARDS).is_dir():
+        return read_shards(path / SHARDS, like)
     tensors = load_file(path / TENSORS)
-    return {name: spread_like(value, like.get(name.rpartition("/")[2])) for name, value in tensors.items()}
+    return {name: shard_like(value, like.get(name.rpartition("/")[2])) for name, value in tensors.items()}
 
 
 def grouped(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,7 +216,7 @@ def ungrouped(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, a shared one once: the weights as they train, not their average."""
+    """Parameters and persistent buffers, shared ones once: the weights in training, not their average."""
     persistent = model.state_dict().keys()
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors |= {name: buffer.detach() for name, buffer in model.named_buffers() if name in persistent}
@@ -218,18 +225,18 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Put saved weights back.
+    """Restore saved weights.
 
     Raises:
-        ModelFolderError: names or shapes are not this model's.
+        ModelFolderError: names or shapes differ from this model's.
     """
     own = model_tensors(model)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if wrong:
         raise ModelFolderError(
-            f"{source}: not a checkpoint of this model: '{wrong[0]}' and {len(wrong) - 1} more differ",
-            fix="resume with the recipe it was started with, or start over with --overwrite",
+            f"{source}: is not a checkpoint of this model: '{wrong[0]}' and {len(wrong) - 1} more differ",
+            fix="resume with the original recipe, or start over with --overwrite",
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
@@ -248,7 +255,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
 ) -> None:
-    """Put saved optimizer state back."""
+    """Restore saved optimizer state."""
     states: dict[int, dict[str, Tensor]] = {}
     numbers = {name: i for i, name in enumerate(names)}
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
@@ -284,7 +291,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def load_random_tensors(tensors: dict[str, Tensor]) -> None:
-    """Put saved states of the random generators back."""
+    """Restore saved states of the random generators."""
     gauss = tensors["python_gauss"].tolist()
     random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = tensors["numpy_position"].tolist()
@@ -295,6 +302,78 @@ def load_random_tensors(tensors: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+@dataclass
+class TrainingState:
+    """The tensors that a run needs to continue exactly: weights, optimizer moments, average, random states.
+
+    Args:
+        model, optimizer, average: in training.
+        names: the optimizer's parameters, in its order.
+        rank, world: index of this process, and number of processes.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    names: list[str]
+    average: WeightAverage | None
+    rank: int
+    world: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by ``group/name``, not copied. All processes must call this.
+
+        If the model is sharded, each process gets its own shards and its own random state. Otherwise the first process
+        gets the random states of all.
+        """
+        random_states = grouped(str(self.rank), random_tensors())
+        if self.world > 1 and not is_sharded(self.model):
+            gathered = gather_object([random_states])
+            random_states = {name: value for states in gathered for name, value in states.items()}
+        tensors = grouped("weights", model_tensors(self.model))
+        tensors |= grouped("optimizer", optimizer_tensors(self.optimizer, self.names))
+        tensors |= grouped("random", random_states)
+        if self.average:
+            tensors |= grouped("average", self.average.average)
+        return tensors
+
+    def load(self, checkpoint: Path) -> bool:
+        """Restore what :meth:`tensors` returned, perhaps in another number of processes.
+
+        Returns:
+            whether the checkpoint has this process's random state.
+
+        Raises:
+            ModelFolderError: the checkpoint is of another model, or its tensors are not those that were saved.
+        """
+        try:
+            return self._load(checkpoint)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise unusable(checkpoint, f"its training state cannot be restored: {error}") from error
+
+    def _load(self, checkpoint: Path) -> bool:
+        tensors = read_tensors(checkpoint, dict(self.model.named_parameters()))
+        load_model_tensors(self.model, ungrouped("weights", tensors), checkpoint)
+        load_optimizer_tensors(self.optimizer, self.names, ungrouped("optimizer", tensors))
+        if self.average:
+            self.average.load(ungrouped("average", tensors))
+        random_states = ungrouped(f"random/{self.rank}", tensors)
+        if random_states:
+            load_random_tensors(random_states)
+        return bool(random_states)
+
+    def final_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has its final weights: the averaged ones, if there are any."""
+        return self.average.in_place() if self.average else nullcontext()
+
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the computer's memory, which training does not change; tensors that share memory still do."""
+    copies: dict[tuple[object, ...], Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # a sharded tensor stays sharded
+        memory = (own.untyped_storage().data_ptr(), own.storage_offset(), tensor.shape, own.stride())
+        if memory not in copies:
+            copies[memory] = tensor.detach().to("cpu", copy=True)
+        result[name] = copies[memory]
+    return result

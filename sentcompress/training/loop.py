@@ -5,40 +5,35 @@ from __future__ import annotations
 import math
 import random
 import signal
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 
-from sentcompress.distributed import Interruption, on_cpu, processes
-from sentcompress.errors import InputError, NumericsError, TerminatedError
+from sentcompress.distributed import Interruption, processes
+from sentcompress.errors import NumericsError, TerminatedError
 from sentcompress.recipe import Recipe
 from sentcompress.text.prefetch import Prefetcher, prefetch
-from sentcompress.training import checkpoints as saved
-from sentcompress.training.anomalies import MAX_ROLLBACKS, LossWatch
+from sentcompress.training.anomalies import LossWatch, Rollback, explain_out_of_memory, numerics_error
 from sentcompress.training.card import provenance, render_card, resume_command
-from sentcompress.training.heartbeat import Heartbeat
-from sentcompress.training.job import Job
-from sentcompress.training.memory import explain_out_of_memory, recompute_activations
-from sentcompress.training.monitor import MetricsLog, TrainingProgress
-from sentcompress.training.optimization import WeightAverage, build_optimizer, trainable
-from sentcompress.training.precision import choose_precision
-from sentcompress.training.run_folder import BEST, SECTIONS, StageFolder, stage_record
-from sentcompress.training.saving import Saver
-from sentcompress.training.sharding import let_go, spread
-from sentcompress.training.state import TrainingState
-from sentcompress.training.step import Batch, StepOutput, Stepper, StepResult, Window
-
-__all__ = ["Batch", "Job", "StepOutput", "run_job", "seed_everything"]
-
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-"""Our names of precisions to accelerate's."""
+from sentcompress.training.checkpoints import (
+    CheckpointStore,
+    TrainingState,
+    load_random_tensors,
+    random_tensors,
+    read_state,
+    unusable,
+)
+from sentcompress.training.jobs import Job
+from sentcompress.training.monitor import Monitor
+from sentcompress.training.preparation import prepare, trainable
+from sentcompress.training.run_folder import BEST, StageFolder
+from sentcompress.training.saving import BestModel, Saver
+from sentcompress.training.sharding import reshard
+from sentcompress.training.step import Stepper, StepResult, Window
 
 
 def seed_everything(seed: int) -> None:
@@ -48,381 +43,288 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run_job(
-    job: Job,
-    folder: Path,
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> dict[str, float]:
-    """Train a job in a stage's folder. A finished stage is recognised and left as it is.
-
-    Args:
-        folder: ``OUT/<stage>``.
-        resume: go on from the newest whole checkpoint, or start where there is none.
-        overwrite: replace the run that is there, once the new one has taken its first step.
+def train(job: Job, stage: StageFolder, recipe: Recipe, console: Console | None = None) -> dict[str, float]:
+    """Train a job in an open folder, from its newest checkpoint if there is one. All processes must call this.
 
     Returns:
         held-out figures at the end.
 
     Raises:
-        InputError: the folder holds another run or one that is going on, or the settings do not fit the model.
-        NumericsError: loss or gradient became NaN or infinite, and ``on_trouble`` had no more to offer.
-        OutOfMemoryError: names the settings that lower it.
-        StorageError: a file cannot be written; what was saved before is intact.
-        KeyboardInterrupt: Ctrl-C; the step was finished and saved.
-        TerminatedError: SIGTERM; the step was finished and saved.
+        InputError: the settings do not fit the model.
+        ModelFolderError: no checkpoint can be used.
+        NumericsError: loss or gradient became NaN or infinite, and ``on_anomaly`` could not help.
+        OutOfMemoryError: names the settings to lower.
+        StorageError: a file cannot be written; earlier checkpoints are intact.
+        KeyboardInterrupt: Ctrl-C; the current step was finished and saved.
+        TerminatedError: SIGTERM; the current step was finished and saved.
     """
-    stage = StageFolder(folder, job.stage, stage_record(job.stage, recipe, job.inputs))
-    ranks = processes()
-    with stage.locked() if ranks.is_main_process else nullcontext():
-        if ranks.is_main_process:
-            stage.recover()
-        ranks.wait_for_everyone()
-        stage.check(resume=resume, overwrite=overwrite)
-        if stage.finished and not overwrite:
-            return stage.figures()
-        ranks.wait_for_everyone()  # everyone has read before anything changes
-        if ranks.is_main_process:
-            stage.open(overwrite=overwrite, about=provenance(recipe))
-        ranks.wait_for_everyone()
-        try:
-            with Heartbeat(folder, job.settings.steps, shown=ranks.is_main_process) as heartbeat:
-                return _Run(job, stage, recipe, heartbeat, console).train()
-        finally:
-            if ranks.is_main_process:
-                stage.restore()
+    main = processes().is_main_process
+    with Monitor(job.stage.name, stage.path, job.settings, main, console) as monitor:
+        return _Training(job, stage, recipe, monitor).run()
 
 
-class _Run:
-    """A stage being trained, from its newest whole checkpoint if there is one."""
+@dataclass
+class _Progress:
+    """How far training has come; saved with each checkpoint.
 
-    def __init__(
-        self, job: Job, stage: StageFolder, recipe: Recipe, heartbeat: Heartbeat, console: Console | None
-    ) -> None:
-        self.heartbeat = heartbeat
-        self.job, self.stage, self.recipe, self.settings = job, stage, recipe, job.settings
-        ranks = processes()
-        self.main, self.world, self.rank = (
-            ranks.is_main_process,
-            ranks.num_processes,
-            ranks.process_index,
-        )
-        self.progress = TrainingProgress(job.stage, self.settings.steps, shown=self.main, console=console)
-        self.store = saved.CheckpointStore(stage.checkpoints, self.settings.keep)
-        checkpoint = self.store.latest(self.progress.note)
-        state = saved.read_state(checkpoint) if checkpoint else {}
-        self.start = int(state.get("step", 0))
-        if checkpoint and self.start > self.settings.steps:
-            why = f"is of step {self.start:,}, and the run has {self.settings.steps:,}"
-            raise saved.unusable(checkpoint, why)
-        self.next_batch = int(state.get("next_batch", 0))
-        self.watch = LossWatch(self.settings)
-        self.rollbacks = 0
-        self.gone_back: Path | None = None  # to this checkpoint, and no step was taken since
-        self.tokens = 0
-        self.seconds = float(state.get("seconds", 0.0))
-        self.figures: dict[str, float] = dict(state.get("figures", {}))
-        self.best: float | None = state.get("best")
-        self.accelerator = self._accelerator(state.get("precision"))
-        self._prepare()
-        if checkpoint:
-            self._load(checkpoint, state)
-            self.progress.start = self.start
-            self.progress.note(f"going on from {checkpoint}")
-        else:
-            # Weights were drawn from the seed when the job was built; dropout must differ between processes.
-            seed_everything(recipe.seed + self.rank)
+    Attributes:
+        step: steps done.
+        next_batch: number of the first micro-batch of the next step, over all processes.
+        tokens: real tokens trained on.
+        seconds: spent in steps.
+        figures: the newest held-out figures.
+    """
 
-    def _accelerator(self, before: str | None) -> Accelerator:
-        ranks = processes()
-        choice = [before, "as before"]
-        if before is None:
-            if self.main:
-                choice = [*choose_precision(self.settings.precision, self.job.width, ranks.device)]
-            if self.world > 1:
-                broadcast_object_list(choice)
-        self.precision = str(choice[0])
-        self.progress.note(f"{self.precision} on {ranks.device} ({choice[1]})")
-        # Accelerate keeps one precision for the whole process, but a recipe's stages may differ.
-        AcceleratorState._reset_state()
-        # One latent has nothing to choose from: queries and keys of the attention to it are in no product.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Accelerator(mixed_precision=MIXED[self.precision], cpu=on_cpu(), kwargs_handlers=[unused])
+    step: int = 0
+    next_batch: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
 
-    def _prepare(self) -> None:
-        model, settings = self.job.model, self.settings
-        if not trainable(model):
-            raise InputError("nothing of the model learns with these settings", fix="choose another 'tune'")
-        if settings.gradient_checkpointing:
-            if not getattr(model, "supports_gradient_checkpointing", False):
-                raise InputError(
-                    f"{SECTIONS[self.job.stage]}.gradient_checkpointing: {type(model).__name__} cannot do it",
-                    fix=f"set it to false, and lower {' or '.join(self.job.batch_fields)} instead",
-                )
-            recompute_activations(model)
-        spreading = settings.distributed == "fsdp" and self.world > 1
-        if spreading:
-            spread(model, self.job.units, self.accelerator.device, self.world)
-        else:
-            model.to(self.accelerator.device)
-        if settings.compile:
-            model.compile()  # in place, so that weights keep their names
-        optimizer, names = build_optimizer(model, settings)
-        self.average = WeightAverage(model, settings.ema) if settings.ema else None
-        self.optimizer = self.accelerator.prepare(optimizer)
-        prepared = model if spreading else self.accelerator.prepare(model)
+
+class _Training:
+    """A stage in training."""
+
+    def __init__(self, job: Job, stage: StageFolder, recipe: Recipe, monitor: Monitor) -> None:
+        self.job, self.stage, self.recipe, self.monitor = job, stage, recipe, monitor
+        ranks, settings = processes(), job.settings
+        store = CheckpointStore(stage.checkpoints, settings.keep)
+        checkpoint = store.latest(monitor.note)
+        saved = read_state(checkpoint) if checkpoint else {}
+        if checkpoint and int(saved["step"]) > settings.steps:
+            why = f"it is at step {int(saved['step']):,}, but the run has {settings.steps:,} steps"
+            raise unusable(checkpoint, why)
+        self.progress = _Progress()
+        self.best = BestModel(settings.keep_best, saved.get("best"))
+        self.prepared = prepare(job, saved.get("precision"), monitor.note)
         self.state = TrainingState(
-            model, self.optimizer.optimizer, names, self.average, self.rank, self.world
+            job.model,
+            self.prepared.optimizer.optimizer,
+            self.prepared.parameter_names,
+            self.prepared.average,
+            ranks.process_index,
+            ranks.num_processes,
         )
-        self.saver = Saver(
-            self.job, self.stage, self.recipe, self.store, self.state, settings.background_saves
-        )
+        self.saver = Saver(job, stage, recipe, store, self.state, settings.background_saves)
         self.stepper = Stepper(
-            self.job.loss, prepared, self.optimizer, self.accelerator, settings, self.watch
+            job.loss,
+            self.prepared.model,
+            self.prepared.optimizer,
+            self.prepared.accelerator,
+            settings,
+            LossWatch(settings),
         )
+        self.rollback = Rollback(store, job.stage, monitor.note)
+        if checkpoint:
+            self._load(checkpoint)
+            self.progress.seconds = float(saved.get("seconds", 0.0))
+            self.progress.figures = dict(saved.get("figures", {}))
+            monitor.progress.start = self.progress.step
+            monitor.note(f"continuing from {checkpoint}")
+        else:
+            # The job drew its weights from the seed when it was built; dropout must differ between processes.
+            seed_everything(recipe.seed + self.state.rank)
 
-    def _load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        own_random_state = self.state.load(checkpoint)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.watch.recent.clear()
-        self.watch.recent.extend(state.get("recent_losses", ()))
-        self.tokens = int(state["tokens"])
-        if not own_random_state:  # a process that was not there before: its dropout is its own from here on
-            seed_everything(self.recipe.seed + self.rank + int(state["next_batch"]))
-
-    def train(self) -> dict[str, float]:
-        """Train to the end; raises as :func:`run_job` says."""
-        settings, job = self.settings, self.job
-        log, batches = self._log_from(self.start), self._batches()
+    def run(self) -> dict[str, float]:
+        """Train to the end."""
+        settings, progress, monitor = self.job.settings, self.progress, self.monitor
+        monitor.start(progress.step)
+        batches = self._batches()
+        first, save_due = progress.step + 1, False
+        memory_errors = explain_out_of_memory(self.job.stage.section, self.job.batch_fields)
         try:
-            with Interruption() as interruption, explain_out_of_memory(SECTIONS[job.stage], job.batch_fields):
+            with Interruption() as interruption, memory_errors:
                 window = Window(batches)
-                done, due = self.start, False
-                while done < settings.steps:
-                    done += 1
-                    result = self._step(done, batches, interruption)
-                    if result.trouble and settings.on_trouble == "rollback":
-                        done = self._roll_back(result.trouble)
+                while progress.step < settings.steps:
+                    result = self._step(batches, interruption)
+                    if self.monitor.main and progress.step == first:
+                        self.stage.forget_previous()
+                    if result.anomaly and settings.on_anomaly == "rollback":
+                        self._roll_back(result.anomaly)
                         batches.close()
-                        if log:
-                            log.close()
-                        log, batches = self._log_from(done), self._batches()
+                        monitor.start(progress.step)
+                        batches = self._batches()
                         window = Window(batches)
-                        self._note_trouble(done, result.trouble, log)
+                        monitor.anomaly(progress.step, result.anomaly)
                         continue
-                    if result.trouble:
-                        self._note_trouble(done, result.trouble, log)
+                    if result.anomaly:
+                        monitor.anomaly(progress.step, result.anomaly)
                     window.add(result)
-                    last = done == settings.steps
-                    if done % settings.log_every == 0 or last:
-                        self._log(done, window, log)
+                    last = progress.step == settings.steps
+                    if last or progress.step % settings.log_every == 0:
+                        self._log(window)
                         window = Window(batches)
                     self.saver.check()
                     with window.paused():
-                        best = False
-                        if settings.eval_every and done % settings.eval_every == 0 and not last:
-                            self._evaluate(done, log)
-                            best = self._is_best(done)
-                        due = due or (settings.save_every is not None and done % settings.save_every == 0)
-                        # Weights whose loss is no number are nothing to go back to: one is owed until they are better.
-                        if (due and not result.trouble) or last or result.interrupted:
-                            self._checkpoint(done, best)
-                            due = False
+                        best = not last and self._is_due(settings.eval_every) and self._evaluate()
+                        save_due = save_due or self._is_due(settings.save_every)
+                        # After an anomaly wait for a good step: nobody should go back to these weights.
+                        if last or result.interrupted or (save_due and not result.anomaly):
+                            self._checkpoint(best)
+                            save_due = False
                         elif best:
-                            self.saver.best(self._card(done))
+                            self.saver.best(self._card())
                     if result.interrupted and not last:
-                        self.saver.wait()
-                        self._say_how_to_go_on(done)
-                        self._end(result.terminated, f"asked to end (SIGTERM); saved {self.store.path(done)}")
-                self._evaluate(settings.steps, log)
-                if self._is_best(settings.steps):
-                    self.saver.best(self._card(settings.steps))
-                self._finish()
-                self._end_if_asked(interruption)
+                        self._stop_early(result.terminated)
+                if self._evaluate():
+                    self.saver.best(self._card())
+                self.saver.final(self._card(), self._about())
+                monitor.note(f"done: {self.stage.path}")
+                self._stop_if_signalled(interruption)
         finally:
             batches.close()
-            self.progress.close()
-            if log:
-                log.close()
+            monitor.close()
             self.saver.close()
-        return self.figures
+        return progress.figures
 
-    def _log_from(self, step: int) -> MetricsLog | None:
-        """``metrics.jsonl`` after the lines up to ``step``, in the first process."""
-        if not self.main:
-            return None
-        return MetricsLog(self.stage.path, step, self.settings.tensorboard, self.settings.wandb)
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
 
     def _batches(self) -> Prefetcher:
         """This process's micro-batches from ``next_batch`` on."""
-        first, job = self.next_batch + self.rank, self.job
-        return prefetch(lambda i: job.batch(first + i * self.world), start=0)
+        job, world = self.job, self.state.world
+        first = self.progress.next_batch + self.state.rank
+        return prefetch(lambda i: job.batch(first + i * world), start=0)
 
-    def _note_trouble(self, done: int, trouble: str, log: MetricsLog | None) -> None:
-        self.progress.note(f"{trouble}; not taken")
-        if log:
-            log.write(done, {"event": trouble})
-
-    def _roll_back(self, trouble: str) -> int:
-        """Go back to the newest checkpoint that is any good, but not in the data; return its step."""
-        self.saver.wait()
-        checkpoint = self.store.latest(self.progress.note)
-        if checkpoint is not None and checkpoint == self.gone_back:
-            # Other data, and the first step fails again: it is the weights.
-            step = int(saved.read_state(checkpoint)["step"])
-            older = self.store.latest(self.progress.note, before=step)
-            processes().wait_for_everyone()  # all have looked
-            if older is not None:
-                self.progress.note(f"{checkpoint} is no better: deleted")
-                if self.main:
-                    self.store.drop(step)
-                checkpoint = older
-        if checkpoint is None or self.rollbacks == MAX_ROLLBACKS:
-            why = f"after {self.rollbacks} rollbacks" if checkpoint else "nothing was saved to go back to"
-            raise NumericsError(
-                f"{self.job.stage}: {trouble}, {why}",
-                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or set save_every",
-            )
-        self.rollbacks += 1
-        self.gone_back = checkpoint
-        state = saved.read_state(checkpoint)
-        self._load(checkpoint, state)
-        self.progress.note(f"back to {checkpoint}, on with batch {self.next_batch}")
-        return int(state["step"])
-
-    def _step(self, done: int, batches: Prefetcher, interruption: Interruption) -> StepResult:
+    def _step(self, batches: Prefetcher, interruption: Interruption) -> StepResult:
+        progress, settings = self.progress, self.job.settings
+        number = progress.step
         try:
-            result = self.stepper.step(done - 1, batches, self.next_batch, lambda: interruption.signal)
+            result = self.stepper.step(number, batches, progress.next_batch, lambda: interruption.signal)
         except NumericsError as error:
-            self.saver.writer.wait()  # one may be on its way
-            steps = self.store.steps()
-            good = str(self.store.path(steps[-1])) if steps else "none was saved yet"
-            raise NumericsError(
-                f"{self.job.stage}: {error.message}; last good checkpoint: {good}",
-                fix=f"lower {SECTIONS[self.job.stage]}.learning_rate, raise warmup_steps, or use fp32; "
-                "if it is always this batch, look at its text; on_trouble: skip or rollback go on without it",
-            ) from None
-        self.next_batch += self.settings.gradient_accumulation * self.world
-        if self.main and done == self.start + 1:
-            self.stage.forget_previous()
-        if self.average and not result.skipped:
-            self.average.update(done - 1)
-        if not result.trouble:
-            self.tokens += result.tokens
-            self.gone_back = None
-        self.seconds += result.seconds
-        self.progress.advance(done)
-        self.heartbeat.beat("training", done)
+            self.saver.writer.wait()  # a checkpoint may be on its way
+            raise numerics_error(error, self.job.stage, self.saver.store) from None
+        progress.step += 1
+        progress.next_batch += settings.gradient_accumulation * self.state.world
+        progress.seconds += result.seconds
+        if self.state.average and not result.skipped:
+            self.state.average.update(number)
+        if not result.anomaly:
+            progress.tokens += result.tokens
+            self.rollback.last = None
+        self.monitor.step(progress.step)
         return result
 
-    def _log(self, done: int, window: Window, log: MetricsLog | None) -> None:
+    def _roll_back(self, anomaly: str) -> None:
+        """Restore a checkpoint, but continue with the data after the step that failed."""
+        self.saver.wait()
+        checkpoint = self.rollback.choose(anomaly)
+        next_batch = self.progress.next_batch
+        self._load(checkpoint)
+        self.progress.next_batch = next_batch
+        self.monitor.note(f"back to {checkpoint}, continuing with batch {next_batch}")
+
+    def _load(self, checkpoint: Path) -> None:
+        """Restore the weights, the random state and the position of a checkpoint."""
+        saved = read_state(checkpoint)
+        own_random_state = self.state.load(checkpoint)
+        if self.prepared.accelerator.scaler is not None:
+            self.prepared.accelerator.scaler.load_state_dict(saved["scaler"])
+        recent = self.stepper.watch.recent
+        recent.clear()
+        recent.extend(saved.get("recent_losses", ()))
+        self.progress.step = int(saved["step"])
+        self.progress.next_batch = int(saved.get("next_batch", 0))
+        self.progress.tokens = int(saved["tokens"])
+        if not own_random_state:  # this process is new in the run: its dropout starts here
+            seed_everything(self.recipe.seed + self.state.rank + self.progress.next_batch)
+
+    def _log(self, window: Window) -> None:
         figures = window.figures()
-        if not figures:
-            return
-        self.progress.update(done, figures)
-        self.heartbeat.beat("training", done, figures)
-        if log:
-            log.write(done, figures | {"tokens": self.tokens, "seconds": round(self.seconds, 3)})
+        if figures:
+            totals = {"tokens": self.progress.tokens, "seconds": round(self.progress.seconds, 3)}
+            self.monitor.figures(self.progress.step, figures, totals)
 
-    def _evaluate(self, done: int, log: MetricsLog | None) -> None:
-        before = saved.random_tensors()
-        self.heartbeat.beat("evaluating", done)
-        model = self.job.model
+    def _evaluate(self) -> bool:
+        """Measure the held-out figures; return whether they are the best so far and the model is to be kept."""
+        step, model = self.progress.step, self.job.model
+        random_states = random_tensors()
+        self.monitor.busy("evaluating", step)
         model.eval()
-        with torch.no_grad(), self.state.final_weights(), self.accelerator.autocast():
-            self.figures = self.job.evaluate(model)
-        let_go(model)
-        saved.load_random_tensors(before)  # training goes on as if nothing had been measured
-        self.progress.heldout(done, self.figures)
-        if log:
-            log.write(done, {"eval": self.figures})
+        with torch.no_grad(), self.state.final_weights(), self.prepared.accelerator.autocast():
+            self.progress.figures = self.job.evaluate(model)
+        reshard(model)
+        load_random_tensors(random_states)  # the evaluation does not change the training after it
+        self.monitor.heldout(step, self.progress.figures)
+        improved = self.best.improved(self.progress.figures)
+        if improved:
+            self.monitor.note(f"best so far after step {step}: {improved}, kept in {BEST}/")
+        return improved is not None
 
-    def _card(self, done: int) -> str:
-        facts = {
-            "steps": f"{done} of {self.settings.steps}",
-            "training_tokens": f"{self.tokens:,}",
-            "training_seconds": round(self.seconds),
-            "precision": f"{self.precision} on {self.accelerator.device}, {self.world} process(es), "
-            f"{torch.get_num_threads()} thread(s)",
-            "seed": self.recipe.seed,
-        }
-        return render_card(self.job.card(), self.recipe, self.stage.path, facts, self.figures)
-
-    def _checkpoint(self, done: int, best: bool) -> None:
-        self.rollbacks = 0  # it got past what it went back for
-        self.heartbeat.beat("saving", done)
-        scaler = self.accelerator.scaler
+    def _checkpoint(self, best: bool) -> None:
+        progress, scaler = self.progress, self.prepared.accelerator.scaler
+        self.rollback.count = 0  # training got past the step that it went back for
+        self.monitor.busy("saving", progress.step)
         values = {
-            "step": done,
-            "next_batch": self.next_batch,
-            "recent_losses": list(self.watch.recent),
-            "processes": self.world,
-            "precision": self.precision,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "figures": _numbers(self.figures),
-            "best": self.best,
+            "step": progress.step,
+            "next_batch": progress.next_batch,
+            "recent_losses": list(self.stepper.watch.recent),
+            "processes": self.state.world,
+            "precision": self.prepared.precision,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "figures": _finite(progress.figures),
+            "best": self.best.value,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        self.saver.checkpoint(done, self._card(done), values, best=best)
-        if complaint := self.saver.complaint():
-            self.progress.note(complaint)
+        self.saver.checkpoint(progress.step, self._card(), values, best=best)
+        if warning := self.saver.wait_warning():
+            self.monitor.note(warning)
 
-    def _is_best(self, done: int) -> bool:
-        """Whether the weights are to be kept: the first held-out figure has never been lower."""
-        if not self.settings.keep_best or not self.figures:
-            return False
-        name, value = next(iter(self.figures.items()))
-        # Not "value >= best": what is no number is not the best, and nothing is worse than it.
-        if not math.isfinite(value) or (self.best is not None and not value < self.best):
-            return False
-        self.best = value
-        self.progress.note(f"best so far after step {done}: {name} {value:.4g}, kept in {BEST}/")
-        return True
+    def _card(self) -> str:
+        progress = self.progress
+        facts = {
+            "steps": f"{progress.step} of {self.job.settings.steps}",
+            "training_tokens": f"{progress.tokens:,}",
+            "training_seconds": round(progress.seconds),
+            "precision": f"{self.prepared.precision} on {self.prepared.accelerator.device}, "
+            f"{self.state.world} process(es), {torch.get_num_threads()} thread(s)",
+            "seed": self.recipe.seed,
+        }
+        return render_card(self.job.card(), self.recipe, self.stage.path, facts, progress.figures)
 
-    def _end_if_asked(self, interruption: Interruption) -> None:
-        """The stage is done, but whoever asked for an end in its last moments wants none after it."""
-        asked = torch.tensor([interruption.signal is not None, interruption.signal == signal.SIGTERM])
-        asked = asked.float().to(self.accelerator.device)
-        if self.world > 1:
-            asked = self.accelerator.reduce(asked)
-        stop, terminated = (asked > 0).tolist()
-        if stop:
-            self._end(terminated, "done, and asked to end (SIGTERM)")
-
-    def _end(self, terminated: bool, why: str) -> NoReturn:
-        """End as Ctrl-C does, or as SIGTERM."""
-        if terminated:
-            raise TerminatedError(f"{self.job.stage}: {why}", fix=f"go on with: {resume_command()}")
-        raise KeyboardInterrupt
-
-    def _say_how_to_go_on(self, done: int) -> None:
-        self.progress.note(f"stopped after step {done} and saved {self.store.path(done)}")
-        self.progress.note(f"go on with: {resume_command()}")
-
-    def _finish(self) -> None:
-        about = {
-            "stage": self.job.stage,
+    def _about(self) -> dict[str, Any]:
+        """``run.json`` of the finished stage."""
+        return {
+            "stage": self.job.stage.name,
             "fields": self.stage.record,
             **provenance(self.recipe),
-            "steps": self.settings.steps,
-            "tokens": self.tokens,
+            "steps": self.job.settings.steps,
+            "tokens": self.progress.tokens,
             "trainable_parameters": sum(p.numel() for p in trainable(self.job.model).values()),
-            "seconds": self.seconds,
-            "saving_seconds": round(self.saver.held_up, 3),
-            "precision": self.precision,
-            "device": str(self.accelerator.device),
-            "processes": self.world,
-            "figures": _numbers(self.figures),
+            "seconds": self.progress.seconds,
+            "saving_seconds": round(self.saver.wait_seconds, 3),
+            "precision": self.prepared.precision,
+            "device": str(self.prepared.accelerator.device),
+            "processes": self.state.world,
+            "figures": _finite(self.progress.figures),
         }
-        self.saver.final(self._card(self.settings.steps), about)
-        self.progress.note(f"done: {self.stage.path}")
+
+    def _stop_early(self, terminated: bool) -> NoReturn:
+        """Stop after a signal; the current step has been saved."""
+        self.saver.wait()
+        checkpoint = self.saver.store.path(self.progress.step)
+        self.monitor.note(f"stopped after step {self.progress.step} and saved {checkpoint}")
+        self.monitor.note(f"continue with: {resume_command()}")
+        self._stop(terminated, f"stopped by SIGTERM; saved {checkpoint}")
+
+    def _stop_if_signalled(self, interruption: Interruption) -> None:
+        """The stage is done, but a signal in its last moments also stops the stages after it."""
+        received = torch.tensor([interruption.signal is not None, interruption.signal == signal.SIGTERM])
+        received = received.float().to(self.prepared.accelerator.device)
+        if self.state.world > 1:
+            received = self.prepared.accelerator.reduce(received)
+        stop, terminated = (received > 0).tolist()
+        if stop:
+            self._stop(terminated, "done, then stopped by SIGTERM")
+
+    def _stop(self, terminated: bool, why: str) -> NoReturn:
+        """End as after SIGTERM, or as after Ctrl-C."""
+        if terminated:
+            raise TerminatedError(f"{self.job.stage.name}: {why}", fix=f"continue with: {resume_command()}")
+        raise KeyboardInterrupt
 
 
-def _numbers(figures: dict[str, float]) -> dict[str, float]:
-    """Those that JSON can hold."""
+def _finite(figures: dict[str, float]) -> dict[str, float]:
+    """The figures that JSON can hold."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}

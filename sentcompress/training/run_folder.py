@@ -1,43 +1,56 @@
-"""The folder of one stage: whose it is, whether it is finished, and how it is replaced without a loss.
+"""The stages of training, and the folder of one stage: what it was made from, whether it is finished, how it is locked.
 
-A stage is finished when its ``config.json`` exists: that file is moved in last. ``run.json`` says what the
-stage was made of.
+A stage is finished when its ``config.json`` exists: that file is moved in last. ``run.json`` records what the stage was
+made from. No torch.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
-from sentcompress.files import read_json, storage_errors
+from sentcompress.files import hold_lock, read_json, storage_errors, write_atomically
 from sentcompress.recipe import Recipe
-from sentcompress.training.checkpoints import write_json
-from sentcompress.training.heartbeat import read_heartbeat
+from sentcompress.training.monitor import read_heartbeat
 
 RUN = "run.json"
-MARK = "config.json"
+COMPLETE = "config.json"
+"""The file that marks a finished stage."""
 BEST = "best"
-"""Folder in a stage's, of the model with the best held-out figure so far."""
+"""Subfolder with the model that had the best held-out figure so far."""
 
-SECTIONS = {"pretrain": "pretrain", "vae": "train_vae", "graft": "graft", "baseline": "graft"}
-"""The section of the recipe with each stage's training settings."""
 
-DEPENDS = {
-    "pretrain": ("seed", "data", "segmenter", "backbone", "pretrain"),
-    "vae": ("seed", "data", "segmenter", "backbone", "fusion", "vae", "train_vae"),
-    "graft": ("seed", "data", "segmenter", "backbone", "graft"),
-    "baseline": ("seed", "data", "segmenter", "backbone", "graft", "baseline"),
-}
-"""What of the recipe each stage's result depends on. Results of earlier stages come in as ``inputs``."""
+@dataclass(frozen=True)
+class Stage:
+    """A training stage.
 
-FREE = (
+    Attributes:
+        name: also the name of its folder.
+        section: the recipe section with its training settings.
+        depends_on: recipe fields that its result depends on. The results of earlier stages count as ``inputs``.
+    """
+
+    name: str
+    section: str
+    depends_on: tuple[str, ...]
+
+
+_CORPUS = ("seed", "data", "segmenter", "backbone")
+PRETRAIN = Stage("pretrain", "pretrain", (*_CORPUS, "pretrain"))
+VAE = Stage("vae", "train_vae", (*_CORPUS, "fusion", "vae", "train_vae"))
+GRAFT = Stage("graft", "graft", (*_CORPUS, "graft"))
+BASELINE = Stage("baseline", "graft", (*_CORPUS, "graft", "baseline"))
+
+GRAFT_ONLY = ("teacher", "teacher_share", "shortlist_rank")
+"""Fields of the recipe section ``graft`` that do not affect the baseline."""
+NOT_COMPARED = (
     "log_every",
     "eval_every",
     "eval_batches",
@@ -52,25 +65,29 @@ FREE = (
     "on_trouble",
     "spike",
 )
-"""Training settings that do not change the weights (of a run without trouble), so that they may change when a stage is
-resumed."""
-ACCUMULATION, TOGETHER = "gradient_accumulation", "micro_batches_a_step"
+"""Training settings, as named in ``run.json``, that do not affect the weights (of a run without anomalies). They may
+change when a stage is resumed."""
+ACCUMULATION, MICRO_BATCHES = "gradient_accumulation", "micro_batches_a_step"
 
 
-def stage_record(stage: str, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What a stage is made of, by dotted name: the fields of its parts of the recipe, and its inputs."""
-    values = recipe.model_dump(mode="json")
-    record = _flat({name: values[name] for name in DEPENDS[stage]})
-    section = SECTIONS[stage]
-    for name in FREE:
-        record.pop(f"{section}.{name}", None)
-    if f"{section}.{ACCUMULATION}" in record:
-        # Three processes with one micro-batch each take the steps of one with three, and go on with what it left.
-        record[f"{section}.{TOGETHER}"] = record.pop(f"{section}.{ACCUMULATION}") * process_count()
-    if stage == "baseline":
-        for name in ("teacher", "teacher_share", "shortlist_rank"):  # of the graft alone
+def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What a stage is made from, by dotted name: the recipe fields it depends on, and its inputs."""
+    values = recipe.values()
+    record = _flat({name: values[name] for name in stage.depends_on})
+    for name in NOT_COMPARED:
+        record.pop(f"{stage.section}.{name}", None)
+    accumulation, micro_batches = _batch_fields(stage)
+    if accumulation in record:
+        # Three processes with one micro-batch each take the same steps as one process with three.
+        record[micro_batches] = record.pop(accumulation) * process_count()
+    if stage == BASELINE:
+        for name in GRAFT_ONLY:
             del record[f"graft.{name}"]
     return record | {f"inputs.{name}": digest for name, digest in inputs.items()}
+
+
+def _batch_fields(stage: Stage) -> tuple[str, str]:
+    return f"{stage.section}.{ACCUMULATION}", f"{stage.section}.{MICRO_BATCHES}"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -88,10 +105,10 @@ class StageFolder:
     Args:
         path: the folder.
         stage: its stage.
-        record: what it is to be made of (:func:`stage_record`).
+        record: what it is to be made from (:func:`stage_record`).
     """
 
-    def __init__(self, path: Path, stage: str, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, stage: Stage, record: dict[str, Any]) -> None:
         self.path = path
         self.stage = stage
         self.record = record
@@ -100,7 +117,7 @@ class StageFolder:
 
     @property
     def finished(self) -> bool:
-        return (self.path / MARK).is_file() and any(self.path.glob("model*.safetensors"))
+        return (self.path / COMPLETE).is_file() and any(self.path.glob("model*.safetensors"))
 
     @property
     def started(self) -> bool:
@@ -108,51 +125,47 @@ class StageFolder:
 
     @property
     def interrupted(self) -> bool:
-        """An older run still stands aside: the one that replaces it goes on, or was killed."""
+        """An older run is still set aside: the run that replaces it is in progress, or was killed."""
         return self._previous.exists()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, which may ask again; the system lets it go when the process ends.
+        """Hold the folder's lock during the block.
 
         Raises:
             InputError: another process holds it.
-            StorageError: the folder above cannot be written.
+            StorageError: the parent folder cannot be written.
         """
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0, is_singleton=True)
-        with storage_errors(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire()
-            except Timeout:
+        with ExitStack() as stack:
+            with storage_errors(self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(hold_lock(self.path.with_name(f".{self.path.name}.lock")))
+            if not held:
                 other = read_heartbeat(self.path) or {}
                 who = f" (process {other['pid']} on {other['host']})" if {"pid", "host"} <= set(other) else ""
                 raise InputError(
                     f"{self.path}: another run is writing here{who}",
-                    fix="wait for it, stop it, or choose another --out",
-                ) from None
-        try:
+                    fix="wait for it to end, stop it, or choose another --out",
+                )
             yield
-        finally:
-            lock.release()
 
     def check(self, *, resume: bool, overwrite: bool, partial: bool = False) -> None:
-        """Refuse what must not be touched. Reads only.
+        """Refuse a folder that this run must not change. Reads only.
 
         Args:
-            partial: compare only what ``record`` has; not all inputs were looked at.
+            partial: compare only the inputs that ``record`` has; not all of them are known yet.
 
         Raises:
-            InputError: it holds another run, something else, or the same stage made of something else.
+            InputError: it holds other files, another run, or the same stage made from something else.
         """
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path}: is a file, not a folder", fix="choose another --out")
         saved = read_json(self.path / RUN)
-        if not isinstance(saved, dict) or saved.get("stage") != self.stage:
+        if not isinstance(saved, dict) or saved.get("stage") != self.stage.name:
             raise InputError(
-                f"{self.path}: holds files that are no '{self.stage}' stage of ours; nothing was touched",
+                f"{self.path}: is not a sentcompress '{self.stage.name}' folder; left unchanged",
                 fix="choose another --out, or delete the folder yourself",
             )
         if overwrite:
@@ -169,37 +182,43 @@ class StageFolder:
         self._check_same(fields)
         if not resume and not self.finished:
             raise InputError(
-                f"{self.path}: holds a run that is not finished",
-                fix="go on with it with --resume, or replace it with --overwrite",
+                f"{self.path}: holds an unfinished run",
+                fix="continue it with --resume, or replace it with --overwrite",
             )
 
     def _check_same(self, saved: dict[str, Any]) -> None:
-        old, new = (f"{SECTIONS[self.stage]}.{name}" for name in (ACCUMULATION, TOGETHER))
-        if old in saved:  # written by a version that did not count processes; mostly there was one
-            saved = {**saved, new: saved[old]}
-            del saved[old]
-        if self.finished and new in self.record:  # whoever computed it, it is there
-            saved[new] = self.record[new]
-        # A field that came with a later version, at its default: the run was made as if it had been there.
+        accumulation, micro_batches = _batch_fields(self.stage)
+        if accumulation in saved:  # an older version recorded this field; most of its runs had one process
+            saved = {**saved, micro_batches: saved[accumulation]}
+            del saved[accumulation]
+        if self.finished and micro_batches in self.record:  # the number of processes no longer matters
+            saved[micro_batches] = self.record[micro_batches]
+        not_compared = {f"{self.stage.section}.{name}" for name in NOT_COMPARED}
+        # A field that an older version did not have, at its default: the run was made as if it had been there.
         defaults = stage_record(self.stage, Recipe(name="defaults"), {})
-        later = {n for n in defaults if n not in saved and self.record.get(n) == defaults[n]}
-        names = [n for n in [*saved, *self.record] if saved.get(n) != self.record.get(n) and n not in later]
+        added = {n for n in defaults if n not in saved and self.record.get(n) == defaults[n]}
+        names = [
+            name
+            for name in dict.fromkeys([*saved, *self.record])
+            if saved.get(name) != self.record.get(name) and name not in added | not_compared
+        ]
         if not names:
             return
         lines = [
             f"  {name}: {saved.get(name, '(absent)')!r} there, {self.record.get(name, '(absent)')!r} now"
-            for name in dict.fromkeys(names)
+            for name in names
         ]
-        back = "put these fields back"
-        if set(names) == {new}:  # which is no field: it follows from two things that are
-            back = f"choose processes (launch -n) and {old} so that their product is {saved.get(new)}"
+        change = "restore these fields"
+        if names == [micro_batches]:  # not a field of the recipe: it is the product of two settings
+            product = saved.get(micro_batches)
+            change = f"choose processes (launch -n) and {accumulation} so that their product is {product}"
         raise InputError(
             f"{self.path}: was made with another recipe:\n" + "\n".join(lines),
-            fix=f"{back}, choose another --out, or replace it with --overwrite",
+            fix=f"{change}, choose another --out, or replace it with --overwrite",
         )
 
     def recover(self) -> None:
-        """Tidy up after a run that was killed while it replaced this folder: the older one comes back."""
+        """Clean up after a run that was killed while it replaced this folder: restore the older run if needed."""
         if not self._previous.exists():
             return
         if self.finished or (self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))):
@@ -208,7 +227,7 @@ class StageFolder:
             self.restore()
 
     def open(self, *, overwrite: bool, about: dict[str, Any]) -> None:
-        """Begin: move an older run aside if it is to be replaced, and write ``run.json``.
+        """Set an older run aside if this one replaces it, and write ``run.json``.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -217,19 +236,24 @@ class StageFolder:
             if overwrite and self.path.exists():
                 self.path.rename(self._previous)
             self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / RUN, {"stage": self.stage, "fields": self.record, **about})
+        write_json(self.path / RUN, {"stage": self.stage.name, "fields": self.record, **about})
 
     def restore(self) -> None:
-        """The new run did not get going: put the older one back."""
+        """The new run failed before its first step: restore the older one."""
         if self._previous.exists():
             shutil.rmtree(self.path, ignore_errors=True)
             self._previous.rename(self.path)
 
     def forget_previous(self) -> None:
-        """The new run has got going: the older one goes."""
+        """The new run has taken its first step: delete the older one."""
         shutil.rmtree(self._previous, ignore_errors=True)
 
     def figures(self) -> dict[str, float]:
         """Held-out figures of a finished stage."""
         saved = read_json(self.path / RUN)
         return dict(saved.get("figures") or {}) if isinstance(saved, dict) else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON completely or not at all."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

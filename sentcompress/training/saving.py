@@ -1,11 +1,13 @@
-"""Saving a stage: checkpoints, the best model so far, the model at the end."""
+"""Saving a stage: checkpoints, the best model so far, the final model."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -14,31 +16,101 @@ from torch import Tensor
 from sentcompress.distributed import processes
 from sentcompress.files import move_files, storage_errors, temporary_folder, whole_folder
 from sentcompress.recipe import Recipe
-from sentcompress.training.background import BackgroundWriter
-from sentcompress.training.checkpoints import CheckpointStore, write_json, write_tensors
-from sentcompress.training.job import Job
+from sentcompress.training.checkpoints import CheckpointStore, TrainingState, snapshot, write_tensors
+from sentcompress.training.jobs import Job
 from sentcompress.training.monitor import no_library_bars
-from sentcompress.training.run_folder import BEST, MARK, RUN, SECTIONS, StageFolder
-from sentcompress.training.sharding import is_spread, write_parts
-from sentcompress.training.state import TrainingState, snapshot
+from sentcompress.training.run_folder import BEST, COMPLETE, RUN, StageFolder, write_json
+from sentcompress.training.sharding import is_sharded, write_shards
 
-MOST_HELD_UP = 0.05
-"""Share of the time that training may wait for saves before it is said."""
-UNSAID_SECONDS = 60.0
-"""A run that is younger says nothing of it."""
+MAX_WAIT_SHARE = 0.05
+"""Share of the time that training may wait for saves without a warning."""
+MIN_RUN_SECONDS = 60.0
+"""No such warning before the run is this old."""
+
+Write = Callable[[], object]
+
+
+class BackgroundWriter:
+    """Writes in a thread of its own while training continues, one thing at a time.
+
+    Args:
+        enabled: False writes at once, and waits.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, write: Write) -> None:
+        """Start to write, after the previous write. Raises what that one raised, as :meth:`wait` does."""
+        self.wait()
+        if not self.enabled:
+            write()
+            return
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = Thread(target=run, name="saving")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the last write raised, if it has ended; do not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raise what the last write raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def finish(self) -> None:
+        """Wait for the last write and ignore its error: another one is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+class BestModel:
+    """The best held-out figure so far: the first of them, where lower is better.
+
+    Args:
+        enabled: False never keeps a best model.
+        value: from the checkpoint that training continues from.
+    """
+
+    def __init__(self, enabled: bool, value: float | None) -> None:
+        self.enabled, self.value = enabled, value
+
+    def improved(self, figures: Mapping[str, float]) -> str | None:
+        """Remember a new best figure and describe it; None if there is no improvement."""
+        if not self.enabled or not figures:
+            return None
+        name, value = next(iter(figures.items()))
+        if not math.isfinite(value) or (self.value is not None and value >= self.value):
+            return None
+        self.value = value
+        return f"{name} {value:.4g}"
 
 
 class Saver:
-    """Writes in the first process, from copies of the weights, while training goes on.
+    """Saves a run. The first process writes, from copies of the weights, while training continues.
 
-    What is spread over processes, each writes its part of. All processes must call every method.
+    If the model is sharded, each process writes its own shard. All processes must call every method.
 
     Args:
         state: of the run.
         background: False makes no copy of the optimizer's state, and waits.
 
     Attributes:
-        held_up: seconds that training has waited for saves.
+        wait_seconds: time that training has waited for saves.
     """
 
     def __init__(
@@ -51,37 +123,37 @@ class Saver:
         background: bool,
     ) -> None:
         self.job, self.stage, self.recipe, self.store, self.state = job, stage, recipe, store, state
-        self.spread = is_spread(state.model)
-        # Of its own, as training talks at the same time; of the CPU, where the copies are.
-        self.group = torch.distributed.new_group(backend="gloo") if self.spread else None
+        self.sharded = is_sharded(state.model)
+        # A separate group, since training communicates at the same time; of the CPU, where the copies are.
+        self.group = torch.distributed.new_group(backend="gloo") if self.sharded else None
         self.writer = BackgroundWriter(background)
         self.main = processes().is_main_process
-        self.held_up = 0.0
-        self._began, self._said = time.monotonic(), False
+        self.wait_seconds = 0.0
+        self._began, self._warned = time.monotonic(), False
 
     def checkpoint(self, step: int, card: str, values: dict[str, Any], *, best: bool) -> None:
-        """Save all that is needed to go on.
+        """Save everything needed to continue.
 
         Args:
             card: of the model.
-            values: what there is to remember besides tensors.
+            values: the part of the state that is not tensors.
             best: also save the model as the best so far, from the same copy.
         """
-        with self._holding_up():
+        with self._timed():
             self._checkpoint(step, card, values, best)
 
     def _checkpoint(self, step: int, card: str, values: dict[str, Any], best: bool) -> None:
-        self.writer.wait()  # before there are two copies
+        self.writer.wait()  # so that there is one copy at a time
         model, tensors = self._model(card), self.state.tensors()
-        if not (self.main or self.spread):
+        if not (self.main or self.sharded):
             return
         if self.writer.enabled:
             tensors = snapshot(tensors)
 
         def write(folder: Path) -> None:
-            if self.spread:
+            if self.sharded:
                 torch.distributed.barrier(self.group)  # until the first process has made the folder
-                write_parts(self.store.parts(step), tensors, self.group)
+                write_shards(self.store.shards(step), tensors, self.group)
             else:
                 write_tensors(folder, tensors)
 
@@ -96,8 +168,8 @@ class Saver:
             self.writer.submit(lambda: write(self.store.folder))
 
     def best(self, card: str) -> None:
-        """Save the model as the best so far, and nothing else."""
-        with self._holding_up():
+        """Save only the model, as the best so far."""
+        with self._timed():
             model = self._model(card)
             if self.main:
                 self.writer.submit(lambda: self._write_best(model))
@@ -107,7 +179,7 @@ class Saver:
             model(folder)
 
     def final(self, card: str, about: dict[str, Any]) -> None:
-        """Save the model into the stage's own folder, which finishes it.
+        """Save the model into the folder of the stage, which completes it.
 
         Args:
             about: for ``run.json``.
@@ -118,46 +190,48 @@ class Saver:
             with storage_errors(self.stage.path), temporary_folder(self.stage.path / ".final") as folder:
                 model(folder)
                 write_json(folder / RUN, about)
-                move_files(folder, self.stage.path, last=MARK)
+                move_files(folder, self.stage.path, last=COMPLETE)
         processes().wait_for_everyone()
 
-    def complaint(self) -> str | None:
-        """Once, that training waits for saves more than it should."""
-        whole = time.monotonic() - self._began
-        if self._said or whole < UNSAID_SECONDS or self.held_up < MOST_HELD_UP * whole:
+    def wait_warning(self) -> str | None:
+        """A warning, returned once, when training waits too long for saves."""
+        age = time.monotonic() - self._began
+        if self._warned or age < MIN_RUN_SECONDS or self.wait_seconds < MAX_WAIT_SHARE * age:
             return None
-        self._said = True
-        section = SECTIONS[self.job.stage]
-        return f"training waits for saves {self.held_up / whole:.0%} of the time: raise {section}.save_every"
+        self._warned = True
+        section = self.job.stage.section
+        return (
+            f"training waits for saves {self.wait_seconds / age:.0%} of the time: raise {section}.save_every"
+        )
 
     def check(self) -> None:
-        """Raise what went wrong in the background."""
+        """Raise an error that occurred in the background."""
         self.writer.check()
 
     def wait(self) -> None:
-        """Until everything is written, in all processes."""
+        """Wait until everything is written, in all processes."""
         self.writer.wait()
         processes().wait_for_everyone()
 
     def close(self) -> None:
-        """Let what is being written come to its end."""
+        """Wait for the write in progress."""
         self.writer.finish()
 
     @contextmanager
-    def _holding_up(self) -> Iterator[None]:
+    def _timed(self) -> Iterator[None]:
         began = time.monotonic()
         try:
             yield
         finally:
-            self.held_up += time.monotonic() - began
+            self.wait_seconds += time.monotonic() - began
 
     def _model(self, card: str) -> Callable[[Path], None]:
-        """What writes the model as it is now, whatever becomes of it meanwhile; for the first process."""
+        """A function that writes the model as it is now, even if it changes meanwhile; for the first process."""
         weights: dict[str, Tensor] = {}
-        if self.main or self.spread:
+        if self.main or self.sharded:
             with self.state.final_weights():
                 weights = self.job.state()
-                if not self.spread:  # what was collected from all processes is a copy already
+                if not self.sharded:  # tensors collected from all processes are copies already
                     weights = snapshot(weights)
 
         def write(folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""Weights spread over the processes of a run (FSDP2), and files of them that any number of processes can read.
+"""Models sharded over the processes of a run (FSDP2), and shard files that any number of processes can read.
 
-Each process holds a part of every tensor, of the gradients and of the optimizer's moments. The weights of one unit (a
-block of the backbone) are gathered when its turn comes and let go after it; what is in no unit, the vocabulary above
-all, is gathered for the whole step. Nothing here is pickled: the parts are safetensors files, written and read through
-torch's distributed checkpoint.
+Each process holds a shard of every weight, of its gradient and of the optimizer's moments. The weights of one unit (a
+block of the backbone) are gathered just before it runs and released after it; weights outside the units, mainly the
+vocabulary, stay gathered for the whole step. Nothing here is pickled: shards are safetensors files, written and read
+through torch's distributed checkpoint.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from sentcompress.distributed import processes
 from sentcompress.errors import StorageError
 
 
-def spread(model: nn.Module, units: Iterable[nn.Module], device: torch.device, processes: int) -> None:
-    """Spread a model over all processes, in place; parameters become ``DTensor`` under their old names.
+def shard_model(model: nn.Module, units: Iterable[nn.Module], device: torch.device, processes: int) -> None:
+    """Shard a model over all processes, in place; parameters become ``DTensor`` under their old names.
 
     Args:
-        model: the same in every process, on the CPU: a unit is moved to the device and cut before the next one is.
-        units: what is gathered by itself, such as the backbone's blocks.
+        model: the same in every process, on the CPU: each unit is moved to the device and sharded in turn.
+        units: modules that are gathered one at a time, such as the backbone's blocks.
         device: of this process.
     """
-    # Nothing here writes into what a module returned, which that would be about: losses are those of one process.
+    # The warning is about writing into a module's outputs, which nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(device.type, (processes,))
     for unit in units:
@@ -44,12 +44,12 @@ def spread(model: nn.Module, units: Iterable[nn.Module], device: torch.device, p
     fully_shard(model, mesh=mesh)
 
 
-def is_spread(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def let_go(model: nn.Module) -> None:
-    """Let go of gathered weights: a forward pass with no backward pass after it keeps those that are in no unit."""
+def reshard(model: nn.Module) -> None:
+    """Release gathered weights: after a forward pass without a backward pass, those outside the units remain."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -57,9 +57,9 @@ def let_go(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All weights are whole in every process within the block, for methods other than ``forward``.
+    """Within the block every process has the full weights, for methods other than ``forward``.
 
-    All processes must enter it. Of a model that is not spread nothing changes.
+    All processes must enter it. A model that is not sharded does not change.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -67,18 +67,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        let_go(model)
+        reshard(model)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread. All processes must ask for it."""
+    """The full tensor, where it may be sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def collected(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread, whole in the first process's memory and empty in the others; all must ask for it.
+    """The full tensor in the first process's memory; an empty one in the others if it is sharded.
 
-    So that no device has to hold a model that was spread because none can.
+    So no device has to hold a model that was sharded because it is too large for one. All processes must call this.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -87,7 +87,7 @@ def collected(tensor: Tensor) -> Tensor:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's ``state_dict``, every tensor :func:`collected`, those that are shared still shared."""
+    """The model's ``state_dict`` with every tensor :func:`collected`; shared tensors stay shared."""
     first: dict[int, str] = {}
     owners = {
         name: first.setdefault(id(parameter), name)
@@ -103,22 +103,22 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def spread_like(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """This process's part of a whole tensor that is to take the place of ``like``, or of its moments."""
+def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """This process's shard of a full tensor that replaces ``like`` or one of its moments."""
     if not isinstance(like, DTensor) or like.shape != tensor.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def write_parts(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> None:
-    """Write what this process has of each tensor; all processes write into the same folder.
+def write_shards(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> None:
+    """Write this process's shard of each tensor; all processes write into the same folder.
 
     Args:
-        tensors: spread ones, the same names everywhere; others are written by one of those that have them.
-        group: of all processes, that nothing else uses meanwhile; None takes the one there is.
+        tensors: the same names in all processes; of a tensor that is not sharded, one process writes its copy.
+        group: of all processes, not in use for anything else meanwhile; None takes the default group.
 
     Raises:
-        StorageError: in all processes, when one cannot write.
+        StorageError: in all processes, when one of them cannot write.
     """
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -126,21 +126,21 @@ def write_parts(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | 
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise StorageError(
-            f"{folder.parent.parent}: process {rank} cannot write its part of a checkpoint: {cause}",
-            fix="free some space there, or see who may write there",
+            f"{folder.parent.parent}: process {rank} cannot write its shard of a checkpoint: {cause}",
+            fix="free some disk space there, or check the folder's permissions",
         ) from cause
 
 
-def read_parts(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read what :func:`write_parts` wrote, in however many processes: each reads what it needs.
+def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read what :func:`write_shards` wrote, in any number of processes: each reads only what it needs.
 
     Args:
-        like: parameters by name. A tensor whose name ends with ``/`` and one of these names is spread as it is.
+        like: parameters by name. A tensor whose name ends with ``/`` and one of these names is sharded the same way.
     """
     reader = HuggingFaceStorageReader(str(folder))
     targets: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
+        assert isinstance(entry, TensorStorageMetadata)  # safetensors hold tensors only
         own = like.get(name.rpartition("/")[2])
         if isinstance(own, DTensor) and own.shape == entry.size:
             targets[name] = torch.zeros_like(own.detach(), dtype=entry.properties.dtype)

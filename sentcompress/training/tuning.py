@@ -1,6 +1,8 @@
-"""What of a backbone learns: all of it, low-rank adapters, its last blocks, or nothing."""
+"""Which weights of a backbone train (all, low-rank adapters, the last blocks, none), and gradient checkpointing."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -10,13 +12,21 @@ from sentcompress.recipe import TuneSettings
 from sentcompress.training.sharding import collected, whole_state
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Turn gradient checkpointing on, by the method name that this version of transformers uses."""
+    enable: Any = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
 def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, where: str) -> None:
-    """Freeze, or add adapters to, an LLM in place (``tune``: full, lora, frozen, last-n).
+    """Freeze an LLM, or add adapters to it, in place (``tune``: full, lora, frozen, last-n).
 
     Args:
         llm: the backbone adapter or causal LM.
         blocks: its blocks, first to last.
-        where: the section of the recipe, for messages.
+        where: the recipe section, for messages.
 
     Raises:
         InputError: ``last_n`` is more than there are blocks, or no module matches the adapters' targets.
@@ -53,10 +63,9 @@ def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, wh
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with adapters folded into the weights they adapt, under the plain names, every tensor
-    whole in the first process.
+    """The model's state with adapters merged into the weights they adapt, complete in the first process.
 
-    The model itself is left as it is, so that training can go on bit by bit. All processes must ask for it.
+    The model itself does not change, so training continues bit by bit. All processes must call this.
     """
     deltas = {
         f"{name}.weight": collected(module.get_delta_weight("default"))

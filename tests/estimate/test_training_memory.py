@@ -22,7 +22,7 @@ from sentcompress.estimate.training_time import mode_tables, parse_devices, trai
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import load_recipe
 from sentcompress.training.jobs.token_level import TokenLM
-from sentcompress.training.memory import recompute_activations
+from sentcompress.training.tuning import recompute_activations
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["backbone.config={}", "graft.max_sentences=24", "graft.passages_per_batch=1"]

@@ -75,11 +75,11 @@ def saved(out: Path) -> SweepResults:
 
 
 def interrupt_in_the_second_vae(monkeypatch) -> None:
-    real, jobs = stages.run_job, []
+    real, jobs = stages.train, []
 
-    def run_job(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        jobs.append(job.stage)
-        if jobs.count("vae") == 2 and job.stage == "vae":
+    def train(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        jobs.append(job.stage.name)
+        if jobs.count("vae") == 2 and job.stage.name == "vae":
             inner = job.loss
 
             def loss(model: Any, batch: Any) -> Any:
@@ -89,7 +89,7 @@ def interrupt_in_the_second_vae(monkeypatch) -> None:
             job.loss = loss
         return real(job, *arguments, **keywords)
 
-    monkeypatch.setattr(stages, "run_job", run_job)
+    monkeypatch.setattr(stages, "train", train)
 
 
 def test_two_by_two_interrupted_and_picked_up(tmp_path, capsys, monkeypatch, recipe_file, runs):

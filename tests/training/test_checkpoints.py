@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sentcompress.errors import ModelFolderError, StorageError
 from sentcompress.files import manifest, storage_errors, whole_folder, write_atomically
+from sentcompress.pipeline import run_job
 from sentcompress.training import checkpoints
 from sentcompress.training.checkpoints import (
     MANIFEST,
@@ -26,7 +27,6 @@ from sentcompress.training.checkpoints import (
     load_random_tensors,
     random_tensors,
 )
-from sentcompress.training.loop import run_job
 
 
 def draw() -> list[float]:
@@ -189,7 +189,7 @@ def tampered(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"step": 10**9}, "step: 1000000000 is not that of the folder's name"),
+        ({"step": 10**9}, "step: 1000000000 differs from the folder's name"),
         ({"step": -5}, "step: "),
         ({"step": "abc"}, "step: "),
         ({"tokens": "gone"}, "tokens: "),
@@ -209,7 +209,7 @@ def test_a_state_that_cannot_be_is_named_and_the_checkpoint_before_it_taken(
     newest = folder / "checkpoints" / "step-000006"
     tampered(newest, **values)
     assert run_job(make_job(recipe), folder, recipe, resume=True) == figures
-    assert f"damaged checkpoint left out: {newest}: {STATE}: {field}" in capsys.readouterr().err
+    assert f"damaged checkpoint skipped: {newest}: {STATE}: {field}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"files": {"config.json": [1]}}', '{"files": {}}'])
@@ -237,5 +237,5 @@ def test_tensors_that_do_not_fit_end_the_run_with_the_folders_name(tmp_path, mak
         del tensors["random/0/python"]
     save_file(tensors, saved / TENSORS)
     tampered(saved)
-    with pytest.raises(ModelFolderError, match="step-000006: its training state cannot be taken back"):
+    with pytest.raises(ModelFolderError, match="step-000006: its training state cannot be restored"):
         run_job(make_job(recipe), folder, recipe, resume=True)

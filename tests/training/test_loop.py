@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sentcompress.errors import InputError, NumericsError, OutOfMemoryError, StorageError
 from sentcompress.files import file_digest
+from sentcompress.pipeline import run_job
 from sentcompress.training import checkpoints, loop
 from sentcompress.training.checkpoints import CheckpointStore, check_checkpoint
-from sentcompress.training.loop import run_job
 from sentcompress.training.monitor import MetricsLog, read_metrics
 
 MODEL_FILES = {
@@ -67,7 +67,7 @@ def test_train_inspect_resume(tmp_path, whole, make_recipe, make_job, capsys):
     interrupt_at(job, call=6)  # the first micro-batch of step 4
     with pytest.raises(KeyboardInterrupt):
         run_job(job, folder, recipe)
-    assert "go on with: " in capsys.readouterr().err
+    assert "continue with: " in capsys.readouterr().err
     assert {p.name for p in folder.iterdir()} == {
         "checkpoints",
         "heartbeat.json",
@@ -151,7 +151,7 @@ def test_an_unfinished_run_needs_resume_or_overwrite(tmp_path, make_recipe, make
     interrupt_at(job, call=0)
     with pytest.raises(KeyboardInterrupt):
         run_job(job, tmp_path / "run", recipe)
-    with pytest.raises(InputError, match="not finished"):
+    with pytest.raises(InputError, match="unfinished run"):
         run_job(make_job(recipe), tmp_path / "run", recipe)
     run_job(make_job(recipe), tmp_path / "run", recipe, overwrite=True)
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
@@ -183,7 +183,7 @@ def test_a_strangers_folder_is_never_touched(tmp_path, make_recipe, make_job):
     (tmp_path / "thesis.txt").write_text("years of work")
     recipe = make_recipe()
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="nothing was touched"):
+        with pytest.raises(InputError, match="left unchanged"):
             run_job(make_job(recipe), tmp_path, recipe, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -236,8 +236,8 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     damaged.write_bytes(damaged.read_bytes()[:1000])
     run_job(make_job(recipe), folder, recipe, resume=True)
     shown = capsys.readouterr().err
-    assert "damaged checkpoint left out" in shown
-    assert "going on from" in shown
+    assert "damaged checkpoint skipped" in shown
+    assert "continuing from" in shown
     assert "step-000004" in shown
     assert weights(folder) == weights(uninterrupted)
 
@@ -255,7 +255,7 @@ def test_gradient_checkpointing_is_refused_where_the_model_cannot(tmp_path, make
     recipe = make_recipe(gradient_checkpointing=True)
     job = make_job(recipe)
     job.model.lm.supports_gradient_checkpointing = False
-    with pytest.raises(InputError, match=r"pretrain\.gradient_checkpointing: TokenLM cannot do it"):
+    with pytest.raises(InputError, match=r"pretrain\.gradient_checkpointing: TokenLM does not support it"):
         run_job(job, tmp_path / "run", recipe)
 
 

@@ -57,7 +57,7 @@ def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, monkeypatch):
     recipe = grafting(backbone)
     run_recipe(recipe, tmp_path / "whole", stages=TRAINED)
     stopped = tmp_path / "stopped"
-    real = stages.run_job
+    real = stages.train
 
     def interrupted(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
         inner, calls = job.loss, iter(range(100))
@@ -72,7 +72,7 @@ def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, monkeypatch):
 
     for name in TRAINED:
         with monkeypatch.context() as patch:
-            patch.setattr(stages, "run_job", interrupted)
+            patch.setattr(stages, "train", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run_recipe(recipe, stopped, stages=[name])
         run_recipe(recipe, stopped, stages=[name])

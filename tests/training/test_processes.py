@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from sentcompress.cli import app
 from sentcompress.errors import InputError
-from sentcompress.training.checkpoints import PARTS
+from sentcompress.training.checkpoints import SHARDS
 from sentcompress.training.monitor import read_metrics
 
 STEPS = 50
@@ -137,9 +137,9 @@ def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, r
     parts = tmp_path / "parts"
     for processes in legs(run, parts, alone, "fsdp", [(3, 20), (2, 40), (1, STEPS)]):
         saved = parts / "pretrain" / "checkpoints" / f"step-{STEPS:06d}"
-        assert (saved / PARTS).is_dir() == (processes > 1)
+        assert (saved / SHARDS).is_dir() == (processes > 1)
         if processes > 1:
-            held = [path.stat().st_size for path in (saved / PARTS).iterdir()]
+            held = [path.stat().st_size for path in (saved / SHARDS).iterdir()]
             assert len(held) == processes
             assert max(held) < 2 * min(held)
 
@@ -265,7 +265,7 @@ class TestLaunch:
         _, said = launcher.communicate(timeout=60)
         assert launcher.returncode == 75, said
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
-        assert " launch -n 2 run " in said.partition("go on with: ")[2]
+        assert " launch -n 2 run " in said.partition("continue with: ")[2]
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
     def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):

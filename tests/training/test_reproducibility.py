@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sentcompress.training.loop import run_job
+from sentcompress.pipeline import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")

@@ -87,7 +87,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path, make_recipe)
     finally:
         process.kill()
     assert process.returncode == 130, shown
-    assert f"go on with: python -m sentcompress run {tmp_path}/recipe.yaml --out {out}" in shown
+    assert f"continue with: python -m sentcompress run {tmp_path}/recipe.yaml --out {out}" in shown
     assert "Traceback" not in shown
     (checkpoint,) = (out / "pretrain" / "checkpoints").iterdir()
 

@@ -20,7 +20,8 @@ from sentcompress.recipe import BackboneSpec, Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
-from sentcompress.training.loop import StepOutput
+from sentcompress.training.run_folder import GRAFT
+from sentcompress.training.step import StepOutput
 from sentcompress.training.teacher import Teacher
 from sentcompress.training.tuning import apply_tune, merged_state
 
@@ -28,7 +29,7 @@ from sentcompress.training.tuning import apply_tune, merged_state
 class GraftJob:
     """Predict each sentence from those before it."""
 
-    stage = "graft"
+    stage = GRAFT
     batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
 
     def __init__(
@@ -122,8 +123,8 @@ class GraftJob:
             output.loss,
             tokens=int(batch["attention_mask"].sum()),
             metrics=metrics,
-            rows=batch["passage_ids"] >= 0,
-            beside=output.shortlist_loss,
+            mask=batch["passage_ids"] >= 0,
+            auxiliary_loss=output.shortlist_loss,
         )
 
     @torch.no_grad()

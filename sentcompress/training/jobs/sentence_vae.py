@@ -17,8 +17,9 @@ from sentcompress.registry import get_registry
 from sentcompress.text.sampling import SentenceSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
-from sentcompress.training.loop import StepOutput
+from sentcompress.training.run_folder import VAE
 from sentcompress.training.sharding import gathered, whole_state
+from sentcompress.training.step import StepOutput
 
 RECONSTRUCTED = 64
 """Held-out sentences written free-running at each evaluation."""
@@ -27,7 +28,7 @@ RECONSTRUCTED = 64
 class VAEJob:
     """Encode each sentence, write it again."""
 
-    stage = "vae"
+    stage = VAE
     batch_fields = ("train_vae.sentences_per_batch",)
     units = ()
 

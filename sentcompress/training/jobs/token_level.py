@@ -22,11 +22,11 @@ from sentcompress.text.sampling import PassageSampler
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
-from sentcompress.training.memory import recompute_activations
-from sentcompress.training.sharding import is_spread
+from sentcompress.training.run_folder import BASELINE, PRETRAIN
+from sentcompress.training.sharding import is_sharded
 from sentcompress.training.step import StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
-from sentcompress.training.tuning import apply_tune, merged_state
+from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
 SIMILAR = 0.9
 
@@ -49,7 +49,7 @@ class TokenLM(nn.Module):
     def similar(self) -> float:
         """Rows computed together are at least this share of the longest among them."""
         # Spread over processes, all must call each block as often.
-        return 0.0 if is_spread(self) else SIMILAR
+        return 0.0 if is_sharded(self) else SIMILAR
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Next-token cross-entropy.
@@ -133,7 +133,7 @@ class TokenLevelJob:
         computed = [
             mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask, self.model.similar)
         ]
-        return StepOutput(loss.mean(), tokens=int(mask.sum()), rows=torch.cat(computed)[None])
+        return StepOutput(loss.mean(), tokens=int(mask.sum()), mask=torch.cat(computed))
 
     def heldout_batches(self) -> int:
         """Held-out batches an evaluation reads."""
@@ -174,7 +174,7 @@ class TokenLevelJob:
 class PretrainJob(TokenLevelJob):
     """A small backbone from nothing: tokenizer and weights from the training documents alone."""
 
-    stage = "pretrain"
+    stage = PRETRAIN
     batch_fields = ("pretrain.sequences_per_batch", "pretrain.sequence_length")
 
     def __init__(self, recipe: Recipe) -> None:
@@ -252,7 +252,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
 class BaselineJob(TokenLevelJob):
     """The equal-data twin: the backbone, token by token, on the graft's passages, order and number of steps."""
 
-    stage = "baseline"
+    stage = BASELINE
     batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
 
     def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Writing that training does not wait for; the best model so far."""
+"""Saves in the background, and the best model so far."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from sentcompress.errors import StorageError
+from sentcompress.pipeline import run_job
 from sentcompress.training import checkpoints, saving
-from sentcompress.training.background import BackgroundWriter
-from sentcompress.training.loop import run_job
-from sentcompress.training.sharding import write_parts
-from sentcompress.training.state import snapshot
+from sentcompress.training.checkpoints import snapshot
+from sentcompress.training.saving import BackgroundWriter
+from sentcompress.training.sharding import write_shards
 
 
 def test_it_returns_before_the_writing_is_done_and_does_one_thing_at_a_time():
@@ -71,8 +71,8 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(tmp_path, make_reci
 def test_a_part_that_cannot_be_written_is_said_with_its_process(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "parts").write_text("in the way")
-    with pytest.raises(StorageError, match="process 0 cannot write its part"):
-        write_parts(tmp_path / "checkpoint" / "parts", {"a": torch.ones(2)})
+    with pytest.raises(StorageError, match="process 0 cannot write its shard"):
+        write_shards(tmp_path / "checkpoint" / "parts", {"a": torch.ones(2)})
 
 
 def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_run_that_waits_for_its_saves_says_so_once(tmp_path, make_recipe, make
     monkeypatch.setattr(saving, "write_tensors", slow)
     run_job(make_job(recipe), tmp_path / "young", recipe)
     assert "waits for saves" not in capsys.readouterr().err
-    monkeypatch.setattr(saving, "UNSAID_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "MIN_RUN_SECONDS", 0.0)
     run_job(make_job(recipe), tmp_path / "old", recipe)
     assert capsys.readouterr().err.count("of the time: raise pretrain.save_every") == 1
     about = json.loads((tmp_path / "old" / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""Bad steps, signals, signs of life, and two runs in one folder."""
+"""Anomalies, signals, heartbeats, and two runs in one folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import torch
 
 from sentcompress.errors import InputError, NumericsError, TerminatedError
 from sentcompress.files import file_digest
-from sentcompress.pipeline import run_recipe
+from sentcompress.pipeline import run_job, run_recipe
 from sentcompress.recipe import TrainingSettings
-from sentcompress.training.anomalies import ENOUGH, LossWatch
-from sentcompress.training.heartbeat import read_heartbeat
-from sentcompress.training.loop import run_job
-from sentcompress.training.monitor import read_metrics
-from sentcompress.training.run_folder import StageFolder
+from sentcompress.training.anomalies import MIN_RECENT_LOSSES, LossWatch
+from sentcompress.training.monitor import read_heartbeat, read_metrics
+from sentcompress.training.run_folder import PRETRAIN, StageFolder
 
 
 def break_batches(job, *broken: int) -> list[int]:
-    """Make the loss of some micro-batches no number; return the list of those that were used, as it grows."""
+    """Make the loss of some micro-batches NaN; return the list of those that were used, as it grows."""
     inner, make = job.loss, job.batch
     used: list[int] = []
 
@@ -46,8 +44,8 @@ def holder(stage: Path) -> subprocess.Popen[str]:
     """A process that holds a stage's folder; it says so."""
     code = (
         "import sys, time, pathlib\n"
-        "from sentcompress.training.run_folder import StageFolder\n"
-        f"with StageFolder(pathlib.Path({str(stage)!r}), 'pretrain', {{}}).locked():\n"
+        "from sentcompress.training.run_folder import PRETRAIN, StageFolder\n"
+        f"with StageFolder(pathlib.Path({str(stage)!r}), PRETRAIN, {{}}).locked():\n"
         "    print('held', flush=True); time.sleep(600)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -58,7 +56,7 @@ def weights(folder: Path) -> str:
 
 
 def test_a_bad_step_can_be_left_out(tmp_path, make_recipe, make_job, capsys):
-    recipe, folder = make_recipe(on_trouble="skip", tensorboard=True), tmp_path / "run"
+    recipe, folder = make_recipe(on_anomaly="skip", tensorboard=True), tmp_path / "run"
     job = make_job(recipe)
     used = break_batches(job, 7)
     run_job(job, folder, recipe)
@@ -67,11 +65,11 @@ def test_a_bad_step_can_be_left_out(tmp_path, make_recipe, make_job, capsys):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 5, 6]
     (event,) = [line for line in lines if "event" in line]
     assert event == {"step": 4, "event": "step 4: loss nan, gradient norm nan at batch 7"}
-    assert "step 4: loss nan, gradient norm nan at batch 7; not taken" in capsys.readouterr().err
+    assert "step 4: loss nan, gradient norm nan at batch 7; step not taken" in capsys.readouterr().err
 
 
 def test_a_bad_step_can_be_gone_back_from_and_the_data_goes_on(tmp_path, make_recipe, make_job):
-    recipe = make_recipe(on_trouble="rollback", save_every=2)
+    recipe = make_recipe(on_anomaly="rollback", save_every=2)
     job, folder = make_job(recipe), tmp_path / "run"
     used = break_batches(job, 7)
     figures = run_job(job, folder, recipe)
@@ -105,12 +103,12 @@ def test_a_bad_step_can_be_gone_back_from_and_the_data_goes_on(tmp_path, make_re
 @pytest.mark.parametrize(
     ("settings", "broken", "message"),
     [
-        ({"save_every": 4}, [3], "nothing was saved to go back to"),
+        ({"save_every": 4}, [3], "there is no checkpoint to go back to"),
         ({"save_every": 1}, range(2, 100), "after 5 rollbacks"),
     ],
 )
 def test_going_back_ends_somewhere(tmp_path, make_recipe, make_job, settings, broken, message):
-    recipe = make_recipe(on_trouble="rollback", **settings)
+    recipe = make_recipe(on_anomaly="rollback", **settings)
     job = make_job(recipe)
     break_batches(job, *broken)
     with pytest.raises(NumericsError, match=message):
@@ -118,13 +116,13 @@ def test_going_back_ends_somewhere(tmp_path, make_recipe, make_job, settings, br
 
 
 def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(tmp_path, make_recipe, make_job, capsys):
-    recipe = make_recipe(on_trouble="rollback", save_every=2, steps=8, keep=4)
+    recipe = make_recipe(on_anomaly="rollback", save_every=2, steps=8, keep=4)
     job, folder = make_job(recipe), tmp_path / "run"
     used = break_batches(job, *range(8, 12))  # step 5, and again the first step after going back to step 4
     run_job(job, folder, recipe)
-    said = capsys.readouterr().err
-    assert "step-000004 is no better: deleted" in said
-    assert f"back to {folder / 'checkpoints' / 'step-000002'}" in said
+    shown = capsys.readouterr().err
+    assert "step-000004 too: deleted" in shown
+    assert f"back to {folder / 'checkpoints' / 'step-000002'}" in shown
     assert used == list(range(24))  # five steps, one more, and those from the third on
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line] == list(
         range(1, 9)
@@ -132,19 +130,19 @@ def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(tmp_path, ma
 
 
 def test_rollbacks_are_counted_between_checkpoints(tmp_path, make_recipe, make_job):
-    recipe = make_recipe(on_trouble="rollback", save_every=1, steps=20)
+    recipe = make_recipe(on_anomaly="rollback", save_every=1, steps=20)
     job = make_job(recipe)
     break_batches(job, *range(2, 30, 4))  # seven times, a good step between
     run_job(job, tmp_path / "run", recipe)
 
 
 def test_going_back_needs_something_to_go_back_to(make_recipe):
-    with pytest.raises(InputError, match=r"on_trouble: rollback .* set save_every"):
-        make_recipe(on_trouble="rollback")
+    with pytest.raises(InputError, match=r"on_anomaly: rollback .* set save_every"):
+        make_recipe(on_anomaly="rollback")
 
 
 def test_nothing_is_saved_while_steps_are_left_out(tmp_path, make_recipe, make_job):
-    recipe = make_recipe(on_trouble="skip", save_every=2, keep=9)
+    recipe = make_recipe(on_anomaly="skip", save_every=2, keep=9)
     job = make_job(recipe)
     break_batches(job, 2, 6)  # steps 2 and 4
     run_job(job, tmp_path / "run", recipe)
@@ -153,7 +151,7 @@ def test_nothing_is_saved_while_steps_are_left_out(tmp_path, make_recipe, make_j
 
 
 def test_leaving_out_ends_somewhere(tmp_path, make_recipe, make_job):
-    recipe = make_recipe(on_trouble="skip", steps=100)
+    recipe = make_recipe(on_anomaly="skip", steps=100)
     job = make_job(recipe)
     break_batches(job, *range(2, 1000))
     with pytest.raises(NumericsError, match="25 steps skipped in a row"):
@@ -162,18 +160,18 @@ def test_leaving_out_ends_somewhere(tmp_path, make_recipe, make_job):
 
 def test_a_spike_is_a_loss_far_above_the_usual():
     watch = LossWatch(TrainingSettings(spike=2.0))
-    assert all(watch.trouble(8.0, 1.0, scaled=False) is None for _ in range(ENOUGH - 1))
-    assert watch.trouble(90.0, 1.0, scaled=False) is None  # too few to compare with
-    assert watch.trouble(15.9, 1.0, scaled=False) is None
-    assert watch.trouble(16.1, 1.0, scaled=False) == "loss 16.1 is a spike, 8 is usual"
+    assert all(watch.anomaly(8.0, 1.0, scaled=False) is None for _ in range(MIN_RECENT_LOSSES - 1))
+    assert watch.anomaly(90.0, 1.0, scaled=False) is None  # too few to compare with
+    assert watch.anomaly(15.9, 1.0, scaled=False) is None
+    assert watch.anomaly(16.1, 1.0, scaled=False) == "loss 16.1 is a spike, 8 is usual"
     assert 16.1 not in watch.recent
     again = LossWatch(TrainingSettings(spike=2.0))
     again.recent.extend(watch.recent)
-    assert again.trouble(16.1, 1.0, scaled=False)
+    assert again.anomaly(16.1, 1.0, scaled=False)
     low = LossWatch(TrainingSettings(spike=2.0))
     low.recent.extend([0.01] * 30)
-    assert low.trouble(0.4, 1.0, scaled=False) is None
-    assert LossWatch(TrainingSettings()).trouble(1e9, 1.0, scaled=False) is None
+    assert low.anomaly(0.4, 1.0, scaled=False) is None
+    assert LossWatch(TrainingSettings()).anomaly(1e9, 1.0, scaled=False) is None
 
 
 def test_sigterm_saves_and_says_that_it_can_go_on(tmp_path, make_recipe, make_job):
@@ -199,7 +197,7 @@ def test_sigterm_saves_and_says_that_it_can_go_on(tmp_path, make_recipe, make_jo
 
 
 def test_signs_of_life(tmp_path, make_recipe, make_job, monkeypatch):
-    monkeypatch.setattr("sentcompress.training.heartbeat.SECONDS", 0)
+    monkeypatch.setattr("sentcompress.training.monitor.HEARTBEAT_SECONDS", 0)
     recipe, folder = make_recipe(), tmp_path / "run"
     job = make_job(recipe)
     inner, seen = job.loss, []
@@ -242,7 +240,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_is_not(tmp_path, 
     finally:
         process.kill()
         process.wait()
-    assert StageFolder(folder, "pretrain", {}).finished
+    assert StageFolder(folder, PRETRAIN, {}).finished
 
 
 def test_ctrl_c_and_then_sigterm_is_still_one_wish_to_end(tmp_path, make_recipe, make_job):

@@ -1,4 +1,4 @@
-"""Schedule, weight decay and averaged weights."""
+"""Precision, learning-rate schedule, weight decay and averaged weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from sentcompress.errors import InputError
 from sentcompress.recipe import TrainingSettings
-from sentcompress.training.optimization import WeightAverage, build_optimizer, learning_rate
+from sentcompress.training import preparation
+from sentcompress.training.preparation import WeightAverage, build_optimizer
+from sentcompress.training.step import learning_rate
 
 
 def test_the_rate_warms_up_and_falls_to_its_final_share():
@@ -62,3 +65,31 @@ def test_the_average_follows_and_leaves_the_weights_alone():
     with average.in_place():
         assert model.weight.item() == pytest.approx(1.45)
     assert model.weight.item() == 2.0
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "chosen", "word"), [(1.0, "bf16", "10.0x faster"), (20.0, "fp32", "2.0x slower")]
+)
+def test_auto_takes_what_was_faster_and_says_so(monkeypatch, bf16, chosen, word):
+    seconds = {torch.float32: 10.0, torch.bfloat16: bf16}
+    monkeypatch.setattr(preparation, "matmul_seconds", lambda dtype, *_: seconds[dtype])
+    result, why = preparation.choose_precision("auto", 64, CPU)
+    assert result == chosen
+    assert word in why
+
+
+def test_measuring_gives_a_time():
+    assert 0 < preparation.matmul_seconds(torch.float32, 16, CPU) < 10
+
+
+def test_what_the_recipe_says_is_not_measured(monkeypatch):
+    monkeypatch.setattr(preparation, "matmul_seconds", pytest.fail)
+    assert preparation.choose_precision("bf16", 64, CPU)[0] == "bf16"
+
+
+def test_fp16_needs_a_gpu():
+    with pytest.raises(InputError, match="needs a GPU"):
+        preparation.choose_precision("fp16", 64, CPU)

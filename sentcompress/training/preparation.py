@@ -1,0 +1,227 @@
+"""Gets a model ready to train: precision, devices, optimizer, averaged weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import Tensor, nn
+
+from sentcompress.distributed import on_cpu, processes
+from sentcompress.errors import InputError
+from sentcompress.recipe import TrainingSettings
+from sentcompress.training.jobs import Job
+from sentcompress.training.sharding import shard_model
+from sentcompress.training.tuning import recompute_activations
+
+ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Accelerate's names for the precisions."""
+MIN_SPEEDUP = 1.2
+"""bf16 must be this much faster than fp32 for ``auto`` to choose it."""
+_MEASURED_ROWS = 512
+_MEASURED_SECONDS = 0.1
+
+
+@dataclass
+class Prepared:
+    """A model ready to train.
+
+    Attributes:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        accelerator: moves, scales and exchanges gradients.
+        model: what to call in a step; the job's model, or a wrapper around it.
+        optimizer: as accelerate wrapped it.
+        parameter_names: in the order of the optimizer.
+        average: averaged weights, or None.
+    """
+
+    precision: str
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    parameter_names: list[str]
+    average: WeightAverage | None
+
+
+def prepare(job: Job, precision: str | None, note: Callable[[str], None]) -> Prepared:
+    """Move a job's model to its devices and build its optimizer. All processes must call this.
+
+    Args:
+        precision: of the checkpoint that training continues from; None chooses by the job's settings.
+        note: prints a line.
+
+    Raises:
+        InputError: the settings do not fit the model.
+    """
+    model, settings = job.model, job.settings
+    precision = _shared_precision(job, precision, note)
+    # Accelerate keeps one precision for the whole process, but the stages of a recipe may differ.
+    AcceleratorState._reset_state()
+    # With a single latent, attention over it has no choice to make: its queries and keys get no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_NAMES[precision], cpu=on_cpu(), kwargs_handlers=[unused]
+    )
+    if not trainable(model):
+        raise InputError("these settings leave no trainable parameters", fix="choose another 'tune'")
+    if settings.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise InputError(
+                f"{job.stage.section}.gradient_checkpointing: {type(model).__name__} does not support it",
+                fix=f"set it to false, and lower {' or '.join(job.batch_fields)} instead",
+            )
+        recompute_activations(model)
+    sharded = settings.distributed == "fsdp" and accelerator.num_processes > 1
+    if sharded:
+        shard_model(model, job.units, accelerator.device, accelerator.num_processes)
+    else:
+        model.to(accelerator.device)
+    if settings.compile:
+        model.compile()  # in place, so that the weights keep their names
+    optimizer, names = build_optimizer(model, settings)
+    average = WeightAverage(model, settings.ema) if settings.ema else None
+    return Prepared(
+        precision=precision,
+        accelerator=accelerator,
+        optimizer=accelerator.prepare(optimizer),
+        model=model if sharded else accelerator.prepare(model),
+        parameter_names=names,
+        average=average,
+    )
+
+
+def _shared_precision(job: Job, saved: str | None, note: Callable[[str], None]) -> str:
+    """The precision of the run: the saved one, or the first process's choice."""
+    ranks = processes()
+    choice = [saved, "as before"]
+    if saved is None:
+        if ranks.is_main_process:
+            choice = [*choose_precision(job.settings.precision, job.width, ranks.device)]
+        if ranks.num_processes > 1:
+            broadcast_object_list(choice)
+    note(f"{choice[0]} on {ranks.device} ({choice[1]})")
+    return str(choice[0])
+
+
+def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str, str]:
+    """Resolve a recipe's ``precision``. ``auto`` measures: bf16 is 9x faster on some CPUs and slower on others.
+
+    Args:
+        wanted: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        width: the model's hidden size.
+        device: where it will run.
+
+    Returns:
+        ``fp32``, ``bf16`` or ``fp16``, and the reason in one line.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise InputError(
+            "precision: fp16 needs a GPU, and this run is on the CPU", fix="use auto, fp32 or bf16"
+        )
+    if wanted != "auto":
+        return wanted, "set in the recipe"
+    fp32 = matmul_seconds(torch.float32, width, device)
+    try:
+        bf16 = matmul_seconds(torch.bfloat16, width, device)
+    except RuntimeError:
+        return "fp32", "this device does not support bf16"
+    ratio = fp32 / bf16
+    chosen = "bf16" if ratio >= MIN_SPEEDUP else "fp32"
+    verdict = "faster" if ratio >= 1 else "slower"
+    times = max(ratio, 1 / ratio)
+    return (
+        chosen,
+        f"bf16 measured {times:.1f}x {verdict}, products of {_MEASURED_ROWS} x {width} x {4 * width}",
+    )
+
+
+def matmul_seconds(dtype: torch.dtype, width: int, device: torch.device) -> float:
+    """Best time of one matrix product of the model's width, over at least three runs and a tenth of a second."""
+    left = torch.ones(_MEASURED_ROWS, width, dtype=dtype, device=device)
+    right = torch.ones(width, 4 * width, dtype=dtype, device=device)
+    best = float("inf")
+    deadline = time.perf_counter() + _MEASURED_SECONDS
+    runs = 0
+    while runs < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if runs:  # the first run is a warm-up
+            best = min(best, time.perf_counter() - start)
+        runs += 1
+    return best
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; a shared one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW with weight decay on matrices only, not on biases, norms and single vectors.
+
+    Returns:
+        the optimizer, and the parameters' names in its order.
+    """
+    parameters = trainable(model)
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
+    others = [name for name, parameter in parameters.items() if parameter.ndim < 2]
+    groups = [
+        {"params": [parameters[name] for name in matrices], "weight_decay": settings.weight_decay},
+        {"params": [parameters[name] for name in others], "weight_decay": 0.0},
+    ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=settings.learning_rate, fused=fused
+    )
+    return optimizer, matrices + others
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable parameters (the paper's EMA).
+
+    In early steps the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the average forgets the
+    random initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = trainable(model)
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def update(self, step: int) -> None:
+        """Add the weights after a step (0 is the first)."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        current = [parameter.detach() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), current, share)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore a saved ``average``."""
+        for name, average in self.average.items():
+            average.copy_(tensors[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the model has the averaged weights."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._copy_to_model(self.average)
+            yield
+        finally:
+            self._copy_to_model(kept)
+
+    @torch.no_grad()
+    def _copy_to_model(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
