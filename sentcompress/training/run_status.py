@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sentcompress.training.heartbeat import FILE as HEARTBEAT
-from sentcompress.training.heartbeat import LONGEST_AGE, read_heartbeat
-from sentcompress.training.monitor import LONGEST_LINE, METRICS, read_line
+from sentcompress.training.monitor import HEARTBEAT, MAX_AGE, MAX_LINE, METRICS, read_heartbeat, read_line
 
 STALE_SECONDS = 120.0
 """Silence after which a run counts as lost: a living process gives a sign every few seconds, whatever it does."""
@@ -149,7 +147,7 @@ class StageReader:
         pace = metrics.seconds_a_step()
         if pace is not None and found.state in ("training", "evaluating", "saving"):
             left = pace * (found.steps - found.step)
-            found.seconds_left = left if 0 <= left <= LONGEST_AGE else None
+            found.seconds_left = left if 0 <= left <= MAX_AGE else None
         return found
 
     def _silence(self, heartbeat: dict[str, Any]) -> float:
@@ -210,9 +208,9 @@ class MetricsReader:
 
     def _whole_lines(self, file: BinaryIO) -> Iterator[bytes]:
         """Lines from here on, without those that are too long and one that is still being written."""
-        while part := file.readline(LONGEST_LINE):
+        while part := file.readline(MAX_LINE):
             ended = part.endswith(b"\n")
-            if not ended and len(part) < LONGEST_LINE:
+            if not ended and len(part) < MAX_LINE:
                 return
             self._offset += len(part)
             self._last = part
