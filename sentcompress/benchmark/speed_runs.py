@@ -97,18 +97,8 @@ def measure_speed(
     with quiet_transformers():
         for batch_size in settings.batch_sizes:
             prompts = make_prompts(sentences, settings.prompt_tokens, batch_size)
-            systems: list[System] = [token_system, sentence_system]
-            sentence_system.head.picked = sentence_system.head.fallbacks = 0
-            for name, options in _faster_settings(backbone, batch_size, report):
-                extra = TokenSystem(name, backbone, bos_token_id, **options)
-                if _works(extra, prompts, settings.new_tokens, report):
-                    systems.append(extra)
-            systems += in_8_bits
-            timed = time_in_turns(systems, prompts, settings)
-            runs = [_summary(s, timed, {s.name: batch_size for s in systems}, settings) for s in systems]
-            head = sentence_system.head
-            ours = next(run for run in runs if run.system == SENTENCES)
-            ours.fallback_rate = head.fallbacks / max(1, head.picked)
+            faster = _faster_systems(token_system, prompts, settings.new_tokens, report)
+            runs = _runs(token_system, sentence_system, [*faster, *in_8_bits], prompts, settings)
             if batch_size == 1:
                 _add_roofline(runs, sentence_system, backbone, report)
             report.runs += runs
@@ -130,6 +120,25 @@ def measure_speed(
             "(calls of small models, other work on the machine): expect another ratio at another size.",
         )
     return report
+
+
+def _runs(
+    token_system: TokenSystem,
+    sentence_system: SentenceSystem,
+    others: Sequence[TokenSystem],
+    prompts: Sequence[Prompt],
+    settings: BenchSettings,
+) -> list[SpeedRun]:
+    """Time all systems on the same prompts."""
+    systems: list[System] = [token_system, sentence_system, *others]
+    head = sentence_system.head
+    head.picked = head.fallbacks = 0
+    timed = time_in_turns(systems, prompts, settings)
+    batch_sizes = {system.name: len(prompts) for system in systems}
+    runs = [_summary(system, timed, batch_sizes, settings) for system in systems]
+    ours = next(run for run in runs if run.system == SENTENCES)
+    ours.fallback_rate = head.fallbacks / max(1, head.picked)
+    return runs
 
 
 def _largest_batch_runs(
@@ -167,10 +176,22 @@ def _summarize(report: SpeedReport) -> None:
         report.prefill_ratio = ours.prefill_tokens_per_second / base.prefill_tokens_per_second
 
 
-def _faster_settings(
+def _faster_systems(
+    token_system: TokenSystem, prompts: Sequence[Prompt], new_tokens: int, report: SpeedReport
+) -> list[TokenSystem]:
+    """The backbone with options of ``generate`` that make it faster; those that fail are reported."""
+    backbone, bos = token_system.model, token_system.bos
+    systems = [
+        TokenSystem(name, backbone, bos, **options)
+        for name, options in _faster_options(backbone, len(prompts), report)
+    ]
+    return [system for system in systems if _works(system, prompts, new_tokens, report)]
+
+
+def _faster_options(
     backbone: PreTrainedModel, batch_size: int, report: SpeedReport
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Options of ``generate`` that make the backbone faster; those that cannot be used are reported once."""
+    """Options of ``generate`` that make the backbone faster; those that cannot be used here are reported once."""
     found: list[tuple[str, dict[str, Any]]] = []
     if batch_size == 1:
         found.append((LOOKUP, {"prompt_lookup_num_tokens": LOOKUP_TOKENS}))
