@@ -226,7 +226,7 @@ def test_the_guides_test_passes(tmp_path: Path):
 def test_the_guides_components_pass_the_kit(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ):
-    monkeypatch.setattr("sentcompress.testing.plugins.get_registry", lambda: registry)
+    monkeypatch.setattr("sentcompress.testing.checks.get_registry", lambda: registry)
     settings = {"characters": 100_000} if kind == "segmenter" else {}
     check_plugin(kind, name, **settings)
 

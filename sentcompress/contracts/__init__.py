@@ -1,14 +1,21 @@
-"""What a plugin author subclasses. Importing this package does not import torch."""
+"""The classes that plugin authors subclass. Importing this package does not import torch."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sentcompress.contracts.dataset import Dataset, DatasetOptions, Document
-from sentcompress.contracts.metric import Metric, Reconstruction
-from sentcompress.contracts.options import Component, Options
-from sentcompress.contracts.segmenter import Segmenter, SegmenterOptions
+from sentcompress.contracts.components import (
+    Component,
+    Dataset,
+    DatasetOptions,
+    Document,
+    Metric,
+    Options,
+    Reconstruction,
+    Segmenter,
+    SegmenterOptions,
+)
 
 if TYPE_CHECKING:
     from sentcompress.contracts.backbone import Backbone

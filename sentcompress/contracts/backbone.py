@@ -6,37 +6,37 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sentcompress.contracts.options import Options as BaseOptions
+from sentcompress.contracts.components import Options as BaseOptions
 
 
 class Backbone(nn.Module):
-    """Feeds an LLM's own modules (positions, blocks, final norm) with latents, causally over sentences.
+    """Runs an LLM's own modules (positions, blocks, final norm) on latents, causally over sentences.
 
-    A subclass wraps one family. The LLM's output head is not part of it; the token embeddings may be dropped
+    A subclass wraps one model family. The LLM's output head is not part of it; the token embeddings may be dropped
     with :meth:`drop_token_embeddings`, since the sentence encoder replaces them.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
     model_types: ClassVar[tuple[str, ...]] = ()
-    """``config.model_type`` values of transformers this adapter serves."""
+    """The ``config.model_type`` values of transformers that this adapter supports."""
     aliases: ClassVar[dict[str, str]] = {}
-    """Short names to hub names or ``package:`` folders, e.g. ``opt-1.3b -> facebook/opt-1.3b``."""
+    """Short names for hub names or ``package:`` folders, e.g. ``opt-1.3b -> facebook/opt-1.3b``."""
 
     published_configs: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Published shapes by hub name: for plans, and for speed work with random weights, without the hub."""
+    """Published configurations by hub name, for estimates and speed runs with random weights without the hub."""
     tiny_configs: ClassVar[tuple[dict[str, Any], ...]] = ()
-    """Configurations (``model_type`` and fields) that have every part of the family on a tiny scale: what
-    ``sentcompress.testing.check_backbone`` builds and tries."""
+    """Tiny configurations (``model_type`` and fields) that cover every feature of the family;
+    ``sentcompress.testing.check_backbone`` builds and tests them."""
 
     config: Any
     """The transformers configuration of the LLM."""
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """Refuse a configuration this adapter cannot serve, before weights are loaded.
+        """Refuse a configuration that this adapter does not support, before weights are loaded.
 
         Raises:
-            InputError: naming what is wrong with it.
+            InputError: says what is wrong with it.
         """
 
     @classmethod
@@ -51,22 +51,22 @@ class Backbone(nn.Module):
 
     @classmethod
     def attention_implementations(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003
-        """What computes this LLM's attention right among ``sdpa`` and ``eager``; the first is used unless asked."""
+        """Those of ``sdpa`` and ``eager`` that are correct for this LLM; the first is the default."""
         return ("sdpa", "eager")
 
     @property
     def hidden_size(self) -> int:
-        """Width ``H`` of the vectors the blocks read and return."""
+        """Width ``H`` of the blocks' inputs and outputs."""
         raise NotImplementedError(f"{type(self).__name__} must implement hidden_size")
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of the blocks (the sentence encoder and decoder use as many by default)."""
+        """Attention heads per block, also the default of the sentence encoder and decoder."""
         return int(self.config.num_attention_heads)
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence of latents the position encoding allows."""
+        """Longest sequence of latents that the position encoding allows."""
         return int(self.config.max_position_embeddings)
 
     @property
@@ -75,11 +75,11 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement blocks")
 
     def project_out(self, hidden_states: Tensor) -> Tensor:
-        """What the LLM's own output head reads: ``[..., H] -> [..., width of the head]``."""
+        """Project to what the LLM's own output head reads: ``[..., H] -> [..., width of the head]``."""
         return hidden_states
 
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens as :meth:`forward` takes them: ``[..., T] -> [..., T, H]``.
+        """Embed tokens as :meth:`forward` expects them: ``[..., T] -> [..., T, H]``.
 
         Raises:
             RuntimeError: the token embeddings were dropped.
@@ -101,12 +101,12 @@ class Backbone(nn.Module):
         """Run the blocks.
 
         Args:
-            inputs_embeds: ``[R, N, H]`` latents in place of token embeddings.
-            attention_mask: ``[R, 1, N, P + N]`` bool, True where position n may attend (P cached positions).
-                The caller makes it causal; it is passed explicitly so that no attention backend decides.
+            inputs_embeds: ``[R, N, H]`` latents instead of token embeddings.
+            attention_mask: ``[R, 1, N, P + N]`` bool, True where position n may attend (P cached positions). It is
+                causal, and explicit, so that causality does not depend on the attention implementation.
             position_ids: ``[R, N]`` positions, counted from 0 within each document.
             past_key_values: a transformers ``Cache`` with P positions, or None.
-            use_cache: return the cache, extended by N positions.
+            use_cache: also return the cache, extended by N positions.
 
         Returns:
             hidden_states ``[R, N, H]`` after the final norm, and the cache (None without ``use_cache``).

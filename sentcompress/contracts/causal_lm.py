@@ -1,4 +1,4 @@
-"""CausalLMBackbone: what most adapters are, since transformers' decoders are so alike."""
+"""CausalLMBackbone: the base of most adapters, since the decoders of transformers are so similar."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _POSITION_LIMITS = (
     "seq_length",
 )
 UNLIMITED_POSITIONS = 1 << 20
-"""Longest sequence of an LLM whose configuration names none."""
+"""Longest sequence of an LLM whose configuration does not set a limit."""
 
 
 class CausalLMBackbone(Backbone):
-    """Feeds a transformers decoder that takes ``inputs_embeds``, ``position_ids`` and a mask of four dimensions.
+    """Wraps a transformers decoder that accepts ``inputs_embeds``, ``position_ids`` and a four-dimensional mask.
 
-    A subclass for a family usually says no more than its ``model_types`` and ``aliases``.
+    A subclass for a family usually sets only ``model_types`` and ``aliases``.
 
     Args:
         decoder: the LLM without its output head, such as a ``LlamaModel``.
@@ -72,7 +72,7 @@ class CausalLMBackbone(Backbone):
         number = self.config.num_hidden_layers
         found = [m for m in self.decoder.children() if isinstance(m, nn.ModuleList) and len(m) == number]
         if not found:
-            raise AttributeError(f"{type(self.decoder).__name__} has no list of its {number} blocks")
+            raise AttributeError(f"{type(self.decoder).__name__} has no ModuleList of {number} blocks")
         return found[0]
 
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class CausalLMBackbone(Backbone):
         use_cache: bool = False,
     ) -> tuple[Tensor, Any | None]:
         if use_cache and past_key_values is None:
-            # Of full length in every layer, so that one mask fits all: sliding windows are in the mask.
+            # Every layer caches the full length, so that one mask fits all; sliding windows are in the mask.
             past_key_values = DynamicCache()
         more = {"position_ids": position_ids} if "position_ids" in self._takes else {}
         output = self.decoder(
@@ -106,7 +106,7 @@ class CausalLMBackbone(Backbone):
         return output.last_hidden_state, output.past_key_values if use_cache else None
 
     def _masks(self, allowed: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """What the decoder takes for a bool mask ``[R, 1, N, P + N]``: one additive mask, or one a kind of layer."""
+        """The additive mask for a bool mask ``[R, 1, N, P + N]``; one per layer type if their windows differ."""
         masks = {
             kind: additive_mask(_within(allowed, window), dtype) for kind, window in self._windows.items()
         }
@@ -114,20 +114,20 @@ class CausalLMBackbone(Backbone):
 
 
 def position_limit(config: Any) -> int:
-    """Positions an LLM has by its configuration, whatever its family calls them."""
+    """The maximum length in an LLM's configuration, whatever its family calls it."""
     limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
     return next((int(limit) for limit in limits if limit), UNLIMITED_POSITIONS)
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """True to 0 and False to the lowest number: explicit, so that no attention implementation decides by itself."""
+    """Map True to 0 and False to the lowest number, so that no attention implementation adds a mask of its own."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
         ~allowed, torch.finfo(dtype).min
     )
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """The sliding window of each kind of layer, None where attention is full."""
+    """The sliding window of each layer type; None for full attention."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
@@ -138,7 +138,7 @@ def _windows(config: Any) -> dict[str, int | None]:
 
 
 def _within(allowed: Tensor, window: int | None) -> Tensor:
-    """Keep of ``[R, 1, N, P + N]`` what is at most ``window - 1`` columns back."""
+    """Restrict a mask ``[R, 1, N, P + N]`` to the last ``window`` columns."""
     queries, keys = allowed.shape[-2:]
     if window is None or keys <= window:
         return allowed

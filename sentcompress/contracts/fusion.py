@@ -1,4 +1,4 @@
-"""Fusion: a sentence's hidden states to its latents."""
+"""Fusion: from the hidden states of a sentence to its latents."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sentcompress.contracts.options import Options as BaseOptions
+from sentcompress.contracts.components import Options as BaseOptions
 
 
 class Fusion(nn.Module):
-    """Turns the encoder's hidden states into ``latents`` vectors a sentence (paper equation 1: one).
+    """Turns the encoder's hidden states into ``latents`` vectors per sentence (paper, equation 1: one vector).
 
     Args:
         hidden_size: width ``H`` of the hidden states.
-        options: an instance of ``Options``, or None for its defaults.
+        options: an instance of ``Options``; None uses its defaults.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
@@ -26,23 +26,23 @@ class Fusion(nn.Module):
 
     @property
     def latents(self) -> int:
-        """Vectors a sentence, ``k``; 1 unless a subclass says otherwise."""
+        """Vectors per sentence, ``k``; 1 unless overridden."""
         return 1
 
     def products(self, tokens: float) -> float:
-        """Multiplications for a sentence of ``tokens`` tokens, for the computed cost of decoding.
+        """Multiplications for a sentence of ``tokens`` tokens, to estimate the cost of decoding.
 
-        Every matrix once a token unless a subclass says otherwise.
+        Unless overridden, every matrix is counted once per token.
         """
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         return tokens * sum(p.numel() for p in self.parameters() if p.ndim > 1 and id(p) not in tables)
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Fuse.
+        """Fuse the hidden states of each sentence.
 
         Args:
-            hidden_states: ``[S, L, H]``; rows of padding may hold anything finite.
-            mask: ``[S, L]`` bool, True where there is a token. Padding must not change the result.
+            hidden_states: ``[S, L, H]``; any finite values at padding, which must not change the result.
+            mask: ``[S, L]`` bool, True at tokens, False at padding.
 
         Returns:
             latents ``[S, k, H]``.

@@ -1,6 +1,6 @@
-"""Proof, on random input, that a backbone adapter does what everything behind it relies on.
+"""Proof, on random input, that a backbone adapter behaves as the rest of the package expects.
 
-It takes a few short forward passes, so every backbone is proven when it is wrapped, whoever wrote its adapter.
+It takes only a few short forward passes, so every backbone is checked when it is wrapped, whoever wrote its adapter.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.causal_lm import position_limit
 
-CELLS = 8
-"""Positions of the random input, where the LLM has as many."""
+MAX_POSITIONS = 8
+"""Positions of the random input, if the LLM has as many."""
 TOLERANCE = 1e-5
-"""Largest difference of what must be equal, as a share of the largest state (at least 1)."""
+"""Largest difference allowed between equal states, relative to the largest state (at least 1)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing proven, or not.
+    """The result of one check.
 
     Attributes:
         name: ``equivalence``, ``causality``, ``mask``, ``positions``, ``padding`` or ``cache``.
-        delta: largest difference found; infinite where the forward failed.
-        allowed: largest difference that is right.
-        problem: what is wrong, a sentence; empty when it passed.
+        delta: largest difference found; infinite if the forward failed.
+        allowed: largest difference allowed.
+        problem: what is wrong, a sentence; empty if the check passed.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the library's own forward gives for random tokens, taken before an adapter changes the LLM.
+    """The states of the library's own forward for random tokens, computed before an adapter changes the LLM.
 
     Attributes:
-        input_ids: ``[2, cells]``.
-        hidden_states: ``[2, cells, width of the head]``.
-        leak: how much the states of the first part move when the tokens of the rest are others.
+        input_ids: ``[2, positions]``.
+        hidden_states: ``[2, positions, width of the head]``.
+        leak: how much earlier states change when later tokens change.
     """
 
     input_ids: Tensor
@@ -62,13 +62,13 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
     """Run a transformers causal LM on random tokens.
 
     Raises:
-        ValueError: it does not return hidden states for tokens.
+        ValueError: its forward fails.
     """
     generator = torch.Generator().manual_seed(seed)
     vocab = int(causal_lm.get_input_embeddings().weight.shape[0])
-    cells = min(CELLS, position_limit(causal_lm.config))
-    cut = _cut(cells)
-    ids = torch.randint(0, vocab, (2, cells), generator=generator)
+    positions = min(MAX_POSITIONS, position_limit(causal_lm.config))
+    cut = _cut(positions)
+    ids = torch.randint(0, vocab, (2, positions), generator=generator)
     changed = torch.cat([ids[:, :cut], (ids[:, cut:] + 1) % vocab], 1)
     device = causal_lm.get_input_embeddings().weight.device
     states = []
@@ -90,13 +90,13 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
 
 @torch.no_grad()
 def prove_backbone(backbone: Backbone, reference: Reference) -> list[Finding]:
-    """Compare an adapter with the library's own forward, and with itself in all the ways it will be used.
+    """Compare an adapter with the library's own forward, and with itself in all the ways it is used.
 
     Args:
-        backbone: with its token embeddings, in fp32.
-        reference: from the same LLM.
+        backbone: in fp32, with its token embeddings.
+        reference: of the same LLM.
     """
-    # Module by module: a wrapper just made says it is training, whatever the LLM inside it does.
+    # Module by module: a new wrapper is in training mode, whatever the mode of the LLM inside it.
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
@@ -110,19 +110,19 @@ class _Proof:
     def __init__(self, backbone: Backbone, reference: Reference) -> None:
         self.backbone, self.reference = backbone, reference
         self.device = reference.input_ids.device
-        self.cells = reference.input_ids.shape[1]
-        self.cut = _cut(self.cells)
+        self.length = reference.input_ids.shape[1]
+        self.cut = _cut(self.length)
         self.scale = max(1.0, float(reference.hidden_states.abs().max()))
         self.allowed = TOLERANCE * self.scale
         self.embeddings = backbone.token_embeddings(reference.input_ids)
-        self.causal = torch.ones(self.cells, self.cells, dtype=torch.bool, device=self.device).tril()
-        self.positions = torch.arange(self.cells, device=self.device)
+        self.causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
+        self.positions = torch.arange(self.length, device=self.device)
 
     def findings(self) -> Iterator[Finding]:
         first = self._try("equivalence", self.equivalence)
         yield first
         if first.delta == float("inf"):
-            return  # the forward fails: all others would only say so again
+            return  # the forward fails, so all other checks would fail the same way
         for name, check in (
             ("causality", self.causality),
             ("mask", self.mask),
@@ -135,9 +135,9 @@ class _Proof:
     def _try(self, name: str, check: Callable[[], tuple[float, float, str]]) -> Finding:
         try:
             delta, allowed, problem = check()
-        except Exception as error:  # whatever a stranger's forward raises is its finding
+        except Exception as error:  # a plugin's forward may raise anything
             what = (
-                "does not take embeddings with a mask of four dimensions"
+                "does not accept embeddings with a four-dimensional mask"
                 if name == "equivalence"
                 else "failed"
             )
@@ -153,7 +153,7 @@ class _Proof:
             **more,
         )
 
-    def _plain(self, embeddings: Tensor | None = None) -> Tensor:
+    def _states(self, embeddings: Tensor | None = None) -> Tensor:
         return self._run(self.embeddings if embeddings is None else embeddings, self.causal, self.positions)[
             0
         ]
@@ -163,30 +163,30 @@ class _Proof:
             return (
                 self.reference.leak,
                 self.allowed,
-                "the LLM itself is not causal: its states see later tokens",
+                "the LLM itself is not causal: its states depend on later tokens",
             )
-        states = self.backbone.project_out(self._plain())
+        states = self.backbone.project_out(self._states())
         if states.shape != self.reference.hidden_states.shape:
             given, expected = tuple(states.shape), tuple(self.reference.hidden_states.shape)
-            return float("inf"), self.allowed, f"it returns states of shape {given}, the library {expected}"
+            return float("inf"), self.allowed, f"it returns states of shape {given} instead of {expected}"
         return (
             _delta(states, self.reference.hidden_states),
             self.allowed,
-            "with token embeddings in place of latents it does not give the library's own hidden states",
+            "given token embeddings instead of latents, it does not return the library's own hidden states",
         )
 
     def causality(self) -> tuple[float, float, str]:
-        """Also that attention is there at all: what comes before must matter."""
-        before = self._plain()
+        """Also checks that there is attention at all: earlier positions must have an effect."""
+        before = self._states()
         changed = torch.cat([self.embeddings[:, : self.cut], self.embeddings[:, self.cut :].flip(1) * 2], 1)
-        leak = _delta(before[:, : self.cut], self._plain(changed)[:, : self.cut])
+        leak = _delta(before[:, : self.cut], self._states(changed)[:, : self.cut])
         first = torch.cat([self.embeddings[:, :1] * 2 + 1, self.embeddings[:, 1:]], 1)
-        if _delta(before[:, -1], self._plain(first)[:, -1]) == 0:
+        if _delta(before[:, -1], self._states(first)[:, -1]) == 0:
             return float("inf"), 0.0, "earlier positions have no effect on later ones"
         return leak, 1e-6 * self.scale, "later positions change earlier states: it leaks the future"
 
     def _packed(self, embeddings: Tensor) -> Tensor:
-        """Two passages in a row, apart by the mask, each with positions from 0."""
+        """Run two packed passages, separated by the mask, each with positions from 0."""
         passage = (self.positions >= self.cut).long()
         allowed = self.causal & (passage[:, None] == passage[None, :])
         return self._run(embeddings, allowed, self.positions - self.cut * passage)[0]
@@ -197,29 +197,31 @@ class _Proof:
         return (
             delta,
             1e-6 * self.scale,
-            "it does not honour the mask: a packed document sees the one before it",
+            "it does not honour the mask: a packed document attends to the one before it",
         )
 
     def packing(self) -> tuple[float, float, str]:
         rest = self.embeddings[:, self.cut :]
-        number = self.cells - self.cut
+        number = self.length - self.cut
         alone = self._run(rest, self.causal[:number, :number], self.positions[:number])[0]
-        problem = "a document packed behind another differs from the same alone: positions are not honoured"
+        problem = (
+            "it does not honour positions: a document packed behind another gives different states than alone"
+        )
         return _delta(self._packed(self.embeddings)[:, self.cut :], alone), self.allowed, problem
 
     def padding(self) -> tuple[float, float, str]:
         pad = 3
         embeddings = torch.cat([self.embeddings[:, :pad] * 3, self.embeddings], 1)
-        columns = torch.arange(self.cells + pad, device=self.device)
+        columns = torch.arange(self.length + pad, device=self.device)
         real = columns >= pad
         allowed = (columns[:, None] >= columns[None, :]) & real[None, :] & real[:, None]
         allowed |= columns[:, None] == columns[None, :]
         states = self._run(embeddings, allowed, (columns - pad).clamp_min(0))[0]
-        return _delta(states[:, pad:], self._plain()), self.allowed, "padding on the left changes the result"
+        return _delta(states[:, pad:], self._states()), self.allowed, "left padding changes the result"
 
     def cache(self) -> tuple[float, float, str]:
         parts, past = [], None
-        for begin, end in ((0, self.cut), *((i, i + 1) for i in range(self.cut, self.cells))):
+        for begin, end in ((0, self.cut), *((i, i + 1) for i in range(self.cut, self.length))):
             states, past = self._run(
                 self.embeddings[:, begin:end],
                 self.causal[begin:end, :end],
@@ -229,21 +231,21 @@ class _Proof:
             )
             parts.append(states)
             if past is None:
-                return float("inf"), self.allowed, "it returns no cache when asked for one"
+                return float("inf"), self.allowed, "it returns no cache although use_cache is set"
         return (
-            _delta(torch.cat(parts, 1), self._plain()),
+            _delta(torch.cat(parts, 1), self._states()),
             self.allowed,
-            "with a cache it gives other states than without",
+            "its states with a cache differ from those without",
         )
 
 
-def _cut(cells: int) -> int:
-    """Where the input is changed or divided: at least one position behind, as many as may be before."""
-    return max(1, min(cells - 1, cells * 5 // 8))
+def _cut(length: int) -> int:
+    """The position where the input is changed or divided: at least one is before it, and one after it if possible."""
+    return max(1, min(length - 1, length * 5 // 8))
 
 
 def _delta(a: Tensor, b: Tensor) -> float:
-    """Largest difference; infinite when it is not finite."""
+    """Largest difference; infinite if it is NaN."""
     difference = (a.double() - b.double()).abs().max()
     return float(difference) if torch.isfinite(difference) else float("inf")
 

@@ -1,6 +1,6 @@
-"""What plugin authors run: a check for each kind of component, and tiny real models built without a download.
+"""Tools for plugin authors: a check for each kind of component, and tiny models built without a download.
 
-Importing this package is cheap: the pytest plugin does so whenever pytest starts. Names are imported when used.
+Importing this package is cheap, since the pytest plugin imports it whenever pytest starts. Names are imported on use.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sentcompress.testing.backbones import check_backbone
+    from sentcompress.testing.checks import CheckFailed, check_plugin
     from sentcompress.testing.datasets import check_dataset
-    from sentcompress.testing.failures import CheckFailed
     from sentcompress.testing.fusions import check_fusion
     from sentcompress.testing.metrics import check_metric
-    from sentcompress.testing.plugins import check_plugin
     from sentcompress.testing.segmenters import check_segmenter
     from sentcompress.testing.texts import tiny_tokenizer
     from sentcompress.testing.tiny import OPT_TWINS, tiny_opt, tiny_passages, tiny_sentence_lm, tiny_vae
 
 _MODULES = {
-    "CheckFailed": "failures",
+    "CheckFailed": "checks",
     "OPT_TWINS": "tiny",
     "check_backbone": "backbones",
     "check_dataset": "datasets",
     "check_fusion": "fusions",
     "check_metric": "metrics",
-    "check_plugin": "plugins",
+    "check_plugin": "checks",
     "check_segmenter": "segmenters",
     "tiny_opt": "tiny",
     "tiny_passages": "tiny",

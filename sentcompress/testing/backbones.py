@@ -13,26 +13,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.proof import Reference, prove_backbone, reference_of
 from sentcompress.registry import get_registry
-from sentcompress.testing.failures import CheckFailed, Subject
+from sentcompress.testing.checks import CheckFailed, Subject
 
 
 def check_backbone(
     cls: type[Backbone], options: Any | None = None, *, causal_lm: PreTrainedModel | None = None
 ) -> None:
-    """Prove that a backbone adapter keeps its contract's promises.
+    """Check that a backbone adapter fulfils its contract.
 
-    For each of its ``tiny_configs`` and attention implementations: with token embeddings in place of latents it
-    gives the library's own hidden states (within 1e-5); later positions change nothing before them; the mask and
-    the positions are honoured; padding on the left and the cache change nothing; gradients reach the latents and
-    every block; the token embeddings can be dropped; a backbone built by ``from_config`` and filled from the
-    ``state_dict`` is equal, and, where the class is registered, so is a grafted model that was saved and loaded.
+    For each of its ``tiny_configs`` and attention implementations: given token embeddings instead of latents, it must
+    return the library's own hidden states (within 1e-5). Later positions must not change earlier states. It must honour
+    the mask and the positions; left padding and the cache must not change the result. Gradients must reach the latents
+    and every block, and the token embeddings can be dropped. A backbone built by ``from_config`` and loaded from the
+    ``state_dict`` must be equal; if the class is registered, so must a grafted model that was saved and loaded.
 
     Args:
-        options: raw options or an ``Options``.
-        causal_lm: a small fp32 transformers LM to try instead of those of ``tiny_configs``.
+        options: raw options or an ``Options`` instance.
+        causal_lm: a small fp32 transformers LM to check instead of ``tiny_configs``.
 
     Raises:
-        CheckFailed: in one sentence.
+        CheckFailed: says in one sentence what is wrong.
     """
     __tracebackhide__ = True
     subject = Subject("backbone", cls, options)
@@ -41,7 +41,7 @@ def check_backbone(
         return
     if not cls.tiny_configs:
         subject.fail(
-            "names no tiny_configs", "give small configurations of its family to try it on, or causal_lm="
+            "has no tiny_configs", "add small configurations of its family to check, or pass causal_lm="
         )
     for number, shape in enumerate(cls.tiny_configs):
         settings = dict(shape)
@@ -82,9 +82,9 @@ def _check(subject: Subject, lm: PreTrainedModel, where: str) -> None:
 
 
 def _states(backbone: Backbone, inputs: Tensor) -> Tensor:
-    rows, cells = inputs.shape[:2]
-    causal = torch.ones(cells, cells, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
-    return backbone(inputs, causal, torch.arange(cells).expand(rows, -1))[0]
+    rows, positions = inputs.shape[:2]
+    causal = torch.ones(positions, positions, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+    return backbone(inputs, causal, torch.arange(positions).expand(rows, -1))[0]
 
 
 def _shape(subject: Subject, backbone: Backbone, reference: Reference, where: str) -> None:
@@ -95,22 +95,26 @@ def _shape(subject: Subject, backbone: Backbone, reference: Reference, where: st
         )
     blocks = subject.call("blocks", lambda: backbone.blocks)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        subject.fail(f"{where} returns {type(blocks).__name__} as blocks", "an nn.ModuleList is expected")
+        subject.fail(
+            f"{where} returns {type(blocks).__name__} as blocks", "it must return a non-empty nn.ModuleList"
+        )
     for name in ("num_heads", "max_positions"):
         value = subject.call(name, lambda: getattr(backbone, name))  # noqa: B023
         if not isinstance(value, int) or value < 1:
-            subject.fail(f"{where} says {name} {value!r}", "a positive whole number is expected")
+            subject.fail(f"{where} says {name} {value!r}", "it must be a positive int")
 
 
 def _gradients(subject: Subject, backbone: Backbone, reference: Reference, where: str) -> None:
     inputs = backbone.token_embeddings(reference.input_ids).detach().requires_grad_()
-    # Not the plain sum, which a final LayerNorm makes the same whatever comes in.
+    # Not a plain sum: after a final LayerNorm it is constant.
     _states(backbone, inputs).square().cumsum(-1).mean().backward()
     if inputs.grad is None or not inputs.grad.abs().sum(-1).gt(0).all():
-        subject.fail(f"{where} gives no gradient to some latents", "the encoder could not learn through it")
+        subject.fail(f"{where} gives no gradient to some latents", "the encoder could not be trained")
     for number, block in enumerate(backbone.blocks):
         if not any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in block.parameters()):
-            subject.fail(f"{where} gives no gradient to block {number}", "every block must take part")
+            subject.fail(
+                f"{where} gives no gradient to block {number}", "every block must contribute to the result"
+            )
     backbone.zero_grad()
 
 
@@ -127,27 +131,30 @@ def _saving(
     except RuntimeError:
         pass
     else:
-        subject.fail(f"{where} still embeds tokens after drop_token_embeddings", "a RuntimeError is expected")
+        subject.fail(
+            f"{where} still embeds tokens after drop_token_embeddings",
+            "token_embeddings must raise RuntimeError",
+        )
     bare: Backbone = subject.call(
         "from_config", lambda: subject.cls.from_config(config, subject.options)
     ).eval()
     state = backbone.state_dict()
     if (there := set(bare.state_dict())) != set(state):
         subject.fail(
-            f"{where} has other weights when built by from_config ({sorted(there ^ set(state))[0]})",
-            "both must name the same, without token embeddings",
+            f"{where} has different weights when built by from_config ({sorted(there ^ set(state))[0]})",
+            "both must have the same names, without token embeddings",
         )
     bare.load_state_dict(state)
     if not torch.equal(_states(bare, inputs), expected):
         subject.fail(
-            f"{where} gives other states after from_config and load_state_dict", "they must be equal"
+            f"{where} returns different states after from_config and load_state_dict", "they must be equal"
         )
     if (found := get_registry().find("backbone", subject.cls)) is not None:
         _saved_graft(subject, whole, found[0], where)
 
 
 def _saved_graft(subject: Subject, lm: PreTrainedModel, name: str, where: str) -> None:
-    """A grafted model survives its folder: transformers builds it without memory and fills in what was saved."""
+    """Save and load a grafted model: transformers builds it on the meta device and loads the saved weights."""
     from sentcompress.modeling import SentenceLM
     from sentcompress.modeling.grafting import graft, wrap_backbone
     from sentcompress.recipe import BackboneSpec, Recipe
@@ -164,6 +171,6 @@ def _saved_graft(subject: Subject, lm: PreTrainedModel, name: str, where: str) -
         loaded = SentenceLM.from_pretrained(folder).eval()
     if not torch.equal(loaded(**batch).hidden_states, model(**batch).hidden_states):
         subject.fail(
-            f"{where} gives other states once the grafted model was saved and loaded",
-            "whatever is not in its state_dict must follow from its configuration",
+            f"{where} returns different states after the grafted model was saved and loaded",
+            "all state must be in its state_dict or follow from its configuration",
         )

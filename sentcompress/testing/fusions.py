@@ -9,27 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.contracts import Fusion
-from sentcompress.testing.failures import Subject, shown
+from sentcompress.testing.checks import Subject, shown
 
 _LENGTHS = (7, 1, 12, 4, 2, 1)
-"""Tokens of the sentences it is tried on."""
+"""Tokens of the sentences used by the checks."""
 _GARBAGE = 1e4
 
 
 def check_fusion(cls: type[Fusion], options: Any | None = None, *, hidden_size: int = 32) -> None:
-    """Prove that a fusion keeps its contract's promises.
+    """Check that a fusion fulfils its contract.
 
-    Shape ``[S, k, H]`` with k the property ``latents``; finite, also for one token; the same twice; its input
-    untouched; the same whatever stands at padding and however long it is; the same for a sentence alone and in
-    a batch; gradients reach every sentence and parameter; bfloat16 in is bfloat16 out, and it runs under
-    autocast; a copy built without memory and filled from its ``state_dict`` (as transformers loads) is equal.
+    Latents must have the shape ``[S, k, H]``, where k is the property ``latents``, and be finite, also for one token.
+    They must be the same the second time, with any values and any amount of padding, and for a sentence alone or in a
+    batch. The input must stay unchanged. Gradients must reach every sentence and parameter. bfloat16 in must give
+    bfloat16 out, and autocast must work. A copy built on the meta device and loaded from the ``state_dict`` must be
+    equal.
 
     Args:
-        options: raw options or an ``Options``.
-        hidden_size: width ``H`` to build it with.
+        options: raw options or an ``Options`` instance.
+        hidden_size: width ``H`` of the fusion.
 
     Raises:
-        CheckFailed: in one sentence.
+        CheckFailed: says in one sentence what is wrong.
     """
     __tracebackhide__ = True
     subject = Subject("fusion", cls, options)
@@ -57,7 +58,7 @@ def _run(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor, how: st
     shape = f"hidden states {list(hidden.shape)} {str(hidden.dtype).removeprefix('torch.')}{how}"
     latents = subject.call(f"forward with {shape}", lambda: fusion(hidden, mask))
     expected = [len(hidden), fusion.latents, hidden.shape[2]]
-    promise = f"[S, k, H] = {expected} is expected, k being the property latents ({fusion.latents})"
+    promise = f"[S, k, H] = {expected} is expected, where k is the property latents ({fusion.latents})"
     if not isinstance(latents, Tensor):
         subject.fail(f"returns {type(latents).__name__} for {shape}", promise)
     if list(latents.shape) != expected:
@@ -79,14 +80,14 @@ def _first_bad(latents: Tensor) -> str:
 def _shape(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor) -> Tensor:
     k = subject.call("latents", lambda: fusion.latents)
     if not isinstance(k, int) or k < 1:
-        subject.fail(f"has latents {k!r}", "the property must be the whole number of vectors a sentence")
+        subject.fail(f"has latents {k!r}", "the property must be the number of vectors per sentence, an int")
     given, given_mask = hidden.clone(), mask.clone()
     latents = _run(subject, fusion, given, given_mask)
     if not torch.equal(given, hidden) or not torch.equal(given_mask, mask):
         what = "mask" if torch.equal(given, hidden) else "hidden_states"
         subject.fail(f"changes its input {what}", "it must work on copies")
     latents = latents.clone()
-    _equal(subject, latents, _run(subject, fusion, hidden, mask), "gives other latents the second time")
+    _equal(subject, latents, _run(subject, fusion, hidden, mask), "returns different latents the second time")
     return latents
 
 
@@ -97,7 +98,7 @@ def _equal(subject: Subject, expected: Tensor, got: Tensor, what: str) -> None:
             difference = float((a - b).abs().max())
             subject.fail(
                 f"{what}: those of a sentence of {_LENGTHS[number]} token(s) differ by {difference:.2g}",
-                "only the sentence's own tokens may count",
+                "latents may depend only on the sentence's own tokens",
             )
 
 
@@ -105,10 +106,10 @@ def _padding(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor, lat
     for garbage in (_GARBAGE, -_GARBAGE):
         noise = torch.randn_like(hidden).abs() * garbage
         filled = torch.where(mask[:, :, None], hidden, noise)
-        what = f"lets padding change the result (values around {garbage:g} there)"
+        what = f"lets padding change the result (with values around {garbage:g})"
         _equal(subject, latents, _run(subject, fusion, filled, mask), what)
     longer = nn.functional.pad(hidden, (0, 0, 0, 5)), nn.functional.pad(mask, (0, 5))
-    what = "lets padding change the result (5 more columns of it)"
+    what = "lets padding change the result (with 5 more columns)"
     _equal(subject, latents, _run(subject, fusion, *longer), what)
 
 
@@ -117,7 +118,9 @@ def _batches(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor, lat
     for row, length in enumerate(_LENGTHS):
         one = hidden[row : row + 1, :length], mask[row : row + 1, :length]
         alone.append(_run(subject, fusion, *one))
-    _equal(subject, latents, torch.cat(alone), "gives a sentence other latents in a batch than alone")
+    _equal(
+        subject, latents, torch.cat(alone), "returns different latents for a sentence in a batch than alone"
+    )
 
 
 def _gradients(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor) -> None:
@@ -126,7 +129,7 @@ def _gradients(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor) -
     promise = "training needs them"
     if not latents.requires_grad:
         subject.fail("returns latents without gradients", promise)
-    # A plain sum would not do: after a LayerNorm it is always the same.
+    # Not a plain sum: after a LayerNorm it is constant.
     subject.call("backward", (latents * torch.randn_like(latents)).sum().backward)
     if hidden.grad is None:
         subject.fail("lets no gradient reach hidden_states", promise)
@@ -162,17 +165,17 @@ def _dtypes(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor) -> N
 def _saving(subject: Subject, fusion: Fusion, hidden: Tensor, mask: Tensor, latents: Tensor) -> None:
     state = {name: value.clone() for name, value in fusion.state_dict().items()}
     with torch.device("meta"):
-        twin: Fusion = subject.build(hidden_size=hidden.shape[2])
-    subject.call("load_state_dict(state_dict())", lambda: twin.load_state_dict(state, assign=True))
-    promise = "a saved model is loaded into a fusion built without memory, so all that counts must be in state_dict()"
-    left = [name for name, t in [*twin.named_parameters(), *twin.named_buffers()] if t.is_meta]
-    left += [name for name, value in vars(twin).items() if isinstance(value, Tensor)]
+        loaded: Fusion = subject.build(hidden_size=hidden.shape[2])
+    subject.call("load_state_dict(state_dict())", lambda: loaded.load_state_dict(state, assign=True))
+    promise = "a saved model is loaded into a fusion built on the meta device, so state_dict() must hold all its state"
+    left = [name for name, t in [*loaded.named_parameters(), *loaded.named_buffers()] if t.is_meta]
+    left += [name for name, value in vars(loaded).items() if isinstance(value, Tensor)]
     if left:
         subject.fail(
             f"keeps the tensor(s) {shown(', '.join(left), quote=False)} out of its state_dict", promise
         )
-    twin.eval()
-    got = _run(subject, twin, hidden, mask, " after loading")
+    loaded.eval()
+    got = _run(subject, loaded, hidden, mask, " after loading")
     if not torch.allclose(latents, got, rtol=1e-3, atol=1e-4):
         difference = float((latents - got).abs().max())
-        subject.fail(f"gives latents that differ by {difference:.2g} after saving and loading", promise)
+        subject.fail(f"returns latents that differ by {difference:.2g} after saving and loading", promise)

@@ -1,4 +1,4 @@
-"""check_metric: named finite figures, the same every time, for all that a model may write. No torch."""
+"""check_metric: named finite figures, the same every time, for anything a model may generate. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from sentcompress.contracts import Metric, Reconstruction
-from sentcompress.testing.failures import Subject, shown
+from sentcompress.testing.checks import Subject, shown
 
 
 def _pair(reference: str, hypothesis: str) -> Reconstruction:
-    """Tokens are code points here."""
+    """A pair whose tokens are code points."""
     return Reconstruction(reference, hypothesis, tuple(map(ord, reference)), tuple(map(ord, hypothesis)))
 
 
@@ -26,21 +26,21 @@ _PAIRS = {
     "text in other scripts": _pair(
         "这是。 हिन्दी \U0001f468\u200d\U0001f469 e\u0301", "这\ufffd हि \U0001f468 \u00e9"
     ),
-    "tokens that are no text": Reconstruction("a", "", (5,), (2000, 2001)),
+    "tokens without text": Reconstruction("a", "", (5,), (2000, 2001)),
 }
 
 
 def check_metric(cls: type[Metric], options: Any | None = None) -> None:
-    """Prove that a metric keeps its contract's promises.
+    """Check that a metric fulfils its contract.
 
-    ``compute`` returns a dict of at least one name to a finite float; the same for the same input, also from
-    a new instance; does not change its input; and copes with one pair or many, exact, empty, wrong, long.
+    ``compute`` must return a dict of at least one name to a finite float, give the same figures for the same input
+    (also from a new instance), leave its input unchanged, and handle one pair or many: exact, empty, wrong, long.
 
     Args:
-        options: raw options or an ``Options``.
+        options: raw options or an ``Options`` instance.
 
     Raises:
-        CheckFailed: in one sentence.
+        CheckFailed: says in one sentence what is wrong.
     """
     __tracebackhide__ = True
     subject = Subject("metric", cls, options)
@@ -48,14 +48,14 @@ def check_metric(cls: type[Metric], options: Any | None = None) -> None:
     cases = {f"one pair, {what}": [pair] for what, pair in _PAIRS.items()}
     cases["all exact reconstructions"] = [_pair(text, text) for text in ("One.", "Two, three.", "四。")]
     cases["empty reconstructions only"] = [_pair(text, "") for text in ("One.", "Two, three.")]
-    cases["pairs of every sort"] = list(_PAIRS.values()) * 3
+    cases["pairs of every kind"] = list(_PAIRS.values()) * 3
     for what, pairs in cases.items():
         first = _compute(subject, metric, pairs, what)
         for again, which in ((metric, "the second time"), (subject.build(), "from a new instance")):
             figures = _compute(subject, again, pairs, what)
             if figures != first:
                 subject.fail(
-                    f"gives other figures {which} for {what}: first {shown(first)}, then {shown(figures)}",
+                    f"returns different figures {which} for {what}: first {shown(first)}, then {shown(figures)}",
                     "equal reconstructions must give equal figures",
                 )
 
@@ -66,8 +66,8 @@ def _compute(
     given = copy.copy(pairs)
     figures = subject.call(f"compute() for {what}", lambda: metric.compute(given))
     if given != pairs:
-        subject.fail(f"changes the reconstructions it is given ({what})", "it must work on a copy")
-    promise = "a dict of names to finite floats is expected"
+        subject.fail(f"changes its input ({what})", "it must work on a copy")
+    promise = "it must return a dict of names to finite floats"
     if not isinstance(figures, dict):
         subject.fail(f"returns {shown(figures)} for {what}", promise)
     if not figures:
@@ -75,7 +75,7 @@ def _compute(
     for name, value in figures.items():
         if not isinstance(name, str) or not name.strip():
             subject.fail(f"returns a figure under the name {name!r} for {what}", "names must not be empty")
-        # Neither bool nor a NumPy float32 or a tensor, which JSON cannot hold.
+        # No bool, NumPy float32 or tensor: JSON cannot hold them.
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             subject.fail(f"returns {name}={shown(value)} for {what}", promise)
     return figures

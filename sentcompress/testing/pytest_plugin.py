@@ -1,4 +1,4 @@
-"""pytest plugin, loaded wherever sentcompress is installed; it imports next to nothing until it is used."""
+"""The pytest plugin. pytest loads it wherever sentcompress is installed, so it imports almost nothing at first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def check_plugin() -> Callable[..., None]:
-    """``check_plugin(kind, name, options=None, **settings)``: fail with one sentence when a plugin is wrong."""
+    """``check_plugin(kind, name, options=None, **settings)``: fail with one sentence if the plugin is wrong."""
     from sentcompress.errors import SentCompressError
-    from sentcompress.testing.failures import CheckFailed
-    from sentcompress.testing.plugins import check_plugin as check
+    from sentcompress.testing.checks import CheckFailed
+    from sentcompress.testing.checks import check_plugin as check
 
     def run(kind: str, name: str, options: dict[str, Any] | None = None, **settings: Any) -> None:
         __tracebackhide__ = True

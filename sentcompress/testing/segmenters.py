@@ -1,4 +1,4 @@
-"""check_segmenter: lossless, deterministic, quick, and its state survives JSON."""
+"""check_segmenter: lossless, deterministic, fast, with a state that survives JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError
-from sentcompress.testing.failures import CheckFailed, Subject, place_of, shown
+from sentcompress.testing.checks import CheckFailed, Subject, place_of, shown
 from sentcompress.testing.texts import NASTY, generated, hostile, ordinary, tiny_tokenizer
 from sentcompress.text.segmentation import checked_split
 
 _DOCUMENTS = 20
-"""Documents it may learn from."""
+"""Documents that it is prepared with."""
 
 
 def check_segmenter(
@@ -24,51 +24,55 @@ def check_segmenter(
     characters: int = 1_000_000,
     seconds: float = 20.0,
 ) -> None:
-    """Prove that a segmenter keeps its contract's promises.
+    """Check that a segmenter fulfils its contract.
 
-    It is prepared as for a corpus. Then ``split`` must return a list of non-empty strings that joined are the
-    text, for nasty and generated texts, twice the same, and the same from a new instance that was given its
-    ``state()`` as JSON; and be through with a long text of each sort, ordinary and hostile, in time.
+    It is prepared as for a corpus. For difficult and generated texts, ``split`` must then return a list of non-empty
+    strings that joined are the text. It must do the same the second time, and so must a new instance with the same
+    ``state()``, passed through JSON. Long texts, ordinary and hostile, must be split in time.
 
     Args:
         segmenter: the class, or an instance.
-        options: for a class: raw options or an ``Options``.
-        tokenizer: what it is prepared with; a tiny byte-level one by default.
-        characters: length of the ordinary text, and of the hostile stretches together.
-        seconds: CPU time allowed for each of these two.
+        options: only for a class: raw options or an ``Options`` instance.
+        tokenizer: prepares the segmenter; a tiny byte-level one by default.
+        characters: length of the ordinary text, and of all hostile texts together.
+        seconds: CPU time allowed for each of the two.
 
     Raises:
-        CheckFailed: in one sentence.
+        CheckFailed: says in one sentence what is wrong.
     """
     __tracebackhide__ = True
     subject = Subject("segmenter", segmenter, options)
-    mine: Segmenter = subject.build() if isinstance(segmenter, type) else segmenter
+    own: Segmenter = subject.build() if isinstance(segmenter, type) else segmenter
     tokenizer = tokenizer or tiny_tokenizer()
-    known = bool(subject.call("state()", mine.state))
+    known = bool(subject.call("state()", own.state))
     documents = None if known else (ordinary(2000, seed) for seed in range(_DOCUMENTS))
-    subject.call("prepare(tokenizer, documents)", lambda: mine.prepare(tokenizer, documents))
-    if not isinstance(mine.max_tokens, int) or mine.max_tokens < 2:
-        subject.fail(f"has max_tokens {mine.max_tokens!r}", "it must be an integer of at least 2")
+    subject.call("prepare(tokenizer, documents)", lambda: own.prepare(tokenizer, documents))
+    if not isinstance(own.max_tokens, int) or own.max_tokens < 2:
+        subject.fail(f"has max_tokens {own.max_tokens!r}", "it must be an integer of at least 2")
 
-    # The limit is on the wall clock, and the machine may be busy; what counts for speed is CPU time.
+    # The time limit is in wall-clock time and the machine may be busy; speed is measured in CPU time.
     limit = 3 * seconds
     texts = [*NASTY, *generated()]
-    cuts = [_split(mine, text, limit) for text in texts]
+    cuts = [_split(own, text, limit) for text in texts]
     for text, pieces in zip(texts, cuts, strict=True):
         _same(
-            subject, text, pieces, _split(mine, text, limit), "cuts the same text differently the second time"
+            subject,
+            text,
+            pieces,
+            _split(own, text, limit),
+            "splits the same text differently the second time",
         )
-    twin = _from_json(subject, mine, tokenizer)
+    other = _from_json(subject, own, tokenizer)
     for text, pieces in zip(texts, cuts, strict=True):
-        what = "cuts differently after load_state(state()) on a new instance"
-        _same(subject, text, pieces, _split(twin, text, limit), what)
+        what = "splits differently after load_state(state()) on a new instance"
+        _same(subject, text, pieces, _split(other, text, limit), what)
 
-    _in_time(subject, mine, {"ordinary text": ordinary(characters)}, seconds)
-    _in_time(subject, mine, hostile(characters), seconds)
+    _in_time(subject, own, {"ordinary text": ordinary(characters)}, seconds)
+    _in_time(subject, own, hostile(characters), seconds)
 
 
 def _split(segmenter: Segmenter, text: str, limit: float) -> list[str]:
-    """The guard of every real run does the work, and words it."""
+    """Split as every run does, with its checks and messages."""
     try:
         return checked_split(text, segmenter, limit)
     except PluginError as error:
@@ -95,7 +99,7 @@ def _same(subject: Subject, text: str, first: list[str], second: list[str], what
 def _from_json(subject: Subject, segmenter: Segmenter, tokenizer: Any) -> Segmenter:
     """A new instance with the state of another, through JSON."""
     state = subject.call("state()", segmenter.state)
-    expected = "it must be a dict of JSON values (str keys; lists, not tuples or sets)"
+    expected = "it must be a dict of JSON values (str keys; lists instead of tuples or sets)"
     if not isinstance(state, dict):
         subject.fail(f"returns {shown(state)} from state()", expected)
     try:
@@ -105,16 +109,16 @@ def _from_json(subject: Subject, segmenter: Segmenter, tokenizer: Any) -> Segmen
     for key, value in state.items():
         if copy.get(key) != value:
             subject.fail(f"has {key!r}: {shown(value)} in state(), which JSON changes", expected)
-    twin: Segmenter = subject.build()
-    subject.call("load_state(state)", lambda: twin.load_state(copy))
-    subject.call("prepare(tokenizer, None)", lambda: twin.prepare(tokenizer, None))
-    again = subject.call("state()", twin.state)
+    other: Segmenter = subject.build()
+    subject.call("load_state(state)", lambda: other.load_state(copy))
+    subject.call("prepare(tokenizer, None)", lambda: other.prepare(tokenizer, None))
+    again = subject.call("state()", other.state)
     if again != state:
         subject.fail(
-            f"has another state() after load_state: {shown(again)} instead of {shown(state)}",
-            "load_state must take back all that state() returned",
+            f"has a different state() after load_state: {shown(again)} instead of {shown(state)}",
+            "load_state must restore all that state() returned",
         )
-    return twin
+    return other
 
 
 def _in_time(subject: Subject, segmenter: Segmenter, texts: dict[str, str], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Texts for the checks, the same in every run: nasty ones, generated ones, long ones; and a tiny tokenizer."""
+"""Texts for the checks, the same in every run: difficult, generated and long ones; and a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NASTY = (
     "((((" * 100 + "))))" * 100,
     "lone \ud800 surrogate. \udfff",
 )
-"""Short texts that real segmenters were seen to damage."""
+"""Short texts that real segmenters have damaged."""
 
 _PARTS = (
     *("the", "nation", "of", "3.5", "Mr.", "e.g.", "U.S.", "I", "naïve", "日本", "語", "\U0001f600", "don't"),
@@ -82,20 +82,20 @@ HOSTILE = {
     "quotation marks and brackets": "(\"'",
     "accents": "e\u0301",
 }
-"""What each stretch of hostile text repeats, by what a message calls it."""
+"""The unit that each hostile text repeats, by its name in messages."""
 
 
 def hostile(characters: int) -> dict[str, str]:
-    """A stretch of each sort of HOSTILE, of about this length all together.
+    """A text for each entry of HOSTILE, together of about this length.
 
-    Each ends otherwise: what looks for ``\\s+$`` is quick on spaces alone, and slow when something follows.
+    Each ends with something else: a search for ``\\s+$`` is fast on spaces alone, but slow if something follows.
     """
     each = max(1, characters // len(HOSTILE) - 2)
     return {what: (unit * (each // len(unit) + 1))[:each] + "x." for what, unit in HOSTILE.items()}
 
 
 def generated(count: int = 200, seed: int = 0) -> Iterator[str]:
-    """Yield short texts put together from what segmenters stumble over."""
+    """Yield short random texts made of what segmenters stumble over."""
     rng = random.Random(seed)
     for _ in range(count):
         yield "".join(rng.choices(_PARTS, k=rng.randint(1, 60)))
@@ -114,10 +114,10 @@ def ordinary(characters: int, seed: int = 0) -> str:
 
 
 def tiny_tokenizer(vocab_size: int = 500) -> Any:
-    """A byte-level BPE with OPT's special tokens, trained on the spot; it encodes any text losslessly.
+    """A byte-level BPE with OPT's special tokens, trained when called; it encodes any text losslessly.
 
     Args:
-        vocab_size: at least 260, the bytes and the special tokens.
+        vocab_size: at least 260, for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Tiny models with random weights that have every part of the real ones."""
+"""Tiny models with random weights that have every module of the real ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPT_TWINS: dict[str, dict[str, Any]] = {
     "1.3b": {"num_hidden_layers": 4},
     "30b": {"num_attention_heads": 8, "num_hidden_layers": 5, "enable_bias": True},
 }
-"""What sets the published OPT shapes apart, on a tiny scale: 350M has projections and post-norm."""
+"""Tiny versions of the published OPT shapes; 350M has projections and post-norm."""
 
 
 def tiny_opt(vocab_size: int = 500, seed: int = 0, **settings: Any) -> OPTForCausalLM:

@@ -162,7 +162,7 @@ def refused(workplace, tokenizer, tmp_path, capsys):
     [
         ("bert", {}, ["type 'bert'", "adapter 'auto'", "the LLM itself is not causal"]),
         ("rwkv", {"attention_hidden_size": 32}, ["type 'rwkv'", "does not honour the mask"]),
-        ("mamba", {"state_size": 4}, ["type 'mamba'", "mask of four dimensions"]),
+        ("mamba", {"state_size": 4}, ["type 'mamba'", "four-dimensional mask"]),
     ],
 )
 def test_what_is_no_causal_decoder_is_refused(refused, tokenizer, model_type, settings, parts):

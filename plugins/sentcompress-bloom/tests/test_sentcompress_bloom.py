@@ -55,7 +55,7 @@ def test_packed_documents_and_gaps_are_as_if_alone(model):
 
 
 def test_the_auto_adapter_would_not_do(model):
-    """The library's forward cannot compute ALiBi from a mask of four dimensions; that is why this package exists."""
+    """The library's forward cannot compute ALiBi from a four-dimensional mask; that is why this package exists."""
     fresh = BloomForCausalLM(model.config).eval()
     with pytest.raises(ValueError, match="unpack"):
         fresh.transformer(inputs_embeds=torch.randn(1, 3, 48), attention_mask=torch.zeros(1, 1, 3, 3))

@@ -93,7 +93,7 @@ class Accumulates(Right):
 
 
 WRONG: dict[type, str] = {
-    Number: r"returns 0.5 for one pair, an exact reconstruction; a dict of names to finite floats is expected",
+    Number: r"returns 0.5 for one pair, an exact reconstruction; it must return a dict of names to finite floats",
     Nothing: r"returns no figure for one pair",
     Nameless: r"returns a figure under the name '' for one pair, .*; names must not be empty",
     Single: r"returns float32=np.float32\(1.0\) for",
@@ -102,9 +102,9 @@ WRONG: dict[type, str] = {
     NotANumber: r"returns ratio=nan for one pair, an empty reconstruction; ",
     Deviation: r"compute\(\) for one pair, an exact reconstruction raised ZeroDivisionError",
     Latin: r"compute\(\) for one pair, text in other scripts raised UnicodeEncodeError",
-    Sorts: r"changes the reconstructions it is given \(pairs of every sort\); it must work on a copy",
-    Sampled: r"gives other figures the second time for one pair, .*: first \{'sample': 0.\d+\}, then",
-    Accumulates: r"gives other figures the second time .*: first \{'seen': 1\}, then \{'seen': 2\}; equal reconstr",
+    Sorts: r"changes its input \(pairs of every kind\); it must work on a copy",
+    Sampled: r"returns different figures the second time for one pair, .*: first \{'sample': 0.\d+\}, then",
+    Accumulates: r"returns different figures the second time .*: first \{'seen': 1\}, then \{'seen': 2\}; equal reconstr",
 }
 
 

@@ -124,21 +124,21 @@ class OtherOptions(Right):
 
 
 WRONG: dict[type, str] = {
-    Nothing: r"yields 0 document\(s\), none with text; at least one document with text is expected",
-    Blank: r"yields 3 document\(s\), none with text",
+    Nothing: r"yields 0 document\(s\), none of them with text; at least one document must contain text",
+    Blank: r"yields 3 document\(s\), none of them with text",
     Strings: r"yields 'Text 0.' as document 0; it must be a sentcompress.Document\(text, source\)",
     Bytes: r"yields document 0 with text b'Text'; text must be a str",
     Number: r"yields document 0 with source 0; source must be a str",
-    NoSource: r"yields document 0 \('Text 0.'\) without a source; messages show the source",
-    OneSource: r"has only 1 source\(s\) for 5 documents, such as 'corpus.db'; a source must tell which",
+    NoSource: r"yields document 0 \('Text 0.'\) without a source; messages show it",
+    OneSource: r"has only 1 source\(s\) for 5 documents, such as 'corpus.db'; a source must identify",
     Surrogate: r"yields an unpaired surrogate, '\\ud83d' at character 5 of row 0; decode strictly",
-    Once: r"yields other documents the second time: number 0 is first 'Text 0.' from 'row 0', then missing",
-    Shuffled: r"yields other documents the second time: number 0 is first 'Text \d.' from 'row 0', then 'Text",
-    EachItsOwn: r"yields other documents from a new instance with the same options: number 0 is first 'Text",
+    Once: r"yields different documents the second time: number 0 is first 'Text 0.' from 'row 0', then missing",
+    Shuffled: r"yields different documents the second time: number 0 is first 'Text \d.' from 'row 0', then 'Text",
+    EachItsOwn: r"yields different documents from a new instance with the same options: number 0 is first 'Text",
     Raises: r"documents\(\) raised DataError: row 1: no such column fix: name another \(test_check_dataset.py:\d+\)",
-    FingerprintBytes: r"has the fingerprint b'abc'; it must be a str that is not empty",
-    FingerprintOfInstance: r"has another fingerprint for a new instance: first 'at \d+', then 'at \d+'; it must",
-    FingerprintOfReading: r"has another fingerprint after reading: first '0', then '2'",
+    FingerprintBytes: r"has the fingerprint b'abc'; it must be a non-empty str",
+    FingerprintOfInstance: r"has a different fingerprint for a new instance: first 'at \d+', then 'at \d+'; it must",
+    FingerprintOfReading: r"has a different fingerprint after reading: first '0', then '2'",
     OtherOptions: r"has Options without heldout_documents .*; they must be a subclass of sentcompress.DatasetOpt",
 }
 

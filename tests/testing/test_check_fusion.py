@@ -158,12 +158,12 @@ class Signature(Right):
 
 WRONG: dict[type, str] = {
     Flat: r"returns the shape \[6, 32\] for hidden states \[6, 12, 32\] float32; .* = \[6, 1, 32\] is expected",
-    Promises: r"returns the shape \[6, 1, 32\] .*\[6, 2, 32\] is expected, k being the property latents \(2\)",
-    Words: r"has latents 'two'; the property must be the whole number",
+    Promises: r"returns the shape \[6, 1, 32\] .*\[6, 2, 32\] is expected, where k is the property latents \(2\)",
+    Words: r"has latents 'two'; the property must be the number",
     Pair: r"returns tuple for hidden states",
-    PaddedSum: r"lets padding change the result \(values around 10000 there\): those of a sentence of 7 token",
-    Length: r"lets padding change the result \(5 more columns of it\): those of a sentence of 7 token.* by 5;",
-    Batch: r"gives a sentence other latents in a batch than alone: .* only the sentence's own tokens may count",
+    PaddedSum: r"lets padding change the result \(with values around 10000\): those of a sentence of 7 token",
+    Length: r"lets padding change the result \(with 5 more columns\): those of a sentence of 7 token.* by 5;",
+    Batch: r"returns different latents for a sentence in a batch than alone: .* latents may depend only on the sentence's own tokens",
     Deviation: r"returns NaN for a sentence of 1 token\(s\) among hidden states .*; latents must be finite",
     Root: r"gives 'hidden_states' the gradient NaN; gradients must be finite",
     Detached: r"lets no gradient reach hidden_states; training needs them",
@@ -173,10 +173,10 @@ WRONG: dict[type, str] = {
     Float: r"returns float32 for bfloat16 hidden states; the result must have the dtype",
     FloatInside: r"forward with hidden states .* bfloat16 raised RuntimeError: .* \(test_check_fusion.py:\d+\)",
     InPlace: r"changes its input hidden_states; it must work on copies",
-    Random: r"gives other latents the second time: those of a sentence of 7 token\(s\) differ by",
-    Buffer: r"keeps the tensor\(s\) table out of its state_dict; a saved model is loaded into a fusion built wi",
+    Random: r"returns different latents the second time: those of a sentence of 7 token\(s\) differ by",
+    Buffer: r"keeps the tensor\(s\) table out of its state_dict; a saved model is loaded into a fusion built on",
     Attribute: r"keeps the tensor\(s\) table out of its state_dict",
-    Hidden: r"gives latents that differ by \S+ after saving and loading",
+    Hidden: r"returns latents that differ by \S+ after saving and loading",
     Signature: r"its class raised TypeError: .*unexpected keyword argument 'hidden_size'$",
 }
 

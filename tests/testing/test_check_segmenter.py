@@ -165,13 +165,13 @@ WRONG: dict[type, tuple[str, dict[str, Any]]] = {
         r"prepare\(tokenizer, documents\) raised KeyError: 'model' \(test_check_segmenter.py:\d+\)$",
         {},
     ),
-    Random: (r"cuts the same text differently the second time: sentence 0 of '.*' is first '.*', then", {}),
-    Tuples: (r"has 'pairs': \[\('a', 'b'\)\] in state\(\), which JSON changes; .*lists, not tuples", {}),
+    Random: (r"splits the same text differently the second time: sentence 0 of '.*' is first '.*', then", {}),
+    Tuples: (r"has 'pairs': \[\('a', 'b'\)\] in state\(\), which JSON changes; .*lists instead of tuples", {}),
     Sets: (r"has a state\(\) that JSON cannot hold \(Object of type set is not JSON serializable\)", {}),
     NoDict: (r"returns \['a'\] from state\(\); it must be a dict", {}),
-    Forgets: (r"has another state\(\) after load_state: \{\} instead of \{'learned': True\}", {}),
+    Forgets: (r"has a different state\(\) after load_state: \{\} instead of \{'learned': True\}", {}),
     KeepsState: (
-        r"cuts differently after load_state\(state\(\)\) on a new instance: sentence 0 of ' ",
+        r"splits differently after load_state\(state\(\)\) on a new instance: sentence 0 of ' ",
         {},
     ),
     Slow: (
@@ -216,14 +216,14 @@ def test_classes_instances_and_options() -> None:
     before = learned.state()
     check_segmenter(learned, **QUICK)
     assert learned.state() == before
-    with pytest.raises(TypeError, match="options are for a class; this segmenter has its own"):
+    with pytest.raises(TypeError, match="options are only for a class; this segmenter already has its own"):
         check_segmenter(Lines(), {"max_tokens": 5})
     with pytest.raises(
         CheckFailed, match=r"refuses the options of this check: options.pres: unknown key. Did"
     ):
         check_segmenter(RegexSegmenter, {"pres": "paper"})
     with pytest.raises(
-        CheckFailed, match=r"^segmenter builtins.dict is of no use; it must be a subclass of sent"
+        CheckFailed, match=r"^segmenter builtins.dict is not a segmenter; it must be a subclass of sent"
     ):
         check_segmenter(dict)
 

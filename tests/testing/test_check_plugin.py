@@ -83,7 +83,7 @@ def test_in_real_use_the_package_is_named_too(install: Install) -> None:
 def test_what_is_not_there_is_said_with_near_names(install: Install) -> None:
     install("broken-one", "import module_that_is_not_there")
     with pytest.raises(
-        InputError, match=r"no kind of component called 'segmentor'. Did you mean 'segmenter'\?"
+        InputError, match=r"no kind of component is called 'segmentor'. Did you mean 'segmenter'\?"
     ):
         check_plugin("segmentor", "regex")
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_one_line_in_a_strangers_test_file(install: Install, pytester: pytest.Py
     )
     assert "no metric is called 'lenght'. Did you mean 'length'?" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    assert "failures.py" not in done.stdout
+    assert "checks.py" not in done.stdout
 
 
 def test_results_and_model_cards_name_the_packages_of_plugins(install: Install) -> None:
