@@ -68,7 +68,7 @@ def fuzz(session: nox.Session) -> None:
         "commands": 1_000,
     }
     for kind, count in counts.items():
-        session.run("python", "tools/fuzz.py", kind, "--count", str(count))
+        session.run("python", "tools/chaos/fuzz.py", kind, "--count", str(count))
 
 
 @nox.session
@@ -76,7 +76,7 @@ def faults(session: nox.Session) -> None:
     """Runs that are killed, that find the disk full at every write, and worse: about an hour."""
     session.install(*CONSTRAINED, "-e", ".[dev]")
     kinds = ("kills:30", "kills-of-two:6", "flips:10", "clock:5", "cut:20", "refused:60", "full-disk")
-    session.run("python", "tools/faults.py", *kinds)
+    session.run("python", "tools/chaos/faults.py", *kinds)
 
 
 @nox.session(python=PYTHONS)
@@ -121,7 +121,7 @@ def typing(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation; generated pages must be current and every warning is an error."""
     session.install(*CONSTRAINED, "-e", ".", "mkdocs-material")
-    session.run("python", "tools/generate_docs.py", "--check")
+    session.run("python", "tools/docs/generate_docs.py", "--check")
     session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp())
 
 

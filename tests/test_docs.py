@@ -38,7 +38,7 @@ def test_generated_pages_are_current():
         pytest.skip(
             f"help is laid out by typer: {typer.__version__} here, {pinned('typer')} in constraints.txt"
         )
-    command = [sys.executable, str(ROOT / "tools" / "generate_docs.py"), "--check"]
+    command = [sys.executable, str(ROOT / "tools" / "docs" / "generate_docs.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""Hostile input: a sample of each kind of ``tools/fuzz.py``, and what it has found."""
+"""Hostile input: a sample of each kind of ``tools/chaos/fuzz.py``, and what it has found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sentcompress.recipe.reading import read_yaml
 from sentcompress.testing import tiny_sentence_lm
 from sentcompress.text.segmentation import plain_backend
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "fuzz.py"
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "chaos" / "fuzz.py"
 
 
 @pytest.mark.parametrize(

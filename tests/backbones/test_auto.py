@@ -19,7 +19,7 @@ from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_passages, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = yaml.safe_load((ROOT / "tools" / "auto_architectures.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load((ROOT / "tools" / "docs" / "auto_architectures.yaml").read_text(encoding="utf-8"))
 SPEC = BackboneSpec(name="auto", model="tiny")
 
 

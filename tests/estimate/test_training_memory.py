@@ -250,7 +250,7 @@ def test_a_recipe_from_nothing_is_told_what_devices_are_for():
 
 
 def test_the_tables_of_the_published_set_up_are_current():
-    tool = str(ROOT / "tools" / "scaling_table.py")
+    tool = str(ROOT / "tools" / "docs" / "scaling_table.py")
     command = [sys.executable, tool, "4xA100", "sllm-125m-h1", "--price", "1.5"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

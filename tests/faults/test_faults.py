@@ -1,4 +1,4 @@
-"""A sample of what ``tools/faults.py`` breaks; ``nox -s faults`` is the long form."""
+"""A sample of what ``tools/chaos/faults.py`` breaks; ``nox -s faults`` is the long form."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "chaos" / "faults.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork a process")

@@ -1,6 +1,6 @@
 """How much a missing causal mask is worth: the same graft, once causal and once with the mask off on purpose.
 
-``python tools/leak.py quickstart --vae out/quickstart/vae --out out/leak``
+``python tools/measure/leak.py quickstart --vae out/quickstart/vae --out out/leak``
 
 The published code of this method ran the backbone without a mask (docs/results/leak.md). Two SentenceLMs are grafted
 on the same passages for as many steps: a causal one, and one whose backbone sees every sentence of its passage, later

@@ -1,6 +1,6 @@
 """How long `sentcompress generate` takes from the shell until its first sentence is there, and what of it is imports.
 
-    python tools/first_sentence.py out/strong/graft --repeats 5
+    python tools/measure/first_sentence.py out/strong/graft --repeats 5
 
 The command and the imports alone are processes of their own, in turns.
 """

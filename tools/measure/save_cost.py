@@ -1,7 +1,7 @@
 """What saving a checkpoint costs training, in the background and not.
 
-    python tools/save_cost.py strong --steps 40
-    torchrun --nproc_per_node 2 tools/save_cost.py strong --steps 40 --set graft.distributed=fsdp
+    python tools/measure/save_cost.py strong --steps 40
+    torchrun --nproc_per_node 2 tools/measure/save_cost.py strong --steps 40 --set graft.distributed=fsdp
 
 Trains the graft of a recipe, of a SentenceVAE that learned nothing, and saves after every few steps. A save
 holds up training while it is called and, in the background, by what it takes of the next steps' processor: what these

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sentcompress.table import as_markdown
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 EQUAL_COST = ("equal-cost.md", "Against a token-level model of equal cost")
 SPEED = ("smollm2.md", "Speed, 96 prompt tokens and 96 new ones")
 COLUMNS = ("figure", "sentence model", "same LLM, full size", "token-level, equal cost", "result")

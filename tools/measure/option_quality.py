@@ -1,6 +1,6 @@
 """What the options that change what is computed cost in bits a byte: 8-bit weights and an 8-bit cache.
 
-    python tools/option_quality.py out/strong
+    python tools/measure/option_quality.py out/strong
 
 Reads the first sentences of every held-out document (as many as the model was trained on) as generation does, a cell
 of the backbone's cache after the other, and charges every token and end mark after the first sentence.

@@ -1,13 +1,13 @@
 """Throws hostile input at the package and counts what is not met by one of its own errors.
 
-    python tools/fuzz.py recipes --count 10000
-    python tools/fuzz.py models --count 2000
-    python tools/fuzz.py tokenizers --count 2000
-    python tools/fuzz.py checkpoints --count 1000
-    python tools/fuzz.py texts --count 2000
-    python tools/fuzz.py bombs --count 100
-    python tools/fuzz.py commands --count 1000
-    python tools/fuzz.py recipes --only 4711
+    python tools/chaos/fuzz.py recipes --count 10000
+    python tools/chaos/fuzz.py models --count 2000
+    python tools/chaos/fuzz.py tokenizers --count 2000
+    python tools/chaos/fuzz.py checkpoints --count 1000
+    python tools/chaos/fuzz.py texts --count 2000
+    python tools/chaos/fuzz.py bombs --count 100
+    python tools/chaos/fuzz.py commands --count 1000
+    python tools/chaos/fuzz.py recipes --only 4711
 
 A case follows from the kind, ``--seed`` and its number alone, so ``--only`` runs a finding again. A finding is any
 exception that is not ours (or, of a command line, a message that offers the traceback), a case that takes over 20

@@ -1,6 +1,6 @@
 """Training throughput by number of processes, and how much of the ideal that is.
 
-    python tools/process_speed.py strong --processes 1 2
+    python tools/measure/process_speed.py strong --processes 1 2
 
 Each process has the same micro-batch and one thread (on GPUs, one GPU); the graft of a recipe is trained for some steps
 under ``sentcompress launch``, with ``ddp`` and with ``fsdp``.

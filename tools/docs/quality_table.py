@@ -1,4 +1,4 @@
-"""Prints the table of docs/results/quality.md: ``python tools/quality_table.py LABEL RUN [RUN ...]``."""
+"""Prints the table of docs/results/quality.md: ``python tools/docs/quality_table.py LABEL RUN [RUN ...]``."""
 
 from __future__ import annotations
 

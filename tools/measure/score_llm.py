@@ -1,6 +1,6 @@
 """Bits a byte of an LLM as it came, on the first tokens of held-out documents of a recipe's corpus.
 
-``python tools/score_llm.py smollm2-135m`` reproduces the figure that docs/results/smollm2.md begins with. Whole
+``python tools/measure/score_llm.py smollm2-135m`` reproduces the figure that docs/results/smollm2.md begins with. Whole
 documents, and both models on the same bytes, are ``sentcompress bench quality``'s business.
 """
 

@@ -1,8 +1,8 @@
 """Training throughput in real tokens/s: the graft, the same graft fed as the paper does, its token-level twin.
 
-    python tools/training_speed.py opt-125m
-    python tools/training_speed.py opt-125m --precision bf16
-    python tools/training_speed.py opt-tiny --steps 9
+    python tools/measure/training_speed.py opt-125m
+    python tools/measure/training_speed.py opt-125m --precision bf16
+    python tools/measure/training_speed.py opt-tiny --steps 9
 
 Random weights in the backbone's shape, State of the Union addresses, recipe ``strong``. Steps alternate between the
 three, whole steps: building the batch, forward, backward, AdamW as in training. "Padded" is one document a batch, 64

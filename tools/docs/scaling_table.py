@@ -1,7 +1,7 @@
 """Memory, time, cost and need of the published set-up, recipe by recipe: the two tables in docs/scaling.md.
 
-python tools/scaling_table.py 4xA100 --price 1.5
-python tools/scaling_table.py 4x4090 sllm-1.3b-h1
+python tools/docs/scaling_table.py 4xA100 --price 1.5
+python tools/docs/scaling_table.py 4x4090 sllm-1.3b-h1
 """
 
 from __future__ import annotations

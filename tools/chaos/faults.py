@@ -1,6 +1,6 @@
 """Breaks runs in every way a bad day does, lets them go on, and compares what comes out with a run that nobody broke.
 
-    python tools/faults.py kills:30 kills-of-two:6 full-disk refused:20 cut:20 flips:10 clock:5
+    python tools/chaos/faults.py kills:30 kills-of-two:6 full-disk refused:20 cut:20 flips:10 clock:5
 
 A kind and how many cases; of full-disk and refused all there are unless a number is given. The run is a whole recipe,
 tiny: tokens, SentenceVAE, graft, twin, bench. It is a process of its own each time, forked after the imports, so that a

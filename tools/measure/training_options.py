@@ -1,7 +1,7 @@
 """What each option of training brings: time of a step, and activations kept for the backward pass.
 
-    python tools/training_options.py opt-125m
-    python tools/training_options.py opt-tiny --steps 9
+    python tools/measure/training_options.py opt-125m
+    python tools/measure/training_options.py opt-tiny --steps 9
 
 Random weights in the backbone's shape, State of the Union addresses, recipe ``strong``. Each option is set against the
 settings as they are, in alternating steps over the same sentences: forward and backward. ``--also bf16 compile`` adds

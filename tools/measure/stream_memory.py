@@ -1,6 +1,6 @@
 """A corpus larger than memory should be: how much memory it takes to tokenize it and to draw batches from it.
 
-    python tools/stream_memory.py --gigabytes 5
+    python tools/measure/stream_memory.py --gigabytes 5
 
 Makes JSON lines (plain, gzipped and zstd shards in turn) of State of the Union addresses, each document with a number
 that makes it another text, tokenizes them into a token cache of its own and draws batches of sentences and of passages.

@@ -1,6 +1,6 @@
 """Do all ways of writing greedily write the same tokens? On prompts of held-out text.
 
-    python tools/same_tokens.py out/strong --prompts 500 --new-tokens 40
+    python tools/measure/same_tokens.py out/strong --prompts 500 --new-tokens 40
 
 Compares, prompt by prompt: the full head and the shortlist, with and without caches, alone and in batches.
 """

@@ -1,6 +1,6 @@
 """What it costs a batch that its sentences are of uneven length: tokens/s beside sentences that all have the mean.
 
-    python tools/uneven.py opt-125m --batch-size 32 --new-tokens 92
+    python tools/measure/uneven.py opt-125m --batch-size 32 --new-tokens 92
 
 Random weights in the shapes of the recipe `strong`; lengths as they are in held-out text. Both are timed in turns, and
 where their time goes is printed beside it.

@@ -1,6 +1,6 @@
 """Writes what is made from the code (docs/help.md, docs/recipes.md, docs/backbones.md) and from results (README.md).
 
-``python tools/generate_docs.py`` writes them; ``--check`` fails if one is stale (so does tests/test_docs.py).
+``python tools/docs/generate_docs.py`` writes them; ``--check`` fails if one is stale (so does tests/test_docs.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 88
-NOTE = "<!-- Made by tools/generate_docs.py: change the code, not this page. -->\n"
+NOTE = "<!-- Made by tools/docs/generate_docs.py: change the code, not this page. -->\n"
 
 
 def help_page() -> str:
@@ -90,8 +90,8 @@ def backbones_page() -> str:
 
     registry = get_registry()
     adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in registry.names("backbone")}
-    tried = yaml.safe_load((ROOT / "tools" / "auto_architectures.yaml").read_text(encoding="utf-8"))
-    intro = (ROOT / "tools" / "backbones.md").read_text(encoding="utf-8")
+    tried = yaml.safe_load((ROOT / "tools" / "docs" / "auto_architectures.yaml").read_text(encoding="utf-8"))
+    intro = (ROOT / "tools" / "docs" / "backbones.md").read_text(encoding="utf-8")
     parts = [NOTE, intro, "## Adapters and aliases\n", "| adapter | serves | aliases |\n|---|---|---|"]
     for name, adapter in adapters.items():
         types = ", ".join(f"`{t}`" for t in adapter.model_types) or "any other type that proves right"
@@ -164,7 +164,7 @@ def main() -> None:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
     if stale:
-        sys.exit(f"stale: {', '.join(stale)}; run python tools/generate_docs.py")
+        sys.exit(f"stale: {', '.join(stale)}; run python tools/docs/generate_docs.py")
 
 
 if __name__ == "__main__":
