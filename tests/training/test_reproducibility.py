@@ -51,6 +51,6 @@ def test_the_tests_that_the_page_names_are_there():
 
 @pytest.mark.parametrize("figure", ["1e-4", "50 steps"])
 def test_the_figures_are_those_that_are_tested(figure):
-    processes = (ROOT / "tests" / "training" / "test_processes.py").read_text(encoding="utf-8")
+    processes = (ROOT / "tests" / "test_distributed.py").read_text(encoding="utf-8")
     assert figure in PAGE
     assert {"1e-4": "abs=1e-4", "50 steps": "STEPS = 50"}[figure] in processes
