@@ -81,9 +81,9 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The test suite on each supported Python."""
+    """The test suite on each supported Python, the slow tests after the others."""
     session.install(*CONSTRAINED, "-e", ".[dev]")
-    session.run("pytest", "-n", "2", *session.posargs)
+    run_suite(session)
 
 
 @nox.session(python=PYTHONS)
@@ -92,7 +92,13 @@ def lowest(session: nox.Session) -> None:
     constraints = Path(session.create_tmp()) / "lowest.txt"
     constraints.write_text(lowest_constraints(), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".[dev]")
+    run_suite(session)
+
+
+def run_suite(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", *session.posargs)
+    if not session.posargs:
+        session.run("pytest", "-n", "2", "-m", "slow")
 
 
 @nox.session

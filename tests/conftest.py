@@ -74,6 +74,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.option.markexpr != "not slow":
+        return None
+    return "slow tests are left out: run them with 'pytest -m slow', or all tests with \"pytest -m ''\""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(cache: Path) -> Iterator[None]:
     """Every test session has a token cache of its own, and the user's is left alone."""

@@ -203,6 +203,7 @@ def test_the_guides_segmenter_loses_nothing(registry: Registry):
         assert all(0 < len(piece) <= 5 for piece in pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registry")
 def test_the_guides_test_passes(tmp_path: Path):
     (tmp_path / "test_semicolon.py").write_text(blocks()["test_semicolon.py"], encoding="utf-8")

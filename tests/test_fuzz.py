@@ -28,6 +28,7 @@ from sentcompress.text.segmentation import plain_backend
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "chaos" / "fuzz.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"),
     [

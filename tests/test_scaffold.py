@@ -98,6 +98,7 @@ def test_the_files_are_those_of_a_package(site: Path, kind: str):
     assert project["optional-dependencies"]["test"]
 
 
+@pytest.mark.slow
 def test_the_packages_pass_their_tests_and_a_broken_one_beside_them_changes_only_its_row(site: Path):
     listing = ("-m", "sentcompress", "plugins", "--json")
     before = json.loads(run(site, *listing))

@@ -61,6 +61,7 @@ def measure(run_folder: Path, out: Path, parts: list[str], *settings: str) -> Re
     return run_bench(parts, place, place.recipe([*fast, *short, *settings]), out, quiet=True)
 
 
+@pytest.mark.slow
 def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
     parts = ["quality", "text", "speed", "memory"]
     whole = measure(run_folder, tmp_path / "whole", parts)

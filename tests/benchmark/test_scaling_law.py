@@ -507,6 +507,7 @@ def test_folders_that_make_no_law_are_refused(tmp_path, capsys):
 # ---- end to end
 
 
+@pytest.mark.slow
 def test_two_trained_runs(tmp_path, capsys, run_folder):
     """Trained, measured and fitted by the real program: counts and tokens are those of the models."""
     raw = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))

@@ -52,6 +52,7 @@ def test_large_batches_are_limited_by_arithmetic():
     )
 
 
+@pytest.mark.slow
 def test_the_cpu_is_measured():
     cpu = measure_cpu()
     assert cpu.measured

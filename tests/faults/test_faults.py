@@ -10,6 +10,7 @@ import pytest
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "chaos" / "faults.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork a process")
 @pytest.mark.parametrize(
     "kinds", [["kills:2", "flips:1"], ["full-disk:2", "refused:1", "cut:2"], ["kills-of-two:2", "clock:1"]]

@@ -99,6 +99,7 @@ def test_steps_of_fixed_shape_write_the_same(generator, monkeypatch):
         assert [g.token_ids for g in run(generator, PROMPTS, compile=True, **how)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
 def test_a_compiled_step_writes_the_same(tokenizer):
     vae = {"max_sentence_tokens": 16, "decoder_context": 11}
@@ -119,6 +120,7 @@ list(generator.continue_sentences([[[5, 6]]], GenerationSettings(max_new_tokens=
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_said(tmp_path):
     """In a process of its own, as torch looks for a compiler once, and for what it has compiled before."""
     env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -127,6 +127,7 @@ def test_two_sweeps_do_not_share_a_cell(tmp_path, monkeypatch, cells):
     assert sweep(cells, tmp_path).cells[0].state == "failed"
 
 
+@pytest.mark.slow
 def test_a_cell_is_an_ordinary_run(tmp_path, recipe_file):
     """The one test here with the real program; its data are not there, so that it ends soon."""
     cells = build_cells(str(recipe_file), [f"data.options.paths=[{tmp_path / 'nowhere'}]"], AXES[:1])

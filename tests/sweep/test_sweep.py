@@ -92,6 +92,7 @@ def interrupt_in_the_second_vae(monkeypatch) -> None:
     monkeypatch.setattr(stages, "train", train)
 
 
+@pytest.mark.slow
 def test_two_by_two_interrupted_and_picked_up(tmp_path, capsys, monkeypatch, recipe_file, runs):
     out = tmp_path / "out"
     command = (recipe_file, "--grid", FUSIONS, "--grid", CONDITIONING, "--out", out)

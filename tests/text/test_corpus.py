@@ -230,6 +230,7 @@ class TestCache:
         with pytest.raises(StorageError, match="cannot write the token cache"):
             build(Given(TEXTS), cache_dir=tmp_path / "file")
 
+    @pytest.mark.slow
     def test_processes_building_at_the_same_time(
         self, tmp_path: Path, text_files: Path, tokenizer: PreTrainedTokenizerFast
     ) -> None:
