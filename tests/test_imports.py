@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "sentcompress"
 
+ANY = "*"
+"""A part whose name is put together when the program runs."""
 CONTRACT = {"errors", "hookspecs", "contracts"}
 FOUNDATION = CONTRACT | {"registry", "recipe", "files"}
 BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics")
@@ -45,9 +48,10 @@ EXCEPTIONS = {
     (
         "modeling/sentence_lm.py",
         "generation",
-    ): "SentenceLM.generate is a convenience; the models work without it"
+    ): "SentenceLM.generate is a convenience; the models work without it",
+    ("registry.py", ANY): "the registry loads packages of plugins by name, the built-in ones too",
 }
-"""Arrows that run back, each with its reason."""
+"""Arrows that run back, each with its reason. test_the_reason_of_an_exception_holds checks the reasons."""
 
 WITHOUT_TORCH = [
     "sentcompress",
@@ -59,8 +63,12 @@ WITHOUT_TORCH = [
 ]
 
 
+MODULE = re.compile(r"sentcompress\.[\w.]*(:\w+)?")
+"""A string that names a module, as for import_module: an import like any other."""
+
+
 def parts_imported(path: Path) -> set[tuple[str, int]]:
-    """``(part, line)`` of everything of ours that a file imports, in functions and for typing too."""
+    """``(part, line)`` of everything of ours that a file imports: in functions, for typing and by name too."""
     module = ["sentcompress", *path.relative_to(PACKAGE).with_suffix("").parts]
     package = module[:-1]  # also right for __init__, which is the last part
     found: list[tuple[str, int]] = []
@@ -71,10 +79,15 @@ def parts_imported(path: Path) -> set[tuple[str, int]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             prefix = ".".join([*base, *([node.module] if node.module else [])])
             found += [(f"{prefix}.{alias.name}", node.lineno) for alias in node.names]
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            if MODULE.fullmatch(start := str(node.values[0].value)):
+                found.append((start + ANY if start.endswith(".") else start, node.lineno))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
+            found.append((node.value.partition(":")[0], node.lineno))
     parts = set()
     for name, line in found:
         pieces = name.split(".")
-        if pieces[0] == "sentcompress" and len(pieces) > 1:
+        if pieces[0] == "sentcompress" and len(pieces) > 1 and pieces[1]:
             parts.add((pieces[1], line))
     return parts
 
@@ -113,10 +126,25 @@ def test_built_ins_do_without_the_roots_conveniences(built_in: str):
         assert not {part for part, _ in parts_imported(path)} & names_of_the_root()
 
 
-def test_the_models_work_without_generation():
-    code = "import sys, sentcompress.modeling; print('sentcompress.generation' in sys.modules)"
+@pytest.mark.parametrize("arrow", list(EXCEPTIONS), ids="-".join)
+def test_the_reason_of_an_exception_holds(arrow: tuple[str, str]):
+    file, part = arrow
+    assert part in {part for part, _ in parts_imported(PACKAGE / file)}, f"{EXCEPTIONS[arrow]}: no longer so"
+    module = "sentcompress." + file.removesuffix(".py").replace("/", ".")
+    others = BUILT_INS if part == ANY else (part,)
+    code = f"import sys, {module}; print([n for n in {others} if f'sentcompress.{{n}}' in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]", f"{EXCEPTIONS[arrow]}: {module} imports {done.stdout}"
+
+
+@pytest.mark.skip(reason="the table is made exact when the modules stand still")
+def test_every_arrow_of_the_table_is_used():
+    used: dict[str, set[str]] = {part: set() for part in ALLOWED}
+    for path in FILES:
+        part, file = part_of(path), path.relative_to(PACKAGE).as_posix()
+        used[part] |= {other for other, _ in parts_imported(path) if (file, other) not in EXCEPTIONS}
+    idle = {part: sorted(others - used[part]) for part, others in ALLOWED.items() if others - used[part]}
+    assert not idle, f"nobody uses these arrows: take them out of ALLOWED: {idle}"
 
 
 def test_the_table_has_no_circle():
@@ -131,8 +159,17 @@ def test_the_check_sees_an_arrow_that_runs_back(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     bad = tmp_path / "text" / "bad.py"
     bad.parent.mkdir()
-    bad.write_text("def f():\n    from sentcompress import cli\n    from ..training.loop import run\n")
-    assert parts_imported(bad) == {("cli", 2), ("training", 3)}
+    lines = [
+        "def f(name):",
+        "    from sentcompress import cli",
+        "    from ..training.loop import run",
+        '    import_module("sentcompress.studies.grid")',
+        '    import_module(f"sentcompress.benchmark.{name}")',
+        '    import_module(f"sentcompress.{name}")',
+    ]
+    bad.write_text("\n".join(lines))
+    parts = {("cli", 2), ("training", 3), ("studies", 4), ("benchmark", 5), (ANY, 6)}
+    assert parts_imported(bad) == parts
     with pytest.raises(AssertionError, match=r"bad\.py:2 imports sentcompress\.cli"):
         test_arrows_run_one_way(bad)
 
