@@ -263,10 +263,10 @@ class TestLaunch:
     def test_asked_to_end_it_saves_and_ends_with_the_code_to_start_again(self, tmp_path, launched, number):
         launcher, children = launched
         launcher.send_signal(number)
-        _, said = launcher.communicate(timeout=60)
-        assert launcher.returncode == 75, said
+        _, shown = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, shown
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
-        assert " launch -n 2 run " in said.partition("continue with: ")[2]
+        assert " launch -n 2 run " in shown.partition("continue with: ")[2]
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
     def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):
@@ -283,10 +283,10 @@ class TestLaunch:
         launcher, children = launched
         began = time.monotonic()
         os.kill(children[rank], signal.SIGKILL)
-        _, said = launcher.communicate(timeout=60)
+        _, shown = launcher.communicate(timeout=60)
         assert launcher.returncode == 1
         assert time.monotonic() - began < 30
-        assert f"process {rank} was killed (SIGKILL)" in said
+        assert f"process {rank} was killed (SIGKILL)" in shown
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
@@ -308,7 +308,7 @@ def test_bad_input_is_said_once_and_with_its_code(tmp_path):
 def test_not_every_command_runs_in_several_processes(command):
     done = CliRunner().invoke(app, ["launch", "-n", "2", *command])
     assert isinstance(done.exception, InputError)
-    assert "name one of run, train-vae" in done.exception.fix
+    assert "use one of run, train-vae" in done.exception.fix
 
 
 RIGHT = {

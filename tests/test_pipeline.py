@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sentcompress.cli import main
 from sentcompress.errors import InputError
 from sentcompress.files import file_digest
-from sentcompress.pipeline import run_recipe
-from sentcompress.recipe import Recipe
+from sentcompress.pipeline import run_recipe, stages_of
+from sentcompress.recipe import Recipe, build_recipe
 
 
 def write(recipe: Recipe, folder: Path) -> str:
@@ -49,6 +50,45 @@ def test_another_recipe_in_the_same_folder_is_refused_before_anything_is_built(t
     with pytest.raises(InputError, match=r"pretrain\.vocab_size: 400 there, 401 now"):
         run_recipe(make_recipe(steps=1, vocab_size=401), out)
     assert (out / "recipe.yaml").read_text() == before
+
+
+@pytest.fixture
+def grafting(tmp_path, make_recipe) -> Recipe:
+    """A recipe with all stages and the quickest benchmark, on a tiny backbone."""
+    run_recipe(make_recipe(steps=1), tmp_path / "backbone")
+    small = {"steps": 1, "precision": "fp32", "eval_batches": 1}
+    raw = make_recipe().model_dump(include={"name", "segmenter", "data"}) | {
+        "backbone": {"model": str(tmp_path / "backbone" / "pretrain")},
+        "train_vae": small | {"sentences_per_batch": 4},
+        "graft": small | {"passages_per_batch": 1, "max_sentences": 4},
+        "bench": {"metrics": ["data"]},
+    }
+    return build_recipe(raw, [], "test")
+
+
+def test_python_and_the_command_line_run_the_same_stages(tmp_path, grafting, capsys):
+    """The benchmark is the last stage of both, and is recognised as done by both."""
+    out = tmp_path / "out"
+    assert stages_of(grafting) == ["vae", "graft", "baseline", "bench"]
+    assert set(run_recipe(grafting, out)) == {"vae", "graft", "baseline"}
+    measured = (out / "bench" / "results.json").read_text()
+    assert f"done: {out}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["run", write(grafting, tmp_path), "--out", str(out)])
+    assert end.value.code == 0
+    shown = capsys.readouterr()
+    for name in stages_of(grafting):
+        assert f"{name}: already done ({out / name})" in shown.err
+    assert f"report: {out / 'bench' / 'report.html'}" in shown.out
+    assert (out / "bench" / "results.json").read_text() == measured
+    run_recipe(grafting, out, stages=["bench"])
+    assert "everything is done" in capsys.readouterr().err
+
+
+def test_a_recipe_without_measurements_has_no_benchmark(grafting, make_recipe):
+    grafting.bench.metrics = []
+    assert "bench" not in stages_of(grafting)
+    assert stages_of(make_recipe()) == ["pretrain"]
 
 
 def test_a_misspelt_stage_is_named(tmp_path, make_recipe):

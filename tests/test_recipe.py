@@ -12,7 +12,7 @@ import yaml
 
 from sentcompress import recipe as recipe_module
 from sentcompress.errors import PluginError, RecipeError
-from sentcompress.recipe import Recipe, load_recipe, shipped_recipes
+from sentcompress.recipe import Recipe, build_recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,3 +219,26 @@ def test_recipes_are_found_without_a_repository(tmp_path: Path, monkeypatch: pyt
     assert set(packaged) == repository
     assert all(site in path.parents for path in packaged.values())
     assert yaml.safe_load(packaged["paper/vae-768-h1"].read_text())["name"] == "paper-vae-768-h1"
+
+
+def test_the_old_name_of_on_anomaly_still_works_and_is_pointed_out():
+    raw = {"name": "x", "graft": {"on_trouble": "skip"}}
+    with pytest.warns(FutureWarning, match="'on_trouble' is now called 'on_anomaly'"):
+        old = build_recipe(raw, [], "test")
+    new = build_recipe({"name": "x", "graft": {"on_anomaly": "skip"}}, [], "test")
+    assert old == new
+    assert "on_anomaly: skip" in new.dump()
+    # Digests and results.json keep the old name, so that older results still match.
+    assert new.values()["graft"]["on_trouble"] == "skip"
+    assert "on_anomaly" not in new.values()["graft"]
+    with pytest.warns(FutureWarning):
+        assert build_recipe(raw, ["graft.on_anomaly=stop"], "test").graft.on_anomaly == "stop"
+    with pytest.warns(FutureWarning):
+        changed = build_recipe(
+            {"name": "x", "graft": {"on_anomaly": "stop"}}, ["graft.on_trouble=skip"], "test"
+        )
+    assert changed.graft.on_anomaly == "skip"
+
+
+def test_the_digest_of_the_default_recipe_is_that_of_earlier_versions():
+    assert Recipe(name="defaults").digest() == "c531c1721b4a"

@@ -20,14 +20,14 @@ PLAIN_WIDTH = 200
 """Columns of tables that go to a file or a pipe, where wrapping at 80 would only hurt."""
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name that 'sentcompress recipes' lists.")
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from 'sentcompress recipes'.")
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Change a field of the recipe, such as graft.steps=100; repeatable, has the last word.",
+        help="Change a field of the recipe, such as graft.steps=100; repeatable; overrides all other options.",
     ),
 ]
 OutOption = Annotated[
@@ -46,14 +46,14 @@ DataOption = Annotated[
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option("--overwrite", help="Delete what this command's stages left in the folder; start anew."),
+    typer.Option("--overwrite", help="Replace earlier runs of the same stages in the folder."),
 ]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the plan (parameters, memory, tokens) and touch nothing."),
+    typer.Option("--dry-run", help="Print the plan (parameters, memory, tokens) and change nothing."),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
 ]
 
 

@@ -1,4 +1,4 @@
-"""``sentcompress launch``: a command in several processes on this machine, and their end as one."""
+"""``sentcompress launch``: runs a command in several processes on this machine and ends them together."""
 
 from __future__ import annotations
 
@@ -22,75 +22,77 @@ from sentcompress.errors import InputError, RunError, TerminatedError
 from sentcompress.files import printable
 
 COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])
-"""What runs in several processes."""
+"""Commands that support several processes."""
 GRACE_SECONDS = 10.0
-"""What the others have to end by themselves once one has failed; then they are killed."""
-ASKED = (TerminatedError.exit_code, 130)
-"""Codes of a process that was asked to end: the others are saving, and no time is too long for that."""
+"""Time for the other processes to exit after one has failed; then they are killed."""
+STOPPED_CODES = (TerminatedError.exit_code, 130)
+"""Exit codes of a process that was told to stop. The others are saving then, and get all the time they need."""
 POLL_SECONDS = 0.1
-LINES_SHOWN = 20
+MAX_LINES = 20
+"""Lines of a failed process's stderr that are shown."""
 
 
 @dataclass
 class Worker:
-    """A process; ``said`` is its stderr, of all but rank 0, whose goes to the terminal."""
+    """A process. ``stderr`` is the file of its messages; None for rank 0, which writes to the terminal."""
 
     rank: int
     process: subprocess.Popen[bytes]
-    said: IO[bytes] | None
+    stderr: IO[bytes] | None
 
 
 def launch(
     context: typer.Context,
-    processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="How many; on GPUs, one each.")],
+    processes: Annotated[
+        int, typer.Option("--processes", "-n", min=1, help="How many; on GPUs, one for each.")
+    ],
 ) -> None:
     """Run training, bench quality or bench speed in several processes of this machine: launch -n 4 graft RECIPE ...
 
-    Ctrl-C and SIGTERM reach all of them, and what they end with is what one process would end with. When one dies, the
-    others are ended; when this one does, or its terminal is closed, they save and end. On several machines, start the
-    command itself with torchrun or srun.
+    Ctrl-C and SIGTERM reach all of them; exits with the code a single process would return. When one process dies, the
+    others are stopped. When launch itself dies, or its terminal is closed, they save and exit. On several machines,
+    start the command with torchrun or srun instead.
     """
     command = list(context.args)
     if not any(command[: len(known)] == known for known in COMMANDS):
         given = f"'{' '.join(command[:2])}'" if command else "nothing"
         raise InputError(
-            f"launch: {given} is no command that runs in several processes",
-            fix=f"name one of {', '.join(map(' '.join, COMMANDS))}, such as: launch -n {processes} graft strong",
+            f"launch: {given} is not a command that runs in several processes",
+            fix=f"use one of {', '.join(map(' '.join, COMMANDS))}, for example: launch -n {processes} graft strong",
         )
     port = free_port()
-    lifeline, held = (
-        os.pipe()
-    )  # nobody else holds our end: it is closed when this process ends, however it ends
+    # Only this process holds the second end, so it closes when this process ends, for whatever reason.
+    lifeline, held = os.pipe()
     with ExitStack() as ends:
         ends.callback(os.close, held)
         ends.callback(os.close, lifeline)
         workers = []
         for rank in range(processes):
-            said = ends.enter_context(tempfile.TemporaryFile()) if rank else None
-            workers.append(Worker(rank, start(rank, processes, port, command, said, lifeline), said))
+            stderr = ends.enter_context(tempfile.TemporaryFile()) if rank else None
+            workers.append(Worker(rank, start(rank, processes, port, command, stderr, lifeline), stderr))
             ends.callback(workers[-1].process.kill)
         with signals_passed_on(workers):
             failed = wait(workers)
         if failed is None:
             return
         code = failed.process.returncode
-        # Rank 0 has spoken for itself, unless it was killed; of bad input it says the same as the others.
-        if code < 0 or (failed.rank and code not in (*ASKED, InputError.exit_code)):
-            print(last_words(failed), file=sys.stderr)
+        # Rank 0 has printed its own error, unless it was killed. Bad input fails with the same message everywhere.
+        if code < 0 or (failed.rank and code not in (*STOPPED_CODES, InputError.exit_code)):
+            print(failure_message(failed), file=sys.stderr)
         raise typer.Exit(code if code > 0 else RunError.exit_code)
 
 
 def free_port() -> int:
-    """For the processes to find each other."""
+    """A port at which the processes can find each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def start(
-    rank: int, processes: int, port: int, command: list[str], said: IO[bytes] | None, lifeline: int
+    rank: int, processes: int, port: int, command: list[str], stderr: IO[bytes] | None, lifeline: int
 ) -> subprocess.Popen[bytes]:
-    """Start one process, told of the others as torchrun tells it."""
+    """Start one process with the environment variables that torchrun sets."""
     return subprocess.Popen(
         [sys.executable, "-m", "sentcompress", *command],
         env={
@@ -107,14 +109,14 @@ def start(
         },
         pass_fds=(lifeline,),
         stdout=subprocess.DEVNULL if rank else None,
-        stderr=said,
-        start_new_session=True,  # Ctrl-C comes to us, and from us once to each
+        stderr=stderr,
+        start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
     )
 
 
 @contextmanager
 def signals_passed_on(workers: list[Worker]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to every process and end only them; a terminal that is closed asks as SIGTERM does."""
+    """Pass Ctrl-C and SIGTERM on to every process; a closed terminal counts as SIGTERM."""
 
     def send(number: int, _: Any) -> None:
         for worker in workers:
@@ -122,7 +124,7 @@ def signals_passed_on(workers: list[Worker]) -> Iterator[None]:
                 worker.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, send) for number in numbers}
     try:
@@ -133,13 +135,13 @@ def signals_passed_on(workers: list[Worker]) -> Iterator[None]:
 
 
 def wait(workers: list[Worker]) -> Worker | None:
-    """Until all have ended; the first that failed, if one did, after which the others get little time."""
+    """Wait for all processes; return the first that failed. The others get a few seconds after that."""
     failed, deadline = None, float("inf")
     while any(worker.process.poll() is None for worker in workers):
         ended = [worker for worker in workers if worker.process.poll()]
         if ended and failed is None:
             failed = ended[0]
-            if failed.process.returncode not in ASKED:
+            if failed.process.returncode not in STOPPED_CODES:
                 deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             for worker in workers:
@@ -148,16 +150,16 @@ def wait(workers: list[Worker]) -> Worker | None:
     return failed or next((worker for worker in workers if worker.process.returncode), None)
 
 
-def last_words(worker: Worker) -> str:
-    """How a process ended, and the end of what it said."""
+def failure_message(worker: Worker) -> str:
+    """How a process ended, and its last messages."""
     code = worker.process.returncode
-    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"exited with code {code}"
     lines: list[str] = []
-    if worker.said is not None:
-        worker.said.seek(0)
-        lines = worker.said.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
+    if worker.stderr is not None:
+        worker.stderr.seek(0)
+        lines = worker.stderr.read().decode(errors="replace").splitlines()[-MAX_LINES:]
         lines = [printable(line) for line in lines]
-    return "\n".join([f"error: process {worker.rank} {how}; the others were ended", *lines])
+    return "\n".join([f"error: process {worker.rank} {how}; the others were stopped", *lines])
 
 
 def add_to(app: typer.Typer) -> None:

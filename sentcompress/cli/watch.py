@@ -1,4 +1,4 @@
-"""``sentcompress watch``: the runs below a folder, as they go."""
+"""``sentcompress watch``: the progress of the runs below a folder."""
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ if TYPE_CHECKING:
     from sentcompress.training.run_status import StageView
 
 STYLES = {"training": "green", "done": "blue", "failed": "red", "lost": "red", "stopped": "yellow"}
-COLUMNS = ("run", "state", "steps", "loss", "curve", "held out", "tokens/s", "left", "last sign", "trouble")
-ALWAYS = ("run", "state", "steps", "loss", "left")
-WITH_ROOM = ("curve", "last sign", "tokens/s", "held out", "trouble")
-"""Shown where the terminal is wide enough, the first ones first; trouble stands below the table otherwise."""
-TO_THE_LEFT = ("run", "state", "steps", "curve", "trouble")
-CURVE = 24
-"""Columns of the loss curve."""
-TROUBLE = 40
-"""Columns below which a text would fold too often."""
-LONGEST_TROUBLE = 1000
-"""Characters of it that are shown."""
-SMALL = 60
-"""Columns of a terminal in which every cell may fold."""
-DAY = 86400
-LARGE = 1e9
-"""Figures from here on are written with an exponent."""
+COLUMNS = ("run", "state", "steps", "loss", "curve", "held out", "tokens/s", "left", "last seen", "error")
+FIXED_COLUMNS = ("run", "state", "steps", "loss", "left")
+OPTIONAL_COLUMNS = ("curve", "last seen", "tokens/s", "held out", "error")
+"""Shown if the terminal is wide enough, in this order of priority. Otherwise errors are shown below the table."""
+LEFT_ALIGNED = ("run", "state", "steps", "curve", "error")
+CURVE_WIDTH = 24
+ERROR_WIDTH = 40
+"""Smallest width of the column of errors; narrower, they would wrap too often."""
+MAX_ERROR = 1000
+"""Characters of an error that are shown."""
+NARROW_TERMINAL = 60
+"""In a terminal with fewer columns every cell may wrap."""
+SECONDS_PER_DAY = 86400
+MAX_PLAIN_FIGURE = 1e9
+"""Larger figures are shown with an exponent."""
 
 
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of many runs.")],
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between looks.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once; so it does without a terminal.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Look once and print JSON.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one snapshot and exit (default without a terminal).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON and exit.")] = False,
 ) -> None:
-    """Show progress, loss, pace, time left and the last error of training runs; Ctrl-C ends it, not them.
+    """Show progress, loss, speed, time left and the last error of training runs. Ctrl-C does not stop the runs.
 
-    Reads files only (metrics.jsonl, heartbeat.json), so it works on another machine that sees the folder.
+    Reads files only (metrics.jsonl, heartbeat.json), so it works on any machine that can read the folder.
     """
     from sentcompress.errors import InputError
     from sentcompress.training import run_status as runs
 
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: there is no such folder", fix="give the --out of a run, or a folder of runs"
+            f"{folder}: no such folder", fix="give the --out folder of a run, or a folder of runs"
         )
     watcher = runs.Watcher(folder)
     if as_json:
@@ -63,7 +64,7 @@ def watch(
         stages = watcher.look()
         if not stages:
             raise InputError(
-                f"{folder}: no run has written here yet", fix="give the --out of a run, or a folder of runs"
+                f"{folder}: no runs here yet", fix="give the --out folder of a run, or a folder of runs"
             )
         screen.print(table(stages, screen))
         return
@@ -82,7 +83,7 @@ def watch(
 
 
 def table(stages: list[StageView], screen: Console) -> RenderableType:
-    """A row a stage, with as many columns as there is room for; below it the trouble that has no column."""
+    """One row per stage, with as many columns as fit; below it the errors if they have no column."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -95,29 +96,29 @@ def table(stages: list[StageView], screen: Console) -> RenderableType:
         for name in names:
             shown.add_column(
                 name,
-                justify="left" if name in TO_THE_LEFT else "right",
+                justify="left" if name in LEFT_ALIGNED else "right",
                 overflow="fold",
-                no_wrap=name not in ("run", "trouble") and screen.width >= SMALL,
+                no_wrap=name not in ("run", "error") and screen.width >= NARROW_TERMINAL,
                 max_width=widest.get(name),
             )
         for row in rows:
             shown.add_row(*(row[name] for name in names))
         return shown
 
-    names = list(ALWAYS)
-    for name in WITH_ROOM:
+    names = list(FIXED_COLUMNS)
+    for name in OPTIONAL_COLUMNS:
         more = sorted([*names, name], key=COLUMNS.index)
-        # A long name or text folds before another column goes.
-        draft = filled(more, run=screen.width // 3, trouble=TROUBLE)
+        # A long name or error wraps before a column is dropped.
+        draft = filled(more, run=screen.width // 3, error=ERROR_WIDTH)
         if screen.measure(draft, options=screen.options.update(width=sys.maxsize)).maximum <= screen.width:
             names = more
-    below = [] if "trouble" in names else [row for row in rows if row["trouble"]]
-    texts = [Text.assemble(row["run"], ": ", (row["trouble"].plain, "red"), overflow="fold") for row in below]
+    below = [] if "error" in names else [row for row in rows if row["error"]]
+    texts = [Text.assemble(row["run"], ": ", (row["error"].plain, "red"), overflow="fold") for row in below]
     return Group(filled(names), *([Text()] if texts else []), *texts)
 
 
 def _cells(stage: StageView, screen: Console) -> dict[str, Text]:
-    """What is shown of a stage, by column."""
+    """The cells of a stage, by column."""
     from rich.text import Text
 
     from sentcompress.training.monitor import duration
@@ -129,14 +130,14 @@ def _cells(stage: StageView, screen: Console) -> dict[str, Text]:
         "state": stage.state,
         "steps": f"{stage.step:,}/{stage.steps:,}{share}" if stage.steps else f"{stage.step:,}",
         "loss": _figure(stage.loss, ".4f"),
-        "curve": curve(stage.losses, CURVE, ASCII_BARS if screen.options.ascii_only else BARS),
+        "curve": curve(stage.losses, CURVE_WIDTH, ASCII_BARS if screen.options.ascii_only else BARS),
         "held out": "{} {:.4g}".format(*stage.heldout) if stage.heldout else "",
         "tokens/s": _figure(stage.tokens_per_second, ",.0f"),
         "left": duration(stage.seconds_left) if stage.seconds_left is not None else "",
-        "last sign": _since(stage.age),
-        "trouble": stage.error[:LONGEST_TROUBLE],
+        "last seen": _since(stage.age),
+        "error": stage.error[:MAX_ERROR],
     }
-    # As Text, so that brackets in names are no markup; and as wide as it will be shown.
+    # As Text, so that brackets in names are not markup, and in the characters that will be shown.
     shown = {name: Text(_line(cell, screen)) for name, cell in cells.items()}
     shown["state"].stylize(STYLES.get(stage.state, ""))
     return shown
@@ -145,7 +146,7 @@ def _cells(stage: StageView, screen: Console) -> dict[str, Text]:
 def _figure(value: float | None, layout: str) -> str:
     if value is None:
         return ""
-    return format(value, layout if abs(value) < LARGE else ".4g")
+    return format(value, layout if abs(value) < MAX_PLAIN_FIGURE else ".4g")
 
 
 def _since(age: float | None) -> str:
@@ -153,21 +154,21 @@ def _since(age: float | None) -> str:
 
     if age is None:
         return ""
-    return f"{duration(age)} ago" if age < 2 * DAY else f"{age // DAY:,.0f} days ago"
+    return f"{duration(age)} ago" if age < 2 * SECONDS_PER_DAY else f"{age // SECONDS_PER_DAY:,.0f} days ago"
 
 
 def _line(text: str, screen: Console) -> str:
-    """What a terminal shows as one line, in characters that it has."""
+    """The text as a single line, in characters that the terminal can show."""
     encoding = screen.encoding
     return printable(text).replace("\n", "\\n").encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _nothing(folder: Path, screen: Console) -> Text:
-    """Instead of a table."""
+    """A line in place of the table."""
     from rich.text import Text
 
-    said = "no run has written here yet" if os.path.isdir(folder) else "the folder is gone"
-    return Text(_line(f"{folder}: {said}", screen), overflow="fold")
+    message = "no runs here yet" if os.path.isdir(folder) else "the folder is gone"
+    return Text(_line(f"{folder}: {message}", screen), overflow="fold")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -18,13 +18,13 @@ from sentcompress.recipe import Recipe
 
 @dataclass(frozen=True)
 class Card:
-    """What a job says about its model.
+    """What a job contributes to its model card.
 
     Attributes:
         title: heading.
-        summary: a paragraph: what it is and what it is for.
+        summary: a paragraph on what the model is and what it is for.
         data: a line on the data it was trained on.
-        heldout: a line on how the held-out figures were measured.
+        heldout: how the held-out figures were measured, in one line.
         usage: Python code that loads and uses the folder; ``{folder}`` stands for its path.
         tags: for the front matter.
     """
@@ -38,7 +38,7 @@ class Card:
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:
-    """Command, version, commit, plugin packages and recipe of this process: what every result carries."""
+    """Command, version, commit, plugin packages and recipe of this process; recorded with every result."""
     return {
         "command": command(),
         "version": __version__,
@@ -50,12 +50,12 @@ def provenance(recipe: Recipe) -> dict[str, str]:
 
 
 def resume_command() -> str:
-    """The command that goes on with what this process was doing, in as many processes if it was launched in several."""
+    """The command that continues what this process was doing, in the same number of processes."""
     kept = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
-    if kept[:1] != ["run"]:  # "run" picks up by itself
+    if kept[:1] != ["run"]:  # "run" resumes without the option
         kept.append("--resume")
-    several = os.environ.get(LAUNCHED)
-    return command([sys.argv[0], *(["launch", "-n", several] if several else []), *kept])
+    count = os.environ.get(LAUNCHED)
+    return command([sys.argv[0], *(["launch", "-n", count] if count else []), *kept])
 
 
 def render_card(
@@ -65,14 +65,14 @@ def render_card(
 
     Args:
         folder: where the model will be.
-        training: facts of the training run, shown as a table.
+        training: facts about the training run, shown as a table.
         figures: held-out figures; may be empty before the first evaluation.
     """
     front = yaml.safe_dump(
         {"library_name": "sentcompress", "tags": ["sentcompress", *card.tags]}, sort_keys=False
     )
-    rows = {**training, "data": card.data, **provenance(recipe)}
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
+    facts = {**training, "data": card.data, **provenance(recipe)}
+    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     measured = "\n".join(f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in figures.items())
     heldout = (
         f"| figure | value |\n|---|---|\n{measured}\n\n{card.heldout}" if measured else "Not measured yet."
@@ -100,5 +100,5 @@ def render_card(
 |---|---|
 {table}
 
-`sentcompress run recipe.yaml --out DIR` makes it again, with the resolved `recipe.yaml` beside this file.
+`sentcompress run recipe.yaml --out DIR` reproduces it, with the resolved `recipe.yaml` next to this file.
 """

@@ -1,4 +1,4 @@
-"""What every stage starts from: tokenizer, segmenter and tokenized corpus of a recipe."""
+"""The inputs of every stage: tokenizer, segmenter and tokenized corpus of a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Inputs:
     corpus: Corpus
 
     def describe(self) -> str:
-        """A line on the data for model cards."""
+        """A line about the data, for model cards."""
         documents = len(self.corpus.train)
         return (
             f"dataset '{self.recipe.data.name}', {documents} training documents, {len(self.corpus.heldout)} held out; "
@@ -34,10 +34,10 @@ class Inputs:
 
 
 def load_inputs(recipe: Recipe, tokenizer: Any | None = None) -> Inputs:
-    """Build the recipe's dataset and segmenter and tokenize (or find in the cache) its corpus.
+    """Build the recipe's dataset and segmenter, and tokenize its corpus or find it in the cache.
 
     Args:
-        tokenizer: None takes the backbone's.
+        tokenizer: None uses the backbone's.
 
     Raises:
         InputError: the data or the backbone cannot be read.
@@ -51,7 +51,7 @@ def load_inputs(recipe: Recipe, tokenizer: Any | None = None) -> Inputs:
 
 
 def backbone_shape(recipe: Recipe) -> Backbone:
-    """The recipe's backbone without weights (on the meta device): for its width, heads and parameter counts."""
+    """The recipe's backbone on the meta device, without weights: for its width, heads and parameter counts."""
     config = load_backbone_config(recipe.backbone, weights=False)
     registry = get_registry()
     name = adapter_name(recipe.backbone)

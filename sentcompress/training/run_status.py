@@ -1,4 +1,4 @@
-"""What the stages below a folder are doing, read from the files they leave. No torch."""
+"""The state of the stages below a folder, read from the files they write. No torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any, BinaryIO
 from sentcompress.training.monitor import HEARTBEAT, MAX_AGE, MAX_LINE, METRICS, read_heartbeat, read_line
 
 STALE_SECONDS = 120.0
-"""Silence after which a run counts as lost: a living process gives a sign every few seconds, whatever it does."""
-DEPTH = 4
-"""Levels below the folder at which stages are looked for."""
-POINTS = 1024
-"""Of a loss curve that are kept; as many again are twice as far apart."""
-MOST_STEPS = 10**9
-LARGEST_FIGURE = 1e100
-"""What is beyond these counts as not there: no run wrote it, and what is computed from it would overflow."""
-LONGEST_STATE = 16
+"""Age of the last heartbeat after which a run counts as lost: a live process writes one every few seconds."""
+MAX_DEPTH = 4
+"""Levels below the folder that are searched for stages."""
+MAX_POINTS = 1024
+"""Points of a loss curve. When it is full, neighbours are averaged and the distance doubles."""
+MAX_STEPS = 10**9
+MAX_FIGURE = 1e100
+"""Larger values are ignored: no run wrote them, and computing with them could overflow."""
+MAX_STATE = 16
+"""Characters in the name of a state."""
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = ".:-=+*#@"
 
@@ -34,16 +35,16 @@ class StageView:
 
     Attributes:
         name: its folder, relative to the one watched.
-        state: ``training``, ``evaluating``, ``saving``, ``starting``, ``done``, ``stopped``, ``failed``, ``lost`` (it
-            gives no sign of life any more), or ``unknown``.
-        step, steps: done, and of the whole run (0: not known).
+        state: ``training``, ``evaluating``, ``saving``, ``starting``, ``done``, ``stopped``, ``failed``, ``lost`` (no
+            heartbeat any more), or ``unknown``.
+        step, steps: done, and of the whole run (0 if unknown).
         loss: the newest.
-        losses: of ``metrics.jsonl``; means of neighbours where there are many.
+        losses: of ``metrics.jsonl``; means of neighbours if there are many.
         heldout: name and value of the newest held-out figure.
         tokens_per_second: the newest.
-        seconds_left: at the pace of the newest figures; None where that cannot be said.
-        age: seconds since the last sign of life.
-        error: why it failed, or the newest step that was not taken.
+        seconds_left: at the pace of the newest figures; None if unknown.
+        age: seconds since the last heartbeat.
+        error: why it failed, or the newest anomaly.
     """
 
     name: str
@@ -60,21 +61,21 @@ class StageView:
 
 
 class Watcher:
-    """Looks at the stages below ``folder`` again and again, and reads only what is new."""
+    """Reads the stages below ``folder`` repeatedly; each time only what is new."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stages: dict[Path, StageReader] = {}
 
     def look(self) -> list[StageView]:
-        """The stages that are there now, oldest first."""
+        """The present stages, oldest first."""
         stages = find_stages(self.folder)
         self._stages = {path: self._stages.get(path) or StageReader(path, self.folder) for path in stages}
         return [stage.look() for stage in self._stages.values()]
 
 
 def find_stages(folder: Path) -> list[Path]:
-    """Folders of stages at or below ``folder``, oldest first. What may not be read is passed over."""
+    """Folders of stages at or below ``folder``, oldest first. Unreadable folders are skipped."""
 
     def below(path: Path, depth: int) -> Iterator[Path]:
         if os.path.isfile(path / METRICS) or os.path.isfile(path / HEARTBEAT):
@@ -82,16 +83,16 @@ def find_stages(folder: Path) -> list[Path]:
         elif depth:
             try:
                 children = sorted(path.iterdir())
-            except OSError:  # deleted meanwhile, or someone else's
+            except OSError:  # deleted meanwhile, or not readable
                 return
             for child in children:
                 if os.path.isdir(child) and not os.path.islink(child) and not child.name.startswith("."):
                     yield from below(child, depth - 1)
 
-    return sorted(below(folder, DEPTH), key=_begun)
+    return sorted(below(folder, MAX_DEPTH), key=_start_time)
 
 
-def _begun(stage: Path) -> float:
+def _start_time(stage: Path) -> float:
     try:
         return (stage / "run.json").stat().st_mtime
     except OSError:
@@ -99,10 +100,7 @@ def _begun(stage: Path) -> float:
 
 
 class StageReader:
-    """A stage, and what earlier looks have shown of it.
-
-    Files and values that are half written or broken count as not there.
-    """
+    """Reads the files of a stage repeatedly. Incomplete or broken files and values are ignored."""
 
     def __init__(self, stage: Path, root: Path) -> None:
         self.stage = stage
@@ -111,7 +109,7 @@ class StageReader:
             str(stage.relative_to(root)) if stage != root else os.path.basename(os.path.abspath(stage))
         )
         self._metrics = MetricsReader(stage / METRICS)
-        self._sign: Any = None
+        self._heartbeat_time: Any = None
         self._seen = 0.0
         self._changed = False
 
@@ -135,37 +133,38 @@ class StageReader:
         heartbeat = read_heartbeat(self.stage)
         if heartbeat is None:
             return found
-        found.age = self._silence(heartbeat)
+        found.age = self._age(heartbeat)
         found.step = max(found.step, _count(heartbeat.get("step")) or 0)
         found.steps = _count(heartbeat.get("steps")) or 0
         found.error = _text(heartbeat.get("error")) or found.error
         state = _text(heartbeat.get("state"))
-        if 0 < len(state) <= LONGEST_STATE:
+        if 0 < len(state) <= MAX_STATE:
             found.state = state
         if found.state not in ("stopped", "failed") and found.age > STALE_SECONDS:
             found.state = "lost"
-        pace = metrics.seconds_a_step()
+        pace = metrics.seconds_per_step()
         if pace is not None and found.state in ("training", "evaluating", "saving"):
             left = pace * (found.steps - found.step)
             found.seconds_left = left if 0 <= left <= MAX_AGE else None
         return found
 
-    def _silence(self, heartbeat: dict[str, Any]) -> float:
-        """Seconds since the last sign.
+    def _age(self, heartbeat: dict[str, Any]) -> float:
+        """Seconds since the last heartbeat.
 
-        Clocks of two machines may differ. A sign that came between two looks is as old as this process has known it,
-        whatever they say; until one comes, the run is silent as long as they say, and at least since the first look.
+        The clocks of two machines may differ. The age of a heartbeat that arrived while this process was watching is
+        measured by this process. Before the first such one, the age is what the clocks say, and at least the time since
+        watching started.
         """
         now = time.monotonic()
-        if heartbeat["time"] != self._sign:
-            self._changed = self._sign is not None
-            self._sign, self._seen = heartbeat["time"], now
+        if heartbeat["time"] != self._heartbeat_time:
+            self._changed = self._heartbeat_time is not None
+            self._heartbeat_time, self._seen = heartbeat["time"], now
         seen = now - self._seen
         return seen if self._changed else max(seen, float(heartbeat["age"]))
 
 
 class MetricsReader:
-    """What a view needs of a ``metrics.jsonl``. A look reads what was appended, and keeps little of it.
+    """Reads what was appended to a ``metrics.jsonl`` and keeps only what a view needs.
 
     Attributes:
         step: of the newest line with a loss.
@@ -190,13 +189,13 @@ class MetricsReader:
         self._too_long = False
 
     def read(self) -> None:
-        """Read what is new, or everything where the file is another one than at the last look."""
+        """Read what is new, or everything if the file was replaced."""
         try:
-            if not os.path.isfile(self.path):  # a pipe would be waited for
+            if not os.path.isfile(self.path):  # reading a pipe would block
                 raise FileNotFoundError(self.path)
             with open(self.path, "rb") as file:
-                # By what was read last: a run that is resumed writes another file, and inode numbers differ from
-                # look to look on some file systems that are mounted from afar.
+                # Compare what was read last: a resumed run replaces the file, and inode numbers are not stable on
+                # some network file systems.
                 file.seek(self._offset - len(self._last))
                 if file.read(len(self._last)) != self._last:
                     self._start_over()
@@ -207,15 +206,15 @@ class MetricsReader:
             self._start_over()
 
     def _whole_lines(self, file: BinaryIO) -> Iterator[bytes]:
-        """Lines from here on, without those that are too long and one that is still being written."""
-        while part := file.readline(MAX_LINE):
-            ended = part.endswith(b"\n")
-            if not ended and len(part) < MAX_LINE:
+        """Complete lines from here on, without those that are too long."""
+        while line := file.readline(MAX_LINE):
+            ended = line.endswith(b"\n")
+            if not ended and len(line) < MAX_LINE:
                 return
-            self._offset += len(part)
-            self._last = part
+            self._offset += len(line)
+            self._last = line
             if ended and not self._too_long:
-                yield part
+                yield line
             self._too_long = not ended
 
     def _take(self, text: bytes) -> None:
@@ -236,8 +235,8 @@ class MetricsReader:
                 self.heldout = (label, number)
         self.event = _text(line.get("event")) or self.event
 
-    def seconds_a_step(self) -> float | None:
-        """From the newest two log lines that say how long the run has trained."""
+    def seconds_per_step(self) -> float | None:
+        """From the two newest log lines with a training time."""
         if not self._timed:
             return None
         (before, began), (last, seconds) = (
@@ -248,7 +247,7 @@ class MetricsReader:
 
 
 class Curve:
-    """At most ``POINTS`` means, each of as many neighbouring values."""
+    """At most ``MAX_POINTS`` means, each of the same number of neighbouring values."""
 
     def __init__(self) -> None:
         self._means: list[float] = []
@@ -263,25 +262,25 @@ class Curve:
             return
         self._means.append(self._sum / self._count)
         self._sum, self._count = 0.0, 0
-        if len(self._means) == POINTS:
+        if len(self._means) == MAX_POINTS:
             pairs = zip(self._means[::2], self._means[1::2], strict=True)
             self._means = [(first + second) / 2 for first, second in pairs]
             self._each *= 2
 
     def values(self) -> list[float]:
-        """The means; the last may be of fewer values."""
+        """The means; the last one may be of fewer values."""
         return [*self._means, *([self._sum / self._count] if self._count else [])]
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) <= LARGEST_FIGURE else None  # not a number compares as False
+    return float(value) if abs(value) <= MAX_FIGURE else None  # False for NaN
 
 
 def _count(value: Any) -> int | None:
     number = _number(value)
-    return int(number) if number is not None and 0 <= number <= MOST_STEPS else None
+    return int(number) if number is not None and 0 <= number <= MAX_STEPS else None
 
 
 def _text(value: Any) -> str:
@@ -289,16 +288,17 @@ def _text(value: Any) -> str:
 
 
 def curve(values: list[float], width: int, bars: str = BARS) -> str:
-    """A line of bars, newest on the right: each stands for the mean of some values."""
+    """A line of bars, newest on the right; each shows the mean of some values."""
     if not values:
         return ""
     size = max(1, math.ceil(len(values) / width))
-    values = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    values = [sum(group) / len(group) for group in groups]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(bars[round((value - low) / span * (len(bars) - 1))] for value in values)
 
 
 def as_json(stages: list[StageView]) -> str:
-    """For programs."""
+    """The stages as JSON, for programs."""
     return json.dumps([asdict(stage) for stage in stages], indent=1)

@@ -1,4 +1,4 @@
-"""A token-level LLM as the teacher of a graft: what it expects at each token of the same text."""
+"""A token-level LLM as the teacher of a graft: its predictions for each token of the same text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sentcompress.modeling.losses import Teaching
 from sentcompress.training.jobs.token_level import hidden_states_by_length
 
 TOLERANCE = 1e-3
-"""By how much logits may differ from the product of last hidden states and output head."""
+"""Allowed difference between the logits and the product of last hidden states and output head."""
 
 
 class Teacher:
     """Reads the passages of a graft's batch token by token.
 
     Args:
-        lm: a causal LM; it does not learn.
-        vocab_size: tokens of the SentenceLM, which the LM must have too.
-        bos_token_id: put before each row.
-        share: of the graft's loss.
+        lm: a causal LM; it is not trained.
+        vocab_size: number of tokens of the SentenceLM; the LM must have them too.
+        bos_token_id: put before each text.
+        share: its share of the graft's loss.
 
     Raises:
-        InputError: it has fewer tokens, or its logits are more than a product with its output head.
+        InputError: it has fewer tokens, or its logits are not simply the product with its output head.
     """
 
     def __init__(self, lm: PreTrainedModel, vocab_size: int, bos_token_id: int, share: float) -> None:
@@ -36,8 +36,8 @@ class Teacher:
         self.weight = lm.get_output_embeddings().weight[:vocab_size]
         if len(self.weight) < vocab_size:
             raise InputError(
-                f"graft.teacher: it has {len(self.weight)} tokens, the backbone's tokenizer {vocab_size}",
-                fix="take a teacher with the backbone's own tokenizer",
+                f"graft.teacher: it has {len(self.weight)} tokens, but the backbone's tokenizer has {vocab_size}",
+                fix="use a teacher with the backbone's own tokenizer",
             )
         self._check_head()
 
@@ -49,14 +49,14 @@ class Teacher:
         difference = float((logits - states @ self.weight.t()).abs().max())
         if difference > TOLERANCE * max(1.0, float(logits.abs().max())):
             raise InputError(
-                f"graft.teacher: the logits of a {self.lm.config.model_type} are not its output head's product "
+                f"graft.teacher: the logits of {self.lm.config.model_type} are not the product with its output head "
                 f"(soft-capped, scaled or with a bias: they differ by {difference:.2g})",
                 fix="graft without a teacher",
             )
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> Teaching:
-        """What it expects of the sentences of a graft's batch, each passage read from its beginning.
+        """Its predictions for the sentences of a graft's batch, each passage read from its beginning.
 
         Args:
             batch: ``input_ids, attention_mask [S, L]``, ``sentence_index, passage_ids [R, N]``.
@@ -65,24 +65,24 @@ class Teacher:
         if self.lm.device != ids.device:
             self.lm.to(ids.device)
             self.weight = self.lm.get_output_embeddings().weight[: len(self.weight)]
-        cells = batch["sentence_index"] >= 0
-        written = batch["sentence_index"][cells]
-        rows = torch.arange(len(cells), device=ids.device)[:, None]
-        passages = (rows * len(ids) + batch["passage_ids"])[cells]
+        occupied = batch["sentence_index"] >= 0
+        sentences = batch["sentence_index"][occupied]
+        rows = torch.arange(len(occupied), device=ids.device)[:, None]
+        passages = (rows * len(ids) + batch["passage_ids"])[occupied]
         _, sizes = passages.unique_consecutive(return_counts=True)
-        texts = [torch.cat([ids[s][mask[s]] for s in part]) for part in written.split(sizes.tolist())]
+        texts = [torch.cat([ids[s][mask[s]] for s in passage]) for passage in sentences.split(sizes.tolist())]
         pieces = [piece for text in texts for piece in text.split(self.longest)]
-        # A state predicts the token behind it, so the last token need not be read.
-        read = [torch.cat([piece.new_tensor([self.bos_token_id]), piece[:-1]]) for piece in pieces]
-        states = self._states(read)
+        # A state predicts the next token, so the last token is not read.
+        inputs = [torch.cat([piece.new_tensor([self.bos_token_id]), piece[:-1]]) for piece in pieces]
+        states = self._states(inputs)
         taught = states.new_zeros(*ids.shape, states.shape[1])
-        flat = taught[written]
-        flat[mask[written]] = states
-        taught[written] = flat
+        flat = taught[sentences]
+        flat[mask[sentences]] = states
+        taught[sentences] = flat
         return Teaching(taught, self.weight, self.share)
 
     def _states(self, texts: list[Tensor]) -> Tensor:
-        """Last hidden states of texts, one after the other: ``[T, H]``."""
+        """Last hidden states of all texts in one tensor: ``[T, H]``."""
         lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
         ids = pad_sequence(texts, batch_first=True)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]

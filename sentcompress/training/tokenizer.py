@@ -20,7 +20,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def training_texts(dataset: Dataset) -> Iterator[str]:
-    """Texts of the documents that are not held out: the same choice as the corpus makes."""
+    """Texts of the training documents, the same ones as in the corpus."""
     hashes = b"".join(text_hash(text.encode()) for text in _texts(dataset))
     heldout = choose_heldout(hashes, int(getattr(dataset.options, "heldout_documents", 20)))
     for index, text in enumerate(_texts(dataset)):
@@ -37,11 +37,11 @@ def _texts(dataset: Dataset) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer; any text can be written with it, since all 256 bytes are tokens.
+    """Train a tokenizer. It can encode any text, since all 256 bytes are tokens.
 
     Args:
         texts: training documents.
-        vocab_size: at most this many tokens; a small corpus gives fewer.
+        vocab_size: maximum number of tokens; a small corpus gives fewer.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,7 +67,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def byte_lengths(tokenizer: Any) -> list[int] | None:
-    """Bytes each token stands for (0 for special ones), or None where the tokenizer is not byte-level."""
+    """Number of bytes of each token (0 for special ones); None if the tokenizer is not byte-level."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
@@ -76,7 +76,7 @@ def byte_lengths(tokenizer: Any) -> list[int] | None:
         if token_id in special or token is None:
             lengths.append(0)
         elif set(token) <= alphabet:
-            lengths.append(len(token))  # one character a byte, by construction
+            lengths.append(len(token))  # one character per byte, by construction
         elif token_id in added:
             lengths.append(len(token.encode()))
         else:

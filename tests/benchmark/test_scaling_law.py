@@ -13,10 +13,9 @@ import yaml
 from rich.console import Console
 
 from sentcompress.benchmark import rows as make_rows
-from sentcompress.benchmark.models import count
 from sentcompress.benchmark.measurements.quality import DocumentScore, ModelCounts, QualityScore
-from sentcompress.benchmark.results import Results, Row
-from sentcompress.benchmark.results import read_results, write_results
+from sentcompress.benchmark.models import count
+from sentcompress.benchmark.results import Results, Row, read_results, write_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.cli import main
 from sentcompress.errors import InputError
@@ -522,7 +521,7 @@ def test_two_trained_runs(tmp_path, capsys, run_folder):
             **tiny,
         }
         recipe = build_recipe(raw, [], "tests")
-        run_recipe(recipe, tmp_path / "runs" / str(steps))
+        run_recipe(recipe, tmp_path / "runs" / str(steps), stages=["vae", "graft", "baseline"])
         run_bench(["quality"], tmp_path / "runs" / str(steps), quiet=True)
     code, _, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""All trained stages on a tiny backbone: SentenceVAE, graft, baseline, each resumed bit by bit."""
+"""The jobs on a tiny backbone: SentenceVAE, graft, baseline, each resumed bit by bit."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def grafting(backbone: Path, **graft: Any) -> Recipe:
         },
         "train_vae": training | {"sentences_per_batch": 8},
         "graft": training | {"passages_per_batch": 2, "max_sentences": 8, "ema": 0.9} | graft,
+        "bench": {"metrics": []},
     }
     return build_recipe(copy.deepcopy(raw), [], "test")
 
@@ -128,7 +129,7 @@ def test_the_baseline_is_an_ordinary_causal_lm(tmp_path, backbone):
     assert "model.decoder.layers.0.fc1.weight" in moved  # all of it learns, whatever graft.tune says
 
 
-def test_the_twin_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone):
+def test_the_baseline_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone):
     recipe = grafting(backbone, teacher="baseline")
     with pytest.raises(InputError, match=r"graft\.teacher: no model in '.*baseline'"):
         run_recipe(recipe, tmp_path / "out", stages=["vae", "graft"])

@@ -1,4 +1,4 @@
-"""``sentcompress watch``: what it says of runs that go on, are done, failed, or fell silent."""
+"""``sentcompress watch``: what it shows of runs that are in progress, done, failed or lost."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def test_a_folder_without_runs_is_said_to_be_one(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["watch", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out) == []
-    for folder, said in (
-        (tmp_path, "no run has written here yet"),
-        (tmp_path / "x", "there is no such folder"),
+    for folder, message in (
+        (tmp_path, "no runs here yet"),
+        (tmp_path / "x", "no such folder"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["watch", str(folder)])
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_curves():
@@ -186,7 +186,7 @@ def test_on_a_terminal_it_goes_on_until_ctrl_c(tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
     with Terminal(runs, "--interval", "0.2") as terminal:
-        terminal.wait_for("no run has written here yet")
+        terminal.wait_for("no runs here yet")
         make_stage(runs / "a/graft", line(10), state="training", step=11)
         terminal.wait_for("a/graft")
         make_stage(runs / "grown", line(10))
@@ -203,12 +203,10 @@ LONG = "experiments/2026-11-28-opt-350m-with-four-latents-and-a-decoder-that-see
 @TERMINAL
 @pytest.mark.parametrize("columns", [80, 200])
 def test_what_matters_is_readable_at_any_width(tmp_path, columns):
-    trouble = (
-        "CUDA out of memory: tried to allocate 2.00 GiB, lower graft.passages_per_batch or max_sentences"
-    )
+    error = "CUDA out of memory: tried to allocate 2.00 GiB, lower graft.passages_per_batch or max_sentences"
     evaluated = {"step": 10, "eval": {"bits_per_token": 7.25}}
     make_stage(tmp_path / "short", line(10), evaluated, state="evaluating", step=12_345, steps=100_000)
-    make_stage(tmp_path / LONG, line(10), state="failed", step=98_765, steps=100_000, error=trouble)
+    make_stage(tmp_path / LONG, line(10), state="failed", step=98_765, steps=100_000, error=error)
     with Terminal(tmp_path, "--once", columns=columns) as terminal:
         assert terminal.end() == 0
         lines = terminal.shown.splitlines()
@@ -218,11 +216,11 @@ def test_what_matters_is_readable_at_any_width(tmp_path, columns):
     assert "…" not in terminal.shown
     first = lines[0].index("state")  # a long name is folded in the first column
     assert LONG in "".join(text[:first].strip() for text in lines)
-    assert ("last sign" in lines[0]) is (columns == 200)
+    assert ("last seen" in lines[0]) is (columns == 200)
     below = next((i for i, text in enumerate(lines) if not text.strip()), len(lines))
-    last = lines[0].index("trouble") if "trouble" in lines[0] else 0
+    last = lines[0].index("error") if "error" in lines[0] else 0
     texts = lines if last else lines[below:]
-    assert trouble in " ".join(" ".join(text[last:] for text in texts).split())
+    assert error in " ".join(" ".join(text[last:] for text in texts).split())
 
 
 def test_a_terminal_without_unicode(tmp_path):
@@ -234,9 +232,9 @@ def test_a_terminal_without_unicode(tmp_path):
             capture_output=True,
         )
         assert ended.returncode == 0, ended.stderr
-        said = ended.stdout.decode(encoding)
-        assert "@#*+=-:." in said
-        assert ("mod\\xe8le" if encoding == "ascii" else "modèle") in said
+        shown = ended.stdout.decode(encoding)
+        assert "@#*+=-:." in shown
+        assert ("mod\\xe8le" if encoding == "ascii" else "modèle") in shown
 
 
 ABSURD = [
@@ -341,7 +339,7 @@ def test_a_long_log_is_read_once_and_in_little_memory(tmp_path):
         tracemalloc.stop()
     assert watcher.look()[0].losses == seen.losses
     assert (seen.step, seen.loss, seen.error) == (100_001, 1.5, "a spike")
-    assert len(seen.losses) <= watch.POINTS
+    assert len(seen.losses) <= watch.MAX_POINTS
     assert seen.losses[0] == pytest.approx(9, abs=0.01)
     assert curve(seen.losses, 8) == "█▇▆▅▄▃▂▁"
 

@@ -24,12 +24,12 @@ def test_it_says_what_the_llm_says_of_each_passage(positions):
     teaching = Teacher(lm, 500, BOS, share=0.5).teach(batch)
     mask = batch["attention_mask"].bool()
     for sentences, tokens in texts(batch):
-        said = torch.cat([teaching.states[s][mask[s]] for s in sentences]) @ teaching.weight.t()
+        predicted = torch.cat([teaching.states[s][mask[s]] for s in sentences]) @ teaching.weight.t()
         expected = []
         for piece in tokens.split(positions):
             read = torch.cat([torch.tensor([BOS]), piece[:-1]])[None]
             expected.append(lm(input_ids=read).logits[0])
-        torch.testing.assert_close(said, torch.cat(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predicted, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_moves_towards_the_teacher_and_the_charge_does_not():

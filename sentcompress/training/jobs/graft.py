@@ -35,7 +35,7 @@ class GraftJob:
     def __init__(
         self, recipe: Recipe, vae: Path, text: Inputs | None = None, teacher: Path | None = None
     ) -> None:
-        """``teacher``: folder of the LLM to learn from, unless it is the backbone itself."""
+        """``teacher``: folder of the LLM that teaches the graft; None if it is the backbone itself."""
         self.recipe = recipe
         self.settings = recipe.graft
         self.text = text or load_inputs(recipe)
@@ -45,7 +45,7 @@ class GraftJob:
         if trained.config.vocab_size != len(tokenizer):
             raise InputError(
                 f"the SentenceVAE in '{vae}' was trained with a tokenizer of {trained.config.vocab_size} tokens, "
-                f"the backbone {recipe.backbone.model} has one of {len(tokenizer)}",
+                f"but the backbone {recipe.backbone.model} has {len(tokenizer)}",
                 fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
             )
         backbone = wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
@@ -54,10 +54,10 @@ class GraftJob:
             counts = torch.from_numpy(corpus.train_counts(len(tokenizer)))
             self.model.shortlist.start(self.model.vae.output_weight, counts)
         self.width = self.model.backbone.hidden_size
-        cells = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
-        if self.settings.max_sentences > cells:
+        limit = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
+        if self.settings.max_sentences > limit:
             raise InputError(
-                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {cells}"
+                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {limit}"
             )
         if recipe.vae.freeze == "embeddings":
             freeze_embeddings(self.model.vae)
@@ -81,7 +81,7 @@ class GraftJob:
             if load_backbone_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
                 raise InputError(
                     f"graft.teacher: '{folder}' has another tokenizer than the backbone",
-                    fix="a teacher must know the same tokens: take one with the backbone's tokenizer",
+                    fix="use a teacher with the backbone's tokenizer",
                 )
         start = self.model.vae.config.bos_token_id
         return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
@@ -118,7 +118,7 @@ class GraftJob:
         metrics = {"nats_per_token": nats}
         if output.shortlist_loss is not None:
             metrics["shortlist_nats_per_token"] = output.shortlist_loss.detach()
-        # The encoder's and decoder's linear layers run on real tokens only: the padding is in the backbone's rows.
+        # Encoder and decoder run their linear layers on real tokens only: all padding is in the backbone's batch.
         return StepOutput(
             output.loss,
             tokens=int(batch["attention_mask"].sum()),
@@ -129,9 +129,9 @@ class GraftJob:
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Bits a token of held-out passages, end marks and stop decisions included.
+        """Bits per token of held-out passages, end marks and stop decisions included.
 
-        Quick, and comparable within a run only: ``bench quality`` gives the figure that counts.
+        Fast, but comparable within a run only: use ``bench quality`` for the real figure.
         """
         device = next(model.parameters()).device
         nats, tokens = 0.0, 0
@@ -155,8 +155,8 @@ class GraftJob:
             summary=f"{self.recipe.backbone.model} grafted to read and predict sentences: a sentence encoder in "
             "front, a sentence decoder behind, causal over sentences.",
             data=self.text.describe(),
-            heldout="Bits a token of held-out passages, end marks and stop decisions included; "
-            "`sentcompress bench quality` gives the figures that count.",
+            heldout="Bits per token of held-out passages, end marks and stop decisions included; "
+            "use `sentcompress bench quality` to compare models.",
             usage="import sentcompress\nfrom transformers import AutoTokenizer\n\n"
             "model = sentcompress.SentenceLM.from_pretrained('{folder}')\n"
             "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"

@@ -22,11 +22,11 @@ from sentcompress.training.sharding import gathered, whole_state
 from sentcompress.training.step import StepOutput
 
 RECONSTRUCTED = 64
-"""Held-out sentences written free-running at each evaluation."""
+"""Held-out sentences reconstructed free-running at each evaluation."""
 
 
 class VAEJob:
-    """Encode each sentence, write it again."""
+    """Encode each sentence and reconstruct it."""
 
     stage = VAE
     batch_fields = ("train_vae.sentences_per_batch",)
@@ -90,7 +90,7 @@ class VAEJob:
             targets += int(output.targets.sum())
             rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
             sentences += [ids[mask].tolist() for ids, mask in rows]
-        # A sample across batches: each batch holds sentences of about one length.
+        # Sample across batches: the sentences of a batch have about the same length.
         sample = sentences[:: max(1, len(sentences) // RECONSTRUCTED)][:RECONSTRUCTED]
         registry = get_registry()
         with gathered(model):
@@ -115,7 +115,7 @@ class VAEJob:
             summary=f"Turns a sentence into {config.latents} vector(s) of {config.hidden_size} and back, for "
             f"grafting onto {self.recipe.backbone.model}.",
             data=self.text.describe(),
-            heldout=f"On {RECONSTRUCTED} held-out sentences written free-running (greedy); perplexity is "
+            heldout=f"On {RECONSTRUCTED} held-out sentences reconstructed free-running (greedy); perplexity is "
             "teacher-forced, the end mark included.",
             usage="import sentcompress\n\nvae = sentcompress.SentenceVAE.from_pretrained('{folder}')",
             tags=("sentence-vae",),

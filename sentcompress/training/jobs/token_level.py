@@ -1,4 +1,4 @@
-"""Token-level training: pretraining a small backbone from nothing, and the equal-data baseline."""
+"""Token-level training: pretraining a small backbone from scratch, and the equal-data baseline."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, train
 from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
 SIMILAR = 0.9
+"""Rows are computed together if the shortest has at least this share of the longest one's tokens."""
 
 
 class TokenLM(nn.Module):
-    """A causal LM that returns its loss without the logits ever existing whole."""
+    """A causal LM that computes its loss without materializing all logits."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
@@ -47,8 +48,8 @@ class TokenLM(nn.Module):
 
     @property
     def similar(self) -> float:
-        """Rows computed together are at least this share of the longest among them."""
-        # Spread over processes, all must call each block as often.
+        """As in :func:`rows_of_similar_length`."""
+        # If the model is sharded, all processes must call each block equally often.
         return 0.0 if is_sharded(self) else SIMILAR
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +57,10 @@ class TokenLM(nn.Module):
 
         Args:
             input_ids, attention_mask: ``[B, T]``.
-            labels: ``[B, T]``, the tokens themselves (they are shifted here), -100 at what is no target.
+            labels: ``[B, T]``, the tokens themselves (they are shifted here), -100 where there is no target.
 
         Returns:
-            loss and NLL in nats, ``[targets]`` each; only the loss carries gradients.
+            loss and NLL in nats, ``[targets]`` each; only the loss has gradients.
         """
         weight = self.lm.get_output_embeddings().weight
         states, targets = [], []
@@ -74,21 +75,21 @@ class TokenLM(nn.Module):
 def hidden_states_by_length(
     lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, similar: float = SIMILAR
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Last hidden states, rows of similar length together.
+    """Last hidden states, computed in groups of rows of similar length.
 
     Args:
         input_ids, attention_mask: ``[B, T]``, padding on the right.
         similar: as in :func:`rows_of_similar_length`.
 
     Yields:
-        numbers of rows ``[b]`` and their states ``[b, t, H]``, ``t`` being the longest among them.
+        row indexes ``[b]`` and their states ``[b, t, H]``, where ``t`` is the longest length in the group.
     """
     for rows, length in rows_of_similar_length(attention_mask, similar):
         mask = attention_mask[rows, :length]
         yield (
             rows,
             lm.base_model(
-                # Without padding nothing is masked but what comes later, for which attention has a fast path.
+                # Without padding only the causal mask remains, for which attention has a fast path.
                 input_ids=input_ids[rows, :length],
                 attention_mask=None if bool(mask.all()) else mask,
                 use_cache=False,
@@ -97,14 +98,14 @@ def hidden_states_by_length(
 
 
 def rows_of_similar_length(attention_mask: Tensor, similar: float = SIMILAR) -> list[tuple[Tensor, int]]:
-    """Rows that are computed together, so that little of it is padding.
+    """Group rows by length, so that little of the computation is padding.
 
     Args:
         attention_mask: ``[B, T]``, padding on the right.
-        similar: the shortest is at least this share of the longest.
+        similar: the shortest in a group has at least this share of the longest one's tokens.
 
     Returns:
-        numbers of rows ``[b]``, and the length of the longest, of each group.
+        row indexes ``[b]`` and longest length of each group.
     """
     lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
     groups: list[tuple[list[int], int]] = []
@@ -116,7 +117,7 @@ def rows_of_similar_length(attention_mask: Tensor, similar: float = SIMILAR) -> 
 
 
 class TokenLevelJob:
-    """What both token-level trainings share: the loss, the held-out figures, the folder."""
+    """Loss, held-out figures and saving of both token-level trainings."""
 
     model: TokenLM
     text: Inputs
@@ -136,11 +137,11 @@ class TokenLevelJob:
         return StepOutput(loss.mean(), tokens=int(mask.sum()), mask=torch.cat(computed))
 
     def heldout_batches(self) -> int:
-        """Held-out batches an evaluation reads."""
+        """Number of held-out batches per evaluation."""
         return int(self.settings.eval_batches)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Bits a byte (where the tokenizer is byte-level) and nats a token of held-out rows."""
+        """Bits per byte (if the tokenizer is byte-level) and nats per token of held-out rows."""
         sizes = byte_lengths(self.text.tokenizer)
         device = next(model.parameters()).device
         nats, targets, size = 0.0, 0, 0
@@ -172,13 +173,13 @@ class TokenLevelJob:
 
 
 class PretrainJob(TokenLevelJob):
-    """A small backbone from nothing: tokenizer and weights from the training documents alone."""
+    """A small backbone from scratch: tokenizer and weights come from the training documents alone."""
 
     stage = PRETRAIN
     batch_fields = ("pretrain.sequences_per_batch", "pretrain.sequence_length")
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises InputError without a ``pretrain`` section, or for a configuration that is none."""
+        """Raises InputError without a ``pretrain`` section, or for an invalid configuration."""
         if recipe.pretrain is None:
             raise InputError(
                 "the recipe has no 'pretrain' section", fix="add one, or use train-vae and graft"
@@ -211,12 +212,12 @@ class PretrainJob(TokenLevelJob):
         return Card(
             title=self.recipe.name,
             summary=f"A small {config.model_type} of {self.parameters}, {len(self.text.tokenizer)} tokens, "
-            "pretrained from nothing with sentcompress, to be grafted where no other LLM is at hand. "
-            "Not meant for use as it is.",
+            "pretrained from scratch with sentcompress, for grafting where no other LLM is available. "
+            "Not meant for use on its own.",
             data=self.text.describe(),
             heldout=f"On {self.heldout_batches() * self.settings.sequences_per_batch} held-out rows of "
-            f"{self.settings.sequence_length} tokens, each without what stands before it in its document; "
-            "`sentcompress bench quality` gives whole documents their full context.",
+            f"{self.settings.sequence_length} tokens, each without the text before it in its document; "
+            "`sentcompress bench quality` scores whole documents with full context.",
             usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
             "model = AutoModelForCausalLM.from_pretrained('{folder}')",
@@ -228,7 +229,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     """The transformers configuration of ``pretrain.config`` for a tokenizer.
 
     Raises:
-        InputError: a field that the configuration class does not have, or one that does not fit.
+        InputError: the configuration class has no such field, or its value does not fit.
     """
     settings = recipe.pretrain
     assert settings is not None
@@ -250,7 +251,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
 
 
 class BaselineJob(TokenLevelJob):
-    """The equal-data twin: the backbone, token by token, on the graft's passages, order and number of steps."""
+    """The baseline: the backbone fine-tuned token by token on the graft's passages, in its order, for as many steps."""
 
     stage = BASELINE
     batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
@@ -264,7 +265,7 @@ class BaselineJob(TokenLevelJob):
         lm = load_causal_lm(recipe.backbone).train()
         if recipe.baseline.tune == "frozen":
             raise InputError(
-                "baseline.tune: frozen leaves nothing to learn", fix="use baseline.enabled: false"
+                "baseline.tune: frozen leaves no trainable parameters", fix="use baseline.enabled: false"
             )
         apply_tune(lm, blocks_of(lm), recipe.baseline, "baseline")
         self.model = TokenLM(lm)
@@ -291,11 +292,11 @@ class BaselineJob(TokenLevelJob):
     def card(self) -> Card:
         return Card(
             title=f"{self.recipe.backbone.model}, fine-tuned token by token",
-            summary=f"The equal-data twin of a SentenceLM: {self.recipe.backbone.model} ({self.parameters}) "
-            "fine-tuned on the same passages for as many steps. It is what the SentenceLM is compared with.",
+            summary=f"The equal-data baseline of a SentenceLM: {self.recipe.backbone.model} ({self.parameters}) "
+            "fine-tuned on the same passages for as many steps. The SentenceLM is compared with it.",
             data=self.text.describe(),
-            heldout="On held-out passages, each without what stands before it in its document; "
-            "`sentcompress bench quality` gives the figures that count.",
+            heldout="On held-out passages, each without the text before it in its document; "
+            "use `sentcompress bench quality` to compare models.",
             usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
             "model = AutoModelForCausalLM.from_pretrained('{folder}')",
