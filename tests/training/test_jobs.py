@@ -153,7 +153,7 @@ def test_the_baseline_teaches_the_graft_and_is_trained_before_it(tmp_path, backb
         run_recipe(recipe, tmp_path / "out", stages=["graft"], overwrite=True)
 
     recipe.backbone.init, recipe.graft.teacher = "random", "backbone"
-    with pytest.raises(RecipeError, match=r"graft\.teacher: the backbone's weights are random"):
+    with pytest.raises(RecipeError, match=r"graft\.teacher: the backbone has random weights"):
         recipe.check_components()
 
 
