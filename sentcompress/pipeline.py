@@ -302,7 +302,10 @@ def _train(
             folder.open(overwrite=overwrite, about=provenance(recipe))
         ranks.wait_for_everyone()
         try:
-            return train(job, folder, recipe, console)
+            figures = train(job, folder, recipe, console)
+            if ranks.is_main_process:
+                folder.forget_previous()
+            return figures
         finally:
             if ranks.is_main_process:
                 folder.restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,6 +84,16 @@ def test_python_and_the_command_line_run_the_same_stages(tmp_path, grafting, cap
     assert (out / "bench" / "results.json").read_text() == measured
     run_recipe(grafting, out, stages=["bench"])
     assert "everything is done" in capsys.readouterr().err
+
+
+def test_a_stage_without_steps_replaces_an_older_run_too(tmp_path, grafting):
+    grafting.train_vae.steps = 0
+    run_recipe(grafting, tmp_path / "out", stages=["vae"])
+    grafting.train_vae.kl_weight = 0.5
+    run_recipe(grafting, tmp_path / "out", stages=["vae"], overwrite=True)
+    record = json.loads((tmp_path / "out" / "vae" / "run.json").read_text())
+    assert record["fields"]["train_vae.kl_weight"] == 0.5
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".vae.lock"]
 
 
 def test_a_recipe_without_measurements_has_no_benchmark(grafting, make_recipe):
