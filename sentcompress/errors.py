@@ -28,7 +28,7 @@ class RunError(SentCompressError):
 
 
 class TerminatedError(RunError):
-    """The run was asked to end (SIGTERM) and saved before it did. Exit code 75: start it again and it goes on."""
+    """The run was stopped by SIGTERM and saved first. Exit code 75: start it again and it continues."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
