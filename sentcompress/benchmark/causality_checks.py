@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.sentence_writer import Sampler, SentenceWriter, Told
+from sentcompress.generation.sentence_writer import ConditionedText, Sampler, SentenceWriter
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.losses import TokenLoss
@@ -406,7 +406,7 @@ class _Checks:
             writer = SentenceWriter(
                 self.model.vae, Sampler(GenerationSettings(), self.device), use_cache=False
             )
-            writer.read([Told(before, torch.cat([nothing, states[:-1]]))])
+            writer.read([ConditionedText(before, torch.cat([nothing, states[:-1]]))])
             vae = self.model.vae
             logits = vae.logits(writer.last_hidden(states[-1:], [x[:at]])[0]).float()
             pair = [tokens_of[at] if at < len(tokens_of) else eos for tokens_of in (x, y)]

@@ -184,7 +184,7 @@ def _sentence_report(
     prefilled = generator.prefill([text], cache)
     if not prefilled.cache_bytes:
         raise RunError("the backbone's cache holds more than keys and values, so its bytes cannot be counted")
-    per_position = prefilled.cache_bytes // (prefilled.counts[0] * model.latents)
+    per_position = prefilled.cache_bytes // (prefilled.lengths[0] * model.latents)
     per_token = per_position * model.latents * len(text) / tokens
     transient = decoder_cache_bytes(model)
     settings = GenerationSettings(

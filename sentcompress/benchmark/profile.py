@@ -133,7 +133,7 @@ def _timed_methods(system: System) -> list[TimedMethod]:
                 for name in ("read", "allocate", "restart", "step", "retire")
                 if hasattr(decoder, name)
             ),
-            *(TimedMethod(system.head, name, HEAD) for name in ("words", "argmax", "logits")),
+            *(TimedMethod(system.head, name, HEAD) for name in ("candidates", "argmax", "logits")),
             TimedMethod(CompiledStep, "step", DECODER),
             TimedMethod(Sampler, "pick", SAMPLING),
         ]

@@ -21,7 +21,7 @@ from sentcompress.benchmark.sentence_scoring import WindowScores, score_window, 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.distributed import gathered_shares, own_share
 from sentcompress.errors import CoverageError
-from sentcompress.generation.output_head import ShortlistHead
+from sentcompress.generation.shortlist_head import ShortlistHead
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.corpus import Corpus
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sentcompress.benchmark.heldout_text import Window
 from sentcompress.errors import CoverageError
-from sentcompress.generation.output_head import ShortlistHead
+from sentcompress.generation.shortlist_head import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
 from sentcompress.modeling.sentence_lm import START, SentenceLM
 
@@ -155,10 +155,10 @@ def score_window(
         ]
         counts = output.targets[scored].tolist()
         pieces = [
-            shortlist.nats(states, words, wanted)
-            for states, words, wanted in zip(
+            shortlist.nll(states, candidates, wanted)
+            for states, candidates, wanted in zip(
                 torch.cat(seen["states"]).split(counts),
-                shortlist.words(conditioning),
+                shortlist.candidates(conditioning),
                 torch.from_numpy(targets).to(device).split(counts),
                 strict=True,
             )

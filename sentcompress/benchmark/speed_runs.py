@@ -297,7 +297,7 @@ def _add_roofline(
     """Add the share of the speed that reading weights and cache at the measured bandwidth allows, at batch 1."""
     mean_text = report.prompt_tokens + report.new_tokens / 2
     mean_sentence = statistics.mean(ours.lengths)
-    head_bytes = ours.head.bytes_read + round(ours.head.bytes_a_sentence / (mean_sentence + 1))
+    head_bytes = ours.head.bytes_read + round(ours.head.bytes_per_sentence / (mean_sentence + 1))
     bytes_per_token = {
         BACKBONE: backbone_bytes_per_token(backbone, mean_text),
         SENTENCES: sentence_bytes_per_token(ours.model, mean_text, mean_sentence, head_bytes),

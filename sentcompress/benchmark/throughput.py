@@ -39,7 +39,7 @@ from sentcompress.benchmark.timing import (
 )
 from sentcompress.distributed import processes
 from sentcompress.errors import InputError, RunError
-from sentcompress.generation.backbone_cache import SPARE_CELLS
+from sentcompress.generation.backbone_cache import GROWTH_SLOTS
 from sentcompress.recipe import BenchSettings
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -125,9 +125,9 @@ class LargestSentenceBatch(LargestBatch):
         self.prefix = ours.generator.prefix_of(prompt.sentences)
         cache = ours.generator.prefill([prompt.sentences], ours.cache)
         # The cache grows by this many positions at a time.
-        new_positions = SPARE_CELLS * math.ceil(new_tokens / statistics.mean(ours.lengths) / SPARE_CELLS)
-        per_position = cache.cache_bytes / cache.counts[0]
-        backbone_bytes = math.ceil(per_position * (cache.counts[0] + new_positions))
+        new_positions = GROWTH_SLOTS * math.ceil(new_tokens / statistics.mean(ours.lengths) / GROWTH_SLOTS)
+        per_position = cache.cache_bytes / cache.lengths[0]
+        backbone_bytes = math.ceil(per_position * (cache.lengths[0] + new_positions))
         self.fit(backbone_bytes + decoder_cache_bytes(self.model), budget)
 
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:

@@ -25,7 +25,7 @@ from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.estimate.shapes import random_models, random_sentences
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.backbone_cache import Prefix
+from sentcompress.generation.prefix import Prefix
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings

@@ -12,8 +12,8 @@ from sentcompress.estimate.costs import FP32_BYTES, products_per_token, training
 from sentcompress.estimate.devices import Device
 from sentcompress.estimate.roofline import backbone_cache_bytes, products
 from sentcompress.estimate.shapes import count_weights
-from sentcompress.generation.engine import TOGETHER
-from sentcompress.generation.output_head import WORTH_IT
+from sentcompress.generation.engine import BACKBONE_BATCH_SHARE
+from sentcompress.generation.output_head import MIN_WEIGHTS_FOR_SHORTLIST
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.table import GIB, Table
 
@@ -162,7 +162,7 @@ def _sentence_step(
     cache = backbone_cache_bytes(backbone.config, device.element_size)
     # Sentences differ in length, so texts end theirs at different times. The backbone reads them when a share of the
     # batch waits for it: half of that share waits on average.
-    share = max(TOGETHER, 1 / b)
+    share = max(BACKBONE_BATCH_SHARE, 1 / b)
     writing = b if b == 1 else b * (1 - share / 2)
     read = device.product(products(vae.encoder), share * b * sentence_tokens)
     read += device.product(products(model.backbone), share * b * latents)
@@ -170,7 +170,7 @@ def _sentence_step(
     seconds = read / share + CACHE_PASSES * device.read(b * text_tokens / sentence_tokens * latents * cache)
     step = device.product(products(vae.decoder), writing) + vae.config.decoder_layers * device.block_seconds
     head = vae.output_weight.numel()
-    proves = bool(device.per_int8_weight) and head >= WORTH_IT
+    proves = bool(device.per_int8_weight) and head >= MIN_WEIGHTS_FOR_SHORTLIST
     pick = device.product(head, writing, int8=proves) + device.block_seconds
     if proves:
         pick += writing * vae.config.vocab_size * device.per_proved_logit

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from sentcompress.errors import InputError
-from sentcompress.generation.output_head import ONE_PASS_FROM, ShortlistExactHead
+from sentcompress.generation.shortlist_head import MIN_ROWS_FOR_ONE_PASS, ShortlistExactHead
 
 TIMED_ROWS = (1, 2, 8, 32, 128, 512)
 """Batch sizes at which a CPU's products are timed; costs between them are interpolated."""
@@ -148,7 +148,7 @@ def measure_cpu() -> Device:
         for rows in TIMED_ROWS:
             states = torch.randn(rows, width)
             # Once or twice over the same weights, as the head does.
-            passes = 2 if rows < ONE_PASS_FROM else 1
+            passes = 2 if rows < MIN_ROWS_FOR_ONE_PASS else 1
             per_int8[rows] = _seconds(lambda x=states, p=passes: head.int8.multiply(x, p)) / count  # type: ignore[misc]
         # Like those of a trained model: one token is far ahead of the others.
         states, unbanned = 50 * weight[:PROOF_ROWS], torch.zeros(PROOF_ROWS, dtype=torch.bool)

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sentcompress.generation.backbone_cache import Prefix
     from sentcompress.generation.engine import Generation, SentenceGenerator
+    from sentcompress.generation.prefix import Prefix
     from sentcompress.generation.round_trip import Difference, differences, reconstruct
     from sentcompress.generation.settings import GenerationSettings
 
@@ -18,7 +18,7 @@ _MODULES = {
     "Difference": "round_trip",
     "Generation": "engine",
     "GenerationSettings": "settings",
-    "Prefix": "backbone_cache",
+    "Prefix": "prefix",
     "SentenceGenerator": "engine",
     "differences": "round_trip",
     "reconstruct": "round_trip",

@@ -1,4 +1,4 @@
-"""Encode sentences, write them again from the latents alone, and show what survived."""
+"""Encodes sentences, decodes them from the latents alone, and shows what survived."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from sentcompress.contracts import Reconstruction
 from sentcompress.generation.output_head import make_head
-from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter
+from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.generation.settings import GenerationSettings
-from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.modeling.vae import SentenceVAE, pad_sentences
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,11 @@ def reconstruct(
     sampler, head = Sampler(GenerationSettings(), device), make_head(vae.output_weight, "auto")
     results: list[Reconstruction] = []
     for begin in range(0, len(sentences), batch_size):
-        block = [list(map(int, ids)) for ids in sentences[begin : begin + batch_size]]
-        lengths = torch.tensor([len(ids) for ids in block])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        input_ids = torch.zeros(mask.shape, dtype=torch.long)
-        input_ids[mask] = torch.tensor([token for ids in block for token in ids])
-        latents = vae.encode(input_ids.to(device), mask.to(device))
-        plans = [RowPlan(limit=vae.config.max_sentence_tokens) for _ in block]
+        batch = [list(map(int, ids)) for ids in sentences[begin : begin + batch_size]]
+        latents = vae.encode(*pad_sentences(batch, device))
+        plans = [SentencePlan(max_tokens=vae.config.max_sentence_tokens) for _ in batch]
         written = SentenceWriter(vae, sampler, head=head).write(latents, plans)
-        for ids, new in zip(block, (sentence.tokens for sentence in written), strict=True):
+        for ids, new in zip(batch, (sentence.tokens for sentence in written), strict=True):
             results.append(
                 Reconstruction(
                     reference=_decode(tokenizer, ids),
@@ -55,7 +51,7 @@ def reconstruct(
 
 
 def differences(tokenizer: Any, reconstruction: Reconstruction) -> list[Difference]:
-    """What survived, token by token."""
+    """What survived, as stretches of equal, lost and added tokens."""
     reference, hypothesis = reconstruction.reference_ids, reconstruction.hypothesis_ids
     parts: list[Difference] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, reference, hypothesis, autojunk=False).get_opcodes():

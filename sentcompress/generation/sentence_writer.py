@@ -1,4 +1,4 @@
-"""Writing one sentence a row from its latents, token by token."""
+"""Decodes sentences from their latents, token by token, for a batch of texts."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from transformers import (
 )
 
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.output_head import Head, Words
+from sentcompress.generation.output_head import CandidateTokens, OutputHead
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.decoder import DecoderContext
 from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.vae import SentenceVAE
 
-READ_AT_A_TIME = 64
+CONTEXT_BATCH_SIZE = 64
 """Texts whose last sentences are read together; bounds memory for large batches."""
 
 
 @dataclass
-class RowPlan:
-    """What is known about the sentence a row is to write.
+class SentencePlan:
+    """What is fixed about a sentence before it is decoded.
 
     Attributes:
+        max_tokens: its limit, the prefix included.
         prefix: tokens it begins with (the unfinished end of a prompt).
-        limit: tokens it may have, the prefix included.
-        length: exact number of tokens, or None to let the model end it.
+        exact_tokens: number of tokens; None lets the model end it.
         history: tokens before it, for the repetition penalty.
     """
 
-    limit: int
+    max_tokens: int
     prefix: Sequence[int] = ()
-    length: int | None = None
+    exact_tokens: int | None = None
     history: list[int] = field(default_factory=list)
 
 
 class Sampler:
-    """Picks the next token of each row as the settings say."""
+    """Picks the next token of each text as the settings say."""
 
     def __init__(self, settings: GenerationSettings, device: torch.device) -> None:
         self.do_sample = settings.do_sample
@@ -70,18 +70,18 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether only the largest logit counts."""
+        """Whether it always picks the largest logit."""
         return not self.do_sample and self.penalty is None
 
     def pick(self, logits: Tensor, histories: list[list[int]]) -> Tensor:
-        """``[B, V]`` logits to ``[B]`` tokens; ``histories`` feed the repetition penalty."""
+        """``[B, V]`` logits to ``[B]`` tokens; the repetition penalty applies to the tokens in ``histories``."""
         if self.penalty:
-            # Rows are filled up with a token of their own: seeing it twice changes nothing.
+            # Padded with a token that is already in the history: repeating it changes nothing.
             longest = max(1, *(len(h) for h in histories))
-            filled = [h + [h[0]] * (longest - len(h)) for h in histories if h]
+            padded = [h + [h[0]] * (longest - len(h)) for h in histories if h]
             rows = [i for i, h in enumerate(histories) if h]
             if rows:
-                seen = torch.tensor(filled, device=logits.device)
+                seen = torch.tensor(padded, device=logits.device)
                 logits = logits.index_copy(
                     0, torch.tensor(rows, device=logits.device), self.penalty(seen, logits[rows])
                 )
@@ -92,12 +92,12 @@ class Sampler:
 
 
 @dataclass
-class Told:
-    """Sentences of one text, and what the decoder was told when it wrote (or would have written) each.
+class ConditionedText:
+    """Sentences of one text, and the latents that conditioned (or would have conditioned) each of them.
 
     Attributes:
         sentences: tokens of each, end marks left out.
-        latents: ``[n, k, H]``; zeros where nothing predicted a sentence.
+        latents: ``[n, k, H]``; zeros for a sentence that nothing predicted.
     """
 
     sentences: list[list[int]]
@@ -105,13 +105,13 @@ class Told:
 
 
 @dataclass
-class Written:
-    """A sentence that is done.
+class FinishedSentence:
+    """A decoded sentence.
 
     Attributes:
         row: the text it belongs to.
         tokens: with the prefix, without the end mark.
-        ended: whether the end mark was written; else it reached its limit.
+        ended: True if the model wrote the end mark, False if it reached the limit.
     """
 
     row: int
@@ -120,28 +120,29 @@ class Written:
 
 
 @dataclass
-class _Sentence:
-    """A sentence being written."""
+class _OpenSentence:
+    """A sentence being decoded."""
 
-    plan: RowPlan
+    plan: SentencePlan
     latents: Tensor
-    unread: int
-    """Latents the decoder has still to read."""
-    words: Words | None
-    """What the output head knows of it."""
+    unread_latents: int
+    """Latents the decoder has not read yet."""
+    candidates: CandidateTokens | None
+    """The tokens it may contain; None allows all."""
     tokens: list[int] = field(default_factory=list)
-    full: bool = False
-    """Its limit is reached; its last token is still to be read, for the sentences after it."""
+    at_limit: bool = False
+    """No token may follow, but the decoder still has to read the last one for the next sentences."""
 
 
 class SentenceWriter:
-    """Writes sentences for a batch of texts, token by token, each text at a place of its own in its sentence.
+    """Decodes one sentence per text, token by token; the texts need not be at the same token.
 
     Args:
-        vae: the model whose decoder writes.
-        head: the output head; None takes the full one.
+        vae: the model with the decoder.
+        sampler: picks tokens.
+        head: the output head; None computes every logit.
         use_cache: False runs the decoder over everything again for each token.
-        compiled: takes the decoder's steps, with ``use_cache``; None: they are not compiled.
+        compiled: the compiled decoder step, for ``use_cache``; None runs it uncompiled.
     """
 
     def __init__(
@@ -149,225 +150,229 @@ class SentenceWriter:
         vae: SentenceVAE,
         sampler: Sampler,
         *,
-        head: Head | None = None,
+        head: OutputHead | None = None,
         use_cache: bool = True,
         compiled: CompiledStep | None = None,
     ) -> None:
         self.vae = vae
-        self.head = head or Head(vae.output_weight)
+        self.head = head or OutputHead(vae.output_weight)
         self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
         self.sampler = sampler
         self.use_cache = use_cache
         self.compiled = compiled
         self.cache: Any = None
-        self.open: list[_Sentence | None] = []
-        """What each text's sentence is at; None where none is being written."""
-        self.feed: list[int] = []
-        """The token each row reads next."""
-        self.past: list[Told] = []
-        """Without a cache: what a ``decoder_context`` sees of each text."""
+        self.sentences: list[_OpenSentence | None] = []
+        """The sentence of each text; None where none is open."""
+        self.next_input_ids: list[int] = []
+        """The token each text reads next."""
+        self.past_texts: list[ConditionedText] = []
+        """Without a cache: the sentences of each text within reach of ``decoder_context``."""
 
     @property
     def busy(self) -> bool:
-        """Whether any sentence is being written."""
-        return any(sentence is not None for sentence in self.open)
+        """Whether any sentence is open."""
+        return any(sentence is not None for sentence in self.sentences)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Told]) -> None:
-        """Begin with texts that stand before what is to be written; only a ``decoder_context`` looks at them."""
-        self.open = [None] * len(texts)
-        self.feed = [self.vae.config.bos_token_id] * len(texts)
+    def read(self, texts: Sequence[ConditionedText]) -> None:
+        """Begin with the texts to continue; only a decoder with ``decoder_context`` looks at their sentences."""
+        self.sentences = [None] * len(texts)
+        self.next_input_ids = [self.vae.config.bos_token_id] * len(texts)
         context = None
         if self.decoder.context:
-            tails = [self._tail(text) for text in texts]
-            self.past = tails
+            tails = [self._within_reach(text) for text in texts]
+            self.past_texts = tails
             if self.use_cache and any(tail.sentences for tail in tails):
                 context = self._context(tails)
         if self.use_cache:
-            self.past = []
+            self.past_texts = []
             self.cache = self.decoder.allocate(len(texts), texts[0].latents, context)
             if self.compiled is not None:
-                self.compiled.settle(self.cache)
+                self.compiled.mark_static(self.cache)
 
-    def _context(self, tails: Sequence[Told]) -> DecoderContext:
-        """What the decoder keeps of texts: equal ones are read once, and a few together, to bound memory."""
-        different: list[Told] = []
-        known: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        places = [0] * len(tails)
-        # A text without a sentence comes first, as it cannot be read alone.
+    def _context(self, tails: Sequence[ConditionedText]) -> DecoderContext:
+        """What the decoder keeps of texts. Equal ones are read once; batches bound the memory."""
+        distinct: list[ConditionedText] = []
+        by_tokens: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        indices = [0] * len(tails)
+        # Texts without sentences come first: a batch of them alone could not be read.
         for row in sorted(range(len(tails)), key=lambda row: len(tails[row].sentences)):
             tail = tails[row]
-            alike = known.setdefault(tuple(map(tuple, tail.sentences)), [])
-            place = next((n for n in alike if torch.equal(different[n].latents, tail.latents)), None)
-            if place is None:
-                place = len(different)
-                alike.append(place)
-                different.append(tail)
-            places[row] = place
+            equal = by_tokens.setdefault(tuple(map(tuple, tail.sentences)), [])
+            index = next((n for n in equal if torch.equal(distinct[n].latents, tail.latents)), None)
+            if index is None:
+                index = len(distinct)
+                equal.append(index)
+                distinct.append(tail)
+            indices[row] = index
         parts = []
-        for begin in range(0, len(different), READ_AT_A_TIME):
-            block = different[begin : begin + READ_AT_A_TIME]
-            embeddings, layout, latents = self._inputs(block)
-            parts.append(self.decoder.read(embeddings, layout, latents, len(block)))
-        return DecoderContext.joined(parts, torch.tensor(places, device=self.vae.device))
+        for begin in range(0, len(distinct), CONTEXT_BATCH_SIZE):
+            batch = distinct[begin : begin + CONTEXT_BATCH_SIZE]
+            embeddings, layout, latents = self._inputs(batch)
+            parts.append(self.decoder.read(embeddings, layout, latents, len(batch)))
+        return DecoderContext.joined(parts, torch.tensor(indices, device=self.vae.device))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
-        self.open, self.feed = [self.open[row] for row in rows], [self.feed[row] for row in rows]
-        self.past = [self.past[row] for row in rows] if self.past else []
+        self.sentences = [self.sentences[row] for row in rows]
+        self.next_input_ids = [self.next_input_ids[row] for row in rows]
+        self.past_texts = [self.past_texts[row] for row in rows] if self.past_texts else []
         if self.cache is not None:
             self.decoder.keep(self.cache, torch.tensor(rows, device=self.vae.device))
             if self.compiled is not None:
-                self.compiled.settle(self.cache)
+                self.compiled.mark_static(self.cache)
 
     @torch.no_grad()
-    def begin(self, rows: Sequence[int], latents: Tensor, plans: Sequence[RowPlan]) -> None:
-        """Begin a sentence in some texts.
+    def begin(self, rows: Sequence[int], latents: Tensor, plans: Sequence[SentencePlan]) -> None:
+        """Open a sentence in some texts.
 
         Args:
-            rows: numbers of texts in which none is being written.
-            latents: ``[b, k, H]``.
+            rows: indices of texts without an open sentence.
+            latents: ``[b, k, H]`` that condition them.
+            plans: one per sentence.
         """
-        unread = 0
+        unread_latents = 0
         if self.use_cache:
-            unread = self.decoder.restart(self.cache, torch.tensor(rows, device=latents.device), latents)
-        words = self.head.words(latents)
-        for row, told, plan, known in zip(rows, latents, plans, words, strict=True):
-            self.open[row] = _Sentence(plan, told, unread, known)
-            self.feed[row] = self.vae.config.bos_token_id
+            unread_latents = self.decoder.restart(
+                self.cache, torch.tensor(rows, device=latents.device), latents
+            )
+        candidates = self.head.candidates(latents)
+        for row, latent, plan, allowed in zip(rows, latents, plans, candidates, strict=True):
+            self.sentences[row] = _OpenSentence(plan, latent, unread_latents, allowed)
+            self.next_input_ids[row] = self.vae.config.bos_token_id
 
     @torch.no_grad()
-    def step(self) -> list[Written]:
-        """One more token in every open sentence; return those that are done with it."""
-        rows = [row for row, sentence in enumerate(self.open) if sentence is not None]
-        hidden = self._step(rows)
-        done: list[Written] = []
-        asked: list[int] = []
+    def step(self) -> list[FinishedSentence]:
+        """Decode one more token of every open sentence; return the sentences that this finishes."""
+        rows = [row for row, sentence in enumerate(self.sentences) if sentence is not None]
+        hidden_states = self._hidden_states(rows)
+        finished: list[FinishedSentence] = []
+        ready: list[int] = []
         for row in rows:
-            sentence = self.open[row]
+            sentence = self.sentences[row]
             assert sentence is not None
-            if sentence.unread:
-                sentence.unread -= 1
-            elif sentence.full:
-                done.append(Written(row, sentence.tokens, ended=False))
+            if sentence.unread_latents:
+                sentence.unread_latents -= 1
+            elif sentence.at_limit:
+                finished.append(FinishedSentence(row, sentence.tokens, ended=False))
             elif len(sentence.tokens) < len(sentence.plan.prefix):
-                self._put(row, sentence.plan.prefix[len(sentence.tokens)], done)
+                self._append(row, sentence.plan.prefix[len(sentence.tokens)], finished)
             else:
-                asked.append(row)
-        for row, token in zip(asked, self._pick(hidden, rows, asked), strict=True):
-            self._put(row, token, done)
-        if done:
-            self._close(done)
-        return done
+                ready.append(row)
+        for row, token in zip(ready, self._next_tokens(hidden_states, rows, ready), strict=True):
+            self._append(row, token, finished)
+        if finished:
+            self._close(finished)
+        return finished
 
     @torch.no_grad()
-    def write(self, latents: Tensor, plans: Sequence[RowPlan]) -> list[Written]:
-        """Write one sentence for each of ``latents [B, k, H]``, with nothing before them, in their order."""
-        self.read([Told([], told[None][:0]) for told in latents])
+    def write(self, latents: Tensor, plans: Sequence[SentencePlan]) -> list[FinishedSentence]:
+        """Decode one sentence for each of ``latents [B, k, H]``, without context, and return them in order."""
+        self.read([ConditionedText([], latents[:0]) for _ in plans])
         self.begin(range(len(plans)), latents, plans)
-        done: list[Written] = []
+        finished: list[FinishedSentence] = []
         while self.busy:
-            done += self.step()
-        return sorted(done, key=lambda written: written.row)
+            finished += self.step()
+        return sorted(finished, key=lambda sentence: sentence.row)
 
-    def _step(self, rows: list[int]) -> Tensor:
-        """Hidden states ``[b, H]`` of the texts ``rows``."""
+    def _hidden_states(self, rows: list[int]) -> Tensor:
+        """The decoder's hidden states ``[b, H]`` of the texts ``rows``, each after its last token."""
         if not self.use_cache:
-            sentences = [cast(_Sentence, self.open[row]) for row in rows]
+            sentences = [cast(_OpenSentence, self.sentences[row]) for row in rows]
             latents = torch.stack([sentence.latents for sentence in sentences])
             return self.last_hidden(latents, [sentence.tokens for sentence in sentences], rows)
         device = self.vae.device
-        some = torch.tensor(rows, device=device) if len(rows) < len(self.open) else None
+        index = torch.tensor(rows, device=device) if len(rows) < len(self.sentences) else None
         if self.compiled is not None:
-            every = self.vae.embed_targets(torch.tensor(self.feed, device=device))
-            hidden = self.compiled.step(every, self.cache, some)
-            return hidden if some is None else hidden[some]
-        feed = torch.tensor([self.feed[row] for row in rows], device=device)
-        return self.decoder.step(self.vae.embed_targets(feed), self.cache, some)
+            input_ids = torch.tensor(self.next_input_ids, device=device)
+            hidden_states = self.compiled.step(self.vae.embed_targets(input_ids), self.cache, index)
+            return hidden_states if index is None else hidden_states[index]
+        input_ids = torch.tensor([self.next_input_ids[row] for row in rows], device=device)
+        return self.decoder.step(self.vae.embed_targets(input_ids), self.cache, index)
 
-    def _pick(self, hidden: Tensor, rows: list[int], asked: list[int]) -> list[int]:
-        """The next token of the texts ``asked``."""
-        if not asked:
+    def _next_tokens(self, hidden_states: Tensor, rows: list[int], ready: list[int]) -> list[int]:
+        """The next tokens of the texts ``ready``, given the hidden states of the texts ``rows``."""
+        if not ready:
             return []
         config = self.vae.config
-        if len(asked) < len(rows):
-            place = {row: i for i, row in enumerate(rows)}
-            hidden = hidden[[place[row] for row in asked]]
-        sentences = [cast(_Sentence, self.open[row]) for row in asked]
-        # An empty sentence is no sentence, and one of a given length ends there.
-        goes_on = [s.plan.length is not None or not s.tokens for s in sentences]
-        banned = torch.tensor(goes_on, device=hidden.device)
-        words = [s.words for s in sentences]
+        if len(ready) < len(rows):
+            index = {row: i for i, row in enumerate(rows)}
+            hidden_states = hidden_states[[index[row] for row in ready]]
+        sentences = [cast(_OpenSentence, self.sentences[row]) for row in ready]
+        # A sentence must not be empty, and one of a given length must not end earlier.
+        no_end = [s.plan.exact_tokens is not None or not s.tokens for s in sentences]
+        banned = torch.tensor(no_end, device=hidden_states.device)
+        candidates = [s.candidates for s in sentences]
         if self.sampler.greedy:
-            picked = self.head.argmax(hidden, words, banned, config.eos_token_id).tolist()
+            picked = self.head.argmax(hidden_states, candidates, banned, config.eos_token_id).tolist()
         else:
-            logits = self.head.logits(hidden, words)
+            logits = self.head.logits(hidden_states, candidates)
             logits[banned, config.eos_token_id] = float("-inf")
             picked = self.sampler.pick(logits, [s.plan.history + s.tokens for s in sentences]).tolist()
-        # A forced sentence pays for the step of its end mark like any other.
+        # A sentence of a given length also takes the step of its end mark.
         return [
-            config.eos_token_id if len(s.tokens) == s.plan.length else token
+            config.eos_token_id if len(s.tokens) == s.plan.exact_tokens else token
             for s, token in zip(sentences, picked, strict=True)
         ]
 
-    def _put(self, row: int, token: int, done: list[Written]) -> None:
-        """Book the next token of a text."""
-        sentence = cast(_Sentence, self.open[row])
+    def _append(self, row: int, token: int, finished: list[FinishedSentence]) -> None:
+        """Add a token to the open sentence of a text."""
+        sentence = cast(_OpenSentence, self.sentences[row])
         plan, tokens = sentence.plan, sentence.tokens
         if token == self.vae.config.eos_token_id and len(tokens) >= len(plan.prefix):
-            done.append(Written(row, tokens, ended=True))
+            finished.append(FinishedSentence(row, tokens, ended=True))
             return
         tokens.append(token)
-        self.feed[row] = token
-        if len(tokens) >= plan.limit:
+        self.next_input_ids[row] = token
+        if len(tokens) >= plan.max_tokens:
             if self.decoder.context and self.use_cache:
-                sentence.full = True
+                sentence.at_limit = True
             else:
-                done.append(Written(row, tokens, ended=False))
+                finished.append(FinishedSentence(row, tokens, ended=False))
 
-    def _close(self, done: list[Written]) -> None:
-        """Let sentences become the past of their texts."""
-        rows = [written.row for written in done]
+    def _close(self, finished: list[FinishedSentence]) -> None:
+        """Move finished sentences into the past of their texts."""
+        rows = [each.row for each in finished]
         if self.decoder.context and self.use_cache:
-            lengths = [len(written.tokens) for written in done]
+            lengths = [len(each.tokens) for each in finished]
             device = self.vae.device
             self.decoder.retire(
                 self.cache, torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
             )
-        for written in done:
-            sentence = cast(_Sentence, self.open[written.row])
-            if self.past:
-                text = self.past[written.row]
-                self.past[written.row] = self._tail(_with(text, written.tokens, sentence.latents))
-            self.open[written.row] = None
+        for each in finished:
+            sentence = cast(_OpenSentence, self.sentences[each.row])
+            if self.past_texts:
+                text = self.past_texts[each.row]
+                self.past_texts[each.row] = self._within_reach(_with(text, each.tokens, sentence.latents))
+            self.sentences[each.row] = None
 
     @torch.no_grad()
     def last_hidden(
         self, latents: Tensor, written: Sequence[Sequence[int]], rows: Sequence[int] | None = None
     ) -> Tensor:
-        """The decoder's last hidden state of texts with a sentence so far, computed from nothing: ``[b, H]``.
+        """The decoder's last hidden state of each open sentence, computed without a cache: ``[b, H]``.
 
         Args:
-            latents: ``[b, k, H]``, what each sentence is told.
-            written: its tokens so far.
-            rows: the texts they stand in; None: all, in order.
+            latents: ``[b, k, H]`` that condition the sentences.
+            written: their tokens so far.
+            rows: the texts they belong to; None: all, in order.
         """
         numbers = range(len(written)) if rows is None else rows
-        nothing = Told([], latents[:0])
-        past = [self.past[row] if self.past else nothing for row in numbers]
-        texts = [_with(text, tokens, told) for text, tokens, told in zip(past, written, latents, strict=True)]
-        embeddings, layout, told = self._inputs(texts)
-        hidden = self.decoder(embeddings, layout, told)
-        ends = torch.tensor([len(text.sentences) for text in texts], device=hidden.device).cumsum(0) - 1
-        return hidden[layout.lengths.cumsum(0)[ends] - 1]
+        empty = ConditionedText([], latents[:0])
+        past = [self.past_texts[row] if self.past_texts else empty for row in numbers]
+        texts = [_with(*each) for each in zip(past, written, latents, strict=True)]
+        embeddings, layout, conditioning = self._inputs(texts)
+        hidden_states = self.decoder(embeddings, layout, conditioning)
+        ends = torch.tensor([len(text.sentences) for text in texts], device=latents.device).cumsum(0) - 1
+        return hidden_states[layout.lengths.cumsum(0)[ends] - 1]
 
-    def _tail(self, text: Told) -> Told:
-        """What the next sentence depends on."""
+    def _within_reach(self, text: ConditionedText) -> ConditionedText:
+        """The last sentences, those that the next one depends on."""
         first = len(text.sentences) - self.decoder.sentences_read([len(ids) for ids in text.sentences])
-        return Told(text.sentences[first:], text.latents[first:])
+        return ConditionedText(text.sentences[first:], text.latents[first:])
 
-    def _inputs(self, texts: Sequence[Told]) -> tuple[Tensor, Ragged, Tensor]:
-        """What the decoder reads of the sentences of all texts: embeddings, layout, latents."""
+    def _inputs(self, texts: Sequence[ConditionedText]) -> tuple[Tensor, Ragged, Tensor]:
+        """The decoder's arguments for the sentences of all texts: embeddings, layout, latents."""
         latents = torch.cat([text.latents for text in texts])
         sentences = [ids for text in texts for ids in text.sentences]
         streams = [number for number, text in enumerate(texts) for _ in text.sentences]
@@ -380,6 +385,6 @@ class SentenceWriter:
         return self.vae.embed_targets(tokens), layout, latents
 
 
-def _with(text: Told, tokens: Sequence[int], latents: Tensor) -> Told:
-    """A text with one more sentence, told ``[k, H]``."""
-    return Told([*text.sentences, list(tokens)], torch.cat([text.latents, latents[None]]))
+def _with(text: ConditionedText, tokens: Sequence[int], latents: Tensor) -> ConditionedText:
+    """A text with one more sentence, conditioned on ``latents [k, H]``."""
+    return ConditionedText([*text.sentences, list(tokens)], torch.cat([text.latents, latents[None]]))

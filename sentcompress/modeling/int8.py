@@ -32,7 +32,7 @@ PADDING = (-63.0, 64.0, 0.0, 0.0)
 ENGINE = "fbgemm"
 TINY = 1e-30
 """Scale of rows of zeros."""
-ROWS_AT_A_TIME = 4096
+ROWS_PER_BLOCK = 4096
 """Rows of a weight rounded together, so that they stay in the processor's cache."""
 
 
@@ -69,7 +69,7 @@ class Int8Weight:
             )
         self.out_features, self.in_features = weight.shape
         whole, scales, errors, norms = [], [], [], []
-        for block in weight.detach().split(ROWS_AT_A_TIME):
+        for block in weight.detach().split(ROWS_PER_BLOCK):
             rows = block.float()
             scale = (rows.abs().amax(1) / WEIGHT_LEVELS).clamp_min(TINY)
             near = (rows / scale[:, None]).round_()

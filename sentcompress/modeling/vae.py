@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,6 +54,15 @@ class SentenceEncoder(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, layout)
         return self.norm(hidden_states)
+
+
+def pad_sentences(sentences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sentences given as token ids to ``input_ids`` and ``attention_mask [S, L]``, padded on the right."""
+    lengths = torch.tensor([len(ids) for ids in sentences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.zeros(mask.shape, dtype=torch.long)
+    input_ids[mask] = torch.tensor([token for ids in sentences for token in ids])
+    return input_ids.to(device), mask.to(device)
 
 
 class GaussianHead(nn.Module):

@@ -20,7 +20,7 @@ from sentcompress.benchmark.scoring import (
     score_unigram,
 )
 from sentcompress.errors import CoverageError, DataError
-from sentcompress.generation.output_head import make_shortlist_head
+from sentcompress.generation.shortlist_head import make_shortlist_head
 from sentcompress.recipe import BenchSettings, build_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
@@ -259,6 +259,6 @@ def test_a_shortlist_is_charged_as_what_it_writes(tokenizer, documents, counter)
     assert few.targets == plain.targets
     assert few.breakdown["stop decisions"] == pytest.approx(plain.breakdown["stop decisions"], rel=1e-6)
     assert few.nats > plain.nats  # untrained, it misses nearly everything
-    words = head.words(torch.randn(1, 1, model.backbone.hidden_size))[0]
+    candidates = head.candidates(torch.randn(1, 1, model.backbone.hidden_size))[0]
     states = torch.randn(1, model.backbone.hidden_size).expand(len(tokenizer), -1)
-    assert head.nats(states, words, torch.arange(len(tokenizer))).neg().exp().sum() == pytest.approx(1)
+    assert head.nll(states, candidates, torch.arange(len(tokenizer))).neg().exp().sum() == pytest.approx(1)

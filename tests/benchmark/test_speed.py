@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sentcompress.benchmark.measurements.speed import SpeedRun
 
+from sentcompress.benchmark.measurements.speed import SpeedRun
 from sentcompress.benchmark.models import Models
 from sentcompress.benchmark.speed_runs import measure_speed
 from sentcompress.benchmark.throughput import LargestTokenBatch, by_processes
@@ -29,7 +29,7 @@ from sentcompress.estimate.roofline import (
 )
 from sentcompress.estimate.shapes import random_models, random_sentences
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.backbone_cache import SPARE_CELLS
+from sentcompress.generation.backbone_cache import GROWTH_SLOTS
 from sentcompress.recipe import BenchSettings, Recipe, build_recipe, load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 
@@ -126,7 +126,7 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
     # tiny OPT: keys and values of 3 blocks of width 32 in fp32.
     position = 2 * 3 * 32 * 4
     start, prompt, new = 1, 10, 9
-    sentences, room = 3, SPARE_CELLS  # 3, 6 and 1 tokens; 9 new ones are fewer cells than there is room for
+    sentences, room = 3, GROWTH_SLOTS  # 3, 6 and 1 tokens; 9 new ones are fewer cells than there is room for
     vae = tiny_sentence_lm().config.vae_config
     decoder = 2 * vae.decoder_layers * 32 * 4 * (vae.max_sentence_tokens + 1)
     budget = 200_000

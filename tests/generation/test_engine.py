@@ -75,7 +75,7 @@ def test_a_cache_in_8_bits_changes_little(generator):
 
 def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, PROMPTS)]
-    monkeypatch.setattr(sentence_writer, "READ_AT_A_TIME", 2)
+    monkeypatch.setattr(sentence_writer, "CONTEXT_BATCH_SIZE", 2)
     texts = []
     read = generator.model.vae.decoder.read
     monkeypatch.setattr(
@@ -199,7 +199,7 @@ def test_a_prefix_may_not_be_empty_or_too_long(generator):
 def test_text_is_lossless_against_the_tokens(generator, tokenizer):
     for result in run(generator, PROMPTS):
         assert "".join(result.sentences) == result.text
-        unfinished = generator._read(0, type(result)(result.prompt)).prefix
+        unfinished = generator._read(0, type(result)(result.prompt)).unfinished
         everything = tokenizer.decode(unfinished + result.token_ids, skip_special_tokens=True)
         assert everything == tokenizer.decode(unfinished) + result.text
 
@@ -207,9 +207,9 @@ def test_text_is_lossless_against_the_tokens(generator, tokenizer):
 def test_an_unfinished_prompt_is_finished_first(generator):
     assert not ends_in_sentence(PROMPTS[0], generator.segmenter)
     assert ends_in_sentence(PROMPTS[1], generator.segmenter)
-    row = generator._read(0, run(generator, PROMPTS[:1], max_new_tokens=1)[0])
-    assert row.prefix
-    assert len(row.context) == 2
+    text = generator._read(0, run(generator, PROMPTS[:1], max_new_tokens=1)[0])
+    assert text.unfinished
+    assert len(text.sentences) == 2
 
 
 def test_limits(generator):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentcompress.generation import GenerationSettings
-from sentcompress.generation.sentence_writer import Sampler, SentenceWriter, Told
+from sentcompress.generation.sentence_writer import ConditionedText, Sampler, SentenceWriter
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.testing import tiny_passages, tiny_sentence_lm, tiny_vae
@@ -89,7 +89,7 @@ def test_the_training_forward_charges_what_the_writer_computes(start):
     told = states[:-1] if start else torch.cat([torch.zeros_like(states[:1]), states[:-1]])
     writer = SentenceWriter(model.vae, Sampler(GenerationSettings(), torch.device("cpu")), use_cache=False)
     for number in range(1, 5):
-        writer.read([Told(sentences[:number], told[:number])])
+        writer.read([ConditionedText(sentences[:number], told[:number])])
         charged = 0.0
         for at, token in enumerate([*sentences[number], model.config.eos_token_id]):
             hidden = writer.last_hidden(told[number][None], [sentences[number][:at]])

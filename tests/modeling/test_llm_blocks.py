@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.sentence_writer import RowPlan, Sampler, SentenceWriter
+from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_backbone, vae_config
 from sentcompress.recipe import Recipe
@@ -69,7 +69,7 @@ def test_with_all_blocks_the_encoder_is_the_llm(name, shape, tmp_path):
     assert (states - expected)[mask.bool()].abs().max() < 1e-5
 
     latents = vae.encode(ids, mask)
-    plans = [RowPlan(limit=8), RowPlan(limit=6, prefix=[5, 6])]
+    plans = [SentencePlan(max_tokens=8), SentencePlan(max_tokens=6, prefix=[5, 6])]
     sampler = Sampler(GenerationSettings(max_new_tokens=8), torch.device("cpu"))
     plain = SentenceWriter(vae, sampler, use_cache=False).write(latents, plans)
     assert SentenceWriter(vae, sampler).write(latents, plans) == plain

@@ -35,11 +35,11 @@ OPTIONS: list[tuple[str, list[str], str]] = [
 def nats(generator: SentenceGenerator, document: HeldoutDocument, cache: str, longest: int) -> float:
     """Of the tokens and end marks after the first sentence."""
     sentences = document.sentences[:longest]
-    cells = generator.prefill([sentences[:1]], cache)
-    told = [torch.zeros_like(cells.hidden_states), cells.hidden_states]
+    cache_of_text = generator.prefill([sentences[:1]], cache)
+    conditioning = [torch.zeros_like(cache_of_text.hidden_states), cache_of_text.hidden_states]
     for sentence in sentences[1:-1]:
-        cells.append([0], generator.encode([sentence]))
-        told.append(cells.hidden_states)
+        cache_of_text.append([0], generator.encode([sentence]))
+        conditioning.append(cache_of_text.hidden_states)
     lengths = torch.tensor([len(ids) for ids in sentences])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     ids = torch.zeros_like(mask)
@@ -47,7 +47,7 @@ def nats(generator: SentenceGenerator, document: HeldoutDocument, cache: str, lo
     scored = torch.arange(len(sentences)) > 0
     streams = torch.zeros(len(sentences), dtype=torch.long)
     vae = generator.model.vae
-    _, nll, _ = vae.decode_nll(torch.cat(told), ids, mask, TokenLoss(gamma=0.0), streams, scored)
+    _, nll, _ = vae.decode_nll(torch.cat(conditioning), ids, mask, TokenLoss(gamma=0.0), streams, scored)
     return float(nll.double().sum())
 
 

@@ -139,7 +139,7 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
         from sentcompress.benchmark.models import model_counts
         from sentcompress.estimate.roofline import decoding_cost
-        from sentcompress.generation.output_head import make_shortlist_head
+        from sentcompress.generation.shortlist_head import make_shortlist_head
 
         models, settings = bench.models, bench.settings
         model = models.sentence_lm

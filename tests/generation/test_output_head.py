@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings, SentenceGenerator, output_head
-from sentcompress.generation.output_head import WORTH_IT, Head, ShortlistExactHead, make_head
+from sentcompress.generation import GenerationSettings, SentenceGenerator, shortlist_head
+from sentcompress.generation.output_head import MIN_WEIGHTS_FOR_SHORTLIST, OutputHead, make_head
+from sentcompress.generation.shortlist_head import ShortlistExactHead
 from sentcompress.recipe import build_recipe
 from sentcompress.testing import tiny_sentence_lm
 
@@ -28,15 +29,15 @@ def weights(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("many", [1024, 20])
 def test_the_token_is_the_full_heads(kind, rows, many, monkeypatch):
-    monkeypatch.setattr(output_head, "MANY", many)
+    monkeypatch.setattr(shortlist_head, "MAX_CANDIDATES", many)
     weight = weights(kind)
-    full, short = Head(weight), ShortlistExactHead(weight)
+    full, short = OutputHead(weight), ShortlistExactHead(weight)
     banned = torch.arange(rows) % 3 == 0
     for seed in range(20):
         torch.manual_seed(seed)
         states = torch.randn(rows, 48) * 10.0 ** (seed % 5 - 2)
         states[0, seed % 48] *= 100
-        words = full.words(states)
+        words = full.candidates(states)
         token = int(
             full.argmax(states, words, torch.zeros(rows, dtype=torch.bool), 0)[0]
         )  # ban what would win
@@ -57,9 +58,9 @@ def test_ties_are_settled_by_the_weights_and_not_by_how_they_are_summed():
     weight[3, 0] = weight[3, 0].nextafter(torch.tensor(9.0))  # larger by one bit of one weight
     states = weight[7].expand(3, -1).contiguous()
     states[:, 0] = 1.0
-    for head in (Head(weight), ShortlistExactHead(weight)):
+    for head in (OutputHead(weight), ShortlistExactHead(weight)):
         none = torch.zeros(3, dtype=torch.bool)
-        words = head.words(states)
+        words = head.candidates(states)
         assert head.argmax(states, words, none, 0).tolist() == [3, 3, 3]
         assert head.argmax(states[:1], words[:1], none[:1], 0).tolist() == [3]
         assert head.argmax(states, words, ~none, 3).tolist() == [7, 7, 7]
@@ -87,9 +88,11 @@ def test_generation_writes_the_same(tokenizer):
 
 
 def test_auto_takes_the_shortlist_for_large_heads_only():
-    assert type(make_head(torch.randn(64, 8), "auto")) is Head
-    assert type(make_head(torch.randn(WORTH_IT // 64, 64), "auto")) is ShortlistExactHead
-    assert type(make_head(torch.empty(WORTH_IT // 64, 64, device="meta"), "auto")) is Head
+    assert type(make_head(torch.randn(64, 8), "auto")) is OutputHead
+    assert type(make_head(torch.randn(MIN_WEIGHTS_FOR_SHORTLIST // 64, 64), "auto")) is ShortlistExactHead
+    assert (
+        type(make_head(torch.empty(MIN_WEIGHTS_FOR_SHORTLIST // 64, 64, device="meta"), "auto")) is OutputHead
+    )
 
 
 def predicting(tokenizer):
@@ -116,13 +119,13 @@ def test_a_predicted_shortlist_of_all_tokens_writes_what_the_full_head_writes(to
 def test_a_sentence_is_written_with_its_own_shortlist(tokenizer, sampled, monkeypatch):
     generator = SentenceGenerator(predicting(tokenizer), tokenizer)
     lists = []
-    words = output_head.ShortlistHead.words
+    words = shortlist_head.ShortlistHead.candidates
 
     def noted(self, latents):
         lists.extend(found := words(self, latents))
         return found
 
-    monkeypatch.setattr(output_head.ShortlistHead, "words", noted)
+    monkeypatch.setattr(shortlist_head.ShortlistHead, "candidates", noted)
     ask = {"max_new_sentences": 3, "stop_threshold": 1, "do_sample": sampled, "seed": 1}
     settings = GenerationSettings(**ask, head="shortlist", shortlist_tokens=12, max_sentence_tokens=9)
     contexts = [[[5, 6, 7], [8, 9]], [[40, 41, 42]]]
