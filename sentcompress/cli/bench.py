@@ -34,8 +34,8 @@ class BenchGroup(TyperGroup):
     _own: dict[str, Any]
     _complete = False
 
-    @property
-    def commands(self) -> dict[str, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def commands(self) -> dict[str, Any]:
         if not self._complete:
             self._complete = True
             measured: Any = typer.main.get_command(_measurement_commands())

@@ -10,17 +10,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from sentcompress.benchmark.plots import figures
-from sentcompress.benchmark.rows import breakdown
-from sentcompress.benchmark.report import tables
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from sentcompress.benchmark import quality
-from sentcompress.benchmark.breakdown import BY, STARTS, Breakdown, TokenScores, chosen, labels, spread
+from sentcompress.benchmark import scoring, sentence_scoring
+from sentcompress.benchmark.breakdown import (
+    BY,
+    STARTS,
+    Breakdown,
+    TokenScores,
+    chosen,
+    compare_buckets,
+    labels,
+    spread,
+)
+from sentcompress.benchmark.drawing import svg
 from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
-from sentcompress.benchmark.measurements.quality import BY_TITLES
+from sentcompress.benchmark.measurements.quality import BY_TITLES, Quality
+from sentcompress.benchmark.report import sections, tables
 from sentcompress.benchmark.results import Results, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench
 from sentcompress.benchmark.scoring import score_sentence_model, score_token_model
@@ -71,7 +79,7 @@ def test_a_uniform_sentence_model_pays_log2_v_a_token_in_every_bucket(documents,
     torch.nn.init.zeros_(model.vae.lm_head.weight)
     # Windows of 6 sentences: every document is put together from several.
     found = score_sentence_model(
-        model, documents, counter, causality=CAUSAL, context_sentences=6, places=places
+        model, documents, counter, causality=CAUSAL, context_sentences=6, breakdown=places
     )
     assert_whole(found)
     plain = score_sentence_model(model, documents, counter, causality=CAUSAL, context_sentences=6)
@@ -99,7 +107,7 @@ def test_a_uniform_token_model_pays_in_proportion_to_its_tokens(documents, count
     uniform = tiny_opt(len(tokenizer))
     torch.nn.init.zeros_(uniform.get_output_embeddings().weight)
     found = score_token_model(
-        uniform, documents, counter, 2, system="uniform", context_tokens=40, places=places
+        uniform, documents, counter, 2, system="uniform", context_tokens=40, breakdown=places
     )
     assert_whole(found)
     assert not any(
@@ -120,7 +128,7 @@ def test_a_model_that_pays_by_position_shows_it(counter):
         return torch.cat([torch.zeros(len(ids) - 1 - len(nats), dtype=torch.float64), nats])
 
     places = Breakdown(["position", "index"], [doc], counter)
-    found = quality._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, places)
+    found = scoring._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, places)
     assert list(found.by) == ["position", "index"]
     by_label = {bucket.label: bucket.nats for bucket in found.by["position"]}
     assert by_label["0"] == pytest.approx(2.0)
@@ -134,8 +142,8 @@ def test_a_token_over_a_border_is_split_by_bytes(counter):
     """A token of 4 bytes, 3 in one sentence and 1 in the next, pays a quarter in the second."""
     doc = document(["Given. ", "abc", "defg"], counter)
     places = Breakdown(["index", "position"], [doc], counter)
-    charges = TokenScores(np.array([8.0, 3.0]), np.array([4, 3]))
-    found = places.split("straddling", [charges], 11.0)
+    scores = TokenScores(np.array([8.0, 3.0]), np.array([4, 3]))
+    found = places.split("straddling", [scores], 11.0)
     assert [(b.label, b.bytes, b.nats) for b in found["index"]] == [("1", 3, 6.0), ("2", 4, 5.0)]
     assert sum(bucket.nats for bucket in found["position"]) == 11.0
 
@@ -191,19 +199,19 @@ def test_buckets_that_are_not_the_whole_are_refused(counter):
         places.split("x", [TokenScores(np.array([8.0]), np.array([6]))], 8.0)
 
 
-def test_a_model_that_charges_in_another_order_is_refused(documents, counter, monkeypatch):
+def test_a_model_that_scores_in_another_order_is_refused(documents, counter, monkeypatch):
     model = tiny_sentence_lm(len(counter.backend.get_vocab()))
-    plain = sentence_charges.Recorder.__call__
+    plain = sentence_scoring.Recorder.__call__
 
     def reversed_(self, hidden_states, weight, targets):
         plain(self, hidden_states.flip(0), weight, targets.flip(0))
-        return super(sentence_charges.Recorder, self).__call__(hidden_states, weight, targets)
+        return super(sentence_scoring.Recorder, self).__call__(hidden_states, weight, targets)
 
-    monkeypatch.setattr(sentence_charges.Recorder, "__call__", reversed_)
+    monkeypatch.setattr(sentence_scoring.Recorder, "__call__", reversed_)
     arguments = (model, documents[:1], counter)
     assert score_sentence_model(*arguments, causality=CAUSAL).by == {}
     with pytest.raises(CoverageError, match="order"):
-        score_sentence_model(*arguments, causality=CAUSAL, places=Breakdown(BY, documents[:1], counter))
+        score_sentence_model(*arguments, causality=CAUSAL, breakdown=Breakdown(BY, documents[:1], counter))
 
 
 def test_names_are_taken_in_any_form_and_a_typo_is_answered():
@@ -246,17 +254,17 @@ def broken_down(measured) -> Results:
 
 
 def test_every_system_is_broken_down_and_gaps_add_up(broken_down):
-    assert len(broken_down.quality) == 6
-    for score in broken_down.quality:
+    assert len(Quality.of(broken_down)) == 6
+    for score in Quality.of(broken_down):
         assert_whole(score)
-    by_name = {score.system: score for score in broken_down.quality}
+    by_name = {score.system: score for score in Quality.of(broken_down)}
     ours, baseline = by_name["sentence model"], by_name["baseline, equal data"]
     for by in BY:
-        twin, rows = breakdown(broken_down.quality, by)
+        twin, rows = compare_buckets(Quality.of(broken_down), by)
         assert twin == baseline.system
         *buckets, whole = rows
         assert whole.label == "all"
-        assert whole.bits == pytest.approx({s.system: s.bits_per_byte for s in broken_down.quality})
+        assert whole.bits == pytest.approx({s.system: s.bits_per_byte for s in Quality.of(broken_down)})
         assert whole.gap == pytest.approx(ours.bits_per_byte - baseline.bits_per_byte)
         assert sum(row.gap for row in buckets) == pytest.approx(whole.gap)
         assert sum(row.share for row in buckets) == pytest.approx(1)
@@ -275,23 +283,25 @@ def test_terminal_and_report_show_each_breakdown(measured):
 
 
 def test_without_a_twin_there_is_no_gap(broken_down):
-    alone = [score for score in broken_down.quality if score.system == "sentence model"]
-    twin, rows = breakdown(alone, "length")
+    alone = [score for score in Quality.of(broken_down) if score.system == "sentence model"]
+    twin, rows = compare_buckets(alone, "length")
     assert twin is None
     assert all(row.gap is None and row.ratio is None for row in rows)
-    lone = broken_down.model_copy(update={"quality": alone})
+    lone = broken_down.model_copy(deep=True)
+    Quality.put(lone, alone)
     assert all("gap" not in table.columns for table in tables(lone))
-    assert "by length" in figures(lone)
-    assert breakdown([score.model_copy(update={"by": {}}) for score in alone], "length") == (None, [])
+    drawn = {section.table.title: section.draw for section in sections(lone)["quality"]}
+    assert "<svg" in svg(drawn[BY_TITLES["length"]], (4, 3))
+    assert compare_buckets([score.model_copy(update={"by": {}}) for score in alone], "length") == (None, [])
 
 
 def test_results_from_before_breakdowns_can_be_read(broken_down):
     raw = json.loads(broken_down.model_dump_json())
     for score in raw["quality"]:
         del score["by"]
-    assert all(score.by == {} for score in parse_results(json.dumps(raw)).quality)
+    assert all(score.by == {} for score in Quality.of(parse_results(json.dumps(raw))))
 
 
 def test_only_quality_can_be_broken_down(run_folder, tmp_path):
-    with pytest.raises(InputError, match="only quality"):
-        run_bench(["data"], run_folder, out=tmp_path, by=["length"], quiet=True)
+    with pytest.raises(InputError, match="only concerns quality"):
+        run_bench(["data"], run_folder, out=tmp_path, changes={"by": ["length"]}, quiet=True)

@@ -113,7 +113,7 @@ def test_random_weights_need_no_trained_model(capsys, folder, text_files, tmp_pa
         (("bench", "quality", "RUN", "--set", "bench.repeat=1"), "repeats"),
         (("bench", "compare", "RUN"), "at least two"),
         (("bench", "quality", "RUN", "--by", "length,positon"), "Did you mean 'position'?"),
-        (("bench", "all", "RUN", "--by", "index", "--set", "bench.metrics=[data]"), "only quality"),
+        (("bench", "all", "RUN", "--by", "index", "--set", "bench.metrics=[data]"), "only concerns quality"),
         (("bench", "text", "RUN", "--judge", "smollm2-135n"), "Did you mean 'smollm2-135m'?"),
         (("bench", "text", "RUN", "--set", "bench.text_top_p=0"), "bench.text_top_p"),
         (("bench", "quality", "RUN", "--set", "bench.by=[lenght]"), "bench.by.0: Input should be 'position'"),

@@ -1,4 +1,4 @@
-"""What a continuation is charged: every event once, sums that add up, and the same nats as ``bench quality``."""
+"""What a continuation is scored: every event once, sums that add up, and the same nats as ``bench quality``."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def model(tokenizer):
 
 
 @pytest.fixture
-def charge(model, counter, cut):
-    def charge(context, continuation, size=20):
+def score(model, counter, cut):
+    def score(context, continuation, size=20):
         return score_continuation(model, cut(context + continuation), len(context), counter, size)
 
-    return charge
+    return score
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 5, 11])
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_windows_from_any_position_charge_each_once_with_half_a_window_before_it(first, size):
-    charged = []
+def test_windows_from_any_position_score_each_once_with_half_a_window_before_it(first, size):
+    scored = []
     for window in windows(12, size, first):
         assert window.stop - window.start <= size
-        assert window.charged - window.start >= min(first, size // 2)
-        charged += range(window.charged, window.stop)
-    assert charged == list(range(first, 12))
+        assert window.first_scored - window.start >= min(first, size // 2)
+        scored += range(window.first_scored, window.stop)
+    assert scored == list(range(first, 12))
 
 
 def test_a_uniform_model_pays_log2_v_a_token_and_end_mark_and_a_bit_a_decision(tokenizer, counter, cut):
@@ -76,47 +76,49 @@ def test_a_uniform_model_pays_log2_v_a_token_and_end_mark_and_a_bit_a_decision(t
     assert whole.nats / math.log(2) == pytest.approx(bits, rel=1e-6)
 
 
-def test_what_a_context_ends_with_decides_which_marks_are_charged(charge):
-    after_sentence = charge("The people have seen a year of peace.", " Congress met here?")
+def test_what_a_context_ends_with_decides_which_marks_count(score):
+    after_sentence = score("The people have seen a year of peace.", " Congress met here?")
     assert (after_sentence.end_marks, after_sentence.decisions) == (1, 1)
-    inside = charge("The people have seen", " a year of peace.")
+    inside = score("The people have seen", " a year of peace.")
     assert (inside.end_marks, inside.decisions) == (0, 0)
-    across = charge("The people have seen", " a year of peace. Congress")
+    across = score("The people have seen", " a year of peace. Congress")
     assert (across.end_marks, across.decisions) == (1, 1)
-    assert charge(TEXT, "") == NOTHING
+    assert score(TEXT, "") == NOTHING
 
 
 @pytest.mark.parametrize("size", [20, 2])
-def test_consecutive_continuations_add_up(charge, size):
+def test_consecutive_continuations_add_up(score, size):
     """Everywhere a text can be cut between words, in one window and in several."""
     cuts = [0, *(i for i, character in enumerate(TEXT) if character == " "), len(TEXT)]
     if size == 2:  # the same windows: within the last sentence
         cuts = [i for i in cuts if i > TEXT.index("Few")]
     for a, b in itertools.pairwise(cuts):
         # What is cut off must not change how the rest is cut into sentences.
-        first = charge(TEXT[:a], TEXT[a:b], size)
-        rest = charge(TEXT[:b], TEXT[b:], size)
-        both = charge(TEXT[:a], TEXT[a:], size)
+        first = score(TEXT[:a], TEXT[a:b], size)
+        rest = score(TEXT[:b], TEXT[b:], size)
+        both = score(TEXT[:a], TEXT[a:], size)
         assert first.nats + rest.nats == pytest.approx(both.nats, rel=1e-5)
         assert first.tokens + rest.tokens == both.tokens
         assert first.end_marks + rest.end_marks == both.end_marks
 
 
-def test_a_token_across_the_border_belongs_to_the_continuation(charge, counter):
+def test_a_token_across_the_border_belongs_to_the_continuation(score, counter):
     word = next(w for w in ("people", "nation", "Congress") if len(counter.encode(f" {w}")) == 1)
     text = f"The {word} have seen"
     middle = text.index(word) + 2
-    split, whole = charge(text[:middle], text[middle:]), charge("The", text[3:])
+    split, whole = score(text[:middle], text[middle:]), score("The", text[3:])
     assert split == whole
 
 
-def test_the_sum_is_what_the_models_forward_says(charge, model, cut):
+def test_the_sum_is_what_the_models_forward_says(score, model, cut):
     """From nothing: sentence_nll of each sentence and every decision, less the last end mark."""
     sentences = [ids for _, ids in cut(TEXT)]
-    document = HeldoutDocument(0, "test", sentences, [text for text, _ in cut(TEXT)], whole=False, charged=0)
+    document = HeldoutDocument(
+        0, "test", sentences, [text for text, _ in cut(TEXT)], whole=False, first_scored=0
+    )
     tally = score_document(model, document, 20)
     last_end = tally.paid[-1][1][-1]
-    assert charge("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
+    assert score("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
 
 
 def test_a_whole_document_is_bench_quality_and_its_first_sentence(parts, tokenizer, counter):
@@ -125,14 +127,16 @@ def test_a_whole_document_is_bench_quality_and_its_first_sentence(parts, tokeniz
     for document in heldout_documents(parts.corpus, BenchSettings()):
         bench = score_sentence_model(model, [document], counter, causality=report, context_sentences=6)
         whole = HeldoutDocument(
-            document.number, document.source, document.sentences, document.texts, whole=True, charged=0
+            document.number, document.source, document.sentences, document.texts, whole=True, first_scored=0
         )
         tally = score_document(model, whole, 6)
         checked = check_document(whole, tally, counter)
         assert checked.bytes == checked.covered_bytes == len("".join(document.texts).encode())
         assert np.all(tally.times == 1)
         assert checked.nats - tally.nats[0] == pytest.approx(bench.nats, abs=1e-3)
-        first = HeldoutDocument(0, "", document.sentences[:1], document.texts[:1], whole=False, charged=0)
+        first = HeldoutDocument(
+            0, "", document.sentences[:1], document.texts[:1], whole=False, first_scored=0
+        )
         assert tally.nats[0] == pytest.approx(score_document(model, first, 6).nats[0], abs=1e-3)
 
 
@@ -146,18 +150,18 @@ def test_a_model_without_a_start_latent_is_given_the_first_sentence_or_refuses(t
             score_continuation(model, cut(TEXT), border, counter, 20)
 
 
-def test_greedy_is_said_of_what_greedy_generation_writes(model, tokenizer, cut, charge, teach):
+def test_greedy_is_said_of_what_greedy_generation_writes(model, tokenizer, cut, score, teach):
     """A model that knows one text by heart, across sentences and decisions to go on."""
     teach(model, [ids for _, ids in cut(TEXT)])
     prompt = TEXT[: TEXT.index(" year")]
     written = model.generate([prompt], tokenizer, max_new_tokens=100)[0]
     assert written.text == TEXT[len(prompt) :]
     assert written.finish_reason == "stop"
-    found = charge(prompt, written.text)
+    found = score(prompt, written.text)
     assert found.greedy
     assert (found.end_marks, found.decisions) == (2, 2)
-    assert not charge(prompt, " year of order. Congress met here?").greedy
+    assert not score(prompt, " year of order. Congress met here?").greedy
     with torch.no_grad():
         model.termination.bias.copy_(torch.tensor([-9.0, 9.0]))
-    assert not charge(prompt, written.text).greedy, "it would stop after the first sentence"
-    assert charge(prompt, " year of peace.").greedy
+    assert not score(prompt, written.text).greedy, "it would stop after the first sentence"
+    assert score(prompt, " year of peace.").greedy

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sentcompress.benchmark.measurements.quality import Quality
 from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
@@ -68,8 +69,8 @@ def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
     model = load_sentence_lm(run_folder / "graft")
     few = scarce(model, model.backbone.blocks, 2.5)  # one of the blocks' room is for those whose turn it is
     spread = measure(run_folder, tmp_path / "spread", parts, "bench.device_map=auto", few)
-    assert [(s.system, s.bits_per_byte) for s in spread.quality] == [
-        (s.system, s.bits_per_byte) for s in whole.quality
+    assert [(s.system, s.bits_per_byte) for s in Quality.of(spread)] == [
+        (s.system, s.bits_per_byte) for s in Quality.of(whole)
     ]
     assert {run.system for run in spread.speed.runs} == {run.system for run in whole.speed.runs}
     assert [m.cache_bytes_per_token for m in spread.memory] == [m.cache_bytes_per_token for m in whole.memory]

@@ -117,7 +117,9 @@ def test_a_document_costs_what_bench_quality_says(lm, parts):
     for document in heldout_documents(parts.corpus, BenchSettings(max_documents=2)):
         bench = score_document(parts.sentence_lm, document, lm.window)
         nats = -ask(lm.loglikelihood_rolling, "".join(document.texts))
-        alone = HeldoutDocument(0, "", document.sentences[:1], document.texts[:1], whole=False, charged=0)
+        alone = HeldoutDocument(
+            0, "", document.sentences[:1], document.texts[:1], whole=False, first_scored=0
+        )
         first = score_document(lm.model, alone, lm.window)
         assert nats == pytest.approx(bench.nats.sum() + first.nats.sum(), abs=1e-3)
     assert ask(lm.loglikelihood_rolling, "") == 0

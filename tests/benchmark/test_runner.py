@@ -9,12 +9,17 @@ import shutil
 import pytest
 
 from sentcompress.benchmark.compare import compare, compare_results, warnings
+from sentcompress.benchmark.measurement import measurements
+from sentcompress.benchmark.measurements.quality import Quality
+from sentcompress.benchmark.measurements.reconstruct import Reconstruct
+from sentcompress.benchmark.measurements.text import GeneratedText
 from sentcompress.benchmark.models import ModelFolder
-from sentcompress.benchmark.profile import PARTS
 from sentcompress.benchmark.results import SCHEMA_VERSION, Results, is_current, parse_results, read_results
 from sentcompress.benchmark.runner import distributed_first, run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 from sentcompress.provenance import commit
+
+NAMES = [measurement.name for measurement in measurements()]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def results(run_folder, tmp_path_factory) -> tuple[Results, object]:
 
 def test_everything_is_measured(results):
     found, out = results
-    assert found.measured() == list(PARTS)
+    assert found.measured() == NAMES
     assert [score.system for score in Quality.of(found)] == [
         "sentence model",
         "sentence model, shortlist of 100",
@@ -109,7 +114,7 @@ def test_folders_that_hold_nothing_are_refused(tmp_path, run_folder):
         ModelFolder(tmp_path)
     with pytest.raises(ModelFolderError):
         ModelFolder(tmp_path / "absent")
-    with pytest.raises(InputError, match="no part"):
+    with pytest.raises(InputError, match="no measurement"):
         run_bench(["speeed"], run_folder)
 
 
@@ -174,5 +179,5 @@ def test_results_of_other_weights_are_not_kept(results, run_folder, tmp_path):
 
 
 def test_what_processes_measure_together_comes_before_what_one_does_alone():
-    assert distributed_first(PARTS)[:3] == ["causality", "quality", "speed"]
+    assert distributed_first(NAMES)[:3] == ["causality", "quality", "speed"]
     assert distributed_first(["data", "text", "speed"]) == ["speed", "data", "text"]

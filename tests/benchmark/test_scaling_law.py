@@ -12,8 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sentcompress.benchmark import rows as make_rows
-from sentcompress.benchmark.measurements.quality import DocumentScore, ModelCounts, QualityScore
+from sentcompress.benchmark.measurements.quality import DocumentScore, ModelCounts, Quality, QualityScore
 from sentcompress.benchmark.models import count
 from sentcompress.benchmark.results import Results, Row, read_results, write_results
 from sentcompress.benchmark.runner import run_bench
@@ -111,10 +110,7 @@ def write_run(
         title=made.name,
         created="2026-01-01T00:00:00+00:00",
         quality=scores,
-        rows=[
-            Row(part="quality", system=s.system, figures=make_rows.quality(s), honesty=honesty)
-            for s in scores
-        ],
+        rows=[Row(part="quality", system=s.system, figures=s.figures(), honesty=honesty) for s in scores],
         recipe=made.model_dump(mode="json"),
     )
     change(results)
@@ -506,7 +502,6 @@ def test_folders_that_make_no_law_are_refused(tmp_path, capsys):
 # ---- end to end
 
 
-@pytest.mark.slow
 def test_two_trained_runs(tmp_path, capsys, run_folder):
     """Trained, measured and fitted by the real program: counts and tokens are those of the models."""
     raw = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
@@ -521,7 +516,7 @@ def test_two_trained_runs(tmp_path, capsys, run_folder):
             **tiny,
         }
         recipe = build_recipe(raw, [], "tests")
-        run_recipe(recipe, tmp_path / "runs" / str(steps), stages=["vae", "graft", "baseline"])
+        run_recipe(recipe, tmp_path / "runs" / str(steps))
         run_bench(["quality"], tmp_path / "runs" / str(steps), quiet=True)
     code, _, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
     assert code == 0, err
@@ -538,7 +533,7 @@ def test_two_trained_runs(tmp_path, capsys, run_folder):
         assert run.twin.training_tokens == written["baseline"]["tokens"]
         assert run.twin.trainable_parameters == run.twin.parameters  # all of it learns
         assert run.ours.trainable_parameters < run.ours.parameters - run.backbone_parameters + 1
-    scores = {s.system: s for s in read_results(tmp_path / "runs" / "3").quality}
+    scores = {s.system: s for s in Quality.of(read_results(tmp_path / "runs" / "3"))}
     assert scores[OURS].counts.tokens_per_position > 2
     assert scores["backbone, as it came"].counts.training_tokens == {}
     assert scores["unigram"].counts is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 
 from sentcompress.benchmark import text_measures as measures
 from sentcompress.benchmark.heldout_text import ByteCounter
+from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 from sentcompress.benchmark.text_measures import interval, measure_texts, score_texts
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from rich.console import Console
+
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 from sentcompress.benchmark.results import Results
-
 from sentcompress.studies.sweep_plots import draw
 from sentcompress.studies.sweep_results import CellFigures, CellRow, SweepResults, comparison_notes
 from sentcompress.studies.sweep_tables import markdown, render, table_of

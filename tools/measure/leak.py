@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sentcompress.backbones.opt import OPTBackbone
-from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
 from sentcompress.benchmark.causality_checks import check_causality
+from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
 from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.loading import load_sentence_lm

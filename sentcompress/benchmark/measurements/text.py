@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sentcompress.benchmark.text_measures import Measure
 
 HUMAN = "human"
+DIFFERENCES_TITLE = f"Generated text: difference to the {BASELINES[0]}"
 PROMPTS_SHOWN = 2
 """Prompts whose continuations the report shows."""
 COLUMNS: dict[str, tuple[str, bool]] = {
@@ -266,8 +267,7 @@ def _differences(report: TextReport) -> Table:
         "of the difference. An interval without 0 shows a difference; one with 0 shows none, and its ends say how "
         "large a difference may still be."
     )
-    title = f"Generated text: difference to the {BASELINES[0]}"
-    return Table(title, ["system", *(COLUMNS[name][0] for name in names)], lines, [note])
+    return Table(DIFFERENCES_TITLE, ["system", *(COLUMNS[name][0] for name in names)], lines, [note])
 
 
 def _interval(found: Interval | None, name: str, *, sign: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Generated text: the same prompts for every system, repeatable draws, a judge that charges every byte once."""
+"""Generated text: the same prompts for every system, repeatable draws, a judge that scores every byte once."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import math
 
 import pytest
 import torch
-from sentcompress.benchmark.results import Results
-from sentcompress.benchmark.report import tables
-from sentcompress.benchmark.text_tables import DIFFERENCES_TITLE, TEXT_TITLE
 
 from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.judge import Judge
-from sentcompress.benchmark.measurements.text import HUMAN
-from sentcompress.benchmark.text_writing import TextWriter, first_tokens, text_prompts
+from sentcompress.benchmark.measurements.causality import Causality, CausalityCheck, CausalityReport
+from sentcompress.benchmark.measurements.text import DIFFERENCES_TITLE, HUMAN, GeneratedText
 from sentcompress.benchmark.models import Missing
-from sentcompress.benchmark.report import render_report
+from sentcompress.benchmark.report import render_report, tables
+from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
+from sentcompress.benchmark.text_writing import TextWriter, first_tokens, text_prompts
 from sentcompress.errors import CausalityError, CoverageError, InputError
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt
@@ -53,7 +52,11 @@ def uniform_judge(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def results(run_folder, uniform_judge, tmp_path_factory) -> Results:
     return run_bench(
-        ["text"], run_folder, out=tmp_path_factory.mktemp("text"), judge=uniform_judge, quiet=True
+        ["text"],
+        run_folder,
+        out=tmp_path_factory.mktemp("text"),
+        changes={"text_judge": uniform_judge},
+        quiet=True,
     )
 
 
@@ -185,7 +188,7 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_measured(run_fold
     (tmp_path / "empty").mkdir()
     for judge in ("no-such-llm", str(tmp_path / "empty"), str(tmp_path / "absent.gguf")):
         with pytest.raises(InputError, match=r"^bench\.text_judge \(--judge\): "):
-            run_bench(["text"], run_folder, out=tmp_path / "out", judge=judge, quiet=True)
+            run_bench(["text"], run_folder, out=tmp_path / "out", changes={"text_judge": judge}, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +220,7 @@ def test_all_systems_stand_in_the_table_with_intervals_and_differences(results, 
     assert report.scores[1].texts == report.scores[2].texts
     assert {d.value for d in differences["backbone, as it came"].values()} == {0.0}
     by_title = {table.title: table for table in tables(results)}
-    text = by_title[TEXT_TITLE]
+    text = by_title[GeneratedText.title]
     assert {"judge bits/byte", "4-grams repeated %"} <= set(text.columns)
     assert "[" in text.rows[0][1]
     assert [row[0] for row in by_title[DIFFERENCES_TITLE].rows] == [
@@ -260,24 +263,22 @@ def test_without_a_baseline_and_a_judge_the_rest_is_measured_and_said(run_folder
     assert not any(score.differences for score in GeneratedText.of(found).scores)
     titles = {table.title: table for table in tables(found)}
     assert DIFFERENCES_TITLE not in titles
-    assert {row[1] for row in titles[TEXT_TITLE].rows} == {"no judge"}
-    assert any("--judge" in note for note in titles[TEXT_TITLE].notes)
+    assert {row[1] for row in titles[GeneratedText.title].rows} == {"no judge"}
+    assert any("--judge" in note for note in titles[GeneratedText.title].notes)
     assert next(row for row in found.rows if row.part == "text").figures["judge"] == "no judge"
 
 
 def test_a_judge_that_is_the_backbone_is_said(run_folder, tmp_path):
     backbone = run_bench(["data"], run_folder, out=tmp_path, quiet=True).recipe["backbone"]["model"]
-    found = run_bench(["text"], run_folder, out=tmp_path, judge=backbone, quiet=True)
+    found = run_bench(["text"], run_folder, out=tmp_path, changes={"text_judge": backbone}, quiet=True)
     assert GeneratedText.of(found).judge_is_backbone
-    assert any("no outsider" in note for table in tables(found) for note in table.notes)
+    assert any("not independent" in note for table in tables(found) for note in table.notes)
 
 
 def test_a_model_that_sees_the_future_writes_nothing(run_folder, tmp_path, monkeypatch):
-    from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
-
-    from sentcompress.benchmark import runner
+    from sentcompress.benchmark import causality_checks
 
     check = CausalityCheck(name="x", kind="future", attention="sdpa", max_delta=1, tolerance=0, passed=False)
-    monkeypatch.setattr(runner, "check_causality", lambda *_, **__: CausalityReport(checks=[check]))
+    monkeypatch.setattr(causality_checks, "check_causality", lambda *_, **__: CausalityReport(checks=[check]))
     with pytest.raises(CausalityError):
         run_bench(["text"], run_folder, out=tmp_path, quiet=True)

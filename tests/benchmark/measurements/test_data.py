@@ -6,7 +6,7 @@ import pytest
 
 from sentcompress.benchmark.heldout_text import draw_lengths, heldout_lengths, heldout_sentences
 from sentcompress.benchmark.measurements.data import measure_data
-from sentcompress.benchmark.reconstruction import measure_reconstruction
+from sentcompress.benchmark.reconstruction import measure_reconstruction, spaced_sentences
 from sentcompress.recipe import ComponentSpec
 from sentcompress.testing import tiny_vae
 
@@ -38,7 +38,7 @@ def test_lengths_are_drawn_from_heldout_text_by_the_seed(parts):
 
 
 def test_reconstruction_of_an_untrained_model_is_bad_but_counted(parts, tokenizer):
-    sentences = heldout_sentences(parts.corpus, 20)
+    sentences = spaced_sentences(parts.corpus, 20)
     assert len(sentences) == 20
     report = measure_reconstruction(
         tiny_vae(len(tokenizer)),

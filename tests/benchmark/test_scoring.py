@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sentcompress.benchmark import scoring
 from sentcompress.benchmark.heldout_text import ByteCounter, check_bytes, heldout_documents, windows
-from sentcompress.benchmark.measurements import quality
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
 from sentcompress.benchmark.scoring import (
     require_same_bytes,
@@ -55,14 +55,14 @@ def score(model, documents, counter, **settings):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 30, 61])
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_windows_charge_every_position_once_with_half_a_window_of_context(length, size):
-    charged = []
+def test_windows_score_every_position_once_with_half_a_window_of_context(length, size):
+    scored = []
     for number, window in enumerate(windows(length, size)):
         assert window.stop - window.start <= size
-        charged += range(window.charged, window.stop)
+        scored += range(window.first_scored, window.stop)
         if number:
-            assert window.charged - window.start >= size // 2
-    assert charged == list(range(1, length))
+            assert window.first_scored - window.start >= size // 2
+    assert scored == list(range(1, length))
 
 
 def test_documents_begin_at_the_beginning_and_stop_at_a_sentence(corpus):
@@ -151,7 +151,7 @@ def test_token_windows_equal_a_plain_forward_where_one_window_is_enough(document
         plain = F.cross_entropy(lm(ids[None]).logits[0, :-1], ids[1:], reduction="none")[-scored:].sum()
     found = score_token_model(lm, [document], counter, 2, system="token")
     assert found.nats == pytest.approx(float(plain), rel=1e-5)
-    batched = quality._token_nll(lm, ids.repeat(4), 16)
+    batched = scoring._token_nll(lm, ids.repeat(4), 16)
     assert not batched.isnan().any()
 
 
@@ -163,12 +163,12 @@ def test_unigram_probabilities_sum_to_one(corpus, documents, counter, tokenizer)
         seen["sum"] = float(torch.exp(-table).sum())
         return original(nll, *rest)
 
-    original = quality._score_tokens
-    quality._score_tokens = spy
+    original = scoring._score_tokens
+    scoring._score_tokens = spy
     try:
         found = score_unigram(corpus, documents, counter, len(tokenizer), 2)
     finally:
-        quality._score_tokens = original
+        scoring._score_tokens = original
     assert seen["sum"] == pytest.approx(1)
     assert found.perplexity < len(tokenizer)
 
@@ -184,13 +184,13 @@ def test_text_that_the_tokens_do_not_spell_is_refused(model, documents, counter)
 
 def test_a_sentence_scored_twice_or_never_is_refused(model, documents, counter, monkeypatch):
     document = max(documents, key=lambda d: len(d.sentences))
-    right = quality.windows
+    right = scoring.windows
     for broken in (
         lambda *a: right(*a) + right(*a)[-1:],
         lambda n, *a: right(n - 1, *a),
         lambda *a: right(*a)[1:],
     ):
-        monkeypatch.setattr(quality, "windows", broken)
+        monkeypatch.setattr(scoring, "windows", broken)
         with pytest.raises(CoverageError):
             score(model, [document], counter, context_sentences=6)
         lm = tiny_opt(model.config.vae_config.vocab_size)
@@ -199,7 +199,7 @@ def test_a_sentence_scored_twice_or_never_is_refused(model, documents, counter, 
 
 
 @pytest.mark.parametrize("what", ["targets", "decisions", "ends", "padding", "nan"])
-def test_a_model_that_charges_wrongly_is_refused(model, documents, counter, monkeypatch, what):
+def test_a_model_that_scores_wrongly_is_refused(model, documents, counter, monkeypatch, what):
     plain = type(model).forward
 
     def forward(self, **inputs):
@@ -225,7 +225,7 @@ def test_a_model_that_charges_wrongly_is_refused(model, documents, counter, monk
 
 def test_bytes_that_do_not_add_up_are_refused():
     check_bytes("x", 3, 3)
-    with pytest.raises(CoverageError, match="2 bytes were charged, the text has 3"):
+    with pytest.raises(CoverageError, match="2 bytes were scored, the text has 3"):
         check_bytes("x", 2, 3)
 
 
@@ -241,12 +241,12 @@ def test_bytes_of_tokens_are_counted_not_assumed(counter):
 def test_a_truncated_document_pays_for_no_stop(model, corpus):
     cut = heldout_documents(corpus, BenchSettings(max_bytes_per_document=200))
     document = next(d for d in cut if not d.whole)
-    tally = quality.score_document(model, document, 50)
+    tally = scoring.score_document(model, document, 50)
     assert tally.decisions.tolist() == [1] * (len(document.sentences) - 1) + [0]
     assert np.all(tally.times[1:] == 1)
 
 
-def test_a_shortlist_is_charged_as_what_it_writes(tokenizer, documents, counter):
+def test_a_shortlist_is_scored_as_what_it_writes(tokenizer, documents, counter):
     """All tokens: the full head's figure. Few: a distribution over the whole vocabulary, every byte still proven."""
     recipe = build_recipe({"name": "tiny", "graft": {"shortlist_rank": 8}}, [], "tests")
     model = tiny_sentence_lm(len(tokenizer), recipe)
