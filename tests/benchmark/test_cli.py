@@ -170,4 +170,4 @@ def test_the_sweep_of_speeds_ends_with_its_file(capsys, folder, tmp_path):
     assert out.rstrip().endswith(f"figures: {tmp_path / 'speed-sweep.json'}")
     code, _, err = call(capsys, "bench", "sweep", str(folder), "--batch-sizes", "1,two")
     assert code == 2
-    assert "--batch-sizes: '1,two' is no list of numbers" in err
+    assert "--batch-sizes: '1,two' is not a list of numbers" in err

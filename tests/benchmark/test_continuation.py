@@ -117,7 +117,7 @@ def test_the_sum_is_what_the_models_forward_says(score, model, cut):
         0, "test", sentences, [text for text, _ in cut(TEXT)], whole=False, first_scored=0
     )
     tally = score_document(model, document, 20)
-    last_end = tally.paid[-1][1][-1]
+    last_end = tally.target_nats[-1][1][-1]
     assert score("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
 
 
