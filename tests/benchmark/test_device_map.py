@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sentcompress.benchmark.measurements.memory import Memory
 from sentcompress.benchmark.measurements.quality import Quality
+from sentcompress.benchmark.measurements.speed import Speed
 from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
@@ -72,8 +74,10 @@ def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
     assert [(s.system, s.bits_per_byte) for s in Quality.of(spread)] == [
         (s.system, s.bits_per_byte) for s in Quality.of(whole)
     ]
-    assert {run.system for run in spread.speed.runs} == {run.system for run in whole.speed.runs}
-    assert [m.cache_bytes_per_token for m in spread.memory] == [m.cache_bytes_per_token for m in whole.memory]
+    assert {run.system for run in Speed.of(spread).runs} == {run.system for run in Speed.of(whole).runs}
+    assert [m.cache_bytes_per_token for m in Memory.of(spread)] == [
+        m.cache_bytes_per_token for m in Memory.of(whole)
+    ]
     places = {(row.part, row.system): row.honesty.device for row in spread.rows}
     assert [(row.part, row.system) for row in whole.rows] == list(places)
     for about, device in places.items():
@@ -83,17 +87,17 @@ def test_all_is_measured_as_on_one_device(run_folder, tmp_path):
 
 
 def test_a_model_that_is_not_compared_any_more_is_let_go(run_folder, tmp_path):
-    place = ModelFolder(run_folder)
+    folder = ModelFolder(run_folder)
     twin = AutoModelForCausalLM.from_pretrained(run_folder / "baseline")
     few = scarce(twin, blocks_of(twin), 1.5)
-    parts = Models(place.recipe(["bench.device_map=auto", few]), place, tmp_path)
-    gone = weakref.ref(parts.baseline)
-    assert "disk" in parts.about(gone())[1]
+    models = Models(folder.recipe(["bench.device_map=auto", few]), folder, tmp_path)
+    gone = weakref.ref(models.baseline)
+    assert "disk" in models.describe(gone())[1]
     assert len(list(tmp_path.glob("blocks-*/*"))) == 1
-    backbone = parts.backbone
+    backbone = models.backbone
     assert gone() is None
     assert len(list(tmp_path.glob("blocks-*/*"))) == 1
-    assert parts.backbone is backbone
+    assert models.backbone is backbone
 
 
 def test_half_of_each_device_that_is_named(monkeypatch):

@@ -166,7 +166,10 @@ WRONG: dict[type, tuple[str, dict[str, Any]]] = {
         {},
     ),
     Random: (r"splits the same text differently the second time: sentence 0 of '.*' is first '.*', then", {}),
-    Tuples: (r"has 'pairs': \[\('a', 'b'\)\] in state\(\), which JSON changes; .*lists instead of tuples", {}),
+    Tuples: (
+        r"has 'pairs': \[\('a', 'b'\)\] in state\(\), which JSON changes; .*lists instead of tuples",
+        {},
+    ),
     Sets: (r"has a state\(\) that JSON cannot hold \(Object of type set is not JSON serializable\)", {}),
     NoDict: (r"returns \['a'\] from state\(\); it must be a dict", {}),
     Forgets: (r"has a different state\(\) after load_state: \{\} instead of \{'learned': True\}", {}),
