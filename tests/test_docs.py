@@ -284,6 +284,25 @@ def test_the_guides_backbone_passes_the_kit(registry: Registry):
     check_backbone(registry.get("backbone", "stablelm"))
 
 
+def test_the_map_names_files_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    fenced = "".join(re.findall(r"^```text\n(.+?)^```$", page, re.M | re.S))
+    names = re.findall(r"`([\w/]+(?:/|\.py|\.md|\.yml))`", page)
+    names += re.findall(r"\b[\w/]+(?:\.py|/(?=[\s,)]))", fenced)
+    roots = (ROOT / "sentcompress", ROOT)
+    assert len(names) > 60
+    assert [name for name in names if not any((root / name).exists() for root in roots)] == []
+
+
+def test_the_map_names_every_package():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Text to loss")[0]
+    found = [
+        p for p in (ROOT / "sentcompress").iterdir() if p.name[0] not in "._" and p.suffix in ("", ".py")
+    ]
+    named = [f"{p.name}/" if p.is_dir() else p.name for p in found if p.name != "pretrained"]
+    assert [name for name in named if f"`{name}`" not in page] == []
+
+
 # Files shown
 
 
