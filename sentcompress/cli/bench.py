@@ -133,7 +133,8 @@ def _with_parameters(
     """Give a function the parameters that typer makes arguments and options of, and those that all commands have."""
     parameters = [*parameters]
     for flag in flags:
-        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help)
+        default = f"the recipe's bench.{flag.field}"
+        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, show_default=default)
         parameters.append(_parameter(flag.field, Annotated[flag.type | None, option]))
     parameters += [_parameter("out", ResultsOption), _parameter("set_", SetOption)]
     run.__dict__["__signature__"] = inspect.Signature(parameters)

@@ -33,18 +33,16 @@ def sweep(
     backbone: BackboneOption = None,
     init: InitOption = None,
     recipe: RecipeOption = "strong",
-    batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Texts written together.")] = "1,8",
-    prompt_tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompts.")] = "32,128",
-    sentence_tokens: Annotated[
-        str, typer.Option(metavar="N,N", help="Tokens of each sentence.")
-    ] = "2,8,16,32",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Batch sizes.")] = "1,8",
+    prompt_tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens per prompt.")] = "32,128",
+    sentence_tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens per sentence.")] = "2,8,16,32",
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
     """Find the break-even: speed over batch size, prompt length and sentence length.
 
-    Names what to take instead where the sentence model is slower. New tokens and repeats are the recipe's
-    bench.new_tokens and bench.repeats.
+    Says what to use instead where the sentence model is slower. The recipe's bench.new_tokens and bench.repeats set the
+    number of new tokens and of repeats.
     """
     from sentcompress.benchmark.break_even import sweep_speed, sweep_table, write_sweep
     from sentcompress.benchmark.models import ModelFolder, Models

@@ -31,7 +31,7 @@ BY_TITLES: dict[By, str] = {
 BY_FLAG = Flag(
     "--by",
     "by",
-    "Break quality down by position, length, index (commas between them); else the recipe's bench.by.",
+    "Break quality down by position, length, index (commas between them).",
     settings=lambda words: {"by": chosen(words)},
     type=list[str],
     metavar="NAMES",

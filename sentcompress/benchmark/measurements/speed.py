@@ -35,8 +35,7 @@ def parse_bytes(option: str, text: str) -> int:
 LARGEST_BATCH = Flag(
     "--largest-batch",
     "largest_batch",
-    "Also time each system at the largest batch whose cache fits into so many bytes, such as 4GiB.  [default: (the "
-    "recipe's bench.largest_batch)]",
+    "Also time each system at the largest batch whose cache fits into so many bytes, such as 4GiB.",
     lambda text: {"largest_batch": True, "memory_budget_bytes": parse_bytes("--largest-batch", text)},
     metavar="BYTES",
 )

@@ -43,8 +43,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
 JUDGE_FLAG = Flag(
     "--judge",
     "text_judge",
-    "LLM that scores the text: an alias (smollm2-135m), hub name, folder or GGUF file; else the recipe's "
-    "bench.text_judge.",
+    "LLM that scores the text: an alias (smollm2-135m), hub name, folder or GGUF file.",
     metavar="MODEL",
     recorded=False,
 )
