@@ -1,6 +1,6 @@
-"""sentcompress makes decoder LLMs think a sentence at a time (SentenceVAE / SLLM, arXiv 2408.00655).
+"""sentcompress turns a decoder LLM into one that reads and writes a sentence at a time (arXiv 2408.00655).
 
-``import sentcompress`` is cheap: torch is imported only when a name that needs it is used.
+``import sentcompress`` is fast: torch is imported only when a name that needs it is used.
 """
 
 from __future__ import annotations

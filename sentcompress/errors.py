@@ -1,6 +1,6 @@
-"""Every error a user can cause, each with the exit code the command line ends with.
+"""Every error that a user can cause, each with the exit code of the command line.
 
-A message says what is wrong and where; ``fix`` says what to do about it. Both are shown without a traceback.
+The message says what is wrong and where; ``fix`` says what to do about it. Both are shown without a traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class SentCompressError(Exception):
-    """Base of all errors that are the user's to see. Exit code 1: the run failed."""
+    """Base of all errors that users see. Exit code 1: the run failed."""
 
     exit_code = 1
 
@@ -24,7 +24,7 @@ class SentCompressError(Exception):
 
 
 class RunError(SentCompressError):
-    """A run that had started could not go on."""
+    """A run that had started could not continue."""
 
 
 class TerminatedError(RunError):
@@ -46,11 +46,11 @@ class StorageError(RunError):
 
 
 class CausalityError(RunError):
-    """A model sees the future, so its quality figures would be worthless."""
+    """A model sees the future, so its quality figures would mean nothing."""
 
 
 class CoverageError(RunError):
-    """A scorer could not show that every byte of the text was charged exactly once."""
+    """A scorer could not prove that it scored every byte of the text exactly once."""
 
 
 class InputError(SentCompressError):
@@ -60,23 +60,23 @@ class InputError(SentCompressError):
 
 
 class RecipeError(InputError):
-    """A recipe that cannot be used as it stands."""
+    """A recipe is invalid."""
 
 
 class DataError(InputError):
-    """A corpus that cannot be read as asked."""
+    """A corpus cannot be read as requested."""
 
 
 class ModelFolderError(InputError):
-    """A folder that does not hold the model that was asked for, or holds it damaged."""
+    """A folder does not contain the requested model, or the model is damaged."""
 
 
 class OfflineError(InputError):
-    """Something must come from the hub and the hub cannot be reached."""
+    """Something is needed from the hub, but the hub cannot be reached."""
 
 
 class PluginError(SentCompressError):
-    """A plugin that was asked for is missing or broken. Exit code 3."""
+    """A requested plugin is missing or broken. Exit code 3."""
 
     exit_code = 3
 

@@ -1,6 +1,6 @@
-"""The whole plugin contract. A plugin implements any of these with ``@sentcompress.hookimpl``.
+"""All hooks of plugins. A plugin implements any of them with ``@sentcompress.hookimpl``.
 
-``register(name, cls)`` takes a class, or ``"module:Class"`` for one to import only when it is used.
+``register(name, cls)`` takes a class, or ``"module:Class"``, which is imported only when it is used.
 A package announces its module in the entry-point group ``sentcompress``.
 """
 
@@ -16,12 +16,12 @@ Register = Callable[[str, "type | str"], None]
 
 @hookspec
 def register_segmenters(register: Register) -> None:
-    """Add ways to cut text into sentences: ``register(name, type[Segmenter])``."""
+    """Add ways to split text into sentences: ``register(name, type[Segmenter])``."""
 
 
 @hookspec
 def register_fusions(register: Register) -> None:
-    """Add ways to turn a sentence's hidden states into latents: ``register(name, type[Fusion])``."""
+    """Add ways to turn the hidden states of a sentence into latents: ``register(name, type[Fusion])``."""
 
 
 @hookspec

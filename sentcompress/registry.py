@@ -1,4 +1,4 @@
-"""Finds plugins, guards their loading, and turns a name into a component."""
+"""Finds and loads plugins, isolates broken ones, and turns a name into a component."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS = {
     "dataset": "datasets",
     "metric": "metrics",
 }
-"""Each kind of component, and the hook suffix and built-in package that serve it."""
+"""Each kind of component, and the name of its hook and of the package of its built-ins."""
 
 
 @dataclass
 class Plugin:
-    """One plugin package: an entry point, or one of our own folders."""
+    """One plugin: an entry point, or a package of built-ins."""
 
     name: str
     package: str
@@ -37,7 +37,7 @@ class Plugin:
     module: str
     error: str | None = None
     components: list[tuple[str, str]] = field(default_factory=list)
-    """``(kind, name)`` pairs it registered."""
+    """The ``(kind, name)`` pairs that it has registered."""
 
     @property
     def status(self) -> str:
@@ -54,7 +54,7 @@ class Claim:
 
 
 class Registry:
-    """All plugins of this process. Broken ones are kept with their error and hurt nobody else."""
+    """All plugins of this process. Broken ones are kept with their error and do not affect others."""
 
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
@@ -75,7 +75,7 @@ class Registry:
     def _load(self, plugin: Plugin) -> None:
         self.plugins.append(plugin)
         claims: list[tuple[str, str, Any]] = []
-        # A manager of its own for each plugin: a bad one is dropped whole, with nothing half-registered.
+        # Each plugin has its own manager, so that a broken one is dropped entirely, with nothing half-registered.
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(hookspecs)
         try:
@@ -89,7 +89,7 @@ class Registry:
                 getattr(manager.hook, f"register_{suffix}")(register=register)
         except (KeyboardInterrupt, MemoryError):
             raise
-        except BaseException as error:  # a stranger's import may even call sys.exit()
+        except BaseException as error:  # importing a plugin may even call sys.exit()
             plugin.error = f"{type(error).__name__}: {error}"
             return
         for kind, name, target in claims:
@@ -108,18 +108,18 @@ class Registry:
         return {key: [c.plugin for c in claims] for key, claims in self._claims.items() if len(claims) > 1}
 
     def claims(self, kind: str, name: str) -> list[Claim]:
-        """Who says that this component is theirs: nobody, one plugin, or several that collide."""
+        """The plugins that claim a component: none, one, or several that collide."""
         return list(self._claims.get((kind, name), []))
 
     def owner(self, kind: str, name: str) -> Plugin:
-        """The plugin that provides a component. Raises PluginError as :meth:`get` does."""
+        """The plugin that provides a component. Raises PluginError like :meth:`get`."""
         return self._claim(kind, name).plugin
 
     def get(self, kind: str, name: str) -> type:
         """Return the class of a component.
 
         Raises:
-            PluginError: no plugin has it, two claim it, or the one that has it cannot be imported.
+            PluginError: no plugin provides it, two claim it, or it cannot be imported.
         """
         claim = self._claim(kind, name)
         if not isinstance(claim.target, str):
@@ -132,15 +132,15 @@ class Registry:
             raise PluginError(
                 f"{kind} '{name}' of package '{plugin.package}' {plugin.version} cannot be imported: "
                 f"{type(error).__name__}: {error}",
-                fix=f"install what it needs, or reinstall it: pip install --upgrade {plugin.package}",
+                fix=f"install its dependencies, or reinstall it: pip install --upgrade {plugin.package}",
             ) from error
 
     def find(self, kind: str, cls: type) -> tuple[str, Plugin] | None:
-        """The name a class is registered under and its plugin, or None."""
+        """The name under which a class is registered, and its plugin, or None."""
         for (claimed, name), claims in self._claims.items():
             for claim in claims if claimed == kind else ():
                 target = claim.target
-                if isinstance(target, str):  # never imported here: an unused component has no class yet
+                if isinstance(target, str):  # not imported here: an unused component has no class yet
                     module, _, attribute = target.partition(":")
                     target = getattr(sys.modules.get(module), attribute, None)
                 if target is cls:
@@ -162,15 +162,15 @@ class Registry:
             message += f"\n  plugin '{plugin.name}' (package '{plugin.package}') is broken: {plugin.error}"
         raise PluginError(
             message,
-            fix=f"use one of {', '.join(self.names(kind))}, or install the plugin that has it "
-            "('sentcompress plugins' lists what is there)",
+            fix=f"use one of {', '.join(self.names(kind))}, or install the plugin that provides it "
+            "('sentcompress plugins' lists all components)",
         )
 
     def options(self, kind: str, name: str, options: dict[str, Any] | None, where: str) -> Any:
         """Check a component's options against its ``Options`` class and return the instance.
 
         Args:
-            where: the field of the recipe the options stand in, for messages.
+            where: the recipe field of the options, for messages.
         """
         model = self.get(kind, name).Options  # type: ignore[attr-defined]
         try:
@@ -191,7 +191,7 @@ def get_registry() -> Registry:
 
 
 def describe_component(kind: str, component: object) -> str:
-    """A component or its class in messages, e.g. ``segmenter 'x' (its.module.Class, package 'its' 1.2)``."""
+    """A component or its class for messages, e.g. ``segmenter 'x' (its.module.Class, package 'its' 1.2)``."""
     cls = component if isinstance(component, type) else type(component)
     where = f"{cls.__module__}.{cls.__qualname__}"
     found = get_registry().find(kind, cls)
@@ -202,7 +202,7 @@ def describe_component(kind: str, component: object) -> str:
 
 
 def _selected_entry_points() -> list[metadata.EntryPoint]:
-    """Entry points of our group; SENTCOMPRESS_PLUGINS=a,b restricts them by name (empty: none)."""
+    """The entry points of plugins; SENTCOMPRESS_PLUGINS=a,b restricts them by name (empty: none)."""
     found = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value))
     wanted = os.environ.get("SENTCOMPRESS_PLUGINS")
     if wanted is None:
@@ -212,14 +212,14 @@ def _selected_entry_points() -> list[metadata.EntryPoint]:
     if missing:
         raise PluginError(
             f"SENTCOMPRESS_PLUGINS names plugins that are not installed: {', '.join(sorted(missing))}",
-            fix="install them, or correct the variable",
+            fix="install them, or correct the environment variable",
         )
     return [entry_point for entry_point in found if entry_point.name in names]
 
 
 def _checked_target(kind: str, name: str, cls: Any) -> Any:
     if not isinstance(name, str) or not name or name != name.strip():
-        raise TypeError(f"a {kind} must be registered under a name, not {name!r}")
+        raise TypeError(f"a {kind} must be registered under a non-empty name, not {name!r}")
     if isinstance(cls, str):
         if cls.count(":") != 1:
             raise TypeError(f"{kind} '{name}': write 'module:Class', not {cls!r}")
@@ -233,7 +233,7 @@ def _checked_target(kind: str, name: str, cls: Any) -> Any:
 
 
 def describe_validation_error(error: ValidationError, model: type, where: str) -> str:
-    """Turn pydantic's error into lines that name the field, what is wrong, and the near miss."""
+    """Turn pydantic's error into lines that name the field, what is wrong, and a similar known key."""
     lines = []
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]

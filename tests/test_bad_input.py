@@ -326,7 +326,7 @@ def test_resume_with_a_changed_recipe_prints_the_difference(shop, tmp_path, refu
 def test_a_folder_with_somebody_elses_files(shop, tmp_path, refused):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "thesis.txt").write_text("years of work")
-    refused(["train-vae", shop.recipe, "--out", tmp_path, "--overwrite"], "nothing was touched")
+    refused(["train-vae", shop.recipe, "--out", tmp_path, "--overwrite"], "left unchanged")
     assert (tmp_path / "vae" / "thesis.txt").read_text() == "years of work"
 
 

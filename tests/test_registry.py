@@ -66,7 +66,7 @@ BROKEN = {
     "no name": (
         "import sentcompress\n@sentcompress.hookimpl\n"
         "def register_segmenters(register): register('', sentcompress.Segmenter)",
-        "TypeError: a segmenter must be registered under a name",
+        "TypeError: a segmenter must be registered under a non-empty name",
     ),
     "raises in its hook, after a registration": (
         "import sentcompress\n@sentcompress.hookimpl\ndef register_segmenters(register):\n"

@@ -184,7 +184,7 @@ def test_what_cannot_be_a_name(name: str, near: str):
 
 
 def test_names_that_are_taken(site: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match=r"a segmenter called 'regex' already, of package 'sentcompress'"):
+    with pytest.raises(InputError, match=r"already a segmenter called 'regex', from package 'sentcompress'"):
         planned("regex")
     assert planned("regex", "fusion").name == "regex", "a name is taken for a kind"
     monkeypatch.syspath_prepend(str(site))

@@ -1,4 +1,4 @@
-"""Puts the commands together; ``main`` is the console entry."""
+"""The command line: all commands, and ``main``, the console entry point."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from sentcompress.files import printable
 
 app = typer.Typer(
     name="sentcompress",
-    help="Makes decoder LLMs think a sentence at a time: train a SentenceVAE, graft it onto an LLM, "
-    "measure it honestly.",
+    help="Turn a decoder LLM into one that reads and writes a sentence at a time: train a SentenceVAE, graft it "
+    "onto the LLM, and measure the result.",
     epilog=examples(
         "sentcompress run quickstart",
         "sentcompress train-vae --data corpus/ --set train_vae.steps=2000",
         "sentcompress COMMAND --help",
     ),
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: it is copied into docs/help.md
-    pretty_exceptions_enable=False,  # tracebacks are ours to show, with --debug
+    rich_markup_mode=None,  # plain help, since it is copied into docs/help.md
+    pretty_exceptions_enable=False,  # --debug shows tracebacks
 )
 
 
@@ -56,9 +56,12 @@ def _print_version(asked: bool) -> None:
 def options(
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show tracebacks. May stand anywhere; so does SENTCOMPRESS_DEBUG=1."),
+        typer.Option(
+            "--debug",
+            help="Show tracebacks, wherever it stands in the command. Same as SENTCOMPRESS_DEBUG=1.",
+        ),
     ] = False,
-    version: Annotated[  # noqa: ARG001 - typer hands it to its callback
+    version: Annotated[  # noqa: ARG001 - typer passes it to its callback
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
@@ -82,18 +85,20 @@ plugins.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line and exit with its code; every failure becomes a message on stderr."""
+    """Run a command and exit with its code; failures become messages on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Whoever saw "run again with --debug" adds it at the end, where only the command's own options may stand.
+    # After "run again with --debug", users add it at the end, where typer expects options of the command.
     end = arguments.index("--") if "--" in arguments else len(arguments)
     if "--debug" in arguments[:end]:
         os.environ[DEBUG_VARIABLE] = "1"
         arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
     if not debugging():
-        # Where in our source a warning was raised is of no use to the reader.
+        # Users do not need to see which line of the source raised a warning.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a run
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # characters that the terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
     try:
         with exit_on_sigterm():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WIDTH = 200
-"""Columns of tables that go to a file or a pipe, where wrapping at 80 would only hurt."""
+"""Width of tables that go to a file or a pipe, where wrapping at 80 columns makes no sense."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from 'sentcompress recipes'.")
@@ -58,13 +58,13 @@ ResumeOption = Annotated[
 
 
 def examples(*lines: str) -> str:
-    """The end of a help text. The leading ``\\b`` keeps its lines as they are."""
+    """The end of a help text. The leading ``\\b`` keeps the line breaks."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import large libraries without looking for garbage meanwhile: all they make stays. A seventh of the start."""
+    """Turn off garbage collection while large libraries are imported, which saves a seventh of the startup time."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -76,9 +76,9 @@ def quick_imports() -> Iterator[None]:
 
 
 def console() -> Console:
-    """Where tables are printed: as wide as the terminal, or wide enough for a file.
+    """A console for tables, as wide as the terminal, or wide enough for a file.
 
-    What a terminal would obey in names and texts is shown instead (:func:`sentcompress.files.printable`).
+    It shows control characters in names and texts instead of sending them (:func:`sentcompress.files.printable`).
     """
     from rich.console import Console
     from rich.segment import Segment

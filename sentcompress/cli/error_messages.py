@@ -16,19 +16,19 @@ DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
 _LESS_MEMORY = (
     "lower train_vae.sentences_per_batch, graft.passages_per_batch or graft.max_sentences "
     "(raise gradient_accumulation to keep the batch), set graft.gradient_checkpointing=true, "
-    "or for bench lower bench.batch_sizes"
+    "or, for bench, lower bench.batch_sizes"
 )
 _PATH_FIXES = {
-    errno.ENAMETOOLONG: "give a shorter path; a name in it has 255 bytes at most",
-    errno.ELOOP: "a link there leads to itself: give the path of the file or folder itself",
-    errno.EACCES: "check the permissions of it and of the folders above it",
+    errno.ENAMETOOLONG: "use a shorter path; file names may have at most 255 bytes",
+    errno.ELOOP: "a link there points to itself; give the path of the real file or folder",
+    errno.EACCES: "check the permissions of the file and of the folders above it",
 }
-"""What a path is at fault for that a user gave, whoever opened it."""
+"""What is wrong with a path from the user, and its fix."""
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def debugging() -> bool:
-    """Whether ``--debug`` or its variable asks for tracebacks."""
+    """Whether ``--debug`` or its environment variable is set."""
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
@@ -45,7 +45,7 @@ def report(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> SentCompressError:
-    """The error a user can act on: our own as it is, others by what they or their causes say."""
+    """Turn any error into one that the user can act on, from its type, its text and its causes."""
     for link in _chain(error):
         if isinstance(link, SentCompressError):
             return link
@@ -59,14 +59,14 @@ def explain(error: BaseException) -> SentCompressError:
             )
         if _is_lost_process(link):
             return RunError(
-                "another process of this run has ended, and this one cannot go on without it",
-                fix="its own message says why; then run the same command again with --resume",
+                "another process of this run has ended, so this one cannot continue",
+                fix="see its message for the reason, then run the same command again with --resume",
             )
         if isinstance(link, OSError) and link.filename is not None and link.errno in _PATH_FIXES:
             return InputError(f"{os.fsdecode(link.filename)}: {link.strerror}", fix=_PATH_FIXES[link.errno])
         if _is_no_home(link):
             return InputError(
-                "a path begins with ~, and no home folder of that user is known", fix="write the path in full"
+                "a path starts with ~, but the home folder of that user is unknown", fix="write the full path"
             )
     return RunError(
         f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
@@ -74,7 +74,7 @@ def explain(error: BaseException) -> SentCompressError:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """An error and its causes."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -84,7 +84,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # By name, since importing torch to ask isinstance would cost seconds.
+    # By name, since isinstance would need torch, whose import takes seconds.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
@@ -92,19 +92,19 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    # safetensors and torch wrap the operating system's error in their own, and keep its words.
+    # safetensors and torch raise their own errors, with the operating system's message.
     full = (errno.ENOSPC, errno.EDQUOT)
     return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    # Gloo's and NCCL's words: neither raises an error of its own.
+    # Gloo and NCCL have no error class of their own.
     lost = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
 
 
 def _is_no_home(error: BaseException) -> bool:
-    # pathlib has no class for it, and does not name the path.
+    # pathlib has no class for this error and does not name the path.
     return isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory")
 
 

@@ -29,12 +29,12 @@ plugins = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 def list_plugins(
     context: typer.Context,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, keyed by the name of the plugin's entry point.")
+        bool, typer.Option("--json", help="Print JSON, with the names of entry points as keys.")
     ] = False,
 ) -> None:
-    """List the components and who provides them.
+    """List all components and the packages that provide them.
 
-    A broken plugin is shown with its error; it harms nothing but itself.
+    A broken plugin is listed with its error and does not affect the others.
     """
     if context.invoked_subcommand:
         return
@@ -61,7 +61,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a com
         broken = "".join(f"\n  plugin '{p.name}' is broken: {p.error}" for p in registry.broken())
         raise PluginError(
             f"no component is called '{name}'.{did_you_mean(name, known)}{broken}",
-            fix="'sentcompress plugins' lists what is there",
+            fix="'sentcompress plugins' lists all components",
         )
     for kind in kinds:
         component: Any = registry.get(kind, name)
@@ -80,19 +80,17 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a com
     ),
 )
 def new(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of the component, as recipes will use it.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the component in recipes.")],
     kind: Annotated[
         str, typer.Option(metavar="KIND", help="One of segmenter, fusion, backbone, dataset, metric.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; new or empty.", show_default="sentcompress-NAME")
+        Path | None, typer.Option(help="New or empty folder to write to.", show_default="sentcompress-NAME")
     ] = None,
 ) -> None:
-    """Write a package with a small component that works, for you to change.
+    """Write a package with a small working component for you to change.
 
-    It installs with pip, passes its own tests, and shows up in 'sentcompress plugins'.
+    You can install it with pip and run its tests; 'sentcompress plugins' lists it.
     """
     from sentcompress.cli import scaffold
     from sentcompress.registry import get_registry
@@ -107,7 +105,7 @@ def new(
 
 
 def _rivals(registry: Registry, plugin: Plugin, key: tuple[str, str]) -> list[str]:
-    """Packages of the other plugins that claim the same name."""
+    """Packages of other plugins that claim the same name."""
     return [f"{p.package} ({p.name})" for p in registry.collisions().get(key, []) if p is not plugin]
 
 

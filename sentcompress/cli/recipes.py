@@ -1,4 +1,4 @@
-"""``sentcompress recipes``: what ships."""
+"""``sentcompress recipes``: lists the recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sentcompress.errors import RecipeError
 
 
 def recipes() -> None:
-    """List the recipes that ship."""
+    """List the recipes that come with sentcompress."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,6 +1,6 @@
-"""``plugins new``: a small package that works, for an author to start from. No torch.
+"""``plugins new``: writes a small working package for a plugin author to start from. No torch.
 
-The files are made from ``templates/``: plain text with ``$names``, one folder a kind.
+The files come from ``templates/``: plain text with ``$names``, one folder per kind.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 PREFIX = "sentcompress-"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST_NAME = 50
-"""Characters: file names hold 255, and a recipe is read by people."""
+"""In characters; file names may have 255, but people read recipes."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the templates of a kind leave open: the component's summary, and how a recipe asks for it."""
+    """What the templates need to know about a kind: the component's summary, and how a recipe names it."""
 
     summary: str
     field: str
@@ -37,24 +37,24 @@ class Kind:
 
 
 KINDS = {
-    "segmenter": Kind("Cuts text after line ends", "segmenter", "{name: $name}"),
-    "fusion": Kind("The largest value a channel as latent", "fusion", "{name: $name}", ("torch",)),
+    "segmenter": Kind("Splits text after line ends", "segmenter", "{name: $name}"),
+    "fusion": Kind("The largest value per channel as latent", "fusion", "{name: $name}", ("torch",)),
     "backbone": Kind("StableLM as a backbone", "backbone", "{name: $name, model: stablelm-3b}"),
     "dataset": Kind("A folder of Markdown files", "data", "{name: $name, options: {folder: notes}}"),
-    "metric": Kind("Share of the words that come back", "bench.extra_metrics", "[{name: $name}]"),
+    "metric": Kind("Share of words reconstructed", "bench.extra_metrics", "[{name: $name}]"),
 }
 
 
 @dataclass(frozen=True)
 class Scaffold:
-    """A package that is about to be written."""
+    """A package to write."""
 
     kind: str
     name: str
     files: dict[str, str]
-    """Contents by path inside the package's folder."""
+    """Contents by path in the package's folder."""
     command: str
-    """What runs a recipe with the new component."""
+    """A command that runs a recipe with the new component."""
 
     @property
     def package(self) -> str:
@@ -62,10 +62,10 @@ class Scaffold:
 
 
 def plan(name: str, kind: str, registry: Registry) -> Scaffold:
-    """Check the name and fill in the templates; nothing is written.
+    """Check the name and fill in the templates. Writes nothing.
 
     Raises:
-        InputError: no such kind, not a name, or a name that is taken.
+        InputError: there is no such kind, or the name is invalid or taken.
     """
     if kind not in KINDS:
         raise InputError(
@@ -108,21 +108,21 @@ def plan(name: str, kind: str, registry: Registry) -> Scaffold:
 
 
 def write(scaffold: Scaffold, folder: Path) -> None:
-    """Write the files into a folder that is not there yet, or empty.
+    """Write the files into a new or empty folder.
 
     Raises:
-        InputError: there is something.
+        InputError: the folder is not empty.
         StorageError: it cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(
             f"{folder}: {'is not empty' if folder.is_dir() else 'is a file'}; nothing was written",
-            fix="name another folder with --out",
+            fix="choose another folder with --out",
         )
     with storage_errors(folder):
         for path, content in scaffold.files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            # "x": whatever appeared there in the meantime is not overwritten.
+            # "x": do not overwrite a file that has appeared in the meantime.
             with open(folder / path, "x", encoding="utf-8", newline="\n") as file:
                 file.write(content)
 
@@ -135,7 +135,7 @@ def _check_name(name: str) -> None:
     near = f"such as '{words}'" if NAME.fullmatch(words) else "such as 'my-plugin'"
     raise InputError(
         f"'{name}' cannot be the name of a plugin",
-        fix=f"use lower-case letters, digits and single hyphens, a letter first, at most {LONGEST_NAME}: {near}",
+        fix=f"use at most {LONGEST_NAME} lower-case letters, digits and single hyphens, starting with a letter, {near}",
     )
 
 
@@ -143,7 +143,7 @@ def _check_free(name: str, kind: str, registry: Registry) -> None:
     if name in registry.names(kind):
         owners = " and ".join(f"'{c.plugin.package}' {c.plugin.version}" for c in registry.claims(kind, name))
         raise InputError(
-            f"there is a {kind} called '{name}' already, of package {owners}", fix="choose another name"
+            f"there is already a {kind} called '{name}', from package {owners}", fix="choose another name"
         )
     try:
         version = metadata.version(PREFIX + name)
@@ -164,7 +164,7 @@ def _class_name(name: str, kind: str) -> str:
 
 
 def _own_python() -> str:
-    """The Pythons we support are those a plugin can promise."""
+    """A plugin can support only the Python versions that sentcompress supports."""
     try:
         return metadata.metadata("sentcompress")["Requires-Python"]
     except (metadata.PackageNotFoundError, KeyError):  # run from a folder, not installed
@@ -172,7 +172,7 @@ def _own_python() -> str:
 
 
 def _own_versions() -> str:
-    """Before 1.0 a minor version may break plugins."""
+    """Before 1.0, a minor version may break plugins."""
     major, minor = (int(part) for part in __version__.split(".")[:2])
     below = f"{major}.{minor + 1}" if major == 0 else f"{major + 1}"
     return f"sentcompress>={major}.{minor},<{below}"

@@ -1,4 +1,4 @@
-"""``sentcompress validate``: is a recipe right?"""
+"""``sentcompress validate``: checks a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sentcompress.cli.train import resolve
 
 
 def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check a recipe: fields, components, options. Loads no data, no model."""
+    """Check a recipe: fields, components, options. Loads no data and no model."""
     resolved = resolve(recipe, set_)
     typer.echo(f"{recipe}: ok ({resolved.name}, digest {resolved.digest()})")
 

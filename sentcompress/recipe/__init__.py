@@ -197,7 +197,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{path}{place}: broken YAML: {problem}", fix="correct that line") from None
     except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+        raise RecipeError(f"{path}: nested too deeply for a recipe") from None
     except ValueError as error:  # such as the date 2024-99-99
         raise RecipeError(f"{path}: broken YAML: {error}", fix="quote that value") from None
     if not isinstance(raw, dict):
