@@ -61,9 +61,11 @@ def test_the_loss_moves_towards_the_teacher_and_the_charge_does_not():
 
 
 def test_a_teacher_that_does_not_fit_is_refused():
-    with pytest.raises(InputError, match=r"graft\.teacher: it has 500 tokens, the backbone's tokenizer 600"):
+    with pytest.raises(
+        InputError, match=r"graft\.teacher: it has 500 tokens, but the backbone's tokenizer has 600"
+    ):
         Teacher(tiny_opt(), 600, BOS, 0.5)
     scaled = tiny_opt()
     scaled.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * 2))
-    with pytest.raises(InputError, match=r"graft\.teacher: the logits of a opt are not"):
+    with pytest.raises(InputError, match=r"graft\.teacher: the logits of opt are not"):
         Teacher(scaled, 500, BOS, 0.5)
