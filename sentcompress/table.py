@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,12 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def as_rich(table: Table) -> Group:
-    """A table with its notes for the terminal; columns of numbers are aligned to the right."""
+def as_rich(table: Table, unbroken: Container[int] = ()) -> Group:
+    """A table with its notes for the terminal; columns of numbers are aligned to the right.
+
+    Args:
+        unbroken: indices of columns that are not broken into several lines.
+    """
     from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -65,7 +69,12 @@ def as_rich(table: Table) -> Group:
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(table.columns):
         numeric = all(row[index].lstrip("-")[:1].isdigit() or row[index] in ("-", "") for row in table.rows)
-        shown.add_column(column, justify="right" if numeric else "left")
+        shown.add_column(
+            Text(column),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=index in unbroken,
+        )
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
     return Group(shown, *(Text(note, style="dim") for note in table.notes), Text(""))

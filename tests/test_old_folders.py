@@ -25,8 +25,8 @@ from sentcompress.modeling.pretrained import load_backbone_tokenizer
 from sentcompress.recipe import build_recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.studies.scaling_points import gather
+from sentcompress.studies.sweep_report import markdown
 from sentcompress.studies.sweep_results import read_sweep
-from sentcompress.studies.sweep_tables import markdown
 from sentcompress.text.corpus import build_corpus
 
 FIXTURES = Path(__file__).parent / "fixtures" / "1e44d12"

@@ -213,10 +213,9 @@ def scaling_law(
     Does the gap between them close with more tokens or a larger backbone? All runs must be scored on the same held-out
     bytes; seeds of one size and budget are averaged. Writes scaling-law.json, scaling-law.md and scaling-law.png.
     """
+    from sentcompress.studies.presentation import require_matplotlib
     from sentcompress.studies.scaling_law import scaling_law as fit
-    from sentcompress.studies.scaling_plots import require_matplotlib
-    from sentcompress.studies.scaling_report import write
-    from sentcompress.studies.scaling_tables import render
+    from sentcompress.studies.scaling_report import render, write
 
     require_matplotlib()
     law = fit(sources)

@@ -17,58 +17,57 @@ def sweep(
         typer.Option(
             metavar="FIELD=VALUE,VALUE",
             help="A field of the recipe and the values to try, as YAML; repeatable: every combination is run. "
-            "Commas within [], {} or quotes do not split. A component and its options go together as "
+            "Commas inside [], {} or quotes do not separate values. Give a component and its options as one value, "
             "{name: attention, options: {latents: 4}}.",
         ),
     ],
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change a field of the recipe for all cells; repeatable."
+            "--set", metavar="FIELD=VALUE", help="Change a field of the recipe for all runs; repeatable."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the sweep, with a folder a cell.",
-            show_default="out/, the recipe's name and -sweep",
+            help="Folder of the sweep, with a folder for each run.",
+            show_default="out/RECIPE-sweep",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all cells, print them and their tokens, touch nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check all runs, print them and their tokens, and touch nothing."),
     ] = False,
 ) -> None:
-    """Run a recipe over a grid of values and compare: one run a cell, one table and a plot at the end.
+    """Run a recipe for every combination of values and compare the runs in one table and a plot.
 
-    Every cell is checked before the first one starts. A cell that fails does not stop the others (the code is then
-    1). The same command again skips finished cells, goes on with started ones and adds new ones. Writes sweep.json,
-    sweep.md and sweep.png.
+    All runs are checked before the first one starts. A run that fails does not stop the others; the exit code is then
+    1. Repeat the command to continue: it skips finished runs, resumes started ones and adds new ones. Writes
+    sweep.json, sweep.md and sweep.png.
     """
-    from sentcompress.studies.grid import build_cells, parse_grid
-    from sentcompress.studies.sweep_runner import check_cells, run_sweep
+    from sentcompress.studies.grid import build_grid, parse_grid, sweep_plan
+    from sentcompress.studies.sweep import check_grid, run_sweep
 
     overrides = set_ or []
     axes = parse_grid(grid, overrides)
-    cells = build_cells(recipe, overrides, axes)
-    title = cells[0].recipe.name
+    points = build_grid(recipe, overrides, axes)
+    title = points[0].recipe.name
     folder = out or Path("out") / f"{title.replace('/', '-')}-sweep"
-    check_cells(cells, folder)
+    check_grid(points, folder)
     if dry_run:
-        from sentcompress.studies.sweep_plan import plan
-
-        typer.echo(plan(cells))
+        typer.echo(sweep_plan(points))
         return
     from sentcompress.errors import RunError
-    from sentcompress.studies.sweep_tables import render
+    from sentcompress.studies.sweep_report import render
 
-    found = run_sweep(title, axes, cells, folder, overrides=overrides)
+    found = run_sweep(title, axes, points, folder, overrides=overrides)
     render(found, console())
     typer.echo(f"sweep: {folder / 'sweep.md'}")
-    failed = [row.name for row in found.cells if row.state == "failed"]
+    failed = [run.name for run in found.cells if run.state == "failed"]
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(found.cells)} cells failed: {', '.join(failed)}",
-            fix=f"see {folder / failed[0] / 'log.txt'}; the same command again tries them again",
+            f"{len(failed)} of {len(found.cells)} runs failed: {', '.join(failed)}",
+            fix=f"see {folder / failed[0] / 'log.txt'}; repeat the command to try them again",
         )
 
 

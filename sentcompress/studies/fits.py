@@ -1,7 +1,7 @@
 """Power laws through points: lines in log-log, the joint law, and how sure one can be. Numpy only.
 
 A line is ``y = A x^-alpha``, least squares in logarithms, each point with the same weight. Its interval holds if the
-points scatter around a straight line with a like spread; that they lie on one is for the reader of the plot to judge.
+points scatter evenly around a straight line; whether they lie on one, the reader of the plot has to judge.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST_POINTS = 3
-"""With two, a line passes through both and nothing says how sure it is."""
+"""A line passes through any two points, and nothing says how certain it is."""
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 """Of the bootstrap over seeds."""
@@ -84,12 +84,12 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
         raise ValueError(f"a line needs {LEAST_POINTS} different x, here are {len(set(log_x.tolist()))}")
     middle, height = log_x.mean(), log_y.mean()
     across = log_x - middle
-    spread = float(across @ across)
-    slope = float(across @ log_y) / spread
+    squares = float(across @ across)
+    slope = float(across @ log_y) / squares
     left = log_y - height - slope * across
     variance = float(left @ left) / (count - 2)
     half = t_quantile(count - 2) * math.sqrt(variance)
-    error = half / math.sqrt(spread)
+    error = half / math.sqrt(squares)
     crossing, bounds = _crossing(slope, height, middle, error, half / math.sqrt(count))
     return Line(
         coefficient=math.exp(height - slope * middle),
@@ -118,12 +118,12 @@ def _crossing(
 
 
 def _exp(value: float) -> float | None:
-    """None for what no number can hold: as good as never."""
+    """None where the result overflows: as good as never."""
     return math.exp(value) if value < 700 else None
 
 
 def seed_interval(x: Sequence[float], values: Sequence[Sequence[float]]) -> Interval | None:
-    """95% interval of the exponent by drawing seeds anew at each point; None unless each has at least two.
+    """95% bootstrap interval of the exponent: seeds are drawn anew at each point. None unless each has two or more.
 
     Args:
         values: the y of the seeds at each x.

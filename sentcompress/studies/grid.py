@@ -1,4 +1,4 @@
-"""``--grid FIELD=VALUE,VALUE``: how it is read, and the cells it makes. No torch."""
+"""``--grid FIELD=VALUE,VALUE``: reading it, the grid points it makes, and what their runs would take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import yaml
 
 from sentcompress.errors import RecipeError, SentCompressError
+from sentcompress.estimate.plan import TOKENS_PER_SENTENCE, UNTOUCHED, token_budget
 from sentcompress.recipe import Recipe, load_recipe
 
 NAME_LENGTH = 120
-"""Characters of a cell's name, so that the files below its folder stay within every file system's limits."""
+"""Characters of a grid point's name: the files below its folder stay within every file system's limits."""
 EXAMPLE = "--grid vae.conditioning=add,prefix"
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,12 +32,12 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One point of the grid.
+class GridPoint:
+    """One combination of values, and the recipe with them.
 
     Attributes:
         name: of its folder; depends on its own fields and values only, not on the order of the grid.
-        values: what it has on each axis, as shown in tables.
+        values: one for each axis, as tables show them.
         overrides: ``field=value`` for each axis.
         recipe: resolved and checked.
     """
@@ -51,26 +52,26 @@ def parse_grid(texts: Sequence[str], overrides: Sequence[str] = ()) -> list[Axis
     """Read the ``--grid`` options.
 
     Args:
-        overrides: the ``--set`` options, which come before the grid and must not be undone by it.
+        overrides: the ``--set`` options; the grid must not undo one.
 
     Raises:
-        RecipeError: an option cannot be read, or two of them are about the same field.
+        RecipeError: an option cannot be read, or two of them set the same field.
     """
     axes = [_axis(text) for text in texts]
     for one, other in itertools.combinations(axes, 2):
         if one.field == other.field:
-            raise RecipeError(f"--grid {one.field}: given twice", fix="put all its values into one")
+            raise RecipeError(f"--grid {one.field}: given twice", fix="give all its values in one --grid")
         if _covers(one.field, other.field) or _covers(other.field, one.field):
             raise RecipeError(
                 f"--grid {one.field} and --grid {other.field}: one is a part of the other",
-                fix="write each combination that you want as a whole value: "
+                fix="write each combination as one value: "
                 "--grid 'fusion={name: mean},{name: attention, options: {latents: 4}}'",
             )
     for axis in axes:
         for override in overrides:
             if _covers(axis.field, override.partition("=")[0]):
                 raise RecipeError(
-                    f"--set {override}: --grid {axis.field} would undo it", fix="leave one of them out"
+                    f"--set {override}: --grid {axis.field} would undo it", fix="leave one of the two out"
                 )
     return axes
 
@@ -88,7 +89,9 @@ def _axis(text: str) -> Axis:
     seen: list[Any] = []
     for value in values:
         if not value:
-            raise RecipeError(f"--grid {text}: an empty value", fix="write null for none, '' for empty text")
+            raise RecipeError(
+                f"--grid {text}: an empty value", fix="write null for no value, '' for empty text"
+            )
         try:
             parsed = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
@@ -96,7 +99,7 @@ def _axis(text: str) -> Axis:
                 f"--grid {text}: '{value}' is not valid YAML", fix="close its brackets, or quote it"
             ) from None
         if repr(parsed) in seen:
-            raise RecipeError(f"--grid {text}: '{value}' is there twice", fix="leave one of them out")
+            raise RecipeError(f"--grid {text}: '{value}' is there twice", fix="leave one of the two out")
         seen.append(repr(parsed))
     return Axis(field, tuple(values))
 
@@ -125,78 +128,78 @@ def split_values(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def build_cells(recipe: str, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Cell]:
-    """Every combination, resolved and checked.
+def build_grid(recipe: str, overrides: Sequence[str], axes: Sequence[Axis]) -> list[GridPoint]:
+    """Every combination of values, as a resolved and checked recipe.
 
     Args:
         recipe: a file, or a shipped name.
-        overrides: ``--set`` options, the same for all cells.
+        overrides: ``--set`` options, the same for all runs.
 
     Raises:
-        RecipeError: naming each cell that cannot be run, and the field.
+        RecipeError: naming each grid point that cannot be run, and the field.
         PluginError: the same, where a component is missing or broken.
     """
     labels = _labels([axis.field for axis in axes])
     combinations = list(itertools.product(*(axis.values for axis in axes)))
 
-    def cell(values: tuple[str, ...]) -> Cell:
+    def resolve(values: tuple[str, ...]) -> GridPoint:
         own = tuple(f"{axis.field}={value}" for axis, value in zip(axes, values, strict=True))
         resolved = load_recipe(recipe, [*overrides, *own])
         resolved.check_components()
-        return Cell(cell_name(labels, values), tuple(map(value_text, values)), own, resolved)
+        return GridPoint(point_name(labels, values), tuple(map(value_text, values)), own, resolved)
 
-    cells = check_each([(cell_name(labels, values), values) for values in combinations], cell)
-    _refuse_twins(cells)
-    first = cells[0].recipe
+    points = check_each([(point_name(labels, values), values) for values in combinations], resolve)
+    _refuse_duplicates(points)
+    first = points[0].recipe
     if first.pretrain is not None:
         raise RecipeError(f"{recipe}: it pretrains a backbone, and a sweep compares grafted models")
     if not first.bench.metrics:
-        raise RecipeError(f"{recipe}: bench.metrics is empty: the cells could not be compared")
-    return cells
+        raise RecipeError(f"{recipe}: bench.metrics is empty, so the runs could not be compared")
+    return points
 
 
 def check_each(named: Sequence[tuple[str, T]], check: Callable[[T], R]) -> list[R]:
-    """Call a check for each cell, given with its name; what they return, or one error about all that failed."""
+    """Call a check for each grid point, given with its name; what it returns, or one error about all that failed."""
     results: list[R] = []
     failed: dict[str, list[str]] = {}
     first: SentCompressError | None = None
-    for name, cell in named:
+    for name, point in named:
         try:
-            results.append(check(cell))
+            results.append(check(point))
         except SentCompressError as error:
             first = first or error
             failed.setdefault(error.message, []).append(name)
     if first is None:
         return results
     lines = []
-    for message, cells in failed.items():
-        others = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-        who = "every cell" if len(cells) == len(named) else f"cell {cells[0]}{others}"
+    for message, names in failed.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        who = "every run" if len(names) == len(named) else f"run {names[0]}{others}"
         lines.append(f"{who}: {message}")
     fix = first.fix
     if any(".options." in message and "unknown key" in message for message in failed):
         fix = (
-            "an option belongs to its component: give both as one value, "
+            "options belong to their component: give both as one value, "
             "--grid 'fusion={name: mean},{name: attention, options: {latents: 4}}', "
             "or drop the recipe's with --set 'fusion.options={}'"
         )
-    raise type(first)("\n".join(lines) + "\nno cell was started", fix=fix)
+    raise type(first)("\n".join(lines) + "\nno run was started", fix=fix)
 
 
-def _refuse_twins(cells: Sequence[Cell]) -> None:
-    """Two cells that are the same experiment, or that would share a folder."""
+def _refuse_duplicates(points: Sequence[GridPoint]) -> None:
+    """Refuse two runs that are the same experiment, or that would share a folder."""
     experiments: dict[str, str] = {}
     folders: dict[str, str] = {}
-    for cell in cells:
+    for point in points:
         for kind, table, key in (
-            ("are the same experiment", experiments, cell.recipe.digest()),
-            ("would share a folder", folders, cell.name.lower()),
+            ("are the same experiment", experiments, point.recipe.digest()),
+            ("would share a folder", folders, point.name.lower()),
         ):
             if key in table:
                 raise RecipeError(
-                    f"cells {table[key]} and {cell.name} {kind}", fix="leave one of the values out"
+                    f"runs {table[key]} and {point.name} {kind}", fix="leave one of the values out"
                 )
-            table[key] = cell.name
+            table[key] = point.name
 
 
 def value_text(value: str) -> str:
@@ -221,7 +224,7 @@ def _label(field: str) -> str:
     return parts[-2] if parts[-1] == "name" and len(parts) > 1 else parts[-1]
 
 
-def cell_name(labels: dict[str, str], values: Sequence[str]) -> str:
+def point_name(labels: dict[str, str], values: Sequence[str]) -> str:
     """A folder name such as ``conditioning-prefix_fusion-attention-latents-4``.
 
     Values that such a name cannot tell apart get a digest behind it.
@@ -236,3 +239,20 @@ def cell_name(labels: dict[str, str], values: Sequence[str]) -> str:
         return name
     digest = hashlib.blake2b(repr(pairs).encode(), digest_size=4).hexdigest()
     return f"{name[:NAME_LENGTH].rstrip('-.')}-{digest}"
+
+
+def sweep_plan(points: Sequence[GridPoint]) -> str:
+    """``--dry-run`` of a sweep: the runs and what they take in tokens, then the total."""
+    lines, total = [], 0
+    for number, point in enumerate(points, 1):
+        tokens = token_budget(point.recipe)
+        total += sum(tokens.values())
+        stages = ", ".join(f"{stage} {n:,}" for stage, n in tokens.items())
+        lines.append(f"[{number}/{len(points)}] {point.name} ({point.recipe.digest()})")
+        lines += [f"    {override}" for override in point.overrides]
+        lines.append(f"    tokens: {stages}")
+    lines.append(
+        f"{len(points)} runs, at most {total:,} tokens of training, at {TOKENS_PER_SENTENCE} per sentence "
+        "(the corpus and the segmenter decide)"
+    )
+    return "\n".join([*lines, UNTOUCHED])

@@ -1,4 +1,4 @@
-"""``scaling-law.json``: the points, the fits through them, and what they say about the gap to the twin. No torch."""
+"""``scaling-law.json``: the points, the fits through them, and what they say about the gap to the baseline."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.results import Skipped
 from sentcompress.provenance import Record, command, commit, packages
 from sentcompress.studies.fits import (
@@ -23,12 +24,11 @@ from sentcompress.studies.fits import (
     seed_interval,
 )
 from sentcompress.studies.scaling_points import (
-    OURS,
-    TWIN,
+    BASELINE,
     Heldout,
     Point,
     RunPoint,
-    Spread,
+    SeedFigures,
     gather,
 )
 
@@ -37,7 +37,7 @@ Against = Literal["training tokens", "backbone parameters"]
 TOKENS: Against = "training tokens"
 PARAMETERS: Against = "backbone parameters"
 RATIO = "ratio"
-CURVES = (OURS, TWIN, RATIO)
+CURVES = (SENTENCE_MODEL, BASELINE, RATIO)
 """What is fitted: bits per byte of both, and of one over the other."""
 
 
@@ -64,7 +64,7 @@ class Fit(Record):
 
 
 class Gap(Record):
-    """Where a fitted ratio is 1.00: from there on the sentence model has the fewer bits per byte, or no more."""
+    """Where a fitted ratio is 1.00: from there on the sentence model has fewer bits per byte, or no longer has."""
 
     against: Against
     at: int
@@ -97,7 +97,7 @@ class Joint(Record):
 
 
 class ScalingLaw(Record):
-    """Everything that is known from some runs about the scaling of both twins."""
+    """Everything that is known from some runs about the scaling of both systems."""
 
     schema_version: int = SCHEMA_VERSION
     command: str
@@ -119,7 +119,7 @@ class ScalingLaw(Record):
 
 
 def scaling_law(sources: Sequence[Path]) -> ScalingLaw:
-    """Fit the scaling of the sentence model and its equal-data twin over finished runs.
+    """Fit the scaling of the sentence model and of its equal-data baseline over finished runs.
 
     Args:
         sources: folders of a finished run each, or of several runs (a sweep); or an earlier ``scaling-law.json``.
@@ -159,15 +159,15 @@ def groups(points: Sequence[Point], against: Against) -> dict[int, list[Point]]:
 
 
 def x_of(point: Point, curve: str, against: Against) -> float:
-    """Where a point stands on an axis; the twin's tokens are its own, which are a few more or fewer."""
+    """Where a point stands on an axis; the baseline's tokens are its own, which are a few more or fewer."""
     if against == PARAMETERS:
         return float(point.backbone_parameters)
-    return point.twin_tokens if curve == TWIN else point.ours_tokens
+    return point.twin_tokens if curve == BASELINE else point.ours_tokens
 
 
-def y_of(point: Point, curve: str) -> Spread:
+def y_of(point: Point, curve: str) -> SeedFigures:
     """Bits per byte of a system, or their ratio."""
-    return {OURS: point.ours, TWIN: point.twin, RATIO: point.ratio}[curve]
+    return {SENTENCE_MODEL: point.ours, BASELINE: point.twin, RATIO: point.ratio}[curve]
 
 
 def fixed(against: Against, value: int) -> str:
@@ -195,7 +195,7 @@ def _fit_lines(law: ScalingLaw, against: Against) -> None:
         for curve in CURVES:
             x = [x_of(point, curve, against) for point in members]
             y = [y_of(point, curve) for point in members]
-            line = fit_line(x, [spread.mean for spread in y])
+            line = fit_line(x, [figures.mean for figures in y])
             law.fits.append(
                 Fit(
                     curve=curve,
@@ -207,7 +207,7 @@ def _fit_lines(law: ScalingLaw, against: Against) -> None:
                     coefficient=line.coefficient,
                     exponent=line.exponent,
                     interval=line.interval,
-                    seeds_interval=seed_interval(x, [spread.seeds for spread in y]),
+                    seeds_interval=seed_interval(x, [figures.seeds for figures in y]),
                     residual=line.residual,
                 )
             )
@@ -240,7 +240,7 @@ def _gap(line: Line, against: Against, at: int, smallest: float, largest: float)
         )
     if line.interval[0] <= 0 <= line.interval[1]:
         doubt = "not shown whether the ratio moves (the 95% interval of its alpha includes 0)"
-        verdict = f"{doubt}. Taken at its word: {verdict}"
+        verdict = f"{doubt}. The fitted line alone says: {verdict}"
     return Gap(
         against=against,
         at=at,
@@ -259,7 +259,7 @@ def _between(bounds: tuple[float | None, float | None] | None) -> str:
 
 
 def _large(number: float | None) -> str:
-    """Three figures: more would pretend to more than a fit knows."""
+    """Three significant digits: a fit does not know more."""
     if number is None:
         return "no number"
     return millions(number) if number < 1e12 else f"{number:.0e}"
@@ -281,7 +281,7 @@ def _fit_joint(law: ScalingLaw) -> None:
         what = "the joint law L = E + A N^-alpha + B D^-beta"
         law.skipped.append(Skipped(part="scaling-law", what=what, reason=why))
         return
-    for system in (OURS, TWIN):
+    for system in (SENTENCE_MODEL, BASELINE):
         surface = fit_surface(
             [x_of(point, system, PARAMETERS) for point in law.points],
             [x_of(point, system, TOKENS) for point in law.points],
@@ -291,14 +291,14 @@ def _fit_joint(law: ScalingLaw) -> None:
 
 
 def _limit(joint: Sequence[Joint], gap: Gap) -> float | None:
-    """The joint laws' ratio for endless tokens at a size; an endless backbone at a budget."""
+    """The joint laws' ratio for infinitely many tokens at a size, or an infinitely large backbone at a budget."""
     if len(joint) != 2 or not all(fit.intervals for fit in joint):
         return None
-    ours, twin = (
+    ours, baseline = (
         fit.E + (fit.A * gap.at**-fit.alpha if gap.against == TOKENS else fit.B * gap.at**-fit.beta)
         for fit in joint
     )
-    return ours / twin if twin > 0 else None
+    return ours / baseline if baseline > 0 else None
 
 
 def mean_flops(law: ScalingLaw, point: Point) -> tuple[float, float]:

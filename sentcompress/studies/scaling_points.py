@@ -20,13 +20,13 @@ from sentcompress.estimate.costs import DecodingCost, products_per_token, traini
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
 
-OURS, TWIN = SENTENCE_MODEL, BASELINES[0]
-STAGES = {OURS: "graft", TWIN: "baseline"}
+BASELINE = BASELINES[0]
+STAGES = {SENTENCE_MODEL: "graft", BASELINE: "baseline"}
 """The stage whose tokens are the budget of each system."""
 SAME_BUDGET = 1.05
 """Runs whose tokens differ by less are one budget: another seed reads other passages."""
 EXPECTED = ("name", "description", "seed", "backbone", "bench", "graft.steps", "train_vae.steps")
-"""What of the recipe runs of one scaling law differ in."""
+"""Fields of the recipe in which the runs of one scaling law may differ."""
 
 
 class SystemPoint(Record):
@@ -38,7 +38,7 @@ class SystemPoint(Record):
     training_tokens: int
     """Of the graft, or of the baseline."""
     vae_tokens: int | None = None
-    """On top, of the SentenceVAE; None for the twin, and where they are not known."""
+    """On top, of the SentenceVAE; None for the baseline, and where they are not known."""
     flops: float
     """Of training, SentenceVAE included: 6 N D, each weight by the tokens it multiplies."""
     cost: DecodingCost | None = None
@@ -54,15 +54,17 @@ class RunPoint(Record):
     """The LLM the recipe names."""
     backbone_parameters: int
     ours: SystemPoint
+    """The sentence model."""
     twin: SystemPoint
+    """The baseline: the same LLM, trained on the same data."""
     ratio: float
-    """Of bits per byte, ours to the twin's."""
+    """Of bits per byte, the sentence model's to the baseline's."""
     honesty: Honesty
     """Of the sentence model's figure."""
 
 
-class Spread(Record):
-    """A figure over the seeds of a point."""
+class SeedFigures(Record):
+    """A figure of each seed of a point, with mean, lowest and highest."""
 
     mean: float
     low: float
@@ -78,9 +80,9 @@ class Point(Record):
     """Mean graft tokens of all runs of the budget, whatever their size."""
     folders: list[str]
     seeds: list[int]
-    ours: Spread
-    twin: Spread
-    ratio: Spread
+    ours: SeedFigures
+    twin: SeedFigures
+    ratio: SeedFigures
     ours_tokens: float
     """Mean over the seeds."""
     twin_tokens: float
@@ -107,7 +109,7 @@ class Gathered:
 
 
 class Earlier(Record):
-    """What is read of an earlier ``scaling-law.json``: its runs, without their folders."""
+    """What is read of an earlier ``scaling-law.json``: its runs, whose folders may be gone."""
 
     model_config = ConfigDict(extra="ignore")
     heldout: Heldout
@@ -123,7 +125,7 @@ def gather(sources: Sequence[Path]) -> Gathered:
             of an earlier law.
 
     Raises:
-        InputError: naming the folder that has no results, no baseline, figures that are none, other held-out text, or
+        InputError: naming the folder that has no results, no baseline, NaN or infinite figures, other held-out text, or
             the same size, budget and seed as another; or there are fewer than two points.
     """
     earlier = [(path, _earlier(path)) for path in sources if path.is_file()]
@@ -146,7 +148,7 @@ def gather(sources: Sequence[Path]) -> Gathered:
     points = _points(runs)
     if len(points) < 2:
         raise InputError(
-            f"'{runs[0].folder}' and what else was given make one point (one size, one budget); a law needs several",
+            f"'{runs[0].folder}' and the other runs make one point (one size, one budget); a law needs several",
             fix="give runs of at least three budgets or sizes, such as the folder of: "
             "sentcompress sweep RECIPE --grid graft.steps=100,300,900",
         )
@@ -167,7 +169,7 @@ def _earlier(path: Path) -> Earlier:
     raw = read_json(path)
     if not isinstance(raw, dict) or "runs" not in raw:
         raise InputError(
-            f"'{path}' is no scaling-law.json", fix="give one, or folders of finished runs, or of sweeps"
+            f"'{path}' is not a scaling-law.json", fix="give one, or folders of finished runs or of sweeps"
         )
     try:
         return Earlier.model_validate(raw)
@@ -186,7 +188,7 @@ def _find(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
     notes = []
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"no folder '{folder}'", fix="give folders of finished runs, or of sweeps")
+            raise InputError(f"no folder '{folder}'", fix="give folders of finished runs or of sweeps")
         inside = [folder] if _measured(folder) else sorted(p for p in folder.iterdir() if _measured(p))
         if not inside:
             raise InputError(
@@ -205,20 +207,22 @@ def _measured(folder: Path) -> bool:
 
 
 def _run(folder: Path, results: Results) -> RunPoint:
-    ours, twin = (_score(folder, results, system) for system in (OURS, TWIN))
-    rows = [row for row in results.rows if row.part == "quality" and row.system == OURS]
+    ours, baseline = (_score(folder, results, system) for system in (SENTENCE_MODEL, BASELINE))
+    rows = [row for row in results.rows if row.part == "quality" and row.system == SENTENCE_MODEL]
     if not rows:
-        raise InputError(f"'{folder}': its {FILE} has no row of the {OURS}", fix=_measure_again(folder))
-    systems = {score.system: _system(folder, score) for score in (ours, twin)}
+        raise InputError(
+            f"'{folder}': its {FILE} has no row of the {SENTENCE_MODEL}", fix=_measure_again(folder)
+        )
+    systems = {score.system: _system(folder, score) for score in (ours, baseline)}
     assert ours.counts is not None
     return RunPoint(
         folder=str(folder),
         seed=rows[0].honesty.seed,
         backbone=str(results.recipe.get("backbone", {}).get("model", "")),
         backbone_parameters=ours.counts.backbone_parameters,
-        ours=systems[OURS],
-        twin=systems[TWIN],
-        ratio=ours.bits_per_byte / twin.bits_per_byte,
+        ours=systems[SENTENCE_MODEL],
+        twin=systems[BASELINE],
+        ratio=ours.bits_per_byte / baseline.bits_per_byte,
         honesty=rows[0].honesty,
     )
 
@@ -232,7 +236,7 @@ def _score(folder: Path, results: Results, system: str) -> QualityScore:
     if score is None:
         why = next((f": {s.reason}" for s in results.skipped if s.what == system), "")
         fix = f"measure it: sentcompress bench quality {folder}"
-        if system == TWIN:
+        if system == BASELINE:
             recipe = folder / "recipe.yaml"
             fix = (
                 f"train it, then measure again: sentcompress baseline {recipe} --set baseline.enabled=true --out "
@@ -241,8 +245,8 @@ def _score(folder: Path, results: Results, system: str) -> QualityScore:
         raise InputError(f"'{folder}' has no figures of the {system}{why}", fix=fix)
     if not (math.isfinite(score.bits_per_byte) and score.bits_per_byte > 0):
         raise InputError(
-            f"'{folder}': bits per byte of the {system} are {score.bits_per_byte}, which is no figure to fit",
-            fix=f"{_measure_again(folder)}; if they stay so, the training went wrong: leave the run out",
+            f"'{folder}': bits per byte of the {system} are {score.bits_per_byte}, which cannot be fitted",
+            fix=f"{_measure_again(folder)}; if that does not change them, the training failed: leave the run out",
         )
     return score
 
@@ -273,11 +277,10 @@ def _system(folder: Path, score: QualityScore) -> SystemPoint:
 
 
 def flops(counts: ModelCounts, tokens: int) -> float:
-    """Floating-point operations of training: 2 forward and 4 backward a weight and what it multiplies.
+    """Floating-point operations of training, 6 for each product of a weight and a state: 2 forward and 4 backward.
 
-    The backbone of a sentence model reads a position for many tokens; its SentenceVAE was trained without it. Tables
-    that are looked up multiply nothing. Attention over positions is left out, as usual; weights that were frozen are
-    counted as if they had learned.
+    The backbone of a sentence model reads one position for many tokens; its SentenceVAE was trained without it. Lookup
+    tables multiply nothing. As usual, attention over positions is left out; frozen weights count like trained ones.
     """
     around = counts.parameters - counts.table_parameters - counts.backbone_parameters
     per_token = products_per_token(around, counts.backbone_parameters, counts.tokens_per_position)
@@ -291,7 +294,7 @@ def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
         keys = {tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in STAGES}
         if len(keys) > 1:
             raise InputError(
-                f"'{folder}': the {OURS} and the {TWIN} were scored on different bytes",
+                f"'{folder}': the {SENTENCE_MODEL} and the {BASELINE} were scored on different bytes",
                 fix=_measure_again(folder),
             )
         texts.append((folder, keys.pop()))
@@ -324,7 +327,7 @@ def _points(runs: list[RunPoint]) -> list[Point]:
                 first, second = [run.folder for run in group if run.seed == seed][:2]
                 raise InputError(
                     f"'{first}' and '{second}' have the same size, budget and seed ({seed})",
-                    fix="give one of them: runs that differ in something else are no seeds of one point",
+                    fix="give one of them: only runs that differ in nothing but the seed make one point",
                 )
         points.append(
             Point(
@@ -332,9 +335,9 @@ def _points(runs: list[RunPoint]) -> list[Point]:
                 budget=budget,
                 folders=[run.folder for run in group],
                 seeds=[run.seed for run in group],
-                ours=_spread([run.ours.bits_per_byte for run in group]),
-                twin=_spread([run.twin.bits_per_byte for run in group]),
-                ratio=_spread([run.ratio for run in group]),
+                ours=_over_seeds([run.ours.bits_per_byte for run in group]),
+                twin=_over_seeds([run.twin.bits_per_byte for run in group]),
+                ratio=_over_seeds([run.ratio for run in group]),
                 ours_tokens=_mean([run.ours.training_tokens for run in group]),
                 twin_tokens=_mean([run.twin.training_tokens for run in group]),
             )
@@ -358,8 +361,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _spread(values: list[float]) -> Spread:
-    return Spread(mean=_mean(values), low=min(values), high=max(values), seeds=values)
+def _over_seeds(values: list[float]) -> SeedFigures:
+    return SeedFigures(mean=_mean(values), low=min(values), high=max(values), seeds=values)
 
 
 def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:

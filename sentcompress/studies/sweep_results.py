@@ -1,4 +1,4 @@
-"""``sweep.json``: what a sweep found, a row a cell, read from the cells' own files. No torch."""
+"""``sweep.json``: what a sweep found, run by run, read from the runs' own files. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
+from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
 from sentcompress.benchmark.measurements.quality import Quality
 from sentcompress.benchmark.measurements.reconstruct import Reconstruct
 from sentcompress.benchmark.measurements.speed import Speed
@@ -19,11 +20,11 @@ from sentcompress.provenance import Honesty, Record
 
 SCHEMA_VERSION = 1
 FILE = "sweep.json"
-OURS, BASELINE, BACKBONE = "sentence model", "baseline, equal data", "backbone, as it came"
+BASELINE, BACKBONE = BASELINES
 
 
-class CellFigures(Record):
-    """What is compared of a cell; None where it was not measured."""
+class RunFigures(Record):
+    """The figures of a run that a sweep compares; None where they were not measured."""
 
     mean_sentence_tokens: float | None = None
     """Of the held-out sentences."""
@@ -53,20 +54,20 @@ class CellFigures(Record):
     """Of the grafted model, as saved."""
 
 
-class CellRow(Record):
-    """One cell of the grid."""
+class SweepRun(Record):
+    """The run of one grid point."""
 
     name: str
     """Also its folder, beside ``sweep.json``."""
     values: list[str]
-    """What it has on each axis."""
+    """Its value of each field of the grid, as tables show it."""
     overrides: list[str]
     recipe_digest: str
     state: Literal["done", "failed", "waiting"] = "waiting"
     error: str | None = None
     wall_seconds: float | None = None
-    """Of its run by a sweep, all attempts together, benchmark included; None if it was run by hand."""
-    figures: CellFigures | None = None
+    """Of all attempts of a sweep together, benchmark included; None for a run started by hand."""
+    figures: RunFigures | None = None
     honesty: Honesty | None = None
 
 
@@ -79,40 +80,41 @@ class SweepResults(Record):
     created: str
     """UTC."""
     overrides: list[str]
-    """The ``--set`` options, the same for all cells."""
+    """The ``--set`` options, the same for all runs."""
     axes: dict[str, list[str]]
     """Fields of the grid and their values, as YAML."""
-    cells: list[CellRow]
+    cells: list[SweepRun]
+    """The runs, in the order of the grid."""
     notes: list[str]
     """Why figures may not be comparable."""
 
     @property
     def order(self) -> Literal["ratio to the baseline", "bits per byte"]:
-        """What rows are ranked by: the first where every finished cell has it."""
-        done = [cell.figures for cell in self.cells if cell.figures is not None]
+        """What runs are ranked by: the ratio where every finished run has one."""
+        done = [run.figures for run in self.cells if run.figures is not None]
         by_ratio = bool(done) and all(figures.baseline_ratio is not None for figures in done)
         return "ratio to the baseline" if by_ratio else "bits per byte"
 
-    def ranked(self) -> list[CellRow]:
-        """Rows, best first; what has no such figure stands behind, in the order of the grid."""
+    def ranked(self) -> list[SweepRun]:
+        """Runs, best first; those without such a figure come last, in the order of the grid."""
         by_ratio = self.order == "ratio to the baseline"
 
-        def key(cell: CellRow) -> float:
-            figures = cell.figures or CellFigures()
+        def key(run: SweepRun) -> float:
+            figures = run.figures or RunFigures()
             value = figures.baseline_ratio if by_ratio else figures.bits_per_byte
             return float("inf") if value is None else value
 
         return sorted(self.cells, key=key)
 
 
-def read_cell(folder: Path) -> tuple[CellFigures, Results]:
+def read_figures(folder: Path) -> tuple[RunFigures, Results]:
     """The figures of a finished run, and the results they come from.
 
     Raises:
         InputError: it has no results.
     """
     results = read_results(folder)
-    figures = CellFigures()
+    figures = RunFigures()
     lengths = [row.honesty.mean_sentence_tokens for row in results.rows]
     figures.mean_sentence_tokens = next((n for n in lengths if n is not None), None)
     if report := Reconstruct.of(results):
@@ -120,14 +122,14 @@ def read_cell(folder: Path) -> tuple[CellFigures, Results]:
         figures.exact_sentences = report.exact_sentences
         figures.forced_perplexity = report.teacher_forced_perplexity
     scores = {score.system: score.bits_per_byte for score in Quality.of(results)}
-    ours = figures.bits_per_byte = scores.get(OURS)
+    ours = figures.bits_per_byte = scores.get(SENTENCE_MODEL)
     figures.backbone_bits_per_byte = scores.get(BACKBONE)
     figures.baseline_bits_per_byte = scores.get(BASELINE)
     if ours is not None:
         figures.backbone_ratio = _ratio(ours, scores.get(BACKBONE))
         figures.baseline_ratio = _ratio(ours, scores.get(BASELINE))
     speed = Speed.of(results)
-    runs = [run for run in speed.runs if run.system == OURS] if speed else []
+    runs = [run for run in speed.runs if run.system == SENTENCE_MODEL] if speed else []
     if runs:
         run = min(runs, key=lambda run: run.batch_size)
         figures.output_tokens_per_second, figures.speed_ratio = run.output_tokens_per_second, run.ratio
@@ -144,8 +146,8 @@ def _ratio(ours: float, theirs: float | None) -> float | None:
 
 
 def honesty_of(results: Results) -> Honesty | None:
-    """The honesty line of the model that the cell is about."""
-    rows = [row for row in results.rows if row.system == OURS] or results.rows
+    """The provenance of the sentence model's figures, or of any."""
+    rows = [row for row in results.rows if row.system == SENTENCE_MODEL] or results.rows
     return rows[0].honesty if rows else None
 
 
@@ -166,13 +168,13 @@ def count_parameters(folder: Path) -> int | None:
     return total if found else None
 
 
-def comparison_notes(done: list[tuple[CellRow, Results]]) -> list[str]:
-    """Why the figures of these cells may not be comparable, and by how much."""
+def comparison_notes(done: list[tuple[SweepRun, Results]]) -> list[str]:
+    """Why the figures of these runs may not be comparable, and by how much."""
     notes = setting_warnings([results for _, results in done])
     scored = [scores[0] for _, results in done if (scores := Quality.of(results))]
     texts = {tuple((d.source, d.bytes) for d in score.documents) for score in scored}
-    known = [c.figures.backbone_bits_per_byte for c, _ in done if c.figures]
-    reference = [value for value in known if value is not None]
+    figures = [run.figures.backbone_bits_per_byte for run, _ in done if run.figures]
+    reference = [value for value in figures if value is not None]
     if len(texts) > 1:
         sizes = sorted(sum(size for _, size in text) for text in texts)
         found = (
@@ -181,9 +183,9 @@ def comparison_notes(done: list[tuple[CellRow, Results]]) -> list[str]:
             else ""
         )
         notes.append(
-            f"the cells were not scored on the same bytes ({sizes[0]:,} to {sizes[-1]:,}), since it depends on the "
-            "segmenter where a document's first sentence ends, and the last one that is scored. Compare ratios before "
-            f"bits per byte{found}"
+            f"the runs were not scored on the same bytes ({sizes[0]:,} to {sizes[-1]:,}): the segmenter decides where "
+            "a document's first sentence ends, and its last one that is scored. Compare ratios before bits per byte"
+            f"{found}"
         )
     return notes
 
@@ -199,10 +201,10 @@ def read_sweep(folder: Path) -> SweepResults | None:
         return None
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{folder / FILE}: schema version {raw.get('schema_version')}, this program writes {SCHEMA_VERSION}",
-            fix="choose another --out",
+            f"{folder / FILE} has schema version {raw.get('schema_version')}; this program reads {SCHEMA_VERSION}",
+            fix="use another --out",
         )
     try:
         return SweepResults.model_validate(raw)
     except ValidationError:
-        return None  # damaged: what it says is in the cells' own files, and it is written anew
+        return None  # damaged; the runs' own files have its figures, and it is written anew

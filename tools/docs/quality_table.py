@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from sentcompress.studies.scaling_law import ScalingLaw, runs_of, scaling_law
-from sentcompress.studies.scaling_points import Point, Spread
-from sentcompress.studies.scaling_tables import decoding
+from sentcompress.studies.scaling_points import Point, SeedFigures
+from sentcompress.studies.scaling_report import decoding
 from sentcompress.table import as_markdown
 
 COLUMNS = (
@@ -34,16 +34,16 @@ def row(label: str, law: ScalingLaw, point: Point) -> list[str]:
         f"{runs[0].twin.parameters / 1e6:.1f} M{label}",
         f"{point.ours_tokens:,.0f}",
         ", ".join(map(str, point.seeds)),
-        spread(point.ours),
-        spread(point.twin),
-        spread(point.ratio),
+        over_seeds(point.ours),
+        over_seeds(point.twin),
+        over_seeds(point.ratio),
         decoding(runs[0]),
         ", ".join(dict.fromkeys(f"`{run.honesty.recipe_digest}`" for run in runs)),
         ", ".join(dict.fromkeys(f"`{run.honesty.commit}`" for run in runs)),
     ]
 
 
-def spread(figure: Spread) -> str:
+def over_seeds(figure: SeedFigures) -> str:
     """Mean, and half of what lies between the lowest and the highest seed."""
     if len(figure.seeds) == 1:
         return f"{figure.mean:.4f}"

@@ -1,11 +1,11 @@
-"""How ``--grid`` is read, what the cells are called, and what is refused before anything runs."""
+"""How ``--grid`` is read, what the grid points are called, and what is refused before anything runs."""
 
 from __future__ import annotations
 
 import pytest
 
 from sentcompress.errors import PluginError, RecipeError
-from sentcompress.studies.grid import Axis, build_cells, parse_grid, split_values, value_text
+from sentcompress.studies.grid import Axis, build_grid, parse_grid, split_values, value_text
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,16 @@ def test_what_cannot_be_meant_is_refused(grids: list[str], overrides: list[str],
     assert message in str(caught.value)
 
 
-def cells(*grids: str, recipe: str = "parts", overrides: tuple[str, ...] = ()):
-    return build_cells(recipe, overrides, parse_grid(grids, overrides))
+def points(*grids: str, recipe: str = "parts", overrides: tuple[str, ...] = ()):
+    return build_grid(recipe, overrides, parse_grid(grids, overrides))
 
 
 ATTENTION = "{name: attention, options: {latents: 4}}"
 
 
 def test_every_combination_is_a_resolved_recipe():
-    made = cells(f"fusion={{name: mean}},{ATTENTION}", "vae.conditioning=add,prefix", overrides=("seed=3",))
-    assert [cell.values for cell in made] == [
+    made = points(f"fusion={{name: mean}},{ATTENTION}", "vae.conditioning=add,prefix", overrides=("seed=3",))
+    assert [point.values for point in made] == [
         ("mean", "add"),
         ("mean", "prefix"),
         ("attention latents=4", "add"),
@@ -84,30 +84,30 @@ def test_every_combination_is_a_resolved_recipe():
 
 
 def test_names_are_readable_and_do_not_depend_on_the_order():
-    one = cells(f"fusion={{name: mean}},{ATTENTION}", "vae.conditioning=add,prefix")
+    one = points(f"fusion={{name: mean}},{ATTENTION}", "vae.conditioning=add,prefix")
     assert one[3].name == "fusion-attention-latents-4_conditioning-prefix"
-    other = cells("vae.conditioning=prefix", f"fusion={ATTENTION}")
+    other = points("vae.conditioning=prefix", f"fusion={ATTENTION}")
     assert other[0].name == one[3].name
 
 
 def test_names_are_safe_and_tell_values_apart():
     texts = ("../../etc/x", "A", "a", "a b", "a-b", "x" * 300, "é", "con: {}")
     values = ",".join(f"'{text}'" for text in texts)
-    made = cells(f"name={values}")
-    assert len({cell.name.lower() for cell in made}) == len(texts)
-    for cell in made:
-        assert "/" not in cell.name
-        assert cell.name.isascii()
-        assert cell.name.startswith("name-")
-        assert len(cell.name) < 140
-    numbers = cells("train_vae.learning_rate=1,0.1,1e-3")
-    assert [cell.name for cell in numbers] == [f"learning_rate-{value}" for value in ("1", "0.1", "1e-3")]
+    made = points(f"name={values}")
+    assert len({point.name.lower() for point in made}) == len(texts)
+    for point in made:
+        assert "/" not in point.name
+        assert point.name.isascii()
+        assert point.name.startswith("name-")
+        assert len(point.name) < 140
+    numbers = points("train_vae.learning_rate=1,0.1,1e-3")
+    assert [point.name for point in numbers] == [f"learning_rate-{value}" for value in ("1", "0.1", "1e-3")]
 
 
 def test_fields_with_the_same_last_part_keep_their_whole_names():
-    made = cells("train_vae.steps=5", "graft.steps=6")
+    made = points("train_vae.steps=5", "graft.steps=6")
     assert made[0].name == "graft.steps-6_train_vae.steps-5"
-    assert cells("segmenter.name=regex")[0].name == "segmenter-regex"
+    assert points("segmenter.name=regex")[0].name == "segmenter-regex"
 
 
 def test_shown_values():
@@ -117,40 +117,40 @@ def test_shown_values():
     assert value_text("[1, 2]") == "[1, 2]"
 
 
-def test_an_option_of_another_component_names_the_cells_and_the_way_out():
+def test_an_option_of_another_component_names_the_runs_and_the_way_out():
     with pytest.raises(RecipeError) as caught:
-        cells("fusion.name=sum-norm,attention", "vae.conditioning=add,prefix", recipe="quickstart")
+        points("fusion.name=sum-norm,attention", "vae.conditioning=add,prefix", recipe="quickstart")
     text = str(caught.value)
-    assert "cell fusion-sum-norm_conditioning-add and 1 more: fusion.options.latents: unknown key" in text
-    assert "no cell was started" in text
+    assert "run fusion-sum-norm_conditioning-add and 1 more: fusion.options.latents: unknown key" in text
+    assert "no run was started" in text
     assert "--grid 'fusion={name: mean}" in text
     assert "--set 'fusion.options={}'" in text
-    made = cells("fusion.name=sum-norm,attention", recipe="quickstart", overrides=("fusion.options={}",))
-    assert [cell.recipe.fusion.name for cell in made] == ["sum-norm", "attention"]
+    made = points("fusion.name=sum-norm,attention", recipe="quickstart", overrides=("fusion.options={}",))
+    assert [point.recipe.fusion.name for point in made] == ["sum-norm", "attention"]
 
 
 @pytest.mark.parametrize(
     ("grid", "error", "message"),
     [
-        ("vae.conditioning=add,prefx", RecipeError, "cell conditioning-prefx: "),
+        ("vae.conditioning=add,prefx", RecipeError, "run conditioning-prefx: "),
         ("vae.conditioning=add,prefx", RecipeError, "vae.conditioning: Input should be"),
-        ("vae.conditionin=add,prefix", RecipeError, "every cell: "),
+        ("vae.conditionin=add,prefix", RecipeError, "every run: "),
         ("vae.conditionin=add,prefix", RecipeError, "Did you mean 'conditioning'?"),
         (
             "fusion.name=mean,meen",
             PluginError,
-            "cell fusion-meen: no fusion is called 'meen'. Did you mean 'mean'?",
+            "run fusion-meen: no fusion is called 'meen'. Did you mean 'mean'?",
         ),
-        ("seed=1,1.0", RecipeError, "cells seed-1 and seed-1.0 are the same experiment"),
+        ("seed=1,1.0", RecipeError, "runs seed-1 and seed-1.0 are the same experiment"),
         ("bench.metrics=[]", RecipeError, "bench.metrics is empty"),
     ],
 )
-def test_a_bad_cell_is_named_before_anything_runs(grid: str, error: type[Exception], message: str):
+def test_a_bad_run_is_named_before_anything_runs(grid: str, error: type[Exception], message: str):
     with pytest.raises(error) as caught:
-        cells(grid)
+        points(grid)
     assert message in str(caught.value)
 
 
 def test_pretraining_is_not_swept():
     with pytest.raises(RecipeError, match="compares grafted models"):
-        cells("seed=0,1", recipe="opt-tiny")
+        points("seed=0,1", recipe="opt-tiny")

@@ -7,24 +7,23 @@ from rich.console import Console
 
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 from sentcompress.benchmark.results import Results
-from sentcompress.studies.sweep_plots import draw
-from sentcompress.studies.sweep_results import CellFigures, CellRow, SweepResults, comparison_notes
-from sentcompress.studies.sweep_tables import markdown, render, table_of
+from sentcompress.studies.sweep_report import draw, markdown, render, sweep_table
+from sentcompress.studies.sweep_results import RunFigures, SweepResults, SweepRun, comparison_notes
 
 
-def row(name: str, *, state: str = "done", error: str | None = None, **figures: float) -> CellRow:
-    return CellRow(
+def row(name: str, *, state: str = "done", error: str | None = None, **figures: float) -> SweepRun:
+    return SweepRun(
         name=name,
         values=[name],
         overrides=[f"seed={name}"],
         recipe_digest="0" * 12,
         state=state,
         error=error,
-        figures=CellFigures(**figures) if figures else None,
+        figures=RunFigures(**figures) if figures else None,
     )
 
 
-def sweep(*rows: CellRow, notes: tuple[str, ...] = ()) -> SweepResults:
+def sweep(*rows: SweepRun, notes: tuple[str, ...] = ()) -> SweepResults:
     values = [row.name for row in rows]
     return SweepResults(
         title="t",
@@ -54,20 +53,23 @@ def test_ratio_to_the_baseline_decides_where_all_have_one():
     assert names(sweep(row("c", bits_per_byte=1.5), b, a)) == "bca"
 
 
+def shown(found: SweepResults) -> tuple[list[str], list[list[str]]]:
+    table = sweep_table(found)
+    return table.columns, table.rows
+
+
 def test_columns_that_nobody_has_are_left_out():
-    columns, lines = table_of(
-        sweep(row("a", bits_per_byte=2.0), row("b", bits_per_byte=1.0, parameters=2.5e6))
-    )
+    columns, lines = shown(sweep(row("a", bits_per_byte=2.0), row("b", bits_per_byte=1.0, parameters=2.5e6)))
     assert columns == ["#", "seed", "bits/byte", "parameters"]
     assert lines == [["1", "b", "1.0000", "2.50 M"], ["2", "a", "2.0000", "-"]]
-    columns, lines = table_of(sweep(row("a", state="failed", error="one\ntwo"), row("b", state="waiting")))
+    columns, lines = shown(sweep(row("a", state="failed", error="one\ntwo"), row("b", state="waiting")))
     assert columns == ["#", "seed", "state"]
     assert [line[-1] for line in lines] == ["failed: one two", "waiting"]
 
 
 def test_every_figure_has_a_column():
-    figures = dict.fromkeys(CellFigures.model_fields, 1)
-    columns, lines = table_of(sweep(row("a", **figures)))
+    figures = dict.fromkeys(RunFigures.model_fields, 1)
+    columns, lines = shown(sweep(row("a", **figures)))
     unshown = {"batch_size"}  # said in the text below the table
     assert len(columns) == 2 + len(figures) - len(unshown)
     assert "-" not in lines[0]
@@ -80,9 +82,9 @@ def test_the_page_keeps_its_columns_whatever_a_value_holds(capsys):
     assert "Careful: they differ in commit: x; y." in page
     assert f"| 1 | a\\|b | {'0' * 12} | - |" in page
     render(found, Console(width=120))
-    shown = capsys.readouterr().out
-    assert "a|b" in shown
-    assert "careful: they differ in commit" in shown
+    printed = capsys.readouterr().out
+    assert "a|b" in printed
+    assert "careful: they differ in commit" in printed
 
 
 def scored(sizes: tuple[int, ...]) -> Results:

@@ -1,7 +1,7 @@
-"""Runs the cells of a grid one after the other, each as a ``sentcompress run`` in a process of its own.
+"""Runs the points of a grid one after the other, each as a ``sentcompress run`` in a process of its own.
 
-A process a cell: whatever ends one (a bug in a plugin, the kernel's out-of-memory killer) leaves the others alone,
-and every cell starts from the same state.
+Whatever ends one process (a bug in a plugin, the kernel's out-of-memory killer) leaves the other runs alone, and every
+run starts from the same state.
 """
 
 from __future__ import annotations
@@ -23,154 +23,155 @@ from sentcompress.benchmark.results import Results, is_current
 from sentcompress.distributed import Interruption
 from sentcompress.errors import InputError, RunError
 from sentcompress.estimate.plan import count
-from sentcompress.files import storage_errors, write_atomically
+from sentcompress.files import storage_errors, try_lock, write_atomically
 from sentcompress.pipeline import check_folder
 from sentcompress.provenance import command
-from sentcompress.studies.grid import Axis, Cell, check_each
-from sentcompress.studies.sweep_plots import draw, require_matplotlib
+from sentcompress.studies.grid import Axis, GridPoint, check_each
+from sentcompress.studies.presentation import require_matplotlib
+from sentcompress.studies.sweep_report import draw, markdown
 from sentcompress.studies.sweep_results import (
     FILE,
-    CellRow,
     SweepResults,
+    SweepRun,
     comparison_notes,
     honesty_of,
-    read_cell,
+    read_figures,
     read_sweep,
 )
-from sentcompress.studies.sweep_tables import markdown
 
 PROGRAM = (sys.executable, "-m", "sentcompress")
 LOG = "log.txt"
-"""In a cell's folder: all that its run printed."""
+"""In a run's folder: everything it printed."""
 POLL_SECONDS = 0.2
 LINE_SECONDS = 30.0
-"""Seconds between plain lines about a running cell where there is no terminal."""
+"""Seconds between lines about a run in progress where there is no terminal."""
 
 
-def check_cells(cells: Sequence[Cell], out: Path) -> None:
-    """Find what cannot work before the first cell starts. Reads only.
+def check_grid(points: Sequence[GridPoint], out: Path) -> None:
+    """Find what cannot work before the first run starts. Reads only.
 
     Raises:
-        InputError: a model cannot be built as asked, a cell's folder holds something else, or matplotlib is missing.
+        InputError: a model cannot be built as asked, a run's folder holds something else, or matplotlib is missing.
         PluginError: a component is missing or broken.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a sweep runs one process a cell", fix="start it without torchrun")
+        raise InputError("a sweep starts the process of each run itself", fix="start it without torchrun")
     require_matplotlib()
-    named = [(cell.name, cell) for cell in cells]
-    check_each(named, lambda cell: count(cell.recipe))
-    check_each(named, lambda cell: check_folder(cell.recipe, out / cell.name))
+    named = [(point.name, point) for point in points]
+    check_each(named, lambda point: count(point.recipe))
+    check_each(named, lambda point: check_folder(point.recipe, out / point.name))
 
 
 def run_sweep(
     title: str,
     axes: Sequence[Axis],
-    cells: Sequence[Cell],
+    points: Sequence[GridPoint],
     out: Path,
     *,
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> SweepResults:
-    """Run what is not finished yet; write ``sweep.json`` and ``sweep.md`` after every cell, ``sweep.png`` at the end.
+    """Run what is not finished yet; write ``sweep.json`` and ``sweep.md`` after every run, ``sweep.png`` at the end.
 
     Args:
-        cells: that :func:`check_cells` has passed.
-        out: folder of the sweep; each cell has a folder of its name in it.
-        overrides: the ``--set`` options the cells were built with; only written down.
+        points: which :func:`check_grid` has passed.
+        out: folder of the sweep; each run has a folder of its name in it.
+        overrides: the ``--set`` options the points were built with; only written down.
 
     Returns:
-        all rows; those of cells that failed say why.
+        all runs; those that failed say why.
 
     Raises:
         InputError: the folder holds a sweep of another version.
-        RunError: another process is at work on one of the cells.
+        RunError: another process is working on one of the runs.
         StorageError: a file cannot be written.
-        KeyboardInterrupt: Ctrl-C; the running cell has saved where it was.
+        KeyboardInterrupt: Ctrl-C; the run in progress has saved a checkpoint.
     """
-    return _Sweep(title, axes, cells, out, overrides, quiet).run()
+    return _Sweep(title, axes, points, out, overrides, quiet).run()
 
 
 class _Sweep:
-    """A sweep under way."""
+    """A sweep in progress."""
 
     def __init__(
         self,
         title: str,
         axes: Sequence[Axis],
-        cells: Sequence[Cell],
+        points: Sequence[GridPoint],
         out: Path,
         overrides: Sequence[str],
         quiet: bool,
     ) -> None:
-        self.cells, self.out = cells, out
+        self.points, self.out = points, out
         self.console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
         before = read_sweep(out)
-        known = {(row.name, row.recipe_digest): row.wall_seconds for row in before.cells} if before else {}
-        rows = [_row(cell) for cell in cells]
-        for row in rows:
-            row.wall_seconds = known.get((row.name, row.recipe_digest))
+        seconds = {(run.name, run.recipe_digest): run.wall_seconds for run in before.cells} if before else {}
+        runs = [_waiting_run(point) for point in points]
+        for run in runs:
+            run.wall_seconds = seconds.get((run.name, run.recipe_digest))
         self.sweep = SweepResults(
             title=title,
             command=command(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             overrides=list(overrides),
             axes={axis.field: list(axis.values) for axis in axes},
-            cells=rows,
+            cells=runs,
             notes=[],
         )
-        self.done: list[tuple[CellRow, Results]] = []
-        self.took: list[float] = []
+        self.done: list[tuple[SweepRun, Results]] = []
+        self.durations: list[float] = []
 
     def run(self) -> SweepResults:
         waiting = []
-        for cell, row in zip(self.cells, self.sweep.cells, strict=True):
-            if is_current(self.out / cell.name / "bench", self.out / cell.name, cell.recipe):
-                self._read(row)
+        for point, run in zip(self.points, self.sweep.cells, strict=True):
+            if is_current(self.out / point.name / "bench", self.out / point.name, point.recipe):
+                self._read(run)
             else:
-                waiting.append((cell, row))
-        if finished := len(self.cells) - len(waiting):
-            self.console.print(f"sweep: {finished} of {len(self.cells)} cells are done already")
+                waiting.append((point, run))
+        if finished := len(self.points) - len(waiting):
+            self.console.print(f"sweep: {finished} of {len(self.points)} runs are already done")
         try:
-            for number, (cell, row) in enumerate(waiting, finished + 1):
-                self._run_cell(cell, row, number, left=len(self.cells) - number)
+            for number, (point, run) in enumerate(waiting, finished + 1):
+                self._run_point(point, run, number)
                 self._write()
         finally:
             self._write()
             draw(self.sweep, self.out / "sweep.png")
         return self.sweep
 
-    def _run_cell(self, cell: Cell, row: CellRow, number: int, left: int) -> None:
-        self.console.print(f"[{number}/{len(self.cells)}] {cell.name}")
+    def _run_point(self, point: GridPoint, run: SweepRun, number: int) -> None:
+        title, left = f"[{number}/{len(self.points)}] {point.name}", len(self.points) - number
+        self.console.print(title)
         began = time.monotonic()
         failure = None
         try:
-            failure = self._child(cell, f"[{number}/{len(self.cells)}] {cell.name}")
+            failure = self._run_process(point, title)
         finally:
             took = time.monotonic() - began
-            row.wall_seconds = (row.wall_seconds or 0.0) + took
+            run.wall_seconds = (run.wall_seconds or 0.0) + took
         if failure is None:
             try:
-                self._read(row)
+                self._read(run)
             except InputError as error:
                 failure = str(error)
         if failure is not None:
-            row.state, row.error = "failed", failure
+            run.state, run.error = "failed", failure
             self.console.print(f"  failed after {_duration(took)}: {failure}")
             return
-        self.took.append(took)
-        assert row.figures is not None
-        score = row.figures.bits_per_byte
+        self.durations.append(took)
+        assert run.figures is not None
+        score = run.figures.bits_per_byte
         shown = "" if score is None else f"{score:.4f} bits/byte, "
-        rest = f", about {_duration(statistics.mean(self.took) * left)} left" if left else ""
+        rest = f", about {_duration(statistics.mean(self.durations) * left)} left" if left else ""
         self.console.print(f"  {shown}{_duration(took)}{rest}")
 
-    def _child(self, cell: Cell, title: str) -> str | None:
-        """Run a cell to its end; None when it was done, else what it said."""
-        folder = self.out / cell.name
+    def _run_process(self, point: GridPoint, title: str) -> str | None:
+        """Run a grid point to its end; None on success, else its error message."""
+        folder = self.out / point.name
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        # The resolved recipe, so that a recipe edited meanwhile does not change the cells still to come.
-        write_atomically(folder / "recipe.yaml", cell.recipe.dump())
+        # The resolved recipe: editing the file meanwhile must not change the runs still to come.
+        write_atomically(folder / "recipe.yaml", point.recipe.dump())
         arguments = ["run", str(folder / "recipe.yaml"), "--out", str(folder)]
         with open(folder / LOG, "a+b") as log, Interruption() as interruption:
             _lock(log, folder)
@@ -182,7 +183,7 @@ class _Sweep:
                     while child.poll() is None:
                         if interruption.signal and not asked:
                             asked = True
-                            self.console.print("  stopping: the cell saves where it is")
+                            self.console.print("  stopping after the run has saved a checkpoint")
                             _interrupt(child)
                         live.update()
                         time.sleep(POLL_SECONDS)
@@ -195,13 +196,13 @@ class _Sweep:
             if child.returncode == 0:
                 return None
             log.seek(start)
-            return _said(log.read().decode(errors="replace"), child.returncode)
+            return _error_message(log.read().decode(errors="replace"), child.returncode)
 
-    def _read(self, row: CellRow) -> None:
-        row.figures, results = read_cell(self.out / row.name)
-        row.honesty = honesty_of(results)
-        row.state = "done"
-        self.done.append((row, results))
+    def _read(self, run: SweepRun) -> None:
+        run.figures, results = read_figures(self.out / run.name)
+        run.honesty = honesty_of(results)
+        run.state = "done"
+        self.done.append((run, results))
 
     def _write(self) -> None:
         self.sweep.notes = comparison_notes(self.done)
@@ -217,42 +218,36 @@ def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C comes through us, exactly once: a second one would not save
+        start_new_session=True,  # we pass Ctrl-C on exactly once: at a second one the run would not save
     )
 
 
-def _row(cell: Cell) -> CellRow:
-    return CellRow(
-        name=cell.name,
-        values=list(cell.values),
-        overrides=list(cell.overrides),
-        recipe_digest=cell.recipe.digest(),
+def _waiting_run(point: GridPoint) -> SweepRun:
+    return SweepRun(
+        name=point.name,
+        values=list(point.values),
+        overrides=list(point.overrides),
+        recipe_digest=point.recipe.digest(),
     )
 
 
 def _lock(log: IO[bytes], folder: Path) -> None:
-    """Keep a second sweep away from this cell. The child inherits the lock: it outlives a killed parent."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    """Keep a second sweep away from this run. The run's process inherits the lock: it may outlive the sweep's."""
+    if try_lock(log.fileno()) is False:
         raise RunError(
-            f"{folder}: another process is at work on this cell", fix="wait for it to end, or end it"
-        ) from None
+            f"{folder}: another process is working on this run", fix="wait for it to end, or stop it"
+        )
 
 
 def _interrupt(child: subprocess.Popen[bytes]) -> None:
-    if os.name != "nt":  # there the console has told it already
+    if os.name != "nt":  # on Windows the console has done it already
         import signal
 
         child.send_signal(signal.SIGINT)
 
 
-def _said(log: str, code: int) -> str:
-    """The error message at the end of a log, or what the exit code tells."""
+def _error_message(log: str, code: int) -> str:
+    """The error message at the end of a log, or what the exit code says."""
     _, mark, message = log.rpartition("error: ")
     if mark:
         return message.strip()
@@ -263,7 +258,7 @@ def _said(log: str, code: int) -> str:
 
 
 class _Live:
-    """What a running cell said last: one line that changes on a terminal, else a line now and then."""
+    """The last line a run printed: on a terminal as a line that changes, else as a line now and then."""
 
     def __init__(self, console: Console, title: str, log: Path) -> None:
         self.console, self.log = console, log

@@ -1,7 +1,7 @@
-"""A real sweep over a tiny recipe: interrupted and picked up, a cell that fails, what is refused, what is written.
+"""A real sweep over a tiny recipe: interrupted and picked up, a run that fails, what is refused, what is written.
 
 Its runs are real, but in this process: starting Python and torch for each would take most of the time.
-``test_runner.py`` has the processes.
+``test_sweep_processes.py`` has the processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 
 from sentcompress import pipeline as stages
 from sentcompress.cli import main
-from sentcompress.studies import sweep_runner as runner
+from sentcompress.studies import sweep as runner
 from sentcompress.studies.sweep_results import SweepResults, count_parameters
 
 FUSIONS = "fusion={name: mean},{name: attention, options: {latents: 2}}"
@@ -51,7 +51,7 @@ class InThisProcess:
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch) -> list[str]:
-    """Names of the cells that were started."""
+    """Names of the runs that were started."""
     started: list[str] = []
 
     def start(arguments: list[str], log: IO[bytes]) -> Any:
@@ -108,7 +108,7 @@ def test_two_by_two_interrupted_and_picked_up(tmp_path, capsys, monkeypatch, rec
     runs.clear()
     code, shown, err = call(capsys, *command)
     assert code == 0, err
-    assert "sweep: 1 of 4 cells are done already" in err
+    assert "sweep: 1 of 4 runs are already done" in err
     assert "[2/4] fusion-mean_conditioning-prefix" in err
     assert "left" in err
     assert runs == [
@@ -117,10 +117,10 @@ def test_two_by_two_interrupted_and_picked_up(tmp_path, capsys, monkeypatch, rec
         "fusion-attention-latents-2_conditioning-prefix",
     ]
     log = (out / "fusion-mean_conditioning-prefix" / "log.txt").read_text(encoding="utf-8")
-    assert "vae: going on from " in log
+    assert "vae: continuing from " in log
     check_what_was_written(out, shown)
 
-    # Nothing is left to do; a further value adds its cells; a changed benchmark is measured again, not trained.
+    # Nothing is left to do; a further value adds its runs; a changed benchmark is measured again, not trained.
     runs.clear()
     assert call(capsys, *command)[0] == 0
     assert runs == []
@@ -157,7 +157,7 @@ def check_what_was_written(out: Path, shown: str) -> None:
         assert row.honesty.recipe_digest == row.recipe_digest
         assert row.wall_seconds > 0
     page = (out / "sweep.md").read_text(encoding="utf-8")
-    header = "| # | fusion | vae.conditioning | tokens a sentence | tokens right |"
+    header = "| # | fusion | vae.conditioning | tokens per sentence | tokens right |"
     assert header in page
     assert "output tok/s" not in page
     for row in sweep.cells:
@@ -176,7 +176,7 @@ def test_parameters_are_those_on_disk(tmp_path, recipe_file):
     assert count_parameters(tmp_path) is None
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys, recipe_file, text_files, runs):
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, recipe_file, text_files, runs):
     out = tmp_path / "out"
     grid = f"data.options.paths=[{tmp_path / 'nowhere'}],[{text_files}]"
     settings = ("--set", "bench.metrics=[reconstruct]", "--out", out)
@@ -187,7 +187,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys, recipe_fil
     assert (failed.state, done.state) == ("failed", "done")
     assert "nowhere" in failed.error
     assert "fix:" in failed.error
-    assert "1 of 2 cells failed" in err
+    assert "1 of 2 runs failed" in err
     assert str(out / failed.name / "log.txt") in err
     assert "failed: " in shown
     assert "failed: " in (out / "sweep.md").read_text(encoding="utf-8")
@@ -198,7 +198,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, capsys, recipe_fil
     assert runs == [failed.name]
 
 
-def test_a_dry_run_prints_the_cells_and_touches_nothing(tmp_path, capsys, recipe_file, runs):
+def test_a_dry_run_prints_the_runs_and_touches_nothing(tmp_path, capsys, recipe_file, runs):
     out = tmp_path / "out"
     code, shown, _ = call(
         capsys, recipe_file, "--grid", FUSIONS, "--grid", CONDITIONING, "--out", out, "--dry-run"
@@ -208,7 +208,7 @@ def test_a_dry_run_prints_the_cells_and_touches_nothing(tmp_path, capsys, recipe
     assert "    fusion={name: attention, options: {latents: 2}}\n    vae.conditioning=prefix\n" in shown
     # 2 steps of 8 sentences, and 2 of 2 passages of 8 sentences
     assert "tokens: vae 240, graft 480" in shown
-    assert "4 cells, at most 2,880 tokens" in shown
+    assert "4 runs, at most 2,880 tokens" in shown
     assert not out.exists()
     assert runs == []
 
@@ -216,13 +216,13 @@ def test_a_dry_run_prints_the_cells_and_touches_nothing(tmp_path, capsys, recipe
 @pytest.mark.parametrize(
     ("grid", "code", "message"),
     [
-        ("vae.num_heads=4,3", 2, "cell num_heads-3: vae.num_heads: 3 does not divide"),
-        ("fusion.name=mean,meen", 3, "cell fusion-meen: no fusion is called 'meen'"),
+        ("vae.num_heads=4,3", 2, "run num_heads-3: vae.num_heads: 3 does not divide"),
+        ("fusion.name=mean,meen", 3, "run fusion-meen: no fusion is called 'meen'"),
         ("backbone.model=/nowhere,/neither", 2, "/nowhere"),
         ("seed", 2, "write FIELD=VALUE,VALUE"),
     ],
 )
-def test_bad_grids_are_found_before_the_first_cell(
+def test_bad_grids_are_found_before_the_first_run(
     tmp_path, capsys, recipe_file, runs, grid: str, code: int, message: str
 ):
     out = tmp_path / "out"
@@ -239,7 +239,7 @@ def test_a_folder_with_other_runs_is_refused_whole(tmp_path, capsys, recipe_file
     (stage / "run.json").write_text(json.dumps({"stage": "vae", "fields": {"seed": 7}}))
     code, _, err = call(capsys, recipe_file, "--grid", "seed=0,1", "--out", out)
     assert (code, runs) == (2, [])
-    assert "cell seed-1: " in err
+    assert "run seed-1: " in err
     assert "seed: 7 there, 1 now" in err
     out = tmp_path / "newer"
     out.mkdir()

@@ -1,4 +1,4 @@
-"""A recipe so small that a cell takes seconds."""
+"""A recipe so small that a run takes seconds."""
 
 from __future__ import annotations
 

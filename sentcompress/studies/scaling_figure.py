@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR, STYLE
-from sentcompress.errors import InputError
-from sentcompress.files import storage_errors
+from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
+from sentcompress.studies.presentation import DARK, MARKERS, cycled, legend_line, legend_marker, save_png
 from sentcompress.studies.scaling_law import (
     PARAMETERS,
     RATIO,
@@ -23,47 +22,32 @@ from sentcompress.studies.scaling_law import (
     x_of,
     y_of,
 )
-from sentcompress.studies.scaling_points import OURS, TWIN, Point
+from sentcompress.studies.scaling_points import BASELINE, Point
 
-COLORS = {OURS: SENTENCE_COLOR, TWIN: BASELINE_COLOR, RATIO: "#334155"}
-MARKERS = "osD^vP*X"
-
-
-def require_matplotlib() -> None:
-    """Raises InputError where it is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("the plots need matplotlib", fix="pip install 'sentcompress[bench]'") from None
+COLORS = {SENTENCE_MODEL: SENTENCE_COLOR, BASELINE: BASELINE_COLOR, RATIO: DARK}
 
 
 def draw(law: ScalingLaw, path: Path) -> None:
     """Write the picture as PNG: a column for each of tokens and parameters that takes more than one value.
 
-    A system has a colour, a size (or budget) a marker and a tint, lightest first; whiskers reach from the lowest to
-    the highest seed, lines are the fits, and thin dotted ones join points through which none was fitted.
+    A system has a color, a size (or budget) a marker and a tint, lightest first. Whiskers reach from the lowest to the
+    highest seed. Solid lines are the fits; thin dotted ones join points without a fit.
 
     Raises:
         InputError: matplotlib is not installed.
         StorageError: it cannot be written.
     """
-    require_matplotlib()
-    import matplotlib
-    from matplotlib.figure import Figure
+    both: list[Against] = [TOKENS, PARAMETERS]
+    wanted = [a for a in both if len({x_of(point, SENTENCE_MODEL, a) for point in law.points}) > 1]
 
-    axes_of: list[Against] = [TOKENS, PARAMETERS]
-    wanted = [a for a in axes_of if len({x_of(point, OURS, a) for point in law.points}) > 1]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4 * len(wanted), 8.2), layout="constrained")
-        panels = figure.subplots(2, len(wanted), squeeze=False)
+    def panels(figure: Any) -> None:
+        axes = figure.subplots(2, len(wanted), squeeze=False)
         for column, against in enumerate(wanted):
-            _panel(panels[0, column], law, against, (OURS, TWIN), "bits per byte")
-            _panel(panels[1, column], law, against, (RATIO,), "ratio of bits per byte, to the baseline's")
-            panels[1, column].axhline(1.0, color="#dc2626", linewidth=1.0, linestyle="--", zorder=1)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    with storage_errors(path.parent):
-        path.write_bytes(buffer.getvalue())
+            _panel(axes[0, column], law, against, (SENTENCE_MODEL, BASELINE), "bits per byte")
+            _panel(axes[1, column], law, against, (RATIO,), "ratio of bits per byte, to the baseline's")
+            axes[1, column].axhline(1.0, color="#dc2626", linewidth=1.0, linestyle="--", zorder=1)
+
+    save_png(path, (6.4 * len(wanted), 8.2), panels)
 
 
 def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], label: str) -> None:
@@ -71,12 +55,12 @@ def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], 
     for number, (at, members) in enumerate(lines.items()):
         for curve in curves:
             color = _tint(COLORS[curve], number, len(lines))
-            _line(axes, law, against, at, members, curve, color, MARKERS[number % len(MARKERS)])
+            _line(axes, law, against, at, members, curve, color, cycled(MARKERS, number))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training tokens" if against == TOKENS else "backbone parameters")
     axes.set_ylabel(label)
-    _plain_ticks(axes)
+    _decimal_ticks(axes)
     axes.margins(x=0.08, y=0.12)
     _legend(axes, against, list(lines), curves)
 
@@ -92,9 +76,9 @@ def _line(
     marker: str,
 ) -> None:
     x = np.array([x_of(point, curve, against) for point in members])
-    spreads = [y_of(point, curve) for point in members]
-    y = np.array([spread.mean for spread in spreads])
-    whiskers = [[s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]]
+    figures = [y_of(point, curve) for point in members]
+    y = np.array([figure.mean for figure in figures])
+    whiskers = [[f.mean - f.low for f in figures], [f.high - f.mean for f in figures]]
     axes.errorbar(
         x, y, yerr=whiskers, fmt=marker, color=color, markersize=6, capsize=3, elinewidth=1.0, zorder=3
     )
@@ -107,15 +91,15 @@ def _line(
 
 
 def _tint(color: str, number: int, count: int) -> tuple[float, ...]:
-    """The colour itself for the last of ``count``, lighter ones before it."""
+    """The color itself for the last of ``count``, lighter ones before it."""
     from matplotlib.colors import to_rgb
 
     white = 0.55 * (1 - (number + 1) / count)
     return tuple(white + (1 - white) * part for part in to_rgb(color))
 
 
-def _plain_ticks(axes: Any) -> None:
-    """Labels such as 1.62 instead of 1.62 x 10^0: the figures span far less than a decade."""
+def _decimal_ticks(axes: Any) -> None:
+    """Labels such as 1.62, not 1.62 x 10^0: the figures span far less than a decade."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, min_n_ticks=3))
@@ -125,24 +109,12 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _legend(axes: Any, against: Against, values: Sequence[int], curves: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=COLORS[curve], linewidth=2, label=curve) for curve in curves if curve != RATIO
-    ]
-    handles += [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=MARKERS[i % len(MARKERS)],
-            color=_tint("#334155", i, len(values)),
-            label=f"backbone of {fixed(against, value)}" if against == TOKENS else fixed(against, value),
-        )
-        for i, value in enumerate(values)
-    ]
+    entries = [legend_line(COLORS[curve], curve) for curve in curves if curve != RATIO]
+    for i, value in enumerate(values):
+        label = f"backbone of {fixed(against, value)}" if against == TOKENS else fixed(against, value)
+        entries.append(legend_marker(cycled(MARKERS, i), _tint(DARK, i, len(values)), label))
     axes.legend(
-        handles=handles,
+        handles=entries,
         fontsize=8,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.13),
