@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": FOUNDATION | {"text", "modeling"},
     "training": TRAINING,
     "estimate": TRAINING | {"table", "training"},
-    "benchmark": TRAINING | {"table", "estimate"},
+    "benchmark": TRAINING | {"table", "training", "estimate"},
     "pipeline": TRAINING | {"training", "estimate", "benchmark"},
     "testing": FOUNDATION | {"text", "modeling", "generation"},
     "studies": TRAINING | {"table", "training", "estimate", "benchmark", "pipeline"},

@@ -31,10 +31,11 @@ from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import Recipe
 from sentcompress.recipe.choices import MeasurementName
 from sentcompress.table import Figure
+from sentcompress.training.run_folder import BASELINE, GRAFT, VAE
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-STAGES = ("vae", "graft", "baseline")
+STAGES = (VAE.name, GRAFT.name, BASELINE.name)
 """Stages of a run whose models are measured."""
 
 

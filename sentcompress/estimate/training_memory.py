@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ from sentcompress.training.jobs.token_level import TokenLM
 from sentcompress.training.preparation import trainable
 from sentcompress.training.tuning import apply_tune, recompute_activations
 
-Stage = Literal["vae", "graft", "baseline"]
+Stage = str
+"""Name of a stage that trains on the recipe's backbone: each has its own formula below."""
 TrainedModel = SentenceLM | TokenLM
 """The model that a stage trains, or takes its part from."""
 SENTENCES, ROWS = (16, 32), (1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder, copy_blocks
 from sentcompress.modeling.pretrained import adapter_name
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
-from sentcompress.recipe import BackboneSpec, Recipe
+from sentcompress.recipe import BackboneSpec, Recipe, VAESpec
 from sentcompress.registry import get_registry
 
 
@@ -92,21 +93,16 @@ def vae_config(
     fusion = get_registry().create(
         "fusion", recipe.fusion.name, recipe.fusion.options, hidden_size=hidden_size
     )
+    shared = inspect.signature(SentenceVAEConfig).parameters.keys() & VAESpec.model_fields.keys()
+    same = {name: getattr(recipe.vae, name) for name in shared - {"num_heads"}}
     return SentenceVAEConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         num_heads=heads,
-        encoder_layers=recipe.vae.encoder_layers,
-        decoder_layers=recipe.vae.decoder_layers,
         feedforward_size=round(recipe.vae.feedforward_multiple * hidden_size),
-        dropout=recipe.vae.dropout,
-        conditioning=recipe.vae.conditioning,
         fusion=recipe.fusion.model_dump(),
         latents=fusion.latents,
-        unpack_size=recipe.vae.unpack_size,
-        decoder_context=recipe.vae.decoder_context,
         max_sentence_tokens=segmenter.max_tokens,
-        tie_embeddings=recipe.vae.tie_embeddings,
         variational=recipe.train_vae.kl_weight > 0,
         segmenter={**recipe.segmenter.model_dump(), "state": segmenter.state()},
         backbone=backbone,
@@ -115,6 +111,7 @@ def vae_config(
         bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **same,
     )
 
 

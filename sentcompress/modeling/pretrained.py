@@ -79,7 +79,7 @@ def resolve_backbone(spec: BackboneSpec) -> Source:
     if "/" not in target or target.startswith((".", "/", "~")):
         adapter = f"the '{spec.name}' adapter" if spec.name else "any adapter"
         raise InputError(
-            f"backbone.model: '{spec.model}' is no alias of {adapter} and no folder."
+            f"backbone.model: '{spec.model}' is neither an alias of {adapter} nor a folder."
             f"{did_you_mean(spec.model, aliases)}",
             fix=f"use an alias ({', '.join(sorted(aliases))}), a hub name such as facebook/opt-125m, a local folder "
             "or a GGUF file",
@@ -264,7 +264,7 @@ def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> A
         most = next((most for pattern, most in _SIZES.items() if re.search(pattern, name)), None)
         value = fields[name]
         if most and value is not None and not (type(value) is int and 1 <= value <= most):
-            raise InputError(f"{where}.{name}: {value!r} is no number from 1 to {most:,}")
+            raise InputError(f"{where}.{name}: must be a number from 1 to {most:,}, not {value!r}")
     try:
         config = AutoConfig.for_model(model_type, **{**rest, **fields})
     except (TypeError, ValueError, StrictDataclassError) as error:
