@@ -25,9 +25,9 @@ _RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: control characters, halves of pairs, changes of direction.
+    """Escape what a terminal would act on: control characters, surrogates, changes of text direction.
 
-    Names and contents of files may hold escape sequences; they are shown as Python writes them.
+    Names and contents of files may contain escape sequences; they are shown as Python writes them.
     """
     return "".join(
         repr(c)[1:-1]
@@ -39,13 +39,13 @@ def printable(text: str) -> str:
 
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while writing into a StorageError that names ``folder``."""
+    """Turn errors of the operating system while writing into a StorageError that names ``folder``."""
     try:
         yield
     except OSError as error:
         raise _refused(folder, error) from error
     except Exception as error:
-        # safetensors writes in Rust and reports what the system says as an error class of its own.
+        # safetensors writes in Rust and raises its own error class with the operating system's message.
         if said := _RUST_ERROR.search(str(error)):
             raise _refused(folder, OSError(int(said[1]), os.strerror(int(said[1])))) from error
         raise
@@ -55,24 +55,24 @@ def _refused(folder: Path, error: OSError) -> StorageError:
     if error.errno not in _FULL:
         return StorageError(
             f"{folder}: cannot be written: {error.strerror or error}",
-            fix="check that the folder exists, that you may write there, and that the device is healthy",
+            fix="check that the folder exists, that you may write there, and that the disk is healthy",
         )
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     return StorageError(
-        f"{folder}: the disk is full ({free / 2**20:.0f} MiB free); nothing that was saved before is lost",
-        fix="free some space, or keep fewer checkpoints, and start again with --resume",
+        f"{folder}: the disk is full ({free / 2**20:.0f} MiB free); everything saved before is intact",
+        fix="free some space or keep fewer checkpoints, then continue with --resume",
     )
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a small text file so that a reader finds the old one or the new one, never a part.
+    """Write a small text file so that a reader finds the old or the new content, never a mixture.
 
     Args:
-        durable: wait until it is on the disk; False may lose it with the power.
+        durable: wait until the file is on the disk; otherwise a power failure may lose it.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path.parent):
@@ -90,15 +90,15 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """The sibling in which ``path`` is made."""
+    """The temporary sibling that will become ``path``."""
     return path.with_name(f".{path.name.lstrip('.')}.tmp")
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path`` that is gone when the block ends, whatever happens in it."""
+    """An empty folder beside ``path`` that is deleted when the block ends, whatever happens in it."""
     temporary = temporary_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -108,10 +108,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to fill; it becomes ``path`` when the block ends, and is removed if it fails.
+    """Yield a temporary sibling to fill; it becomes ``path`` when the block ends, and is deleted if the block fails.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: the folder cannot be written.
     """
     with storage_errors(path.parent), temporary_folder(path) as temporary:
         yield temporary
@@ -123,19 +123,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Take a folder's name from it, if it is there, and return the one under which it is to be deleted.
+    """Rename a folder, if it exists, before it is deleted, and return its new name.
 
-    Who is killed while deleting then leaves nothing under a name that means something is whole.
+    If the process is killed while deleting, no damaged folder is left under the old name.
     """
     gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)  # of one that was killed here
+    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed here
     if path.exists():
         os.rename(path, gone)
     return gone
 
 
 def move_files(source: Path, target: Path, last: str) -> None:
-    """Move everything in ``source`` into ``target``; ``last`` at the end, since it marks completeness."""
+    """Move everything from ``source`` to ``target``, the file ``last`` at the end, since it marks completeness."""
     with storage_errors(target):
         fsync_tree(source)
         for path in sorted(source.iterdir(), key=lambda path: path.name == last):
@@ -148,9 +148,9 @@ def move_files(source: Path, target: Path, last: str) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below to the disk, readable for whom the folder is.
+    """Flush every file and folder below to the disk, and give the files the folder's permissions to read and write.
 
-    (safetensors makes files that only their owner may read, whatever the umask.)
+    safetensors creates files that only their owner may read, whatever the umask.
     """
     mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
@@ -174,13 +174,13 @@ def fsync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes, 32 hex digits."""
+    """The BLAKE2b hash of a file, 32 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def folder_digest(folder: Path, pattern: str = "*.safetensors") -> str:
-    """Digest of the files of a folder that match, by name and content; what a later stage was built on."""
+    """A digest of the names and contents of matching files, to record what a later stage was built on."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob(pattern)):
         digest.update(f"{path.name}:{file_digest(path)}\n".encode())
@@ -188,7 +188,7 @@ def folder_digest(folder: Path, pattern: str = "*.safetensors") -> str:
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file below a folder."""
+    """The size and digest of every file below a folder."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -197,29 +197,29 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, expected: dict[str, dict[str, Any]]) -> str | None:
-    """Say what is wrong with a folder against its manifest, or None when it is whole."""
+    """How a folder differs from its manifest, or None if it is undamaged."""
     for name, entry in expected.items():
         if not isinstance(entry, dict) or not {"bytes", "blake2b"} <= entry.keys():
-            return f"the manifest says nothing of {name}"
+            return f"the manifest does not describe {name}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
         if file_digest(path) != entry["blake2b"]:
-            return f"{name} does not have the content that was saved"
+            return f"the content of {name} has changed since it was saved"
     return None
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON, which has no number that is none: None in their place."""
+    """A value for JSON: NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None when it is absent or broken."""
+    """The value in a JSON file, or None if the file is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -76,8 +76,8 @@ LAUGHS = "\n".join(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (LAUGHS, "stands for over"),
-        ("a: &a [*a]", "stands for over"),
+        (LAUGHS, "expands to over"),
+        ("a: &a [*a]", "expands to over"),
         ("graft: " + "[" * 50_000, "nested too deeply"),
         ("graft: " + "{a: " * 200, "nested too deeply"),
         ("name: " + "x" * 300_000, "over 262,144 characters"),

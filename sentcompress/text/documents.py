@@ -1,4 +1,4 @@
-"""The documents of a corpus while it is built: their texts in one file, and 24 bytes of memory for each. No torch."""
+"""The files of a corpus while it is built: the documents' texts, and arrays larger than memory. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sentcompress.text.heldout import text_hash
 
 @dataclass(frozen=True)
 class Span:
-    """Where a document lies in ``text.bin``."""
+    """Where a document is in ``text.bin``."""
 
     start: int
     stop: int
@@ -24,15 +24,15 @@ class Span:
 
 
 class DocumentFile:
-    """Documents one after the other in ``text.bin``.
+    """Documents one after the other in ``text.bin``; each takes only 24 bytes of memory.
 
     Args:
-        folder: of the corpus that is being built.
+        folder: the folder of the corpus.
 
     Attributes:
-        path: of the texts.
-        ends: byte after each document.
-        hashes: of all documents, one after the other.
+        path: the file of the texts.
+        ends: the end of each document in the file, in bytes.
+        hashes: the hashes of all documents, one after the other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,15 +46,15 @@ class DocumentFile:
 
     @property
     def size(self) -> int:
-        """Bytes of all texts."""
+        """Total bytes of all texts."""
         return self.ends[-1] if self.ends else 0
 
     def start(self, index: int) -> int:
-        """First byte of a document."""
+        """The start of a document in the file, in bytes."""
         return self.ends[index - 1] if index else 0
 
     def fill(self, documents: Iterator[tuple[bytes, str]]) -> None:
-        """Write texts and where they came from."""
+        """Write the texts and their sources."""
         size = 0
         with self.path.open("wb") as texts, self._sources.open("w", encoding="ascii") as sources:
             for data, source in documents:
@@ -65,19 +65,19 @@ class DocumentFile:
                 self.hashes += text_hash(data)
 
     def spans(self) -> Iterator[Span]:
-        """Where each document lies, in order."""
+        """Where each document is in the file, in order."""
         start = 0
         for end, source in zip(self.ends, self.sources(), strict=True):
             yield Span(start, end, source)
             start = end
 
     def sources(self) -> Iterator[str]:
-        """Where each document came from, in order."""
+        """The source of each document, in order."""
         with self._sources.open(encoding="ascii") as lines:
             yield from map(json.loads, lines)
 
     def texts(self, wanted: Callable[[int], bool]) -> Iterator[str]:
-        """The texts of the documents whose numbers are wanted, in order."""
+        """The texts of the documents whose index is wanted, in order."""
         with self.path.open("rb") as file:
             for index in range(len(self)):
                 if wanted(index):
@@ -85,7 +85,7 @@ class DocumentFile:
                     yield file.read(self.ends[index] - self.start(index)).decode("utf-8")
 
     def write_sources(self, path: Path, wanted: Iterator[bool]) -> None:
-        """Write where the documents came from that are wanted, as a JSON list, and forget the rest."""
+        """Write the sources of the wanted documents as a JSON list, and delete the working file."""
         with path.open("w", encoding="ascii") as file:
             file.write("[")
             for number, source in enumerate(
@@ -97,11 +97,11 @@ class DocumentFile:
 
 
 class GrowingArray:
-    """A ``.npy`` file of one dimension that grows at its end; whole once it is closed.
+    """A one-dimensional ``.npy`` file that grows at its end; valid once it is closed.
 
     Args:
-        path: of the file.
-        dtype: of its elements.
+        path: the file.
+        dtype: the type of its elements.
     """
 
     def __init__(self, path: Path, dtype: str = "int64") -> None:
@@ -112,15 +112,15 @@ class GrowingArray:
         self._begin = self._file.tell()
 
     def append(self, values: np.ndarray) -> None:
-        """Add ``[n]`` values."""
+        """Append ``[n]`` values."""
         np.ascontiguousarray(values, dtype=self.dtype).tofile(self._file)
         self.length += len(values)
 
     def close(self) -> None:
         self._file.seek(0)
         self._header()
-        if self._file.tell() != self._begin:  # numpy leaves room for a length of any size
-            raise RuntimeError("numpy's header has changed its size")
+        if self._file.tell() != self._begin:  # numpy reserves room for any length
+            raise RuntimeError("the size of the .npy header has changed")
         self._file.close()
 
     def _header(self) -> None:
@@ -132,7 +132,7 @@ class GrowingArray:
 
 @contextmanager
 def growing_arrays(folder: Path, *names: str) -> Iterator[dict[str, GrowingArray]]:
-    """int64 arrays by name, in ``folder/NAME.npy``, closed at the end of the block."""
+    """int64 arrays by name in ``folder/NAME.npy``, closed at the end of the block."""
     with ExitStack() as stack:
         arrays = {name: GrowingArray(folder / f"{name}.npy") for name in names}
         for array in arrays.values():

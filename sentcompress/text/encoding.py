@@ -28,30 +28,30 @@ from sentcompress.text.documents import Span
 from sentcompress.text.segmentation import Sentence, checked_split, in_batches, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
-"""Text of one task: small enough for a smooth progress bar, large enough to drown the cost of passing it."""
+"""Text per task: small enough for a smooth progress bar, large enough to outweigh the cost of passing it."""
 BYTES_PER_WORKER = 6 << 20
-"""For less, starting a worker process takes longer than what it saves."""
+"""With less text, starting a worker process takes longer than it saves."""
 MAX_WORKERS = 16
 
 
 @dataclass
 class Encoded:
-    """The arrays of a few documents."""
+    """The token arrays of a batch of documents."""
 
     sentences: np.ndarray
-    """``[documents]`` sentences of each."""
+    """``[documents]`` sentences of each document."""
     lengths: np.ndarray
-    """``[sentences]`` tokens of each."""
+    """``[sentences]`` tokens of each sentence."""
     byte_lengths: np.ndarray
-    """``[sentences]`` UTF-8 bytes of each."""
+    """``[sentences]`` UTF-8 bytes of each sentence."""
     tokens: np.ndarray
-    """All sentences' tokens."""
+    """The tokens of all sentences."""
     too_long: int
-    """Pieces that had to be split further."""
+    """Sentences that had to be split further."""
 
 
 class Encoder:
-    """Cuts and tokenizes documents of a text file."""
+    """Splits documents of a text file into sentences and tokenizes them."""
 
     def __init__(self, text_file: Path, segmenter: Segmenter, backend: Tokenizer, dtype: str) -> None:
         self.text = np.memmap(text_file, dtype=np.uint8, mode="r")
@@ -60,7 +60,7 @@ class Encoder:
         self.dtype = dtype
 
     def __call__(self, spans: Sequence[Span]) -> Encoded:
-        """Raises PluginError or DataError, naming the document."""
+        """Encode documents. Raises PluginError or DataError that name the document."""
         counts: list[int] = []
         lengths, byte_lengths, tokens = array("q"), array("q"), array("I")
         self._too_long = 0
@@ -77,7 +77,7 @@ class Encoder:
             counts.append(len(lengths) - before)
             if counts[-1] and size != span.stop - span.start:
                 raise PluginError(
-                    f"{span.source}: the sentences have {size} bytes, the text {span.stop - span.start}"
+                    f"{span.source}: the sentences have {size} bytes, but the text has {span.stop - span.start}"
                 )
         return Encoded(
             np.array(counts, dtype=np.int64),
@@ -90,12 +90,12 @@ class Encoder:
     def _sentences(self, span: Span) -> Iterator[Sentence]:
         text = bytes(self.text[span.start : span.stop]).decode("utf-8")
         pieces = checked_split(text, self.segmenter)
-        del text  # a large document once in memory, not twice
+        del text  # so that a large document is in memory only once
         self._too_long += yield from tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
 
 
 def token_dtype(backend: Tokenizer) -> str:
-    """The smallest array type that holds every token."""
+    """The smallest integer type that holds every token."""
     return "uint16" if max(backend.get_vocab(with_added_tokens=True).values()) < 1 << 16 else "uint32"
 
 
@@ -105,12 +105,12 @@ def offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def batches_of(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Consecutive documents of about BATCH_BYTES."""
+    """Consecutive documents, about BATCH_BYTES in each batch."""
     return in_batches(spans, lambda span: span.stop - span.start, BATCH_BYTES)
 
 
 def choose_workers(total_bytes: int) -> int:
-    """Worker processes for a text of this size; 1 means none, the work is done here."""
+    """The number of worker processes for a text of this size; with 1, the work is done in this process."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(available, MAX_WORKERS, total_bytes // BYTES_PER_WORKER))
 
@@ -124,10 +124,10 @@ def encode_documents(
     workers: int,
     say: Callable[[str], None],
 ) -> Generator[Encoded, None, None]:
-    """Encode all documents in order, in worker processes where ``workers`` > 1 and they can be used.
+    """Encode all documents in order, in worker processes if ``workers`` > 1 and they can be used.
 
     Args:
-        spans: the documents, from the first, each time it is called.
+        spans: iterates over all documents each time it is called.
     """
     done = 0
     workers = min(workers, -(-text_file.stat().st_size // BATCH_BYTES))
@@ -142,22 +142,24 @@ def encode_documents(
                     done += 1
             return
         except BrokenProcessPool:
-            say("the worker processes died (memory, or a segmenter they cannot import); going on without")
+            say(
+                "the worker processes died (memory, or a segmenter that they cannot import); continuing without them"
+            )
         except OSError as error:
-            say(f"worker processes cannot be started ({error.strerror or error}); going on without")
+            say(f"worker processes cannot be started ({error.strerror or error}); continuing without them")
     encoder = Encoder(text_file, segmenter, backend, dtype)
     for batch in islice(batches_of(spans()), done, None):
         yield encoder(batch)
 
 
 def _pickled(segmenter: Segmenter, say: Callable[[str], None]) -> bytes | None:
-    """The segmenter for a worker, or None when a fresh process could not have its class."""
+    """The segmenter for worker processes, or None if they cannot import its class."""
     if type(segmenter).__module__ == "__main__":
         return None
     try:
         return pickle.dumps(segmenter)
     except Exception as error:
-        say(f"one process only: segmenter {type(segmenter).__qualname__} cannot be pickled ({error})")
+        say(f"using one process, since segmenter {type(segmenter).__qualname__} cannot be pickled ({error})")
         return None
 
 
@@ -169,7 +171,7 @@ def _encode_in_workers(
     dtype: str,
     workers: int,
 ) -> Generator[Encoded, None, None]:
-    # Fresh processes, not forks: this one may hold torch, tokenizer and progress threads with their locks.
+    # New processes instead of forks: this one may have threads of torch, tokenizers or progress bars that hold locks.
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), _start_worker, (str(text_file), payload, backend.to_str(), dtype)
     )
@@ -185,7 +187,7 @@ def _encode_in_workers(
         while waiting:
             yield waiting.popleft().result()
     except BaseException:
-        # Nobody wants what they are at, which may take as long as a document is large.
+        # Their results are no longer needed, and a large document may take long.
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
@@ -195,7 +197,7 @@ def _encode_in_workers(
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Hide ``__main__`` while processes start: spawn would run an unguarded user script a second time."""
+    """Hide ``__main__`` while processes start: spawn would run a user's unguarded script again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -205,12 +207,12 @@ def _without_main() -> Iterator[None]:
 
 
 _encoder: Encoder | None = None
-"""In a worker process: what it encodes with."""
+"""The encoder of a worker process."""
 
 
 def _start_worker(text_file: str, payload: bytes, backend: str, dtype: str) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = Tokenizer.from_str(backend)
@@ -219,7 +221,7 @@ def _start_worker(text_file: str, payload: bytes, backend: str, dtype: str) -> N
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed tells nobody: its workers would wait for work for ever."""
+    """Exit with the parent: when it is killed, its workers would wait for work forever."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Batches made ahead in a background thread."""
+"""Makes batches ahead of time in a background thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = Any
 
 
 class Prefetcher(Iterator[Batch]):
-    """Iterates over ``make_batch(start)``, ``make_batch(start + 1)``, ...; an exception reaches the consumer.
+    """Iterates over ``make_batch(start)``, ``make_batch(start + 1)``, ... and passes exceptions on to the consumer.
 
     Use as a context manager, or call :meth:`close`.
 
@@ -29,7 +29,7 @@ class Prefetcher(Iterator[Batch]):
         self._queue: queue.Queue[tuple[Batch, BaseException | None]] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
-        # A daemon, so that a forgotten prefetcher cannot keep the process from ending.
+        # A daemon, so that a prefetcher that was not closed does not keep the process alive.
         self._thread = threading.Thread(target=self._fill, args=(start,), name="prefetch", daemon=True)
         self._thread.start()
 
@@ -65,7 +65,7 @@ class Prefetcher(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the thread and wait until it has ended."""
+        """Stop the thread and wait for it to end."""
         self._closed.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -80,5 +80,5 @@ class Prefetcher(Iterator[Batch]):
 
 
 def prefetch(make_batch: Callable[[int], Batch], start: int, depth: int = 4) -> Prefetcher:
-    """Start making batches ``start``, ``start + 1``, ... ahead, at most ``depth`` of them."""
+    """Make batches ``start``, ``start + 1``, ... at most ``depth`` ahead of the consumer."""
     return Prefetcher(make_batch, start, depth)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines elsewhere, silence for what takes under two seconds."""
+"""A progress bar on a terminal, or lines of text elsewhere; nothing if the work takes under two seconds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LINE_SECONDS = 5.0
 
 
 def speaker(enabled: bool) -> Console:
-    """Where to say on stderr what happens, whole lines; of the processes of a distributed run, one speaks."""
+    """A console for messages on stderr; in a distributed run only the first process prints."""
     first = os.environ.get("RANK", "0") == "0"
     return Console(stderr=True, quiet=not (enabled and first), highlight=False, soft_wrap=True)
 
 
 class Bar:
-    """Counts work done; shown on stderr. Use as a context manager."""
+    """Shows progress on stderr. Use as a context manager."""
 
     def __init__(self, label: str, total: float, *, enabled: bool = True) -> None:
         self.label, self.total, self.enabled = label, max(total, 1), enabled

@@ -1,6 +1,6 @@
-"""Samplers: batches as a pure function of (seed, index), so that resuming needs the step number only.
+"""Samplers: each batch is a pure function of (seed, index), so that only the step number is needed to resume.
 
-An epoch is ``batches_per_epoch`` batches; the last one of an epoch may be smaller. Indexes go on for ever.
+An epoch has ``batches_per_epoch`` batches; the last one may be smaller. Indexes continue across epochs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sentcompress.text.corpus import Corpus
 Batch = dict[str, Tensor]
 
 PADDING, START = -1, -2
-"""Cells of ``sentence_index`` that hold no sentence: padding, and the start of a document."""
+"""Values of ``sentence_index`` at positions without a sentence: padding, and the start of a document."""
 BUCKET_BATCHES = 64
-"""Batches whose sentences are sorted by length together: many for little padding, few to stay random."""
+"""Batches whose sentences are sorted by length together: more give less padding, fewer are more random."""
 MAX_LISTED_SENTENCES = 1 << 24
-"""Sentences of which an epoch's order is a list in memory; of more, each place of it is computed when it is needed."""
+"""Up to this many sentences, the order of an epoch is an array in memory; beyond, it is computed when needed."""
 
 
 _ROUNDS = 4
@@ -30,7 +30,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Shuffle:
-    """A permutation of ``0 .. count - 1`` by its seed, computed place by place (a Feistel network).
+    """A random permutation of ``0 .. count - 1``, computed entry by entry (a Feistel network).
 
     Args:
         count: at least 1.
@@ -43,10 +43,10 @@ class Shuffle:
         self.mask = np.uint64((1 << int(self.half)) - 1)
         self.keys = np.random.default_rng(seed).integers(1 << 63, size=_ROUNDS, dtype=np.uint64)
 
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        """What stands at these places, ``[n]`` int64; each number stands at one place."""
-        values = self._mixed(places.astype(np.uint64))
-        # The network permutes a square number of values: one that is too large leads on to another, and so back.
+    def __call__(self, indexes: np.ndarray) -> np.ndarray:
+        """The entries of the permutation at these indexes, ``[n]`` int64."""
+        values = self._mixed(indexes.astype(np.uint64))
+        # The network permutes a larger, square range: follow its cycle until the value is below count.
         while (outside := values >= self.count).any():
             values[outside] = self._mixed(values[outside])
         return values.astype(np.int64)
@@ -62,7 +62,7 @@ class Shuffle:
 
 
 class Epochs:
-    """The orders of recent epochs, each a function of the seed and its number."""
+    """The orders of recent epochs, each a function of the seed and the number of the epoch."""
 
     def __init__(self, seed: int, make_order: Callable[[np.random.Generator], np.ndarray]) -> None:
         self.seed = seed
@@ -73,15 +73,15 @@ class Epochs:
         order = self._recent.get(epoch)
         if order is None:
             order = self.make_order(np.random.default_rng([self.seed, epoch]))
-            # Replaced whole, never changed: a prefetching thread may be reading it.
+            # Replaced, never changed in place: a prefetching thread may be reading it.
             self._recent = {**dict(list(self._recent.items())[-1:]), epoch: order}
         return order
 
 
 class Passage(NamedTuple):
-    """Consecutive sentences ``start`` to ``stop - 1`` of the corpus, of one document.
+    """Consecutive sentences ``start`` to ``stop - 1`` of the corpus, all from one document.
 
-    The first ``context`` of them were targets of the passage before and are carried over, not scored again.
+    The first ``context`` of them are carried over from the passage before and not scored again.
     """
 
     document: int
@@ -91,7 +91,7 @@ class Passage(NamedTuple):
 
 
 class Passages(Sequence[Passage]):
-    """A list of passages, kept as one array (a large corpus has millions)."""
+    """A list of passages in one array, since a large corpus has millions."""
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table
@@ -117,7 +117,7 @@ def check_counts(**counts: int) -> None:
 
 
 def pad(rows: Sequence[np.ndarray], value: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of tokens to ``input_ids [S, L]`` and ``attention_mask [S, L]``, padded on the right."""
+    """Pad token sequences on the right: ``input_ids [S, L]`` and ``attention_mask [S, L]``."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(width or lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, value, dtype=np.int64)
@@ -126,7 +126,7 @@ def pad(rows: Sequence[np.ndarray], value: int, width: int | None = None) -> tup
 
 
 class _Sentences:
-    """The sentences of some documents, numbered from 0, without a list of them: a large corpus has many millions."""
+    """The sentences of some documents, numbered from 0, without a list, since a large corpus has many millions."""
 
     def __init__(self, corpus: Corpus, documents: Sequence[int] | np.ndarray) -> None:
         chosen = np.asarray(documents, dtype=np.int64)
@@ -140,23 +140,23 @@ class _Sentences:
         return int(self.ends[-1])
 
     def numbers(self, indexes: np.ndarray) -> np.ndarray:
-        """Numbers in the corpus."""
+        """The numbers of sentences in the corpus."""
         documents = np.searchsorted(self.ends, indexes, side="right")
         return self.firsts[documents] + indexes - self.begins[documents]
 
     def lengths(self, indexes: np.ndarray) -> np.ndarray:
-        """Tokens."""
+        """The lengths of sentences in tokens."""
         offsets = self.corpus.sentence_offsets
         numbers = self.numbers(indexes)
         return np.asarray(offsets[numbers + 1]) - np.asarray(offsets[numbers])
 
 
 class SentenceSampler:
-    """Single sentences, those of a batch of about the same length, so that there is little padding.
+    """Batches of single sentences of about the same length, so that there is little padding.
 
     Args:
         documents: indexes of documents of the corpus.
-        sentences_per_batch: ``S``.
+        sentences_per_batch: the batch size ``S``.
     """
 
     def __init__(
@@ -178,37 +178,36 @@ class SentenceSampler:
         self._bucket: tuple[tuple[int, int], np.ndarray] | None = None
 
     def _make_order(self, rng: np.random.Generator) -> np.ndarray:
-        """``[batches, S]`` indexes into ``sentences``; -1 fills the one smaller batch."""
+        """``[batches, S]`` indexes into ``sentences``; -1 fills up the smaller batch."""
         shuffled = rng.permutation(len(self.sentences))
         step = BUCKET_BATCHES * self.size
         buckets = [shuffled[start : start + step] for start in range(0, len(shuffled), step)]
         return np.concatenate([self._batches(bucket, rng) for bucket in buckets])
 
     def _batches(self, bucket: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Sentences of similar length together, these batches in random order: ``[batches, S]``."""
+        """Batches of sentences of similar length, in random order: ``[batches, S]``."""
         filled = np.full(-(-len(bucket) // self.size) * self.size, -1, dtype=np.int64)
         filled[: len(bucket)] = bucket[np.argsort(self.sentences.lengths(bucket), kind="stable")]
         batches = filled.reshape(-1, self.size)
         return batches[rng.permutation(len(batches))]
 
-    def _chosen(self, epoch: int, place: int) -> np.ndarray:
+    def _chosen(self, epoch: int, number: int) -> np.ndarray:
         count = len(self.sentences)
         if count <= MAX_LISTED_SENTENCES:
-            return self._epochs.order(epoch)[place]
-        number, place = divmod(place, BUCKET_BATCHES)
+            return self._epochs.order(epoch)[number]
+        bucket_number, number = divmod(number, BUCKET_BATCHES)
         bucket = self._bucket
-        if bucket is None or bucket[0] != (epoch, number):
-            start = number * BUCKET_BATCHES * self.size
-            places = np.arange(start, min(count, start + BUCKET_BATCHES * self.size))
-            members = Shuffle(count, [self.seed, epoch])(places)
-            rng = np.random.default_rng([self.seed, epoch, number])
-            bucket = self._bucket = ((epoch, number), self._batches(members, rng))
-        return bucket[1][place]
+        if bucket is None or bucket[0] != (epoch, bucket_number):
+            start = bucket_number * BUCKET_BATCHES * self.size
+            indexes = np.arange(start, min(count, start + BUCKET_BATCHES * self.size))
+            members = Shuffle(count, [self.seed, epoch])(indexes)
+            rng = np.random.default_rng([self.seed, epoch, bucket_number])
+            bucket = self._bucket = ((epoch, bucket_number), self._batches(members, rng))
+        return bucket[1][number]
 
     def indexes(self, index: int) -> np.ndarray:
-        """Numbers of the sentences of a batch."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        chosen = self._chosen(epoch, place)
+        """The numbers of the sentences of a batch."""
+        chosen = self._chosen(*divmod(index, self.batches_per_epoch))
         return self.sentences.numbers(chosen[chosen >= 0])
 
     def batch(self, index: int) -> Batch:
@@ -220,18 +219,18 @@ class SentenceSampler:
 
 
 class PassageSampler:
-    """Passages of consecutive sentences: what a SentenceLM is trained on.
+    """Batches of passages of consecutive sentences, to train a SentenceLM.
 
-    A document of more than ``max_sentences`` becomes several passages; each but the first begins with the
-    last ``overlap_sentences`` of the one before, as context. So in an epoch every sentence is
-    scored exactly once, except a document's first, which is scored only where there are start cells.
+    A document of more than ``max_sentences`` becomes several passages. Each but the first begins with the last
+    ``overlap_sentences`` of the one before, as context. So every sentence is scored exactly once per epoch, except the
+    first of a document, which is scored only with ``start``.
 
     Args:
-        passages_per_batch: passages a batch, packed into rows.
-        max_sentences: sentences a passage, and a row.
-        overlap_sentences: at least 1, or the first sentence of a later passage could not be predicted.
+        passages_per_batch: passages per batch; they are packed into rows.
+        max_sentences: sentences per passage and per row, at most.
+        overlap_sentences: at least 1, so that the first sentence of a later passage can be predicted.
         shuffle: False keeps the order of ``documents``, for evaluation.
-        start: put a START cell before the first sentence of each document.
+        start: put a START position before the first sentence of each document.
     """
 
     def __init__(
@@ -267,8 +266,8 @@ class PassageSampler:
 
     def passages_of(self, index: int) -> list[Passage]:
         """The passages of a batch, in the order of their ids."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        chosen = self._epochs.order(epoch)[place * self.size : (place + 1) * self.size]
+        epoch, number = divmod(index, self.batches_per_epoch)
+        chosen = self._epochs.order(epoch)[number * self.size : (number + 1) * self.size]
         return [self.passages[i] for i in chosen.tolist()]
 
     def batch(self, index: int) -> Batch:
@@ -276,36 +275,36 @@ class PassageSampler:
 
         Returns:
             ``input_ids, attention_mask [S, L]`` int64: all sentences, padded on the right;
-            ``sentence_index [R, N]`` int64: sentence of each cell, -1 at padding, -2 at a START cell;
-            ``passage_ids [R, N]`` int64: passage of each cell, -1 at padding;
-            ``scored [S]`` bool: targets, neither the first of their passage nor carried over as context;
-            ``last [S]`` bool: the last of their document.
+            ``sentence_index [R, N]`` int64: the sentence at each position, -1 at padding, -2 at a START position;
+            ``passage_ids [R, N]`` int64: the passage at each position, -1 at padding;
+            ``scored [S]`` bool: whether a sentence is a target: it has a position before it and is not context;
+            ``last [S]`` bool: whether a sentence is the last of its document.
         """
         passages = self.passages_of(index)
         sentences: list[np.ndarray] = []
         scored: list[bool] = []
         last: list[bool] = []
-        cells: list[list[int]] = []
+        positions: list[list[int]] = []
         for document, start, stop, context in passages:
             begins = start == int(self.corpus.document_offsets[document])
             with_start = self.start and begins
             number = len(sentences)
-            cells.append([START] * with_start + list(range(number, number + stop - start)))
+            positions.append([START] * with_start + list(range(number, number + stop - start)))
             sentences += [self.corpus.sentence(i) for i in range(start, stop)]
             unscored = context if not begins else 1 - with_start
             scored += [False] * unscored + [True] * (stop - start - unscored)
             ends = stop == int(self.corpus.document_offsets[document + 1])
             last += [False] * (stop - start - 1) + [ends]
         input_ids, attention_mask = pad(sentences, self.pad_token_id)
-        rows = _first_fit([len(row) for row in cells], self.row_width)
-        width = max(sum(len(cells[passage]) for passage in row) for row in rows)
+        rows = _first_fit([len(row) for row in positions], self.row_width)
+        width = max(sum(len(positions[passage]) for passage in row) for row in rows)
         sentence_index = np.full((len(rows), width), PADDING, dtype=np.int64)
         passage_ids = np.full_like(sentence_index, PADDING)
         for r, row in enumerate(rows):
             column = 0
             for passage in row:
-                stop = column + len(cells[passage])
-                sentence_index[r, column:stop] = cells[passage]
+                stop = column + len(positions[passage])
+                sentence_index[r, column:stop] = positions[passage]
                 passage_ids[r, column:stop] = passage
                 column = stop
         return {
@@ -321,7 +320,7 @@ class PassageSampler:
 def _cut_passages(
     corpus: Corpus, documents: Sequence[int] | np.ndarray, max_sentences: int, overlap: int
 ) -> np.ndarray:
-    """``[P, 4]`` int64 rows of :class:`Passage`, in the order of the documents."""
+    """``[P, 4]`` int64: the fields of each :class:`Passage`, in the order of the documents."""
     table = array("q")
     for document in map(int, documents):
         sentences = corpus.document_sentences(document)
@@ -336,7 +335,7 @@ def _cut_passages(
 
 
 def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Pack items into rows of at most ``width``: the longest first, each into the first row it fits."""
+    """Pack items into rows of at most ``width``: the longest first, each into the first row that has room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,4 +1,4 @@
-"""One document to sentences and their tokens, with a proof that nothing was lost. No torch."""
+"""Splits a document into sentences and tokenizes them, and proves that no text was lost. No torch."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Sentence = tuple[str, list[int]]
 """A sentence's text and its tokens, without special tokens."""
 
 _STOPS = frozenset(".,;:!?)]}\"'»”’…—–、。，；：！？」』）\n")
-_CHARACTERS_AT_ONCE = 1 << 18
-"""Of text that is tokenized at once: what the tokenizer says of a text takes a hundred bytes a token."""
-_LONGEST_PIECE = 1 << 16
-_CHARACTERS_A_TOKEN = 64
-"""No text of letters has as many; a longer piece is cut before it is tokenized (see ``_LONGEST_PIECE``)."""
+_BATCH_CHARACTERS = 1 << 18
+"""Characters to tokenize at once: the tokenizer's output takes a hundred bytes per token."""
+_MAX_PIECE = 1 << 16
+_CHARACTERS_PER_TOKEN = 64
+"""More than in any real text. Longer pieces are cut before they are tokenized (see ``_MAX_PIECE``)."""
 _backends: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
 
 def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of a tokenizer's Rust core with no truncation and no padding.
+    """A copy of a tokenizer's Rust core without truncation and padding.
 
-    In the copy, a special token's name in a text (``</s>``) is text like any other: otherwise a document
-    could put end marks into its own sentences.
+    In the copy, the name of a special token (``</s>``) is ordinary text; otherwise a document could put end marks
+    into its own sentences.
 
     Args:
         tokenizer: a fast transformers tokenizer.
 
     Raises:
-        DataError: a tokenizer without a Rust core, or one that contradicts itself.
+        DataError: the tokenizer has no Rust core, or is inconsistent.
     """
     source = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(source, Tokenizer):
@@ -49,10 +49,10 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
         return _backends[tokenizer][1]
     try:
         backend = Tokenizer.from_str(source.to_str())
-    except Exception as error:  # what the library raises; it builds from parts what it would not read
+    except Exception as error:  # the library can build tokenizers that it cannot read
         raise DataError(
-            f"the tokenizer contradicts itself: {error}",
-            fix="copy tokenizer.json from where the model came from",
+            f"the tokenizer is inconsistent: {error}",
+            fix="copy tokenizer.json again from the source of the model",
         ) from error
     backend.no_truncation()
     backend.no_padding()
@@ -62,10 +62,10 @@ def plain_backend(tokenizer: Any) -> Tokenizer:
 
 
 def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Sentence]:
-    """Cut a text into sentences of at most ``segmenter.max_tokens`` tokens and tokenize them.
+    """Split a text into sentences of at most ``segmenter.max_tokens`` tokens and tokenize them.
 
     Returns:
-        ``(text, ids)`` of each sentence; joined, the texts are ``text``. Empty when ``text`` has no tokens.
+        ``(text, ids)`` of each sentence; joined, the texts equal ``text``. Empty if ``text`` has no tokens.
 
     Raises:
         PluginError: the segmenter failed, lost text, or did not return.
@@ -76,13 +76,13 @@ def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Se
 
 
 def checked_split(text: str, segmenter: Segmenter, seconds: float | None = None) -> list[str]:
-    """``segmenter.split(text)``, proven lossless, and ended when it does not return (see ``TimeLimit``).
+    """``segmenter.split(text)``, checked to be lossless and stopped if it does not return (see ``TimeLimit``).
 
     Args:
         seconds: time limit, 0 for none; by default :func:`split_seconds`.
 
     Raises:
-        PluginError: naming the segmenter, its package, and the place where it lost, changed or invented text.
+        PluginError: names the segmenter, its package, and where it lost, changed or added text.
     """
     seconds = split_seconds(len(text)) if seconds is None else seconds
     try:
@@ -92,25 +92,25 @@ def checked_split(text: str, segmenter: Segmenter, seconds: float | None = None)
         raise PluginError(
             f"{describe_component('segmenter', segmenter)} did not return within {seconds:.3g} s for "
             f"{len(text):,} characters that begin with {text[:40]!r}",
-            fix=f"report this to its author, use another segmenter, or allow more: {VARIABLE}=600",
+            fix=f"report this to its author, use another segmenter, or allow more time: {VARIABLE}=600",
         ) from None
     except Exception as error:
-        raise _blamed(segmenter, f"failed: {type(error).__name__}: {error}") from error
+        raise _broken(segmenter, f"failed: {type(error).__name__}: {error}") from error
     if not isinstance(pieces, list):
-        raise _blamed(segmenter, f"must return a list of strings, not {type(pieces).__name__}")
+        raise _broken(segmenter, f"must return a list of strings, not {type(pieces).__name__}")
     for number, piece in enumerate(pieces):
         if not isinstance(piece, str):
-            raise _blamed(
-                segmenter, f"must return a list of strings; number {number} is {type(piece).__name__}"
+            raise _broken(
+                segmenter, f"must return a list of strings, but item {number} is {type(piece).__name__}"
             )
     if "".join(pieces) != text:
-        raise _blamed(segmenter, f"is not lossless: {_first_difference(text, pieces)}")
+        raise _broken(segmenter, f"is not lossless: {_first_difference(text, pieces)}")
     if "" in pieces:
-        raise _blamed(segmenter, f"returned an empty sentence (number {pieces.index('')}) for {text[:40]!r}")
+        raise _broken(segmenter, f"returned an empty sentence (number {pieces.index('')}) for {text[:40]!r}")
     return pieces
 
 
-def _blamed(segmenter: Segmenter, problem: str) -> PluginError:
+def _broken(segmenter: Segmenter, problem: str) -> PluginError:
     return PluginError(
         f"{describe_component('segmenter', segmenter)} {problem}",
         fix="report this to the segmenter's author, or use another segmenter",
@@ -130,7 +130,7 @@ def _first_difference(text: str, pieces: list[str]) -> str:
 
 
 def _start(text: str) -> str:
-    """The beginning of a text for a message; a mark that would vanish into the quotes is spelt out."""
+    """The beginning of a text for a message; a combining mark is escaped, since it would merge with the quote."""
     return (
         ascii(text[:1])[:-1] + repr(text[1:40])[1:]
         if unicodedata.combining(text[:1] or " ")
@@ -141,19 +141,19 @@ def _start(text: str) -> str:
 def tokenize_pieces(
     pieces: Sequence[str], backend: Tokenizer, max_tokens: int
 ) -> Generator[Sentence, None, int]:
-    """Tokenize pieces of text and split those of more than ``max_tokens`` tokens further.
+    """Tokenize pieces of text, splitting those of more than ``max_tokens`` tokens further.
 
     Yields:
-        the sentences, of which only a few are in memory at once.
+        the sentences; only a few are in memory at once.
 
     Returns:
-        how many pieces were too long.
+        the number of pieces that were too long.
     """
     too_long = 0
     last: Sentence | None = None
     silent = ""
-    cut = _cut(pieces, max(_LONGEST_PIECE, max_tokens * _CHARACTERS_A_TOKEN))
-    for batch in in_batches(cut, len, _CHARACTERS_AT_ONCE):
+    cut = _cut(pieces, max(_MAX_PIECE, max_tokens * _CHARACTERS_PER_TOKEN))
+    for batch in in_batches(cut, len, _BATCH_CHARACTERS):
         for piece, encoding in zip(
             batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
         ):
@@ -170,7 +170,7 @@ def tokenize_pieces(
                     last = (silent + part, part_ids)
                     silent = ""
                 elif last is not None:
-                    # Text a tokenizer has no tokens for (some drop spaces) stays with its neighbour.
+                    # Text without tokens (some tokenizers drop spaces) stays with its neighbour.
                     last = (last[0] + part, last[1])
                 else:
                     silent += part
@@ -180,15 +180,15 @@ def tokenize_pieces(
 
 
 def in_batches(
-    items: Iterable[T], size: Callable[[T], int], enough: int, most: int | None = None
+    items: Iterable[T], size: Callable[[T], int], total: int, most: int | None = None
 ) -> Iterator[list[T]]:
-    """Consecutive items, each list as long as it takes to be ``enough`` together; none has over ``most`` of them."""
+    """Lists of consecutive items; each ends when its size reaches ``total`` or it has ``most`` items."""
     batch: list[T] = []
     together = 0
     for item in items:
         batch.append(item)
         together += size(item)
-        if together >= enough or len(batch) == most:
+        if together >= total or len(batch) == most:
             yield batch
             batch, together = [], 0
     if batch:
@@ -196,7 +196,7 @@ def in_batches(
 
 
 def _cut(pieces: Sequence[str], longest: int) -> Iterator[str]:
-    """The pieces, those over ``longest`` characters cut."""
+    """The pieces, with those over ``longest`` characters cut."""
     for piece in pieces:
         start = 0
         while start < len(piece):
@@ -206,7 +206,7 @@ def _cut(pieces: Sequence[str], longest: int) -> Iterator[str]:
 
 
 def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) -> list[Sentence]:
-    """Cut a text of ``ids`` into as few parts as may be, of about equal size."""
+    """Cut a text with tokens ``ids`` into as few parts as possible, of about equal size."""
     per_token = len(text) / len(ids)
     parts: list[Sentence] = []
     start = 0
@@ -214,7 +214,7 @@ def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) 
         longest = max(1, int(per_token * max_tokens))
         while True:
             cut = _best_cut(text, start, longest)
-            # How many tokens a cut text has is known for certain only when it is tokenized.
+            # Only tokenizing a cut text shows how many tokens it has.
             part = backend.encode_batch_fast([text[start:cut]], add_special_tokens=False)[0].ids
             if len(part) <= max_tokens:
                 break
@@ -233,8 +233,8 @@ def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) 
 def _best_cut(text: str, start: int, longest: int) -> int:
     """Where to end a part that begins at ``start`` and has at most ``longest`` characters.
 
-    After punctuation, else before white space, else anywhere between characters; near the place that
-    makes the parts of the rest equally long.
+    Preferably after punctuation, else before white space, else between any characters; as close as possible to the
+    position that makes all remaining parts equally long.
     """
     rest = len(text) - start
     if rest <= longest:
@@ -262,7 +262,7 @@ def _before_space(text: str, cut: int) -> bool:
 
 
 def _joins(before: str, after: str) -> bool:
-    """Whether a cut here would take a mark (accent, emoji part, line feed) from its character."""
+    """Whether a cut here would separate a mark (accent, emoji part, line feed) from its character."""
     return (
         before == "\u200d"
         or after in "\u200d\ufe0e\ufe0f"

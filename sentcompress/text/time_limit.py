@@ -1,4 +1,4 @@
-"""Ends code of strangers that never returns. No torch."""
+"""A time limit for the code of plugins. No torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sentcompress.errors import InputError
 VARIABLE = "SENTCOMPRESS_SPLIT_SECONDS"
 SECONDS = 60.0
 CHARACTERS_PER_SECOND = 1000
-"""No segmenter in use is slower; a neural one on a CPU reads a few thousand."""
+"""Slower than any known segmenter; a neural one on a CPU reads a few thousand."""
 
 
 class Overtime(BaseException):
-    """The time is over. Not an ``Exception``: a plugin's ``except Exception`` must not swallow it."""
+    """The time limit has passed. Not an ``Exception``, so that a plugin's ``except Exception`` does not catch it."""
 
 
 def split_seconds(characters: int) -> float:
-    """Seconds a segmenter may take for a text; 0: as long as it wants.
+    """Seconds that a segmenter may take for a text; 0 means no limit.
 
-    60, or ``$SENTCOMPRESS_SPLIT_SECONDS`` (0: no limit), and one more for every 1,000 characters.
+    60, or ``$SENTCOMPRESS_SPLIT_SECONDS`` (0: no limit), plus one for every 1,000 characters.
 
     Raises:
         InputError: the variable is not a number.
@@ -36,18 +36,19 @@ def split_seconds(characters: int) -> float:
         base = -1.0
     if not 0 <= base < 1e9:
         raise InputError(
-            f"{VARIABLE}={value}: seconds are needed", fix="set it to a number such as 60, 0 for no limit"
+            f"{VARIABLE}={value}: must be a number of seconds",
+            fix="set it to a number such as 60, or 0 for no limit",
         )
     return base + characters / CHARACTERS_PER_SECOND if base else 0.0
 
 
 class TimeLimit:
-    """``with TimeLimit(seconds):`` raises :class:`Overtime` in the block when the wall clock time is over.
+    """``with TimeLimit(seconds):`` raises :class:`Overtime` in the block when this much wall-clock time has passed.
 
-    An alarm signal interrupts the block, so it ends loops in Python, waiting, and backtracking in ``re`` and
-    ``regex``. What it cannot end: code in C that does not look at signals, and a loop that catches everything.
-    There is no limit outside a process' main thread, on Windows, and while an alarm of the caller's own is due
-    earlier; a later one of the caller's still comes in time. Worker processes split in their main thread.
+    An alarm signal interrupts the block, which ends loops in Python, waiting, and backtracking in ``re`` and
+    ``regex``. It cannot end C code that does not check for signals, or a loop that catches every exception. There is
+    no limit outside the main thread, on Windows, or if the caller has set an earlier alarm; a later alarm of the
+    caller still rings on time. Worker processes split text in their main thread.
 
     Args:
         seconds: 0 for no limit.
@@ -73,7 +74,7 @@ class TimeLimit:
         self._handler: Any = signal.signal(signal.SIGALRM, self._ring)
         self._armed = self._on = True
         self._began = time.monotonic()
-        # It rings again every second: a bare `except:` in a plugin swallows one ring only.
+        # It rings again every second, since a bare `except:` in a plugin catches a ring.
         self._due, self._interval = signal.setitimer(signal.ITIMER_REAL, self.seconds, 1.0)
         return self
 

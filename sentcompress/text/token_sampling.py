@@ -124,15 +124,15 @@ class TokenSampler:
         self.sequences = -(-int(self._lengths.sum()) // self.length)
         self.batches_per_epoch = -(-self.sequences // self.size)
         self._documents = Epochs(seed, lambda rng: rng.permutation(len(self.documents)))
-        # Neighbouring sequences of one long document should not make up a batch.
+        # A batch should not consist of neighbouring sequences of one long document.
         self._sequences = Epochs(seed + 1, lambda rng: rng.permutation(self.sequences))
 
     def batch(self, index: int) -> Batch:
-        """``input_ids, attention_mask, labels [B, T]`` int64; only an epoch's last sequence has padding."""
-        epoch, place = divmod(index, self.batches_per_epoch)
+        """``input_ids, attention_mask, labels [B, T]`` int64; only the last sequence of an epoch has padding."""
+        epoch, number = divmod(index, self.batches_per_epoch)
         order = self._documents.order(epoch)
         ends = np.cumsum(self._lengths[order])
-        chosen = self._sequences.order(epoch)[place * self.size : (place + 1) * self.size]
+        chosen = self._sequences.order(epoch)[number * self.size : (number + 1) * self.size]
         rows = [self._read(order, ends, int(i) * self.length) for i in chosen]
         input_ids, attention_mask = pad(rows, self.eos_token_id, self.length)
         return {
@@ -142,7 +142,7 @@ class TokenSampler:
         }
 
     def _read(self, order: np.ndarray, ends: np.ndarray, start: int) -> np.ndarray:
-        """Up to ``sequence_length`` tokens of the epoch's stream from position ``start``."""
+        """Up to ``sequence_length`` tokens of the epoch's token stream from position ``start``."""
         parts: list[np.ndarray] = []
         stop = min(start + self.length, int(ends[-1]))
         while start < stop:
@@ -213,7 +213,7 @@ class PassageTokenSampler:
         targets = list(ids)
         if context:
             carried = len(corpus.span_text(start, start + context))
-            # A token that begins in the context and ends after it is new.
+            # A token that begins in the context and ends after it is scored.
             old = sum(end <= carried for _, end in encoding.offsets)
             targets[:old] = [IGNORED] * old
         if self.eos is not None and stop == corpus.document_offsets[document + 1]:

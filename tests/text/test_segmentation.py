@@ -108,7 +108,7 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tokenizer: PreTra
         (["One. ", "", "Two."], r"empty sentence \(number 1\)"),
         ("One. Two.", "must return a list of strings, not str"),
         (("One. ", "Two."), "must return a list of strings, not tuple"),
-        (["One. ", b"Two."], "must return a list of strings; number 1 is bytes"),
+        (["One. ", b"Two."], "must return a list of strings, but item 1 is bytes"),
         (ValueError("oh"), "failed: ValueError: oh"),
     ],
 )

@@ -119,7 +119,7 @@ def test_time_grows_with_the_text_and_can_be_set(monkeypatch: pytest.MonkeyPatch
     assert split_seconds(1000) == 0
     for wrong in ("soon", "-1", "nan", "inf"):
         monkeypatch.setenv(VARIABLE, wrong)
-        with pytest.raises(InputError, match=f"{VARIABLE}={wrong}: seconds are needed"):
+        with pytest.raises(InputError, match=f"{VARIABLE}={wrong}: must be a number of seconds"):
             split_seconds(1)
 
 
