@@ -74,7 +74,7 @@ def losses(out: Path) -> list[float]:
 
 
 def back_to(step: int, out: Path) -> None:
-    """What a run that was killed after this step's checkpoint leaves."""
+    """Leave what a run that was killed after this step's checkpoint would leave."""
     stage = out / "pretrain"
     for path in (stage / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
@@ -105,7 +105,7 @@ def assert_same(out: Path, alone: Path) -> None:
 
 
 def legs(run, out: Path, alone: Path, distributed: str, plan: list[tuple[int, int]]) -> Iterator[int]:
-    """Run as so many processes up to a step, others from there: each time to the end, to the same as one process.
+    """Run in some number of processes up to a step, in another from there: each gives the result of one process.
 
     Yields the number of processes, before what lies after the step is taken away.
     """
@@ -133,7 +133,7 @@ def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alo
     )
 
 
-def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, run, alone):
+def test_a_sharded_run_is_the_same_and_any_number_of_processes_continues_it(tmp_path, run, alone):
     """Weights cut in three to step 20, in two to step 40, in one process from there."""
     parts = tmp_path / "parts"
     for processes in legs(run, parts, alone, "fsdp", [(3, 20), (2, 40), (1, STEPS)]):
@@ -144,7 +144,7 @@ def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, r
             assert len(held) == processes
             assert max(held) < 2 * min(held)
 
-    # What a whole copy left, two that spread it go on with.
+    # Two processes that shard the model continue a run of one.
     back_to(40, alone)
     done = run(alone, 2, "fsdp", "--resume")
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_spread_over_processes_it_is_the_same_and_any_number_goes_on(tmp_path, r
     [("ddp", "mean", "fp32"), ("fsdp", "attention", "fp32"), ("fsdp", "sum-norm", "bf16")],
 )
 def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion, precision):
-    """SentenceVAE, graft (with adapters) and twin: the same figures as in one process."""
+    """SentenceVAE, graft (with adapters) and baseline: the same figures as in one process."""
     figures = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -224,11 +224,11 @@ def assert_timed_together(run: Path, cache: Path) -> None:
     found = json.loads((run / "fast" / "results.json").read_text())["speed"]["throughput"]
     assert [(one["processes"], one["efficiency"] > 0) for one in found] == [(1, True), (2, True)] * 2
     assert found[0]["efficiency"] == 1
-    spread = call(
+    refused = call(
         *("launch", "-n", "2", "bench", "speed", str(run), "--set", "bench.device_map=auto"), cache=cache
     )
-    assert spread.returncode == 2
-    assert "in several processes each has a device of its own" in spread.stderr
+    assert refused.returncode == 2
+    assert "in several processes each has a device of its own" in refused.stderr
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ class TestLaunch:
     @pytest.mark.parametrize(
         "number", [signal.SIGTERM, signal.SIGHUP]
     )  # a cluster's, and of a closed terminal
-    def test_asked_to_end_it_saves_and_ends_with_the_code_to_start_again(self, tmp_path, launched, number):
+    def test_after_a_signal_it_saves_and_exits_with_75(self, tmp_path, launched, number):
         launcher, children = launched
         launcher.send_signal(number)
         _, shown = launcher.communicate(timeout=60)
@@ -269,7 +269,7 @@ class TestLaunch:
         assert " launch -n 2 run " in shown.partition("continue with: ")[2]
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
-    def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_they_save(self, tmp_path, launched):
+    def test_if_the_launcher_is_killed_its_processes_save_and_exit(self, tmp_path, launched):
         launcher, children = launched
         launcher.kill()
         deadline = time.monotonic() + 60
@@ -279,7 +279,7 @@ class TestLaunch:
         assert list((tmp_path / "out" / "pretrain" / "checkpoints").iterdir())
 
     @pytest.mark.parametrize("rank", [0, 1])
-    def test_a_process_that_dies_takes_the_others_with_it(self, launched, rank):
+    def test_if_a_process_dies_the_others_are_stopped(self, launched, rank):
         launcher, children = launched
         began = time.monotonic()
         os.kill(children[rank], signal.SIGKILL)
@@ -290,7 +290,7 @@ class TestLaunch:
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
-def test_bad_input_is_said_once_and_with_its_code(tmp_path):
+def test_bad_input_is_reported_once_with_its_exit_code(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "sentcompress", "launch", "-n", "3", "run", "strong", "--set", "graft.stps=3"],
         capture_output=True,

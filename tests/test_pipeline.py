@@ -1,4 +1,4 @@
-"""A whole run: picked up, recognised as done, refused; interrupted and distributed in real processes."""
+"""All stages of a recipe: resumed, recognised as done, refused; interrupted and distributed in real processes."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ def test_a_misspelt_stage_is_named(tmp_path, make_recipe):
         ({"max_position_embeddings": 16}, r"pretrain\.sequence_length: 32 is over max_position_embeddings"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_named(tmp_path, make_recipe, config, message):
+def test_an_impossible_configuration_is_named(tmp_path, make_recipe, config, message):
     with pytest.raises(InputError, match=message):
         run_recipe(make_recipe(config=config), tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path, make_recipe):
+def test_ctrl_c_saves_shows_how_to_continue_and_exits_with_130(tmp_path, make_recipe):
     recipe, out = make_recipe(steps=400, eval_batches=1), tmp_path / "out"
     arguments = command("sentcompress", "run", write(recipe, tmp_path), "--out", str(out))
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
@@ -142,7 +142,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_ends_with_130(tmp_path, make_recipe)
     assert "Traceback" not in shown
     (checkpoint,) = (out / "pretrain" / "checkpoints").iterdir()
 
-    # Killed hard while it goes on: what was saved stays, and the one after it picks up again.
     assert checkpoint.name in shown
     assert not (out / "pretrain" / "config.json").exists()
 

@@ -67,7 +67,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
-def test_who_is_killed_while_deleting_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+def test_a_kill_while_deleting_leaves_no_broken_checkpoint(tmp_path, monkeypatch):
     def killed(path: Path, **_: object) -> None:
         if Path(path).is_dir():
             raise KeyboardInterrupt
@@ -82,7 +82,7 @@ def test_who_is_killed_while_deleting_leaves_nothing_that_looks_whole(tmp_path, 
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
     found = store(tmp_path)
     newest = found.path(3)
     tensors = newest / checkpoints.TENSORS
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
+def test_a_full_disk_is_recognised_in_safetensors_errors(tmp_path):
     # Its writer makes a sibling and renames it, so /dev/full cannot stand in (it would be replaced).
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(StorageError, match="disk is full"), storage_errors(tmp_path):
@@ -133,7 +133,7 @@ def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
         raise SafetensorError("another matter")
 
 
-def test_whatever_the_system_refuses_safetensors_is_said(tmp_path):
+def test_other_safetensors_errors_are_reported(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -200,7 +200,7 @@ def tampered(folder: Path, **values: object) -> None:
         ({"best": "x"}, "best: "),
     ],
 )
-def test_a_state_that_cannot_be_is_named_and_the_checkpoint_before_it_taken(
+def test_an_impossible_state_is_named_and_the_checkpoint_before_it_used(
     tmp_path, make_recipe, make_job, capsys, values, field
 ):
     recipe, folder = make_recipe(save_every=2, keep=3), tmp_path / "run"
@@ -213,7 +213,7 @@ def test_a_state_that_cannot_be_is_named_and_the_checkpoint_before_it_taken(
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"files": {"config.json": [1]}}', '{"files": {}}'])
-def test_a_manifest_that_cannot_be_is_damage(tmp_path, make_recipe, make_job, text):
+def test_an_impossible_manifest_is_damage(tmp_path, make_recipe, make_job, text):
     recipe, folder = make_recipe(), tmp_path / "run"
     run_job(make_job(recipe), folder, recipe)
     (saved,) = (folder / "checkpoints").glob("step-*")
@@ -222,7 +222,7 @@ def test_a_manifest_that_cannot_be_is_damage(tmp_path, make_recipe, make_job, te
 
 
 @pytest.mark.parametrize("kind", ["shape", "name", "random"])
-def test_tensors_that_do_not_fit_end_the_run_with_the_folders_name(tmp_path, make_recipe, make_job, kind):
+def test_tensors_that_do_not_fit_are_an_error_that_names_the_folder(tmp_path, make_recipe, make_job, kind):
     recipe, folder = make_recipe(), tmp_path / "run"
     run_job(make_job(recipe), folder, recipe)
     (folder / "config.json").unlink()

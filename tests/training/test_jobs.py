@@ -126,7 +126,7 @@ def test_the_baseline_is_an_ordinary_causal_lm(tmp_path, backbone):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "baseline").state_dict()
     before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
     moved = [name for name, tensor in trained.items() if not tensor.equal(before[name])]
-    assert "model.decoder.layers.0.fc1.weight" in moved  # all of it learns, whatever graft.tune says
+    assert "model.decoder.layers.0.fc1.weight" in moved  # all of it is trained, whatever graft.tune says
 
 
 def test_the_baseline_teaches_the_graft_and_is_trained_before_it(tmp_path, backbone):
@@ -182,7 +182,7 @@ def test_a_run_of_an_older_version_is_recognised(tmp_path, backbone):
         run_recipe(recipe, tmp_path / "out", stages=["vae"])
 
 
-def test_a_run_from_nothing(tmp_path, backbone):
+def test_a_run_from_random_weights(tmp_path, backbone):
     """Another shape of an LLM, no training before the graft, no blocks in the encoder, context in the decoder."""
     recipe = grafting(backbone)
     recipe.backbone.init, recipe.backbone.config = "random", {"num_hidden_layers": 1}
@@ -205,7 +205,7 @@ def test_a_run_from_nothing(tmp_path, backbone):
         ({"num_attention_heads": 5}, r"backbone\.config\.num_attention_heads: 5 does not divide"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(backbone, config, message):
+def test_an_impossible_shape_is_refused(backbone, config, message):
     recipe = grafting(backbone)
     recipe.backbone.init, recipe.backbone.config = "random", config
     with pytest.raises(InputError, match=message):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
@@ -12,28 +10,6 @@ from sentcompress.errors import InputError
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training import preparation
 from sentcompress.training.preparation import WeightAverage, build_optimizer
-from sentcompress.training.step import learning_rate
-
-
-def test_the_rate_warms_up_and_falls_to_its_final_share():
-    settings = TrainingSettings(steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate_share=0.2)
-    rates = [learning_rate(step, settings) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.6)  # half of the way: the mean of peak and end
-    assert rates[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-
-
-def test_without_a_warm_up_the_first_step_has_the_peak():
-    settings = TrainingSettings(steps=4, learning_rate=0.5, warmup_steps=0)
-    assert learning_rate(0, settings) == 0.5
-
-
-def test_warm_up_is_five_percent_by_default():
-    settings = TrainingSettings(steps=200, learning_rate=1.0)
-    assert learning_rate(8, settings) < 1.0
-    assert learning_rate(9, settings) == 1.0
 
 
 def test_only_matrices_decay():
@@ -73,7 +49,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("bf16", "chosen", "word"), [(1.0, "bf16", "10.0x faster"), (20.0, "fp32", "2.0x slower")]
 )
-def test_auto_takes_what_was_faster_and_says_so(monkeypatch, bf16, chosen, word):
+def test_auto_takes_the_faster_one_and_reports_it(monkeypatch, bf16, chosen, word):
     seconds = {torch.float32: 10.0, torch.bfloat16: bf16}
     monkeypatch.setattr(preparation, "matmul_seconds", lambda dtype, *_: seconds[dtype])
     result, why = preparation.choose_precision("auto", 64, CPU)
@@ -85,7 +61,7 @@ def test_measuring_gives_a_time():
     assert 0 < preparation.matmul_seconds(torch.float32, 16, CPU) < 10
 
 
-def test_what_the_recipe_says_is_not_measured(monkeypatch):
+def test_a_precision_in_the_recipe_is_not_measured(monkeypatch):
     monkeypatch.setattr(preparation, "matmul_seconds", pytest.fail)
     assert preparation.choose_precision("bf16", 64, CPU)[0] == "bf16"
 

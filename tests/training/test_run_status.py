@@ -71,7 +71,7 @@ def runs(tmp_path):
     return root
 
 
-def test_a_running_stage_says_how_long_it_will_take(runs):
+def test_a_running_stage_shows_its_time_left(runs):
     found = view(runs / "a/graft", runs)
     assert (found.name, found.state, found.step, found.steps) == ("a/graft", "training", 25, 100)
     assert found.losses == [8.0, 7.0]
@@ -109,14 +109,14 @@ def test_json_is_for_programs(runs, capsys):
 
 
 @pytest.mark.parametrize("broken", ['{"step": "x"}\n[1]\nnull\n', '{"step": 1, "loss": null}\n', "\x00\xff"])
-def test_broken_files_count_as_not_there(tmp_path, broken):
+def test_broken_files_are_ignored(tmp_path, broken):
     stage = make_stage(tmp_path / "run", state="training", step=3)
     (stage / "metrics.jsonl").write_bytes(broken.encode("latin-1"))
     (stage / "heartbeat.json").write_text('{"time": "now", "steps": []}')
     assert view(stage, tmp_path).state == "unknown"
 
 
-def test_a_folder_without_runs_is_said_to_be_one(tmp_path, capsys):
+def test_a_folder_without_runs_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["watch", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out) == []
@@ -182,7 +182,7 @@ class Terminal:
 
 
 @TERMINAL
-def test_on_a_terminal_it_goes_on_until_ctrl_c(tmp_path):
+def test_on_a_terminal_it_runs_until_ctrl_c(tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
     with Terminal(runs, "--interval", "0.2") as terminal:
@@ -294,7 +294,7 @@ def test_a_whole_line_after_a_broken_one_counts(tmp_path):
         "[1]",
     ],
 )
-def test_a_broken_heartbeat_counts_as_not_there(runs, capsys, facts):
+def test_a_broken_heartbeat_is_ignored(runs, capsys, facts):
     (runs / "c/heartbeat.json").write_text(facts)
     found = view(runs / "c", runs)
     assert (found.state, found.age, found.step, found.losses) == ("unknown", None, 10, [8.0])
@@ -366,7 +366,7 @@ def test_later_looks_see_what_changed(tmp_path):
     assert losses() == [6]
 
 
-def test_a_run_with_another_clock_is_not_lost_while_it_gives_signs(tmp_path, monkeypatch):
+def test_a_run_with_another_clock_is_not_lost_while_it_has_heartbeats(tmp_path, monkeypatch):
     def sign(stage: Path, behind: float) -> None:
         facts = {"state": "training", "step": 12, "steps": 100, "time": time.time() - behind}
         (stage / "heartbeat.json").write_text(json.dumps(facts))

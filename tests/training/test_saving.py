@@ -17,10 +17,9 @@ from sentcompress.pipeline import run_job
 from sentcompress.training import checkpoints, saving
 from sentcompress.training.checkpoints import snapshot
 from sentcompress.training.saving import BackgroundWriter
-from sentcompress.training.sharding import write_shards
 
 
-def test_it_returns_before_the_writing_is_done_and_does_one_thing_at_a_time():
+def test_submit_does_not_wait_and_writes_one_thing_at_a_time():
     writer, go, done = BackgroundWriter(True), threading.Event(), []
     writer.submit(lambda: (go.wait(10), done.append(1)))
     writer.check()
@@ -31,7 +30,7 @@ def test_it_returns_before_the_writing_is_done_and_does_one_thing_at_a_time():
     assert done == [1, 2]
 
 
-def test_what_went_wrong_is_raised_once():
+def test_an_error_is_raised_once():
     writer = BackgroundWriter(True)
     writer.submit(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -68,13 +67,6 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(tmp_path, make_reci
     run_job(make_job(recipe), tmp_path / "run", recipe, resume=True)
 
 
-def test_a_part_that_cannot_be_written_is_said_with_its_process(tmp_path):
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "parts").write_text("in the way")
-    with pytest.raises(StorageError, match="process 0 cannot write its shard"):
-        write_shards(tmp_path / "checkpoint" / "parts", {"a": torch.ones(2)})
-
-
 def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job, monkeypatch):
     recipe, folder = (
         make_recipe(steps=8, eval_every=2, save_every=6, keep_best=True, ema=None),
@@ -98,7 +90,7 @@ def test_the_best_so_far_is_kept_and_remembered(tmp_path, make_recipe, make_job,
     assert state["best"] == 2.0
 
 
-def test_what_is_no_number_is_never_the_best_and_never_in_json(tmp_path, make_recipe, make_job, monkeypatch):
+def test_nan_and_infinity_are_never_the_best_and_never_in_json(tmp_path, make_recipe, make_job, monkeypatch):
     recipe = make_recipe(steps=6, eval_every=2, save_every=2, keep=9, keep_best=True)
     job, figures, folder = make_job(recipe), iter([math.nan, 3.0, math.inf]), tmp_path / "run"
     monkeypatch.setattr(job, "evaluate", lambda _: {"bits_per_byte": next(figures), "sentences": 1.0})
@@ -111,7 +103,7 @@ def test_what_is_no_number_is_never_the_best_and_never_in_json(tmp_path, make_re
     ]
 
     def strict(text):
-        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
     lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval"]["bits_per_byte"] for line in lines if "eval" in line] == [None, 3.0, None]
@@ -119,7 +111,7 @@ def test_what_is_no_number_is_never_the_best_and_never_in_json(tmp_path, make_re
         strict(path.read_text())
 
 
-def test_a_run_that_waits_for_its_saves_says_so_once(tmp_path, make_recipe, make_job, monkeypatch, capsys):
+def test_waiting_for_saves_is_reported_once(tmp_path, make_recipe, make_job, monkeypatch, capsys):
     recipe, real = make_recipe(steps=4, save_every=1, background_saves=False), saving.write_tensors
 
     def slow(folder, tensors):

@@ -1,4 +1,4 @@
-"""A token-level teacher: what it says stands at the right tokens, and moves the graft towards it."""
+"""A token-level teacher: its predictions are aligned with the tokens, and the graft moves towards them."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def texts(batch):
 
 @pytest.mark.parametrize("positions", [512, 8], ids=["whole passages", "cut where the teacher ends"])
 @torch.no_grad()
-def test_it_says_what_the_llm_says_of_each_passage(positions):
+def test_it_predicts_what_the_llm_predicts(positions):
     lm, batch = tiny_opt(max_position_embeddings=positions), tiny_passages()
     teaching = Teacher(lm, 500, BOS, share=0.5).teach(batch)
     mask = batch["attention_mask"].bool()
@@ -32,7 +32,7 @@ def test_it_says_what_the_llm_says_of_each_passage(positions):
         torch.testing.assert_close(predicted, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_the_loss_moves_towards_the_teacher_and_the_charge_does_not():
+def test_the_loss_moves_towards_the_teacher_and_the_nll_does_not():
     """With all of the share the loss is the cross-entropy to its distribution; NLL stays that of the text."""
     model, batch = tiny_sentence_lm(vae={"decoder_context": 4}), tiny_passages()
     loss = TokenLoss(0.0)

@@ -47,7 +47,7 @@ def test_training_it_twice_gives_the_same(dataset):
 
 
 def test_bits_per_byte_of_a_uniform_model(make_recipe, make_job):
-    """log2(V) bits a token: the scorer charges every target exactly once."""
+    """log2(V) bits per token: every target is scored exactly once."""
     job = make_job(make_recipe())
     with torch.no_grad():
         for parameter in job.model.parameters():

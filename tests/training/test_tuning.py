@@ -28,14 +28,14 @@ def tuned(**settings):
     ],
     ids=lambda value: value["tune"] if isinstance(value, dict) else "",
 )
-def test_only_what_was_asked_for_learns(settings, learns):
+def test_only_the_chosen_weights_train(settings, learns):
     model = tuned(**settings)
     backbone = {name: p for name, p in model.named_parameters() if name.startswith("backbone.")}
     assert {name for name, p in backbone.items() if p.requires_grad} == set(filter(learns, backbone))
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("backbone."))
 
 
-def test_adapters_are_folded_in_and_the_folder_is_a_plain_model(tmp_path):
+def test_adapters_are_merged_and_the_folder_is_an_ordinary_model(tmp_path):
     model = tuned(tune="lora", lora={"rank": 4})
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:  # they begin at zero, which would prove nothing
@@ -52,7 +52,7 @@ def test_adapters_are_folded_in_and_the_folder_is_a_plain_model(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"tune": "last-n", "last_n": 1}, {"tune": "lora"}], ids=lambda s: s["tune"]
 )
-def test_the_twin_is_tuned_likewise_and_saved_as_a_plain_model(tmp_path, settings):
+def test_the_baseline_is_tuned_the_same_way_and_saved_as_an_ordinary_model(tmp_path, settings):
     lm = tiny_opt()
     apply_tune(lm, blocks_of(lm), BaselineSettings(**settings), "baseline")
     learns = [name for name, p in lm.named_parameters() if p.requires_grad]
