@@ -118,6 +118,7 @@ def legs(run, out: Path, alone: Path, distributed: str, plan: list[tuple[int, in
             back_to(step, out)
 
 
+@pytest.mark.slow
 def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alone):
     """Two whole copies to step 20, one process to step 40, three from there."""
     many = tmp_path / "many"
@@ -133,6 +134,7 @@ def test_processes_and_their_number_make_no_difference(tmp_path, cache, run, alo
     )
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_same_and_any_number_of_processes_continues_it(tmp_path, run, alone):
     """Weights cut in three to step 20, in two to step 40, in one process from there."""
     parts = tmp_path / "parts"
@@ -151,6 +153,7 @@ def test_a_sharded_run_is_the_same_and_any_number_of_processes_continues_it(tmp_
     assert_same(alone, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distributed", "fusion", "precision"),
     [("ddp", "mean", "fp32"), ("fsdp", "attention", "fp32"), ("fsdp", "sum-norm", "bf16")],
@@ -253,6 +256,7 @@ def launched(tmp_path, cache, make_recipe):
         launcher.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's children"
 )

@@ -93,6 +93,7 @@ def test_a_model_of_any_width_is_counted_in_hardly_any_memory():
     assert unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 5e8
 
 
+@pytest.mark.slow
 def test_models_are_counted_that_depend_on_what_they_compute(tmp_path):
     mixture = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_local_experts": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -154,6 +155,7 @@ def test_last_blocks_that_learn_take_moments_and_the_others_none(stage):
     assert found.activations == whole.activations
 
 
+@pytest.mark.slow
 def test_a_large_model_needs_to_be_spread():
     recipe = load_recipe("strong", ["backbone.model=opt-6.7b", "backbone.config={}"])
     _, found = training_modes(recipe, "graft", device("a100"), 8, 15.0)
@@ -164,6 +166,7 @@ def test_a_large_model_needs_to_be_spread():
     assert table.columns[-1] == "cost"
 
 
+@pytest.mark.slow
 def test_more_devices_take_less_time_and_exchanges_take_some():
     recipe = load_recipe("paper/sllm-125m-h1", ["graft.passages_per_batch=64"])
     hours = {}
@@ -227,6 +230,7 @@ def test_the_command_prints_every_way():
     assert "Training vae" not in done.output  # it takes no step
 
 
+@pytest.mark.slow
 def test_the_last_table_is_the_sum_of_the_stages_in_the_fastest_way_that_fits():
     recipe = load_recipe("quickstart")
     together = mode_tables(recipe, 2, device("a100"), 15.0, price=1000.0)[-1]
@@ -249,6 +253,7 @@ def test_a_recipe_from_nothing_is_told_what_devices_are_for():
     assert str(done.exception).startswith("--devices is for training a SentenceVAE, a graft and its baseline")
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_published_set_up_are_current():
     tool = str(ROOT / "tools" / "docs" / "scaling_table.py")
     command = [sys.executable, tool, "4xA100", "sllm-125m-h1", "--price", "1.5"]
