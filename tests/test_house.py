@@ -181,6 +181,21 @@ def test_an_option_is_declared_in_one_file():
         assert not listed, f"{home} declares these; they are listed again in {listed}"
 
 
+# ---- tests and tools
+
+
+def test_slow_tests_and_tools_are_listed():
+    """CONTRIBUTING.md says which files have slow tests, and when to run each tool."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    mark = "@pytest.mark." + "slow"
+    slow = [path for path in (ROOT / "tests").rglob("test_*.py") if mark in path.read_text(encoding="utf-8")]
+    listed = [*slow, *(ROOT / "tools").rglob("*.py")]
+    missing = [name for path in listed if f"`{(name := path.relative_to(ROOT).as_posix())}`" not in page]
+    assert not missing
+    for name in re.findall(r"`((?:tests|tools)/[\w/.]+\.py)`", page):
+        assert (ROOT / name).is_file(), name
+
+
 # ---- words
 
 WORDS = {
