@@ -48,7 +48,6 @@ def test_no_basename_stands_twice():
     assert not [files for files in names.values() if len(files) > 1]
 
 
-@pytest.mark.xfail(reason="some files still wait to be merged")
 def test_files_are_neither_scraps_nor_attics():
     lengths = {
         file: len(path.read_text(encoding="utf-8").splitlines())

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
-from sentcompress.recipe.choices import measurement_names
+from sentcompress.recipe.sections import measurement_names
 from sentcompress.table import Figure, Table
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.recipe.choices import CacheKind
+from sentcompress.recipe.sections import CacheKind
 
 UNLIMITED_TEXT = 2048
 """Tokens of text measured where the backbone has no limit, as with ALiBi."""

@@ -29,7 +29,7 @@ from sentcompress.errors import InputError, RunError
 from sentcompress.files import folder_digest, storage_errors, write_atomically
 from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import Recipe
-from sentcompress.recipe.choices import MeasurementName
+from sentcompress.recipe.sections import MeasurementName
 from sentcompress.table import Figure
 from sentcompress.training.run_folder import BASELINE, GRAFT, VAE
 

@@ -29,7 +29,7 @@ from sentcompress.generation.prefix import Prefix
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
-from sentcompress.recipe.choices import CacheKind, HeadKind
+from sentcompress.recipe.sections import CacheKind, HeadKind
 
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
-from sentcompress.recipe.choices import CacheKind
+from sentcompress.recipe.sections import CacheKind
 
 if TYPE_CHECKING:
     from sentcompress.generation.prefix import Prefix

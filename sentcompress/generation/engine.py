@@ -20,7 +20,7 @@ from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSetting
 from sentcompress.generation.shortlist_head import make_shortlist_head
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import pad_sentences
-from sentcompress.recipe.choices import CacheKind, HeadKind
+from sentcompress.recipe.sections import CacheKind, HeadKind
 from sentcompress.text.segmentation import checked_split, sentences_to_ids
 
 ENCODE_BATCH_SIZE = 512

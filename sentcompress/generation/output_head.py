@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sentcompress.errors import InputError
 from sentcompress.modeling.int8 import ROWS_PER_BLOCK
-from sentcompress.recipe.choices import HeadKind
+from sentcompress.recipe.sections import HeadKind
 
 MIN_WEIGHTS_FOR_SHORTLIST = 2**22
 """Weights of a head above which reading a quarter of its bytes is worth the work of the proof."""

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sentcompress.errors import InputError
-from sentcompress.recipe.choices import CacheKind, HeadKind
+from sentcompress.recipe.sections import CacheKind, HeadKind
 from sentcompress.registry import describe_validation_error
 
 

@@ -13,7 +13,7 @@ from sentcompress.generation.output_head import Candidates, CandidateTokens, Out
 from sentcompress.modeling.int8 import Int8Weight
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.shortlist import Shortlist
-from sentcompress.recipe.choices import HeadKind
+from sentcompress.recipe.sections import HeadKind
 
 TOKENS_PER_BLOCK = 64
 """Tokens whose largest logit is compared together."""

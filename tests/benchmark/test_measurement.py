@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sentcompress.benchmark.measurement import measurements
-from sentcompress.recipe.choices import measurement_names
+from sentcompress.recipe.sections import measurement_names
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sentcompress"
 
