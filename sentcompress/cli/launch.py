@@ -16,13 +16,12 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from sentcompress.cli import train
 from sentcompress.cli.common import examples
 from sentcompress.distributed import LAUNCHED, LIFELINE
 from sentcompress.errors import InputError, RunError, TerminatedError
 from sentcompress.files import printable
 
-COMMANDS = (["run"], ["train-vae"], ["graft"], ["baseline"], ["bench", "quality"], ["bench", "speed"])
-"""Commands that support several processes."""
 GRACE_SECONDS = 10.0
 """Time for the other processes to exit after one has failed; then they are killed."""
 STOPPED_CODES = (TerminatedError.exit_code, 130)
@@ -47,18 +46,19 @@ def launch(
         int, typer.Option("--processes", "-n", min=1, help="How many; on GPUs, one for each.")
     ],
 ) -> None:
-    """Run training, bench quality or bench speed in several processes of this machine: launch -n 4 graft RECIPE ...
+    """Run training, bench quality or bench speed in several processes on this machine: launch -n 4 graft RECIPE ...
 
     Ctrl-C and SIGTERM reach all of them; exits with the code a single process would return. When one process dies, the
     others are stopped. When launch itself dies, or its terminal is closed, they save and exit. On several machines,
     start the command with torchrun or srun instead.
     """
     command = list(context.args)
-    if not any(command[: len(known)] == known for known in COMMANDS):
+    supported = supported_commands()
+    if not any(command[: len(words)] == words for words in supported):
         given = f"'{' '.join(command[:2])}'" if command else "nothing"
         raise InputError(
             f"launch: {given} is not a command that runs in several processes",
-            fix=f"use one of {', '.join(map(' '.join, COMMANDS))}, for example: launch -n {processes} graft strong",
+            fix=f"use one of {', '.join(map(' '.join, supported))}, for example: launch -n {processes} graft strong",
         )
     port = free_port()
     # Only this process holds the second end, so it closes when this process ends, for whatever reason.
@@ -80,6 +80,14 @@ def launch(
         if code < 0 or (failed.rank and code not in (*STOPPED_CODES, InputError.exit_code)):
             print(failure_message(failed), file=sys.stderr)
         raise typer.Exit(code if code > 0 else RunError.exit_code)
+
+
+def supported_commands() -> list[list[str]]:
+    """Commands that run in several processes: training, and the measurements that all processes share."""
+    from sentcompress.benchmark.measurement import measurements
+
+    shared = [["bench", measurement.name] for measurement in measurements() if measurement.distributed]
+    return [["run"], *([command.name] for command in train.COMMANDS), *shared]
 
 
 def free_port() -> int:

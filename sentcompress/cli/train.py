@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -33,63 +33,76 @@ _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
-def stage_command(stage: str, summary: str) -> Callable[..., None]:
-    """A command that runs one stage of a recipe.
+class StageCommand(NamedTuple):
+    """A command that runs one stage of a recipe."""
 
-    Args:
-        stage: its name.
-        summary: help text of the command.
-    """
+    name: str
+    stage: str
+    summary: str
+    examples: tuple[str, ...]
+    options: dict[str, str] = {}
+    """Further options, and the recipe fields they set."""
 
-    def command(
-        recipe: RecipeArgument = "quickstart",
-        backbone: BackboneOption = None,
-        revision: RevisionOption = None,
-        data: DataOption = None,
-        out: OutOption = None,
-        set_: SetOption = None,
-        resume: ResumeOption = False,
-        overwrite: OverwriteOption = False,
-        dry_run: DryRunOption = False,
-    ) -> None:
-        resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
-        execute(resolved, out, stages=[stage], resume=resume, overwrite=overwrite, dry_run=dry_run)
+    def function(self) -> Callable[..., None]:
+        """The function of the command."""
 
-    command.__doc__ = summary
-    return command
+        def command(
+            recipe: RecipeArgument = "quickstart",
+            backbone: BackboneOption = None,
+            revision: RevisionOption = None,
+            data: DataOption = None,
+            out: OutOption = None,
+            set_: SetOption = None,
+            resume: ResumeOption = False,
+            overwrite: OverwriteOption = False,
+            dry_run: DryRunOption = False,
+        ) -> None:
+            resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
+            execute(resolved, out, stages=[self.stage], resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+        command.__doc__ = self.summary
+        return recipe_options(**self.options)(command) if self.options else command
 
 
-def add_to(app: typer.Typer) -> None:
-    vae = stage_command("vae", "Train a SentenceVAE: sentences to latents and back. Writes OUT/vae.")
-    app.command(
+COMMANDS = (
+    StageCommand(
         "train-vae",
-        epilog=examples(
+        "vae",
+        "Train a SentenceVAE: sentences to latents and back. Writes OUT/vae.",
+        (
             "sentcompress train-vae",
             "sentcompress train-vae --data 'corpus/*.jsonl' --out out/mine",
             "sentcompress train-vae paper/vae-768-h1 --backbone opt-125m --dry-run",
         ),
-    )(vae)
-    graft = stage_command("graft", "Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft.")
-    app.command(
+    ),
+    StageCommand(
         "graft",
-        cls=FieldCommand,
-        epilog=examples(
+        "graft",
+        "Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft.",
+        (
             "sentcompress graft --out out/quickstart",
             "sentcompress graft --backbone opt-1.3b --vae out/paper-vae-2048-h1/vae --set graft.tune=lora",
             "sentcompress graft paper/sllm-125m-h1 --vae out/paper-vae-768-h1/vae --dry-run",
         ),
-    )(recipe_options(vae="graft.vae")(graft))
-    baseline = stage_command(
+        {"vae": "graft.vae"},
+    ),
+    StageCommand(
         "baseline",
-        "Fine-tune the same LLM token by token on the graft's text, as the baseline. Writes OUT/baseline.",
-    )
-    app.command(
         "baseline",
-        epilog=examples(
+        "Fine-tune the LLM token by token, for comparison. Writes OUT/baseline.\n\n"
+        "It reads the same passages as the graft, for as many steps.",
+        (
             "sentcompress baseline --out out/quickstart",
             "sentcompress baseline paper/sllm-125m-h1 --data corpus.jsonl --set baseline.learning_rate=1e-5",
         ),
-    )(baseline)
+    ),
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in COMMANDS:
+        kind = FieldCommand if command.options else None
+        app.command(command.name, cls=kind, epilog=examples(*command.examples))(command.function())
 
 
 def resolve(
