@@ -23,7 +23,7 @@ from sentcompress.benchmark.results import STAGES, Curve
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import read_json, storage_errors
-from sentcompress.modeling.device_map import Place, blocks_of, room_for_one, spread_blocks
+from sentcompress.modeling.device_map import DeviceName, blocks_of, dispatch_blocks, memory_per_model
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.loading import (
     load_saved_tokenizer,
@@ -147,58 +147,58 @@ class Models:
         self.is_sharded = recipe.bench.device_map != "none"
         if self.is_sharded and recipe.bench.quantize:
             raise InputError(
-                "bench.device_map: a model whose weights are in 8 bits cannot be spread over devices",
-                fix="leave bench.quantize or bench.device_map out",
+                "bench.device_map: a model with 8-bit weights cannot be sharded over devices",
+                fix="leave out bench.quantize or bench.device_map",
             )
         if self.is_sharded and process_count() > 1:
             raise InputError(
-                "bench.device_map: in several processes each has a device of its own",
-                fix="leave bench.device_map out, or measure in one process",
+                "bench.device_map: with several processes, each has its own device",
+                fix="leave out bench.device_map, or measure in one process",
             )
-        self._room: dict[Place, float] | None = None
-        self._places: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._memory: dict[DeviceName, float] | None = None
+        self._devices: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     @cached_property
     def _on_disk(self) -> tempfile.TemporaryDirectory[str]:
-        """Where blocks lie that fit into no memory; made for the first model that is spread."""
+        """Folder for blocks that fit into no memory; made for the first model that is sharded."""
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix="blocks-", dir=self.out)
 
     def describe(self, model: nn.Module) -> tuple[str, str]:
-        """Dtype of a model's weights, and where its blocks lie; empty where all is on one device."""
-        return str(next(model.parameters()).dtype).removeprefix("torch."), self._places.get(model, "")
+        """Dtype of a model's weights, and the devices of its blocks; empty where all are on one device."""
+        return str(next(model.parameters()).dtype).removeprefix("torch."), self._devices.get(model, "")
 
     def _make_room(self) -> None:
-        """Only two models are held where memory is short: the sentence model, and what it is compared with."""
+        """Drop earlier token-level models if sharded: memory then holds the sentence model and one other."""
         if self.is_sharded:
             for name in ("backbone", "baseline"):
                 self.__dict__.pop(name, None)  # loaded again when it is asked for
             gc.collect()  # Accelerate's hooks hold a model in a circle
 
     def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
-        """Bring a model to where it is measured, in eval mode.
+        """Move a model to its device or devices, in eval mode.
 
         Args:
-            dtype: of its weights; a model that is spread over devices has ``bench.dtype`` whatever is measured.
+            dtype: of its weights; a model that is sharded over devices always has ``bench.dtype``.
 
         Raises:
-            InputError: ``bench.max_memory`` is too little.
-            StorageError: blocks cannot be put on the disk.
+            InputError: ``bench.max_memory`` is too small.
+            StorageError: blocks cannot be written to disk.
         """
         model = model.eval()
         if not self.is_sharded:
             return model.to(self.device, dtype)
         model = model.to(DTYPES[self.recipe.bench.dtype])
-        if self._room is None:
-            self._room = room_for_one(self.device, self.recipe.bench.max_memory, model)
+        if self._memory is None:
+            self._memory = memory_per_model(self.device, self.recipe.bench.max_memory, model)
         blocks = model.backbone.blocks if isinstance(model, SentenceLM) else blocks_of(model)
         with storage_errors(self.out or Path(tempfile.gettempdir())):
             folder = Path(tempfile.mkdtemp(dir=self._on_disk.name))
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-        found = spread_blocks(model, blocks, self._room, folder)
-        counts = (f"{place} {found.count(place)}" for place in dict.fromkeys(found))
-        self._places[model] = f"blocks by device: {', '.join(counts)}"
+        found = dispatch_blocks(model, blocks, self._memory, folder)
+        counts = (f"{device} {found.count(device)}" for device in dict.fromkeys(found))
+        self._devices[model] = f"blocks by device: {', '.join(counts)}"
         return model
 
     def _stage(self, name: str) -> Path:
