@@ -231,7 +231,7 @@ def assert_timed_together(run: Path, cache: Path) -> None:
         *("launch", "-n", "2", "bench", "speed", str(run), "--set", "bench.device_map=auto"), cache=cache
     )
     assert refused.returncode == 2
-    assert "in several processes each has a device of its own" in refused.stderr
+    assert "with several processes, each has its own device" in refused.stderr
 
 
 @pytest.fixture

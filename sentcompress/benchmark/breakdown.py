@@ -1,9 +1,9 @@
 """Where the loss is: a quality figure split by position in the sentence, sentence length or sentence index. No torch.
 
 The rule: every byte of the scored text lies in one token of one sentence, cut the way the sentence model reads it.
-That gives the byte its bucket, for every system. A token's nats are spread evenly over its bytes, so a token of a
-token-level model that straddles a border pays on each side for the bytes it has there. End marks and decisions to
-stop or go on stand for no bytes and have buckets of their own.
+That gives the byte its bucket, for every system. A token's nats are divided evenly among its bytes, so a token that
+straddles a border between buckets counts on each side with the bytes it has there. End marks and decisions to stop or
+go on stand for no bytes and have their own buckets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STARTS: dict[By, tuple[int, ...]] = {
     "length": (1, 2, 3, 5, 9, 13, 17, 25, 33, 41, 65, 129),
     "index": (1, 2, 3, 5, 9, 17, 33, 65, 129, 257),
 }
-"""Where buckets begin: fine where much changes from one to the next, about a third to twice as wide behind."""
+"""Where buckets begin: narrow where neighbors differ most, wider after that."""
 MARKS = ("end marks", "stop decisions")
 ROUNDING = 1e-9
 """Relative difference of two sums of the same fp64 numbers in another order."""
@@ -51,10 +51,10 @@ class Bucket(Record):
 
 
 def chosen(words: Sequence[str]) -> list[By]:
-    """Names of breakdowns, each word one or several with commas between them.
+    """Names of breakdowns; each word is one name, or several with commas between them.
 
     Raises:
-        InputError: one is unknown; the message has the nearest.
+        InputError: one is unknown; the message suggests the nearest.
     """
     names = [name.strip() for word in words for name in word.split(",")]
     for name in names:
@@ -118,7 +118,7 @@ def sentence_token_scores(
     is_end[last] = True
     ends, tokens = nats[is_end], nats[~is_end]
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    # A sentence's figure is an fp32 sum: its tokens take what that rounding left over, so that all adds up.
+    # A sentence's nats are an fp32 sum: its tokens take the rounding error, so that everything adds up.
     missing = sentence_nats[first:] - ends - np.bincount(owners, tokens, len(lengths))
     if np.any(np.abs(missing) > 1e-4 * np.maximum(1.0, sentence_nats[first:])):
         raise CoverageError(f"{what}: the nats of single tokens do not add up to those of their sentences")
@@ -128,10 +128,10 @@ def sentence_token_scores(
     return TokenScores(tokens, sizes, ends, decisions[first:])
 
 
-def spread(nats: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Nats of tokens ``[T]`` of ``sizes`` bytes, evenly over their bytes ``[B]``.
+def nats_per_byte(nats: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Divide the nats ``[T]`` of tokens of ``sizes`` bytes evenly among their bytes ``[B]``.
 
-    A token that stands for no byte pays with the byte that follows it (or the last).
+    The nats of a token that stands for no byte go to the byte after it (or to the last).
     """
     per_byte = np.repeat(nats / np.maximum(sizes, 1), sizes)
     if len(per_byte) == 0:
@@ -172,7 +172,7 @@ class Breakdown:
         self._sentences = {name: _buckets(name, np.array(found)) for name, found in sentences_at.items()}
 
     def split(self, system: str, scores: Sequence[TokenScores], nats: float) -> dict[By, list[Bucket]]:
-        """Buckets of one system that hold any bytes; end marks and decisions behind them where it pays for them.
+        """Buckets of one system that hold any bytes, then end marks and decisions if the system has them.
 
         Args:
             scores: of each document, in order.
@@ -184,8 +184,8 @@ class Breakdown:
         sizes = [int(score.sizes.sum()) for score in scores]
         counts = [None if score.ends is None else len(score.ends) for score in scores]
         if sizes != self._sizes or counts not in (self._counts, [None] * len(scores)):
-            raise CoverageError(f"{system}: {sum(sizes)} of {sum(self._sizes)} bytes were found in a place")
-        per_byte = np.concatenate([spread(score.nats, score.sizes) for score in scores])
+            raise CoverageError(f"{system}: {sum(sizes)} of {sum(self._sizes)} bytes are in a bucket")
+        per_byte = np.concatenate([nats_per_byte(score.nats, score.sizes) for score in scores])
         nothing = np.zeros(0)
         ends = np.concatenate([nothing, *(c.ends for c in scores if c.ends is not None)])
         stops = np.concatenate([nothing, *(c.decisions for c in scores if c.decisions is not None)])
@@ -221,7 +221,7 @@ def _buckets(by: By, values: np.ndarray) -> np.ndarray:
 
 
 def _check(system: str, by: By, buckets: Sequence[Bucket], size: int, nats: float) -> None:
-    """Prove that the buckets are the whole, once."""
+    """Prove that the buckets add up to the whole."""
     bytes_in, nats_in = sum(b.bytes for b in buckets), math.fsum(b.nats for b in buckets)
     if bytes_in != size:
         raise CoverageError(f"{system}, by {by}: the buckets hold {bytes_in} bytes, the text has {size}")
@@ -237,11 +237,11 @@ class BucketRow:
     """One bucket under all systems.
 
     Attributes:
-        bytes: 0 for end marks and stop decisions, whose bits are over all bytes.
-        bits: bits per byte by system; only the systems that pay here.
+        bytes: 0 for end marks and stop decisions, whose bits are per byte of all bytes.
+        bits: bits per byte by system; only systems with nats in this bucket.
         ratio: of the sentence model's to the baseline's.
         with_marks: the same, end marks and decisions of the bucket's sentences included; None by position.
-        gap: nats the sentence model pays here and the baseline does not, as bits over all bytes: these add up.
+        gap: nats of the sentence model minus the baseline's, in bits per byte of all bytes; gaps add up.
         share: of the whole gap.
     """
 
@@ -255,7 +255,7 @@ class BucketRow:
 
 
 def compare_buckets(scores: Sequence[QualityScore], by: By) -> tuple[str | None, list[BucketRow]]:
-    """The baseline's name (None where there is nothing to compare), and a row a bucket with the whole at the end."""
+    """The baseline's name (None if there is nothing to compare), and one row per bucket, the last for the whole."""
     broken = {score.system: score for score in scores if by in score.by}
     if not broken:
         return None, []

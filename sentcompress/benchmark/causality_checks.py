@@ -1,4 +1,4 @@
-"""Proof that a SentenceLM does not see the future, and that all ways to run it agree.
+"""Checks that prove that a SentenceLM does not see the future, and that all ways to run it agree.
 
 Only contents are changed, never shapes, so in fp32 on one machine nothing before the change may move by even one
 bit: the required difference is 0.0. Where shapes differ (cached or not, packed or alone, padded left or right)
@@ -25,8 +25,8 @@ from sentcompress.modeling.sentence_lm import PADDING, START, SentenceLM
 
 TOLERANCE = 1e-4
 """Largest difference of two equal computations, as a share of the largest state (at least 1)."""
-IN_8_BITS = 1e-3
-"""The same with weights in 8 bits: activations are rounded to 14, and a sum in another order may round elsewhere."""
+INT8_TOLERANCE = 1e-3
+"""The same with 8-bit weights: activations are rounded to 14 bits, and another order of a sum may round differently."""
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def check_causality(
 
     Args:
         attention: implementations of the backbone's attention to check; None takes all that are right for it.
-        sentences: sentences a passage, shortened to what the backbone has positions for.
-        tolerance: for equality where shapes differ; what must not see the future gets none.
+        sentences: sentences per passage, reduced to what the backbone has positions for.
+        tolerance: for equality where shapes differ; checks of the future have no tolerance.
     """
     was_training = model.training
     model.eval()
@@ -76,7 +76,7 @@ class _Outputs:
     """What a training forward gives for each sentence of a passage, in the order of the sentences."""
 
     states: Tensor
-    """``[N, k, H]``: of the cell of each sentence."""
+    """``[N, k, H]``: of the position of each sentence."""
     nll: Tensor
     """``[N]``: of predicting it."""
     stop: Tensor
@@ -91,7 +91,7 @@ class _Checks:
     ) -> None:
         self.model, self.attention = model, attention
         rounded = any(isinstance(module, Int8Linear) for module in model.modules())
-        self.tolerance = max(tolerance, IN_8_BITS) if rounded else tolerance
+        self.tolerance = max(tolerance, INT8_TOLERANCE) if rounded else tolerance
         self.device = next(model.parameters()).device
         self.start = int(model.config.start_latent)
         room = model.backbone.max_positions // model.latents - self.start
@@ -101,7 +101,7 @@ class _Checks:
         self.passage = [self._sentence(i) for i in range(self.count)]
         self.other = [self._sentence(i + 3) for i in range(self.count)]
         self.points = sorted({0, self.count // 2, self.count - 2})
-        """Changed is the sentence after each of these."""
+        """The sentence after each of these is changed."""
 
     def run(self) -> list[CausalityCheck]:
         return [
@@ -118,7 +118,7 @@ class _Checks:
             self.generation_batched(),
         ]
 
-    # ---- material
+    # ---- inputs
 
     def _sentence(self, i: int) -> list[int]:
         length = 1 + (3 * i) % self.longest
@@ -155,16 +155,16 @@ class _Checks:
         last: list[bool] = []
         spans: list[list[tuple[int, int, int]]] = []
         for row in rows:
-            cells, passages, places = [], [], []
+            row_index, passages, starts = [], [], []
             for number, passage in enumerate(row):
-                cells += [START] * self.start
-                places.append((len(cells), len(last), len(passage)))
-                cells += range(len(last), len(last) + len(passage))
+                row_index += [START] * self.start
+                starts.append((len(row_index), len(last), len(passage)))
+                row_index += range(len(last), len(last) + len(passage))
                 passages += [number] * (len(passage) + self.start)
                 last += [False] * (len(passage) - 1) + [True]
-            index.append(cells)
+            index.append(row_index)
             ids.append(passages)
-            spans.append(places)
+            spans.append(starts)
         width = max(map(len, index))
         input_ids, mask = self._padded(flat)
         output = self.model(
@@ -179,23 +179,23 @@ class _Checks:
         return [
             [
                 _Outputs(
-                    output.hidden_states[row, cell : cell + n],
+                    output.hidden_states[row, position : position + n],
                     output.sentence_nll[first : first + n],
                     output.stop_nll[first : first + n],
                 )
-                for cell, first, n in places
+                for position, first, n in starts
             ]
-            for row, places in enumerate(spans)
+            for row, starts in enumerate(spans)
         ]
 
-    def _cells(self, passages: list[list[list[int]]], side: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _prompts(self, passages: list[list[list[int]]], side: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows as prompts: inputs ``[R, N, k, H]``, passage ids and positions ``[R, N]``, padded on a side."""
         flat, index, first = [s for p in passages for s in p], [], 0
         width = max(len(p) for p in passages) + self.start
         for passage in passages:
-            cells = [START] * self.start + list(range(first, first + len(passage)))
-            padding = [PADDING] * (width - len(cells))
-            index.append(padding + cells if side == "left" else cells + padding)
+            row = [START] * self.start + list(range(first, first + len(passage)))
+            padding = [PADDING] * (width - len(row))
+            index.append(padding + row if side == "left" else row + padding)
             first += len(passage)
         sentence_index = torch.tensor(index, device=self.device)
         inputs = self.model.rows(self.model.encode(*self._padded(flat)), sentence_index)
@@ -205,11 +205,11 @@ class _Checks:
     def _states(
         self, inputs: Tensor, passage_ids: Tensor, positions: Tensor, prefilled: int | None = None
     ) -> Tensor:
-        """Backbone states ``[R, N, k, H]``: at once, or from a prefill of some cells on, one by one with a cache."""
+        """Backbone states ``[R, N, k, H]``: at once, or one position at a time with a cache after a prefill."""
         valid = passage_ids >= 0
         if prefilled is None:
             return self.model.backbone_states(inputs, valid, passage_ids, positions)[0]
-        parts: list[Tensor] = []
+        found: list[Tensor] = []
         cache: Any = None
         for begin, end in [(0, prefilled), *((i, i + 1) for i in range(prefilled, inputs.shape[1]))]:
             states, cache = self.model.backbone_states(
@@ -221,10 +221,10 @@ class _Checks:
                 past_passage_ids=passage_ids[:, :begin] if begin else None,
                 use_cache=True,
             )
-            parts.append(states)
-        return torch.cat(parts, 1)
+            found.append(states)
+        return torch.cat(found, 1)
 
-    # ---- nothing behind a point may be seen before it
+    # ---- nothing before a point may depend on what comes after it
 
     def training_forward(self) -> CausalityCheck:
         before = self._forward([[self.passage]])[0][0]
@@ -257,11 +257,11 @@ class _Checks:
 
     def prefill(self, side: str) -> CausalityCheck:
         short = self.other[: self.count // 2]
-        before = self._states(*self._cells([self.passage, short], side), prefilled=self.count + self.start)
+        before = self._states(*self._prompts([self.passage, short], side), prefilled=self.count + self.start)
         deltas, effects = [], []
         for t in self.points:
             changed = self._with_changes(self.passage, t + 1)
-            after = self._states(*self._cells([changed, short], side), prefilled=self.count + self.start)
+            after = self._states(*self._prompts([changed, short], side), prefilled=self.count + self.start)
             end = self.start + t + 1
             deltas += [_delta(before[0, :end], after[0, :end]), _delta(before[1], after[1])]
             effects.append(_delta(before[0, end:], after[0, end:]))
@@ -271,11 +271,11 @@ class _Checks:
         """With the prompt in the cache, later sentences change no earlier output and no other row."""
         short = self.other[: self.count // 2]
         prefilled = self.start + 1
-        before = self._states(*self._cells([self.passage, short], "left"), prefilled=prefilled)
+        before = self._states(*self._prompts([self.passage, short], "left"), prefilled=prefilled)
         deltas, effects = [], []
         for t in self.points:
             changed = self._with_changes(self.passage, t + 1)
-            after = self._states(*self._cells([changed, short], "left"), prefilled=prefilled)
+            after = self._states(*self._prompts([changed, short], "left"), prefilled=prefilled)
             end = self.start + t + 1
             deltas += [_delta(before[0, :end], after[0, :end]), _delta(before[1], after[1])]
             effects.append(_delta(before[0, end:], after[0, end:]))
@@ -314,19 +314,21 @@ class _Checks:
     def left_equals_right(self) -> CausalityCheck:
         short = self.other[: self.count // 2]
         rows = [self.passage, short]
-        left = self._states(*self._cells(rows, "left"))
-        right = self._states(*self._cells(rows, "right"))
-        alone = [self._states(*self._cells([row], "left"))[0] for row in rows]
+        left = self._states(*self._prompts(rows, "left"))
+        right = self._states(*self._prompts(rows, "right"))
+        alone = [self._states(*self._prompts([row], "left"))[0] for row in rows]
         pairs = []
         for row, states in enumerate(alone):
             pairs += [(left[row, -len(states) :], states), (right[row, : len(states)], states)]
         return self._equal("padding left equals right equals none", pairs)
 
     def cached_equals_uncached(self) -> CausalityCheck:
-        cells = self._cells([self.passage, self.other[: self.count // 2]], "left")
-        real = cells[1] >= 0
-        plain = self._states(*cells)[real]
-        pairs = [(self._states(*cells, prefilled=n)[real], plain) for n in (1, self.count // 2, self.count)]
+        prompts = self._prompts([self.passage, self.other[: self.count // 2]], "left")
+        real = prompts[1] >= 0
+        uncached = self._states(*prompts)[real]
+        pairs = [
+            (self._states(*prompts, prefilled=n)[real], uncached) for n in (1, self.count // 2, self.count)
+        ]
         return self._equal("cached equals uncached", pairs)
 
     def generation_cached(self) -> CausalityCheck:
@@ -361,7 +363,7 @@ class _Checks:
         delta, effect = max(deltas), min(effects)
         detail = ""
         if not effect > 0:
-            detail = "changing sentences changed nothing at all, which proves nothing"
+            detail = "changing sentences had no effect at all, so this check proves nothing"
         return self._check(
             name, "future", delta, 0.0, passed=delta == 0.0 and effect > 0, effect=effect, detail=detail
         )
@@ -401,7 +403,7 @@ class _Checks:
                 continue
             at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
             before = prompt + one[:n]
-            states = self._states(*self._cells([before], "left"))[0]
+            states = self._states(*self._prompts([before], "left"))[0]
             nothing = states.new_zeros(1 - self.start, *states.shape[1:])
             writer = SentenceWriter(
                 self.model.vae, Sampler(GenerationSettings(), self.device), use_cache=False

@@ -35,7 +35,7 @@ def compare(paths: Sequence[Path]) -> tuple[list[str], list[ComparedRow]]:
         a name for each result, and the rows.
 
     Raises:
-        InputError: fewer than two, or one cannot be read.
+        InputError: fewer than two, or one that cannot be read.
     """
     if len(paths) < 2:
         raise InputError(

@@ -6,10 +6,10 @@ event after the last token of the context, up to the last token of the continuat
 
 - in the sentence in which the continuation begins, the tokens of the context are given (the decoder is fed with them)
   and only those after them count;
-- where the context ends with its sentence, that sentence's end mark and the decision to go on count too: the
-  context's text does not say that its sentence is over;
-- end marks and decisions between sentences of the continuation count, and what comes after its last token (an
-  end mark, a decision to stop or go on) is not, since more might follow;
+- if the context ends with its sentence, that sentence's end mark and the decision to go on count too: the
+  context's text does not show that its sentence is over;
+- end marks and decisions between sentences of the continuation count, but what comes after its last token (an
+  end mark, a decision to stop or go on) does not, since more might follow;
 - with an empty context the decision to begin counts as well.
 
 Likelihoods of consecutive continuations therefore add up, wherever the text is cut and tokenized the same way.
@@ -32,7 +32,7 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.segmentation import Sentence
 
 STOP_NATS = math.log(2)
-"""A decision to go on that costs as much is one to stop, for greedy generation with its usual threshold."""
+"""Greedy generation with its usual threshold stops where the decision to go on costs this much."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The held-out text every scorer is given: the same bytes, cut the same way."""
+"""The held-out text that every scorer gets: the same bytes, cut the same way."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HeldoutDocument:
 
 
 def heldout_documents(corpus: Corpus, settings: BenchSettings) -> list[HeldoutDocument]:
-    """Held-out documents as the recipe's limits want them; a document of one sentence has nothing to score.
+    """Held-out documents within the recipe's limits; a document of one sentence has nothing to score and is left out.
 
     Raises:
         DataError: nothing is left to score.
@@ -81,7 +81,7 @@ def heldout_documents(corpus: Corpus, settings: BenchSettings) -> list[HeldoutDo
     if not documents:
         raise DataError(
             "no held-out document has more than one sentence, so there is nothing to score",
-            fix="raise data.options.heldout_documents, or use a segmenter that cuts finer",
+            fix="raise data.options.heldout_documents, or use a segmenter that makes shorter sentences",
         )
     return documents
 
@@ -122,7 +122,7 @@ class ByteCounter:
         self._byte_level = '"ByteLevel"' in _decoder_part(self.backend.to_str())
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, cut nowhere, special tokens neither added nor recognised."""
+        """Tokens of a whole text; special tokens are neither added nor recognized."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def bytes_of(self, ids: Sequence[int], text: str) -> int:
@@ -184,7 +184,7 @@ def _decoder_part(serialized: str) -> str:
 
 
 def check_bytes(what: str, covered: int, expected: int) -> None:
-    """Refuse a scorer whose pieces do not add up.
+    """Refuse a scorer that did not score every byte.
 
     Raises:
         CoverageError: saying by how much they are off.
@@ -192,7 +192,7 @@ def check_bytes(what: str, covered: int, expected: int) -> None:
     if covered != expected:
         raise CoverageError(
             f"{what}: {covered} bytes were scored, the text has {expected}",
-            fix="this is a defect of the scorer or of a plugin; no figure was printed",
+            fix="this is a bug in the scorer or in a plugin; no figure was printed",
         )
 
 

@@ -1,4 +1,4 @@
-"""An LLM outside the comparison that says how likely a text is after its prompt."""
+"""An LLM outside the comparison that scores how likely a text is after its prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHERE = "bench.text_judge (--judge)"
 
 
 class Judge:
-    """A causal LM, loaded when it is first asked.
+    """A causal LM, loaded when it is first used.
 
     Args:
         model: an alias, hub name, local folder or GGUF file.
@@ -39,17 +39,17 @@ class Judge:
             self._source = resolve_backbone(self._spec)
 
     def is_backbone(self, backbone: BackboneSpec) -> bool:
-        """Whether it is the LLM a run started from, and so no outsider."""
+        """Whether it is the LLM that a run started from, and so not independent."""
         try:
             return backbone.init == "pretrained" and resolve_backbone(backbone) == self._source
         except InputError:
-            return False  # of a run that was made elsewhere
+            return False  # the run was made on another machine
 
     def load(self) -> None:
         """Load it now.
 
         Raises:
-            InputError: it cannot be loaded, or is no causal LM.
+            InputError: it cannot be loaded, or is not a causal LM.
         """
         _ = self.model, self.tokenizer
 
@@ -63,8 +63,8 @@ class Judge:
                 raise InputError(f"backbone.model: '{self.name}' cannot judge: {error}") from error
         if reference.leak > TOLERANCE * max(1.0, float(reference.hidden_states.abs().max())):
             raise InputError(
-                f"{WHERE}: '{self.name}' sees later tokens, so its likelihoods mean nothing",
-                fix="take a causal LM, such as smollm2-135m",
+                f"{WHERE}: '{self.name}' sees later tokens, so its likelihoods are meaningless",
+                fix="use a causal LM, such as smollm2-135m",
             )
         return model
 
@@ -83,7 +83,7 @@ class Judge:
         """Score texts given their prompts: each byte of the texts counts once, and none of the prompts'.
 
         Args:
-            system: who wrote them.
+            system: the system that wrote them.
 
         Raises:
             CoverageError: the judge's tokenizer does not give a text back.
@@ -105,7 +105,7 @@ class Judge:
 
 @contextmanager
 def _named_in_errors() -> Iterator[None]:
-    """The loaders speak of the backbone, whose field this is not."""
+    """Name this field in errors of the loaders, which name the backbone's."""
     try:
         yield
     except SentCompressError as error:

@@ -55,7 +55,7 @@ class SentenceHarnessLM(LM):
             the recipe beside it), else all the backbone has positions for. Longer texts are read in windows, as in
             ``bench quality``.
         device: None takes the GPU where there is one.
-        batch_size, max_batch_size: the harness passes them; texts are run one at a time.
+        batch_size, max_batch_size: the harness passes them; texts are scored one at a time.
 
     Raises:
         CausalityError: the model sees the future.

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: the models of a run folder or a single model folder, the text, what is missing."""
+"""What is measured: the models of a run folder or of a single model's folder, and the text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Placed = TypeVar("Placed", SentenceLM, PreTrainedModel)
 
 
 class Missing(Exception):
-    """Something that was asked for is not there; the text says why. Reported, not failed."""
+    """Something that was asked for is missing; the message says why. Results note it, and the benchmark goes on."""
 
 
 class ModelFolder:
@@ -58,7 +58,7 @@ class ModelFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise ModelFolderError(f"no folder '{path}'", fix="give a run's folder, or a model's")
-        # OUT/graft was given: what it is compared with lies beside it.
+        # OUT/graft was given: its baseline is in the folder beside it.
         if (
             path.name in STAGES
             and (path.parent / "recipe.yaml").is_file()
@@ -89,7 +89,7 @@ class ModelFolder:
         )
 
     def stages(self) -> list[Path]:
-        """Folders of the stages that are there."""
+        """Folders of the finished stages."""
         found = []
         for name in STAGES:
             try:
@@ -128,12 +128,12 @@ class Models:
 
     Args:
         recipe: of the run.
-        folder: None where there is no trained model (``bench speed --init random``).
-        out: where results go, and blocks of a model that no memory holds; None takes the system's temporary folder.
+        folder: None if there is no trained model (``bench speed --init random``).
+        out: where results go, and blocks of a model that do not fit into memory; None: the system's temporary folder.
     """
 
     def __init__(self, recipe: Recipe, folder: ModelFolder | None, out: Path | None = None) -> None:
-        """Raises InputError where the recipe's ``bench.device`` is not there."""
+        """Raises InputError if this machine lacks the recipe's ``bench.device``."""
         self.recipe = recipe
         self.folder = folder
         self.out = out
@@ -174,7 +174,7 @@ class Models:
         if self.is_sharded:
             for name in ("backbone", "baseline"):
                 self.__dict__.pop(name, None)  # loaded again when it is asked for
-            gc.collect()  # Accelerate's hooks hold a model in a circle
+            gc.collect()  # Accelerate's hooks hold a model in a reference cycle
 
     def place(self, model: Placed, dtype: torch.dtype = torch.float32) -> Placed:
         """Move a model to its device or devices, in eval mode.
@@ -216,7 +216,7 @@ class Models:
         except SentCompressError:
             if self.recipe.backbone.init != "random":
                 raise
-            # Without weights any text gives the lengths of sentences, with any tokenizer of ours.
+            # Random weights only need sentence lengths, so any tokenizer will do.
             return load_backbone_tokenizer(self.recipe.backbone.model_copy(update={"model": "opt-tiny"}))
 
     @cached_property
@@ -233,7 +233,7 @@ class Models:
 
     @cached_property
     def vae(self) -> tuple[str, SentenceVAE]:
-        """What is reconstructed with: the trained SentenceVAE, else the one inside the grafted model."""
+        """The trained SentenceVAE and its name, or else the one inside the grafted model."""
         try:
             return "SentenceVAE", load_vae(self._stage("vae")).to(self.device)
         except Missing:
@@ -241,7 +241,7 @@ class Models:
 
     @cached_property
     def backbone(self) -> PreTrainedModel:
-        """The LLM, with random weights where the recipe says so."""
+        """The LLM, with random weights if the recipe says so."""
         self._make_room()
         try:
             model = load_causal_lm(self.recipe.backbone)
@@ -251,9 +251,9 @@ class Models:
 
     @property
     def as_it_came(self) -> PreTrainedModel:
-        """The LLM before anything of ours was trained, where it had learned something."""
+        """The pretrained LLM, as it was before this run."""
         if self.recipe.backbone.init == "random":
-            raise Missing("its weights are random: all began from nothing")
+            raise Missing("its weights are random: there is no pretrained backbone")
         return self.backbone
 
     @cached_property
@@ -281,7 +281,7 @@ class Models:
 
     @property
     def bos_token_id(self) -> int:
-        """What stands before a document for a token-level model."""
+        """The token that starts a document for a token-level model."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -344,7 +344,7 @@ def model_counts(
 def count(model: nn.Module) -> tuple[int, int]:
     """All weights, shared ones once; and those of embedding tables that nothing multiplies with.
 
-    A table that is also the output head (tied embeddings) is no mere table.
+    A table that is also the output head (tied embeddings) does not count as such a table.
     """
     tables: dict[int, int] = {}
     others: dict[int, int] = {}
@@ -357,7 +357,7 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def _record(models: Models, stage: str) -> dict[str, Any]:
-    """What a stage wrote of itself; empty where there is nothing."""
+    """What a stage recorded in its run.json; empty if there is none."""
     if stage == "vae" and models.recipe.graft.vae:
         folder = Path(models.recipe.graft.vae)
     elif models.folder is None:

@@ -1,4 +1,4 @@
-"""Figures of the SentenceVAE paper (arXiv 2408.00655), shown beside ours and always marked as the paper's."""
+"""Figures of the SentenceVAE paper (arXiv 2408.00655), shown beside measured figures and marked as the paper's."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ EXAMPLES = 8
 
 
 def spaced_sentences(corpus: Corpus, count: int) -> list[list[int]]:
-    """``count`` sentences spread evenly over all held-out documents."""
+    """``count`` sentences, evenly spaced over all held-out documents."""
     ranges = [corpus.document_sentences(number) for number in corpus.heldout.tolist()]
     numbers = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
     if not len(numbers):
@@ -35,7 +35,7 @@ def spaced_sentences(corpus: Corpus, count: int) -> list[list[int]]:
 
 
 class _Right(TokenLoss):
-    """Cross-entropy that also notes which targets were the likeliest token."""
+    """Cross-entropy that also records which targets were the most likely token."""
 
     def __init__(self) -> None:
         super().__init__(gamma=0.0)
@@ -58,7 +58,7 @@ def measure_reconstruction(
     system: str,
     extra_metrics: Sequence[ComponentSpec] = (),
 ) -> ReconstructionReport:
-    """Encode and write sentences again; run the metric plugins on the result.
+    """Encode sentences and decode them again; run the metric plugins on the result.
 
     Args:
         sentences: token ids, no special tokens.

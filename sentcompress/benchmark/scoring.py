@@ -26,9 +26,9 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.corpus import Corpus
 
 LOGITS_AT_A_TIME = 2**26
-"""Logits of a token-level model held at once: 256 MiB in fp32."""
+"""Logits of a token-level model computed at once: 256 MiB in fp32."""
 UNIGRAM_BYTES = 4_000_000
-"""Training text the unigram's counts are taken from."""
+"""Bytes of training text that the unigram frequencies are counted on."""
 
 
 # ---- the sentence model
@@ -69,7 +69,7 @@ def score_sentence_model(
         causality: of this model; a model that failed, or was not checked, is refused.
         context_sentences: sentences a window holds; None takes all the backbone has positions for.
         breakdown: also splits the total; None leaves that out.
-        shortlist: score what this head writes, which knows a few tokens a sentence; None: the full head.
+        shortlist: score what this head writes, which has a few tokens for each sentence; None: the full head.
         progress: called after each document.
 
     Raises:
@@ -218,9 +218,9 @@ def score_unigram(
     bos_token_id: int,
     breakdown: Breakdown | None = None,
 ) -> QualityScore:
-    """Frequencies of the training documents' tokens, one added to each count: what knowing no context costs.
+    """Score with the frequencies of the training documents' tokens, one added to each count: the cost without context.
 
-    A sample of ``UNIGRAM_BYTES`` of the training text, spread evenly, is enough for one figure a token.
+    An evenly spaced sample of ``UNIGRAM_BYTES`` of the training text is enough for one figure per token.
     """
     counts = np.ones(vocab_size, dtype=np.float64)
     sizes = np.add.reduceat(corpus.sentence_bytes, corpus.document_offsets[:-1])[corpus.train]
@@ -279,7 +279,7 @@ def _score_tokens(
 
 @torch.no_grad()
 def _token_nll(model: PreTrainedModel, ids: Tensor, size: int) -> Tensor:
-    """NLL ``[T - 1]`` of tokens 1 on, from windows of ``size`` tokens; NaN would show one that was left out."""
+    """NLL ``[T - 1]`` of tokens 1 on, from windows of ``size`` tokens; a NaN marks one that was left out."""
     device = next(model.parameters()).device
     losses = torch.full((len(ids) - 1,), float("nan"), dtype=torch.float64)
     todo = windows(len(ids), size)
@@ -358,7 +358,7 @@ def _summary(
 
 
 def require_same_bytes(scores: Sequence[QualityScore]) -> None:
-    """Refuse a table whose rows are about different text.
+    """Refuse scores of different text.
 
     Raises:
         CoverageError: naming the two systems.

@@ -111,7 +111,7 @@ def score_window(
         sentences: token ids of all sentences of the document.
         ends: the document ends with its last sentence, so the decision to stop there is scored.
         what: the document, for messages.
-        greedy: find out which targets are arg-maxes.
+        greedy: also find out which targets are the arg-max.
         shortlist: score what is written with the tokens that it predicts for each sentence.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Measures of written text, each with what every prompt adds to it, so that intervals can be drawn. No torch."""
+"""Measures of generated text, with the contribution of each prompt, from which intervals are drawn. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sentcompress.text.segmentation import checked_split
 
 RESAMPLES = 4000
 LOOP_TOKENS = 32
-"""Tokens that have to be one cycle for a sample to count as caught in a loop."""
+"""A sample loops if this many tokens at its end are one cycle."""
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
@@ -38,13 +38,13 @@ class Measure:
 
     @property
     def value(self) -> float:
-        """Not a number where there is nothing to divide by."""
+        """NaN if there is nothing to divide by."""
         size = float(self.sizes.sum())
         return self.total / size if size else math.nan
 
     @property
     def by_prompt(self) -> np.ndarray | None:
-        """``[N]`` values whose mean is ``value``; None where leaving one sample out leaves nothing.
+        """``[N]`` values whose mean is ``value``; None if leaving one sample out leaves nothing.
 
         They come from leaving one prompt out at a time (the jackknife), and are the samples' own values where the
         measure is their mean. Resampling them, and not the samples, keeps distinct n-grams right: a sample that
@@ -63,7 +63,7 @@ def sum_over(own: Sequence[float], sizes: Sequence[float]) -> Measure:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case, marks left out."""
+    """Words in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
@@ -103,19 +103,19 @@ def measure_texts(
     """All measures of one system's texts, by name; those with nothing to divide by are left out.
 
     Args:
-        texts: one a prompt.
+        texts: one for each prompt.
         counter: of the run's tokenizer, in whose tokens repetition is counted.
         judged: the texts' score under a judge.
     """
     # Whole sentences in every run, whatever its own segmenter cuts.
     segmenter = get_registry().create("segmenter", "regex", {"preset": "sentence"})
-    said, tokens = [words(text) for text in texts], [counter.encode(text) for text in texts]
-    lengths = [len(sample) for sample in said]
+    text_words, tokens = [words(text) for text in texts], [counter.encode(text) for text in texts]
+    lengths = [len(sample) for sample in text_words]
     sentences = [sum(bool(words(piece)) for piece in checked_split(text, segmenter)) for text in texts]
     found = {
         "repeated_4_grams": repetition(tokens, 4),
         "loops": loops(tokens),
-        **{f"distinct_{n}": distinct(said, n) for n in range(1, 5)},
+        **{f"distinct_{n}": distinct(text_words, n) for n in range(1, 5)},
         "words": sum_over(lengths, [1.0] * len(texts)),
         "sentence_words": sum_over(lengths, sentences),
     }
@@ -129,17 +129,17 @@ def score_texts(
     system: str,
     texts: Sequence[str],
     measured: Mapping[str, Measure],
-    twin: Mapping[str, Measure] | None,
+    baseline: Mapping[str, Measure] | None,
     seed: int,
 ) -> TextScore:
-    """A system's measures with their intervals, and what they differ by from a twin's, prompt by prompt.
+    """A system's measures with their intervals, and their differences to the baseline's, prompt by prompt.
 
     Args:
-        twin: measures of the system it is compared with; None leaves differences out.
+        baseline: measures of the system it is compared with; None leaves differences out.
         seed: of the bootstrap.
     """
     differences = {}
-    for name, theirs in (twin or {}).items():
+    for name, theirs in (baseline or {}).items():
         if name not in measured:
             continue
         mine = measured[name]
@@ -158,8 +158,8 @@ def interval(values: np.ndarray | None, value: float, seed: int) -> Interval:
     """The 95% bootstrap interval of the mean of values of prompts.
 
     Args:
-        values: ``[N]``, or None where there is no interval to be had.
-        value: what stands beside it.
+        values: ``[N]``, or None if there is no interval.
+        value: the figure the interval belongs to.
         seed: the same one draws the same prompts.
     """
     if values is None:

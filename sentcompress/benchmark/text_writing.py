@@ -51,7 +51,7 @@ def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) 
         cut = int(np.searchsorted(ends, settings.prompt_tokens)) + 1
         if cut >= len(ends):
             continue
-        # Twice as many tokens as are wanted, since cutting costs some; not the rest of a book.
+        # Twice as many tokens as are wanted, since cutting into sentences adds some; not the rest of a book.
         stop = int(np.searchsorted(ends, ends[cut - 1] + 2 * settings.text_new_tokens)) + 1
         begin, cut, stop = (sentences.start + n for n in (0, cut, min(stop, len(ends))))
         text, rest = corpus.span_text(begin, cut), corpus.span_text(cut, stop)
@@ -64,7 +64,7 @@ def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) 
     if not prompts:
         raise Missing(
             f"no held-out document has {settings.prompt_tokens} tokens for a prompt and {settings.text_new_tokens} "
-            "behind them; lower bench.prompt_tokens or bench.text_new_tokens"
+            "after them; lower bench.prompt_tokens or bench.text_new_tokens"
         )
     return prompts
 
@@ -76,17 +76,17 @@ def first_tokens(text: str, counter: ByteCounter, count: int) -> str:
 
 
 class TextWriter:
-    """Has the systems continue the prompts, all by the same number of the baseline's tokens.
+    """Continues the prompts with each system, by the same number of the baseline's tokens.
 
-    Ends are not allowed: no system may draw the end of a document or stop, so all of them write as much. They write an
-    eighth more than is wanted, because what a model spelt in many tokens may take fewer, and all are cut alike.
+    No system may end the document or stop, so all of them write as much. They write an eighth more than is wanted, and
+    the texts are then cut, because text that a model wrote in many tokens may be encoded in fewer.
 
     Args:
         prompts: texts.
         tokenizer: of the run.
         settings: how many tokens, and how they are drawn.
         seed: of the draws.
-        bos_token_id: stands before a prompt for a token-level model.
+        bos_token_id: starts a prompt for a token-level model.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TextWriter:
                 "lower bench.prompt_tokens or bench.text_new_tokens"
             )
         own = model.generation_config
-        # In place of the model's own, which would fill in what is not set here.
+        # Replace the model's own, which would fill in what is not set here.
         model.generation_config = self._drawing(own)
         try:
             return self._in_batches(lambda prompts, seed: self._write_tokens(model, prompts, seed), progress)

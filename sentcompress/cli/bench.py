@@ -208,7 +208,7 @@ def scaling_law(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the results go.")],
 ) -> None:
-    """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data twin.
+    """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data baseline.
 
     Does the gap between them close with more tokens or a larger backbone? All runs must be scored on the same held-out
     bytes; seeds of one size and budget are averaged. Writes scaling-law.json, scaling-law.md and scaling-law.png.

@@ -10,9 +10,9 @@ from sentcompress.cli.common import examples
 def lm_eval(context: typer.Context) -> None:
     """Evaluate a model with EleutherAI's lm-evaluation-harness (needs the extra 'eval').
 
-    Everything behind lm-eval goes to the harness ('lm-eval run --help' lists its options). '--model sentcompress'
-    is a SentenceLM's folder, '--model hf' any token-level one. Tasks of ours, without a network:
-    sentcompress_heldout and sentcompress_sotu_choice.
+    All arguments go to the harness ('lm-eval run --help' lists its options). '--model sentcompress' loads a SentenceLM
+    from a folder, '--model hf' any token-level model. Two tasks need no network: sentcompress_heldout and
+    sentcompress_sotu_choice.
     """
     from sentcompress.benchmark.lm_eval import run
 

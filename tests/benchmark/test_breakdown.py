@@ -22,7 +22,7 @@ from sentcompress.benchmark.breakdown import (
     chosen,
     compare_buckets,
     labels,
-    spread,
+    nats_per_byte,
 )
 from sentcompress.benchmark.drawing import svg
 from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
@@ -149,9 +149,9 @@ def test_a_token_over_a_border_is_split_by_bytes(counter):
 
 
 def test_nats_of_a_token_without_bytes_are_not_lost():
-    assert spread(np.array([1.0, 4.0, 2.0]), np.array([0, 2, 0])).tolist() == [3.0, 4.0]
+    assert nats_per_byte(np.array([1.0, 4.0, 2.0]), np.array([0, 2, 0])).tolist() == [3.0, 4.0]
     with pytest.raises(CoverageError):
-        spread(np.array([1.0]), np.array([0]))
+        nats_per_byte(np.array([1.0]), np.array([0]))
 
 
 # ---- bytes of tokens

@@ -85,13 +85,13 @@ class QualityScore(Record):
     targets: int
     baseline_tokens: int
     context: str
-    """What a prediction may look back on."""
+    """What a prediction may depend on."""
     breakdown: dict[str, float] = {}
     """Nats by kind: tokens, end marks, stop decisions."""
     by: dict[By, list[Bucket]] = {}
     """Where they were lost; only what was asked for."""
     cost: DecodingCost | None = None
-    """What it takes to write such text; None for the unigram frequencies."""
+    """Cost of writing such text; None for the unigram frequencies."""
     counts: ModelCounts | None = None
     """None for the unigram frequencies, and in files of versions that did not count."""
     documents: list[DocumentScore]

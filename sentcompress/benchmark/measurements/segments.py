@@ -1,4 +1,4 @@
-"""How well segmenters cut hard cases that were labelled by hand (``segment_cases.yaml``). No torch."""
+"""How well segmenters cut hard cases that were labeled by hand (``segment_cases.yaml``). No torch."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def regex_presets() -> dict[str, Segmenter]:
 
 
 def score_segmenters(specs: Mapping[str, Segmenter]) -> list[dict[str, Any]]:
-    """Return a row for each segmenter, scored against the label its preset stands for.
+    """Return one row per segmenter, scored against the label of its preset.
 
-    ``right`` counts the cases cut exactly as labelled. Precision, recall and F1 are over all places inside
+    ``right`` counts the cases cut exactly as labelled. Precision, recall and F1 count the positions inside
     the texts where a cut was made or wanted.
     """
     return [_score(name, segmenter) for name, segmenter in specs.items()]
