@@ -186,7 +186,7 @@ def test_an_option_is_declared_in_one_file():
 def test_slow_tests_and_tools_are_listed():
     """CONTRIBUTING.md says which files have slow tests, and when to run each tool."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    mark = "@pytest.mark." + "slow"
+    mark = "pytest.mark." + "slow"
     slow = [path for path in (ROOT / "tests").rglob("test_*.py") if mark in path.read_text(encoding="utf-8")]
     listed = [*slow, *(ROOT / "tools").rglob("*.py")]
     missing = [name for path in listed if f"`{(name := path.relative_to(ROOT).as_posix())}`" not in page]

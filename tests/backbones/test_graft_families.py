@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,16 @@ def write_llm(folder: Path, shape: dict, tokenizer, save=None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "shape"), shapes(), ids=label)
+def quick_and_slow() -> list[Any]:
+    """All families; of two the tests are quick ones."""
+    quick = ("opt", "llama")
+    return [
+        pytest.param(name, shape, marks=() if shape["model_type"] in quick else pytest.mark.slow)
+        for name, shape in shapes()
+    ]
+
+
+@pytest.mark.parametrize(("name", "shape"), quick_and_slow(), ids=label)
 def test_one_flag_grafts_it(name, shape, workplace, tokenizer, tmp_path, capsys):
     llm = write_llm(tmp_path / "llm", shape, tokenizer)
     out = tmp_path / "out"

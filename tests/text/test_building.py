@@ -103,6 +103,7 @@ def build_another(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_is", ["done", "killed"])
 def test_the_second_waits_for_the_first(
     builds: Builds, build_another: Callable[[], Corpus], first_is: str
@@ -128,6 +129,7 @@ def test_the_second_waits_for_the_first(
     assert first.returncode == (0 if first_is == "done" else -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_left_is_removed_by_the_next(
     builds: Builds, build_another: Callable[[], Corpus]
 ) -> None:
@@ -140,6 +142,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(
     assert list(corpus.folder.parent.iterdir()) == [corpus.folder]
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_ends_its_workers_and_leaves_nothing(builds: Builds) -> None:
     process = builds.start(workers=2)
     builds.wait_until_begun(2)
