@@ -53,7 +53,10 @@ class CompiledStep:
             active = torch.zeros_like(active).index_fill(0, rows, True)
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        cache.even, cache.reading = None, 0  # they change at each step and would be baked into the graph
+        cache.shared_position, cache.latent_steps = (
+            None,
+            0,
+        )  # they change at each step and would be baked into the graph
         try:
             states: Tensor = self._call(embeddings, cache, active)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -114,21 +114,21 @@ def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``[..., d]`` by angles ``[..., d / 2]``, halves paired."""
+def apply_rotation(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[..., d]`` by angles ``[..., d / 2]``; the two halves are the coordinates."""
     first, second = states.chunk(2, -1)
     cos, sin = cos.to(states.dtype), sin.to(states.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def rotate(states: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position encoding of ``[N, heads, d]`` at ``positions [N]``; only their differences count in attention."""
+    """Rotary position encoding of ``[N, heads, d]`` at ``positions [N]``; attention sees only their differences."""
     cos, sin = rotation(positions, states.shape[-1])
-    return turn(states, cos[:, None], sin[:, None])
+    return apply_rotation(states, cos[:, None], sin[:, None])
 
 
 def latents_first(embeddings: Tensor, latents: Tensor, positions: Tensor) -> Tensor:
-    """What each row reads next: the latent of its position ``[B]`` while there is one, then ``embeddings [B, H]``."""
+    """The next input of each row: the latent at its position ``[B]`` if there is one, else ``embeddings [B, H]``."""
     rows = torch.arange(len(embeddings), device=embeddings.device)
     k = latents.shape[1]
     return torch.where((positions < k)[:, None], latents[rows, positions.clamp_max(k - 1)], embeddings)
@@ -136,7 +136,7 @@ def latents_first(embeddings: Tensor, latents: Tensor, positions: Tensor) -> Ten
 
 @dataclass
 class LayerCache:
-    """Keys and values of one decoder block: the context before a sentence, then the sentence.
+    """Keys and values of one decoder block: those of the context, then those of the sentence.
 
     Attributes:
         keys, values: ``[B, heads, columns, d]``.
@@ -146,21 +146,21 @@ class LayerCache:
     values: Tensor
 
     def keep(self, rows: Tensor) -> LayerCache:
-        """Only some rows, ``[B']``."""
+        """Select rows ``[B']``."""
         return LayerCache(self.keys[rows], self.values[rows])
 
 
 @dataclass
-class Place:
-    """Where the next position of each row goes in the cache, and what it sees; the same in every block.
+class CacheSlot:
+    """Where the cache stores the next position of each row, and which columns it attends to; the same in every block.
 
     Attributes:
-        rows: ``[b]`` int64, the rows that go on, beside ``column [b]``; None where one column serves all.
-        column: where keys and values are written.
-        first, end: the columns that are looked at.
-        mask: ``[B, 1, 1, end - first]`` bool of what each row sees of them; None: all.
+        rows: ``[b]`` int64, the rows that advance, with ``column [b]``; None if all rows write the same column.
+        column: the column of the new keys and values.
+        first, end: range of columns to attend to.
+        mask: ``[B, 1, 1, end - first]`` bool, the visible ones among them; None: all.
         angles: cosine and sine ``[b, 1, 1, d / 2]``; None without rotary positions.
-        going: ``[B]`` bool, where ``rows`` are all and only some go on; the others' cache is left alone. None: all.
+        active: ``[B]`` bool, which of all ``rows`` advance; the cache of the others does not change. None: all.
     """
 
     rows: Tensor | None
@@ -169,11 +169,11 @@ class Place:
     end: int
     mask: Tensor | None
     angles: tuple[Tensor, Tensor] | None
-    going: Tensor | None = None
+    active: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over ragged sentences (torch SDPA)."""
+    """Multi-head self-attention over sentences of uneven length (torch SDPA)."""
 
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, layout: Ragged, *, causal: bool) -> Tensor:
-        """``[T, H] -> [T, H]``; a token sees its own sentence, and only what is before it when causal."""
+        """``[T, H] -> [T, H]``; a token sees its own sentence, with ``causal`` only the tokens before it."""
         q, k, v = (
             split_heads(x, self.num_heads) for x in layout.pad(self.qkv_proj(hidden_states)).chunk(3, -1)
         )
@@ -201,11 +201,11 @@ class SelfAttention(nn.Module):
         """Causal attention that also sees the ``context`` positions before the sentence, in its own text.
 
         Returns:
-            ``[T, H]``, and the keys and values ``[T, heads, d]`` it was made of.
+            ``[T, H]``, and the keys and values ``[T, heads, d]``.
         """
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv_proj(hidden_states).chunk(3, -1))
         q, k = rotate(q, layout.stream_positions), rotate(k, layout.stream_positions)
-        # Nothing stands before a text of one sentence.
+        # Texts of one sentence have no context.
         seen = context if layout.streams is not None else 0
         attended = F.scaled_dot_product_attention(
             layout.pad(q).transpose(1, 2),
@@ -216,35 +216,35 @@ class SelfAttention(nn.Module):
         )
         return self.out_proj(layout.unpad(join_heads(attended))), (k, v)
 
-    def step(self, hidden_states: Tensor, cache: LayerCache, place: Place) -> Tensor:
-        """One position a row: ``[b, H] -> [b, H]``, writing its keys and values into the cache."""
+    def step(self, hidden_states: Tensor, cache: LayerCache, slot: CacheSlot) -> Tensor:
+        """One position per row: ``[b, H] -> [b, H]``; writes its keys and values into the cache."""
         states = self.qkv_proj(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
         q, k, v = states.unbind(1)
-        if place.angles is not None:
-            q, k = turn(states[:, :2], *place.angles).unbind(1)
-        # Under autocast these are in bf16, while the cache is what the latents are.
+        if slot.angles is not None:
+            q, k = apply_rotation(states[:, :2], *slot.angles).unbind(1)
+        # Under autocast these are in bf16, but the cache has the dtype of the latents.
         k, v = k.to(cache.keys.dtype), v.to(cache.values.dtype)
-        if place.rows is None:
-            cache.keys[:, :, place.column] = k
-            cache.values[:, :, place.column] = v
+        if slot.rows is None:
+            cache.keys[:, :, slot.column] = k
+            cache.values[:, :, slot.column] = v
         else:
-            if place.going is not None:
-                goes = place.going[:, None, None]
-                k = torch.where(goes, k, cache.keys[place.rows, :, place.column])
-                v = torch.where(goes, v, cache.values[place.rows, :, place.column])
-            cache.keys[place.rows, :, place.column] = k
-            cache.values[place.rows, :, place.column] = v
-        some = place.rows is not None and len(q) < len(cache.keys)
-        if some:  # to look with all rows is less work than to take the keys of some out
-            q = q.new_zeros(len(cache.keys), *q.shape[1:]).index_copy(0, place.rows, q)
+            if slot.active is not None:
+                active = slot.active[:, None, None]
+                k = torch.where(active, k, cache.keys[slot.rows, :, slot.column])
+                v = torch.where(active, v, cache.values[slot.rows, :, slot.column])
+            cache.keys[slot.rows, :, slot.column] = k
+            cache.values[slot.rows, :, slot.column] = v
+        partial = slot.rows is not None and len(q) < len(cache.keys)
+        if partial:  # attention with all rows costs less than copying the keys of some
+            q = q.new_zeros(len(cache.keys), *q.shape[1:]).index_copy(0, slot.rows, q)
         attended = F.scaled_dot_product_attention(
             q[:, :, None],
-            cache.keys[:, :, place.first : place.end],
-            cache.values[:, :, place.first : place.end],
-            attn_mask=place.mask,
+            cache.keys[:, :, slot.first : slot.end],
+            cache.values[:, :, slot.first : slot.end],
+            attn_mask=slot.mask,
         )
-        if some:
-            attended = attended[place.rows]
+        if partial:
+            attended = attended[slot.rows]
         return self.out_proj(attended.squeeze(2).flatten(1))
 
 
@@ -252,7 +252,7 @@ class CrossAttention(nn.Module):
     """Attention of the decoder's tokens to the sentence's latents.
 
     With one latent the attention weight is exactly 1, so the result is ``out_proj(v_proj(latent))`` whatever
-    the token is: it is computed once a sentence and added at every position.
+    the token is: it is computed once per sentence and added at every position.
     """
 
     def __init__(self, config: SentenceVAEConfig) -> None:
@@ -264,14 +264,14 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """What depends on the latents ``[S, k, H]`` alone: ``(added [S, H],)``, or keys and values."""
+        """What depends only on the latents ``[S, k, H]``: ``(added [S, H],)``, or keys and values."""
         if latents.shape[1] == 1:
             return (self.out_proj(self.v_proj(latents[:, 0])),)
         keys, values = self.k_proj(latents), self.v_proj(latents)
         return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention in full: ``[S, L, H]`` to keys and values ``[S, heads, k, d]``."""
+        """Attention from ``[S, L, H]`` to keys and values ``[S, heads, k, d]``."""
         q = split_heads(self.q_proj(hidden_states), self.num_heads)
         return self.out_proj(join_heads(F.scaled_dot_product_attention(q, keys, values)))
 
@@ -282,7 +282,7 @@ class CrossAttention(nn.Module):
         return layout.unpad(self.attend(layout.pad(hidden_states), *prepared))
 
     def step(self, hidden_states: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``."""
+        """One position per row: ``[B, H] -> [B, H]``."""
         if len(prepared) == 1:
             return prepared[0]
         return self.attend(hidden_states[:, None], *prepared).squeeze(1)
@@ -306,10 +306,10 @@ class AddedLatents(nn.Module):
 
 
 class Unpack(nn.Module):
-    """What of the latents belongs to each position, by a matrix of its own: the opposite of the fusion ``pack``.
+    """Gives each position its part of the latents by a matrix of its own: the inverse of the fusion ``pack``.
 
-    Attention finds its way by what is said at a place; that the fifth word of the latents is due at the fifth position
-    is a product of place and latents, which it can only learn slowly.
+    Attention selects by content. That the fifth word in the latents belongs at the fifth position is a product of
+    position and latents, which attention learns slowly.
     """
 
     def __init__(self, config: SentenceVAEConfig) -> None:
@@ -320,12 +320,12 @@ class Unpack(nn.Module):
         self.widen = nn.Linear(self.size, config.hidden_size, bias=False)
 
     def prepare(self, latents: Tensor) -> Tensor:
-        """``[S, k, H] -> [S, positions, size]``, computed once a sentence."""
+        """``[S, k, H] -> [S, positions, size]``, computed once per sentence."""
         return self.read(latents.flatten(1)).unflatten(1, (-1, self.size))
 
-    def forward(self, slots: Tensor, sentence_ids: Tensor, positions: Tensor) -> Tensor:
-        """What is added at ``positions [T]`` of the sentences ``sentence_ids [T]``: ``[T, H]``."""
-        return self.widen(slots[sentence_ids, positions])
+    def forward(self, unpacked: Tensor, sentence_ids: Tensor, positions: Tensor) -> Tensor:
+        """The summand for ``positions [T]`` of the sentences ``sentence_ids [T]``: ``[T, H]``."""
+        return self.widen(unpacked[sentence_ids, positions])
 
 
 class FeedForward(nn.Sequential):
@@ -376,7 +376,7 @@ class DecoderBlock(nn.Module):
             self.condition = AddedLatents(config)
 
     def prepare(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """What the block needs of the latents, computed once a sentence."""
+        """What the block needs of the latents, computed once per sentence."""
         return () if self.condition is None else self.condition.prepare(latents)
 
     def forward(
@@ -384,27 +384,27 @@ class DecoderBlock(nn.Module):
         hidden_states: Tensor,
         layout: Ragged,
         prepared: tuple[Tensor, ...],
-        kept: list[tuple[Tensor, Tensor]] | None = None,
+        past_key_values: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """``[T, H] -> [T, H]``; keys and values ``[T, heads, d]`` are added to ``kept`` where there is context."""
+        """``[T, H] -> [T, H]``; with ``decoder_context``, appends keys and values ``[T, heads, d]`` to the list."""
         normed = self.attention_norm(hidden_states)
         if self.context:
             attended, states = self.attention.forward_across(normed, layout, self.context)
-            if kept is not None:
-                kept.append(states)
+            if past_key_values is not None:
+                past_key_values.append(states)
         else:
             attended = self.attention(normed, layout, causal=True)
         hidden_states = hidden_states + self.dropout(attended)
         if self.condition is not None:
-            told = self.condition(self.condition_norm(hidden_states), layout, prepared)
-            hidden_states = hidden_states + self.dropout(told)
+            conditioning = self.condition(self.condition_norm(hidden_states), layout, prepared)
+            hidden_states = hidden_states + self.dropout(conditioning)
         return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
 
     def step(
-        self, hidden_states: Tensor, cache: LayerCache, place: Place, prepared: tuple[Tensor, ...]
+        self, hidden_states: Tensor, cache: LayerCache, slot: CacheSlot, prepared: tuple[Tensor, ...]
     ) -> Tensor:
-        """One position a row: ``[B, H] -> [B, H]``."""
-        hidden_states = hidden_states + self.attention.step(self.attention_norm(hidden_states), cache, place)
+        """One position per row: ``[B, H] -> [B, H]``."""
+        hidden_states = hidden_states + self.attention.step(self.attention_norm(hidden_states), cache, slot)
         if self.condition is not None:
             hidden_states = hidden_states + self.condition.step(self.condition_norm(hidden_states), prepared)
         return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))

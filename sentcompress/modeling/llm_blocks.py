@@ -1,4 +1,4 @@
-"""``vae.init: backbone``: a sentence encoder and decoder made of the LLM's own first and last blocks."""
+"""``vae.init: backbone``: a sentence encoder and decoder that consist of the LLM's own first and last blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sentcompress.modeling.configuration import SentenceVAEConfig
 from sentcompress.modeling.layers import Ragged, latents_first
 from sentcompress.registry import get_registry
 
-UNUSED_COLUMNS = 64
-"""Columns of a decoder's cache that no row sees any more before they are dropped."""
+MAX_UNUSED_COLUMNS = 64
+"""Columns of a decoder's cache that no row sees any more; with more of them, they are dropped."""
 
 
 def short_backbone(config: SentenceVAEConfig, layers: int, *, last: bool) -> Backbone:
-    """The LLM's adapter with only some of its blocks, weights still to be copied, no token embeddings.
+    """The LLM's adapter with only some of its blocks, without token embeddings. The weights are not copied yet.
 
     Raises:
         ValueError: the LLM has fewer blocks.
@@ -34,7 +34,7 @@ def short_backbone(config: SentenceVAEConfig, layers: int, *, last: bool) -> Bac
 
 
 def cut_config(config: Any, layers: int, *, last: bool) -> Any:
-    """A configuration of the first or last ``layers`` blocks: what it lists block by block is cut likewise."""
+    """A configuration of the first or last ``layers`` blocks; fields that list values per block are cut likewise."""
     number = config.num_hidden_layers
     if layers > number:
         raise ValueError(f"{layers} blocks were asked for, the LLM has {number}")
@@ -48,11 +48,10 @@ def cut_config(config: Any, layers: int, *, last: bool) -> Any:
 
 @torch.no_grad()
 def copy_blocks(source: Backbone, target: Backbone, *, last: bool) -> None:
-    """Give ``target`` the weights of the first or last blocks of ``source``, and all that is not a block."""
+    """Copy the weights of the first or last blocks of ``source`` to ``target``, and all others."""
     number, layers = len(source.blocks), len(target.blocks)
     first = number - layers if last else 0
-    places = {name: module for name, module in source.named_modules() if module is source.blocks}
-    prefix = f"{next(iter(places))}."
+    prefix = next(name for name, module in source.named_modules() if module is source.blocks) + "."
     weights = source.state_dict()
     for key, value in target.state_dict().items():
         if key.startswith(prefix):
@@ -62,7 +61,7 @@ def copy_blocks(source: Backbone, target: Backbone, *, last: bool) -> None:
 
 
 def _causal(lengths: Tensor, longest: int) -> Tensor:
-    """``[S, 1, L, L]`` bool. Padding is on the right, so nothing real sees it."""
+    """``[S, 1, L, L]`` bool. Padding is on the right, so no token sees it."""
     return (
         torch.ones(longest, longest, dtype=torch.bool, device=lengths.device)
         .tril()
@@ -90,30 +89,30 @@ def _run(llm: Backbone, inputs: Tensor, lengths: Tensor) -> Tensor:
 
 @dataclass
 class LLMDecoderCache:
-    """What is cached while sentences are written: a row a text, each beginning in a column of its own.
+    """The cache during generation: one row per text; each row's sentence begins in its own column.
 
     Attributes:
         cache: the blocks' transformers cache; None before the first step.
         filled: columns in it, the same in every row.
         starts: ``[B]`` int64, the column in which each row's sentence begins.
-        latents: ``[B, k, H]``, what it is told.
-        reading: steps in which some row may still read its latents.
+        latents: ``[B, k, H]`` that condition it.
+        latent_steps: steps in which some row may still read its latents.
     """
 
     cache: Any
     filled: int
     starts: Tensor
     latents: Tensor
-    reading: int = 0
+    latent_steps: int = 0
 
     @property
     def layers(self) -> list[Any]:
-        """Objects with ``keys`` and ``values``, one a block."""
+        """Objects with ``keys`` and ``values``, one per block."""
         return [] if self.cache is None else list(self.cache.layers)
 
 
 class LLMDecoder(nn.Module):
-    """The LLM's last blocks; the latents stand before the tokens."""
+    """The LLM's last blocks, with the latents in front of the tokens."""
 
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__()
@@ -125,13 +124,13 @@ class LLMDecoder(nn.Module):
 
     def forward(self, embeddings: Tensor, layout: Ragged, latents: Tensor) -> Tensor:
         """Teacher-forced pass: as :meth:`sentcompress.modeling.decoder.SentenceDecoder.forward`."""
-        told = (latents * self.latent_gain).to(embeddings.dtype)
-        inputs = torch.cat([told, layout.pad(embeddings)], dim=1)
+        prefix = (latents * self.latent_gain).to(embeddings.dtype)
+        inputs = torch.cat([prefix, layout.pad(embeddings)], dim=1)
         hidden_states = _run(self.llm, inputs, layout.lengths + self.prefix)
         return layout.unpad(hidden_states[:, self.prefix :])
 
     def allocate(self, texts: int, like: Tensor, context: None = None) -> LLMDecoderCache:
-        """As :meth:`sentcompress.modeling.decoder.SentenceDecoder.allocate`; sentences see nothing before them."""
+        """As :meth:`sentcompress.modeling.decoder.SentenceDecoder.allocate`; sentences have no context."""
         starts = torch.zeros(texts, dtype=torch.long, device=like.device)
         return LLMDecoderCache(None, 0, starts, like.new_zeros(texts, self.prefix, like.shape[-1]))
 
@@ -140,30 +139,32 @@ class LLMDecoder(nn.Module):
         cache.starts = cache.starts.index_fill(0, rows, cache.filled)
         cache.latents = cache.latents.index_copy(0, rows, latents)
         unused = int(cache.starts.min())
-        if unused > UNUSED_COLUMNS or unused == cache.filled:
+        if unused > MAX_UNUSED_COLUMNS or unused == cache.filled:
             self._drop(cache, unused)
-        cache.reading = self.prefix
-        if len(rows) == len(cache.starts):  # nobody is in the middle of a sentence: all latents at once
+        cache.latent_steps = self.prefix
+        if len(rows) == len(cache.starts):  # no other row is inside a sentence: read all latents at once
             self._extend(cache.latents * self.latent_gain, cache)
-            cache.reading = 0
-        return cache.reading
+            cache.latent_steps = 0
+        return cache.latent_steps
 
     def step(self, embeddings: Tensor, cache: LLMDecoderCache, rows: Tensor | None = None) -> Tensor:
-        """One more position in some rows: ``[b, H] -> [b, H]``; as ``SentenceDecoder.step``."""
+        """Advance some rows by one position: ``[b, H] -> [b, H]``; as ``SentenceDecoder.step``."""
         if rows is not None:
-            waits = torch.ones_like(cache.starts, dtype=torch.bool).index_fill(0, rows, False)
-            cache.starts = cache.starts.masked_fill(waits, cache.filled)  # they keep no columns alive
-            every = embeddings.new_zeros(len(waits), embeddings.shape[-1])
+            waiting = torch.ones_like(cache.starts, dtype=torch.bool).index_fill(0, rows, False)
+            cache.starts = cache.starts.masked_fill(
+                waiting, cache.filled
+            )  # so that they keep no columns in use
+            every = embeddings.new_zeros(len(waiting), embeddings.shape[-1])
             embeddings = every.index_copy(0, rows, embeddings)
         positions = cache.filled - cache.starts
-        if cache.reading:
-            cache.reading -= 1
+        if cache.latent_steps:
+            cache.latent_steps -= 1
             embeddings = latents_first(embeddings, cache.latents * self.latent_gain, positions)
         states = self._extend(embeddings[:, None], cache)[:, 0]
         return states if rows is None else states[rows]
 
     def _extend(self, inputs: Tensor, cache: LLMDecoderCache) -> Tensor:
-        """``[B, n, H] -> [B, n, H]``: n more columns, each row from its own beginning on."""
+        """Add n columns, visible from the beginning of each row's sentence: ``[B, n, H] -> [B, n, H]``."""
         new = cache.filled + torch.arange(inputs.shape[1], device=inputs.device)
         columns = torch.arange(cache.filled + inputs.shape[1], device=inputs.device)
         allowed = (columns >= cache.starts[:, None])[:, None] & (columns <= new[:, None])
@@ -178,7 +179,7 @@ class LLMDecoder(nn.Module):
         return states
 
     def retire(self, cache: LLMDecoderCache, rows: Tensor, lengths: Tensor) -> None:
-        """Nothing of a sentence is kept."""
+        """Do nothing: these blocks have no context."""
 
     def keep(self, cache: LLMDecoderCache, rows: Tensor) -> None:
         """Drop all other rows."""
