@@ -1,4 +1,4 @@
-"""Configurations of the two models: plain JSON, naming the plugins they need."""
+"""Configurations of the two models: JSON that names the plugins they need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sentcompress.registry import get_registry
 
 
 def plugin_record(kind: str, name: str) -> dict[str, str]:
-    """Which distribution provides a component: what loading needs to name when it is missing."""
+    """The distribution that provides a component, to be named if the component is missing at loading."""
     plugin = get_registry().owner(kind, name)
     return {"kind": kind, "name": name, "package": plugin.package, "version": plugin.version}
 
 
 def check_plugins(records: list[dict[str, str]]) -> None:
-    """Refuse a model whose plugin is missing, naming the package to install; warn about another version."""
+    """Refuse a model whose plugin is missing and name the package to install; warn about another version."""
     registry = get_registry()
     for record in records:
         try:
@@ -28,7 +28,7 @@ def check_plugins(records: list[dict[str, str]]) -> None:
         except PluginError as error:
             raise PluginError(
                 f"the model needs {record['kind']} '{record['name']}' of package '{record['package']}' "
-                f"{record['version']}, which is not there ({error.message.splitlines()[0]})",
+                f"{record['version']}, which is not available ({error.message.splitlines()[0]})",
                 fix=f"pip install {record['package']}=={record['version']}",
             ) from None
         if owner.package == record["package"] == "sentcompress":
@@ -53,17 +53,17 @@ class SentenceVAEConfig(PretrainedConfig):
         dropout: in the blocks.
         conditioning: ``cross-attention``, ``add`` or ``prefix``.
         fusion: name and options of the fusion plugin.
-        latents: vectors a sentence, ``k``; given by the fusion.
-        unpack_size: numbers of the latents that each position of the decoder is given directly; 0 gives none.
-        decoder_context: positions before the sentence that the decoder sees too; 0 is the paper's.
+        latents: vectors per sentence, ``k``; defined by the fusion.
+        unpack_size: size of the part of the latents that each decoder position is given directly; 0 gives none.
+        decoder_context: positions before the sentence that the decoder also sees; 0 as in the paper.
         max_sentence_tokens: longest sentence.
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
-        variational: predict a variance beside the latent (trained with a KL term).
+        variational: also predict a variance of the latent (trained with a KL term).
         segmenter: name, options and learned state of the segmenter plugin.
-        backbone: name of the adapter and model the tokenizer came from, and with ``blocks: backbone`` the options
-            and configuration the blocks are built from.
+        backbone: adapter and model that the tokenizer came from; with ``blocks: backbone`` also the options and
+            configuration that the blocks are built from.
         blocks: ``own``, or ``backbone`` for the LLM's first and last blocks.
-        plugins: records of the plugins in use.
+        plugins: records of the plugins that the model needs.
     """
 
     model_type = "sentence-vae"
@@ -125,7 +125,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.blocks = blocks
         self.plugins = plugins or []
         self.sentcompress_version = sentcompress_version
-        kwargs["tie_word_embeddings"] = False  # tying is by construction here, not by transformers
+        kwargs["tie_word_embeddings"] = False  # our models tie embeddings themselves
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs
         )
@@ -149,8 +149,8 @@ class SentenceLMConfig(PretrainedConfig):
         backbone_options: its options.
         backbone_config: the LLM's own transformers configuration as a dictionary.
         latent_scale: factor from the encoder's latents to the scale of the LLM's token embeddings.
-        start_latent: a learned vector stands before each document, so that its first sentence is predicted too.
-        shortlist_rank: rank of the scores that predict a shortlist of tokens for each sentence; 0 predicts none.
+        start_latent: put a learned vector before each document, so that its first sentence is predicted too.
+        shortlist_rank: rank of the scores that predict a shortlist of tokens per sentence; 0 predicts none.
     """
 
     model_type = "sentence-lm"

@@ -1,4 +1,4 @@
-"""Building the models from their parts: a fresh SentenceVAE for a backbone, and the graft itself."""
+"""Builds the models: a new SentenceVAE for a backbone, and the graft of the two."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from sentcompress.registry import get_registry
 
 
 def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
-    """The adapter around a loaded LLM, proven on random input (:mod:`sentcompress.contracts.proof`).
+    """The adapter around a loaded LLM, checked on random input (:mod:`sentcompress.contracts.proof`).
 
     Raises:
-        InputError: the LLM cannot be a backbone, or its adapter is wrong: what fails is named.
+        InputError: the LLM cannot be a backbone, or its adapter is wrong; the message names the failed checks.
     """
     registry = get_registry()
     name = adapter_name(spec)
@@ -63,7 +63,7 @@ def vae_config(
         backbone_config: the LLM's transformers configuration; needed for ``vae.init: backbone``.
 
     Raises:
-        InputError: the heads do not divide the width, or more blocks are asked for than the LLM has.
+        InputError: the heads do not divide the width, or the recipe asks for more blocks than the LLM has.
     """
     heads = recipe.vae.num_heads or _heads_for(hidden_size, num_heads)
     if hidden_size % heads:
@@ -86,8 +86,8 @@ def vae_config(
                 )
     if recipe.vae.decoder_context and hidden_size // heads % 2:
         raise InputError(
-            f"vae.decoder_context: its rotary positions need heads of even width, {heads} heads of "
-            f"{hidden_size // heads} are not",
+            f"vae.decoder_context: its rotary positions need heads of even width, but {heads} heads have width "
+            f"{hidden_size // heads}",
             fix="set vae.num_heads",
         )
     fusion = get_registry().create(
@@ -116,16 +116,16 @@ def vae_config(
 
 
 def _heads_for(hidden_size: int, most: int) -> int:
-    """The largest number of heads up to ``most`` that divides the width: some LLMs' own do not."""
+    """The largest number of heads up to ``most`` that divides the width; that of some LLMs does not."""
     return next(heads for heads in range(min(most, hidden_size), 0, -1) if hidden_size % heads == 0)
 
 
 @torch.no_grad()
 def start_from_backbone(vae: SentenceVAE, causal_lm: PreTrainedModel, spec: BackboneSpec) -> None:
-    """``vae.init: embeddings`` or ``backbone``: begin with what the LLM has learned instead of random weights.
+    """``vae.init: embeddings`` or ``backbone``: start from the LLM's weights instead of random ones.
 
-    The token embeddings come from the LLM's, the output head from its output head (from the embeddings where tied
-    or of another width), and with ``blocks: backbone`` the encoder and decoder from its first and last blocks.
+    The token embeddings are the LLM's. The output head is the LLM's, or the embeddings if it is tied or has another
+    width. With ``blocks: backbone``, encoder and decoder are its first and last blocks.
     """
     output = causal_lm.get_output_embeddings()
     head = None if output is None else output.weight.detach().float()
@@ -144,7 +144,7 @@ def start_from_backbone(vae: SentenceVAE, causal_lm: PreTrainedModel, spec: Back
 
 
 def freeze_embeddings(vae: SentenceVAE) -> None:
-    """``vae.freeze: embeddings``: token embeddings and output head learn no more."""
+    """``vae.freeze: embeddings``: stop training token embeddings and output head."""
     vae.embed_tokens.requires_grad_(False)
     if not vae.config.tie_embeddings:
         vae.decoder_embed_tokens.requires_grad_(False)
@@ -153,7 +153,7 @@ def freeze_embeddings(vae: SentenceVAE) -> None:
 
 @torch.no_grad()
 def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
-    """``[V, H]``: every token's embedding as the backbone's blocks read it.
+    """``[V, H]``: every token's embedding as input of the backbone's blocks.
 
     Raises:
         InputError: the tokenizer has more tokens than the LLM has embeddings.
@@ -172,8 +172,8 @@ def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
 def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     """Put a backbone between a SentenceVAE's encoder and decoder (paper section 3.2).
 
-    The latents are scaled to the size of the token embeddings the blocks are used to (measured), and the start
-    latent begins as the embedding of the start token. The backbone's token embeddings are dropped.
+    The latents are scaled to the measured scale of the token embeddings, which the blocks expect. The start latent is
+    initialized with the embedding of the start token. The backbone's token embeddings are dropped.
 
     Raises:
         InputError: the SentenceVAE does not fit the backbone.
@@ -203,11 +203,11 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     model = SentenceLM(config)
     model.vae.load_state_dict(vae.state_dict())
     model.backbone.load_state_dict(backbone.state_dict())
-    # What the blocks compute may depend on the configuration alone, and not every library version saves it whole.
+    # The blocks' results depend on the configuration, which some versions of transformers save incompletely.
     if not torch.allclose(_probe(model.backbone), expected, atol=1e-4, rtol=1e-4):
         raise InputError(
             f"backbone.model: {recipe.backbone.model} (type '{config.backbone_config['model_type']}') computes "
-            "something else when it is built again from its saved configuration: transformers loses a field of it",
+            "other results when it is rebuilt from its saved configuration: transformers loses a field of it",
             fix="use a newer transformers",
         )
     if config.start_latent:
@@ -216,7 +216,7 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
 
 
 def _probe(backbone: Backbone) -> Tensor:
-    """``[1, 3, H]``: a backbone's states for a fixed input, in eval mode."""
+    """``[1, 3, H]``: a backbone's hidden states for a fixed input, in eval mode."""
     reference = next(backbone.parameters())
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 3, backbone.hidden_size, generator=generator).to(reference)
@@ -230,7 +230,7 @@ def _probe(backbone: Backbone) -> Tensor:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A transformers configuration as the JSON values it would be saved as."""
+    """A transformers configuration as JSON values, as it would be saved."""
     settings = config.to_diff_dict()
     settings["model_type"] = config.model_type
     for key in ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"):

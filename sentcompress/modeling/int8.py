@@ -1,8 +1,8 @@
-"""Weights in 8 bits on a CPU: a quarter of the bytes to read a token, and integer kernels.
+"""8-bit weights on a CPU: a quarter of the bytes to read per token, and integer kernels.
 
 torch's kernel rounds activations by the smallest and largest value of the whole batch, so a row's result would depend
-on the rows beside it. Here every row is brought to whole numbers by a scale of its own first, and two constant columns
-hold the kernel's range in place: its products of whole numbers are then exact, whatever stands in the batch.
+on the other rows. Here each row is first scaled and rounded to integers by itself, and constant padding columns fix the
+kernel's range. Its integer products are then exact, whatever the batch contains.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 WEIGHT_LEVELS = 127
 ACTIVATION_LEVELS = 63
-"""The kernel multiplies 7 by 8 bits: more would overflow its sums of two on processors without VNNI."""
-STEPS = 2 * ACTIVATION_LEVELS
-"""What one pass leaves over fits into this many times finer steps of the next."""
+"""Activations have 7 bits: with 8, sums of two products would overflow on processors without VNNI."""
+RESIDUAL_FACTOR = 2 * ACTIVATION_LEVELS
+"""How much finer the second pass rounds the error of the first."""
 PADDING = (-63.0, 64.0, 0.0, 0.0)
-"""Columns that make the kernel's scale 1 and its zero point 63; four, as it reads them in fours."""
+"""Columns that make the kernel's scale 1 and its zero point 63; four, because it reads four at a time."""
 ENGINE = "fbgemm"
-TINY = 1e-30
+MIN_SCALE = 1e-30
 """Scale of rows of zeros."""
 ROWS_PER_BLOCK = 4096
 """Rows of a weight rounded together, so that they stay in the processor's cache."""
@@ -38,12 +38,12 @@ ROWS_PER_BLOCK = 4096
 
 @dataclass
 class Products:
-    """What a weight in 8 bits made of some rows.
+    """The product of an 8-bit weight and some rows.
 
     Attributes:
         sums: ``[N, out]``, to be multiplied by ``scales``.
-        scales: ``[N, 1]`` of the rows, which were rounded to whole numbers by them.
-        rest: ``[N, 1]``, at most the Euclidean norm of what rounding took from each row, in units of its scale.
+        scales: ``[N, 1]``, by which the rows were divided before they were rounded to integers.
+        rest: ``[N, 1]``, upper bound of the Euclidean norm of each row's rounding error, in units of its scale.
     """
 
     sums: Tensor
@@ -52,7 +52,7 @@ class Products:
 
 
 class Int8Weight:
-    """A matrix ``[out, in]`` in 8 bits with a scale a row, ready for the CPU's kernel.
+    """An 8-bit matrix ``[out, in]`` with one scale per row, packed for the CPU's kernel.
 
     Args:
         weight: fp32, on the CPU.
@@ -64,14 +64,14 @@ class Int8Weight:
     def __init__(self, weight: Tensor) -> None:
         if weight.device.type != "cpu":
             raise InputError(
-                f"8-bit weights are for the CPU, these are on {weight.device.type}",
+                f"8-bit weights need the CPU, these are on {weight.device.type}",
                 fix="leave quantization out, or run on the CPU",
             )
         self.out_features, self.in_features = weight.shape
         whole, scales, errors, norms = [], [], [], []
         for block in weight.detach().split(ROWS_PER_BLOCK):
             rows = block.float()
-            scale = (rows.abs().amax(1) / WEIGHT_LEVELS).clamp_min(TINY)
+            scale = (rows.abs().amax(1) / WEIGHT_LEVELS).clamp_min(MIN_SCALE)
             near = (rows / scale[:, None]).round_()
             whole.append(near.to(torch.int8))
             scales.append(scale)
@@ -80,16 +80,16 @@ class Int8Weight:
             errors.append(torch.linalg.vector_norm(rows - near, dim=1))
         self.scales = torch.cat(scales)
         self.error_norms = torch.cat(errors)
-        """``[out]``: Euclidean norm of what rounding took from each row."""
+        """``[out]``: Euclidean norm of each row's rounding error."""
         self.norms = torch.cat(norms)
-        """``[out]``: of each row as it is now."""
+        """``[out]``: Euclidean norm of each rounded row."""
         self.packed = _pack(torch.cat(whole), self.scales)
         self.padding = torch.tensor([PADDING])
         self._prove(torch.cat([part[:256] for part in whole])[:256])
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read at each call."""
+        """Bytes read per call."""
         return self.out_features * (self.in_features + len(PADDING))
 
     @torch.no_grad()
@@ -97,34 +97,34 @@ class Int8Weight:
         """``rows [N, in]`` times the weight.
 
         Args:
-            passes: 1 rounds activations to 7 bits; 2 adds what that left over, which makes about 14.
+            passes: 1 rounds activations to 7 bits; 2 also multiplies the rounding error, for about 14 bits.
         """
         count, width = rows.shape
         scales = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True)
-        scales = scales.clamp_min_(TINY).div_(ACTIVATION_LEVELS)
+        scales = scales.clamp_min_(MIN_SCALE).div_(ACTIVATION_LEVELS)
         left = rows / scales
         padded = rows.new_empty(passes * count, width + len(PADDING))
         padded[:, width:] = self.padding
         whole = padded[:count, :width]
         left.sub_(torch.round(left, out=whole))
         if passes == 2:
-            torch.round(left.mul_(STEPS), out=padded[count:, :width])
+            torch.round(left.mul_(RESIDUAL_FACTOR), out=padded[count:, :width])
         with _engine():
             sums = torch.ops.quantized.linear_dynamic(padded, self.packed, True)
         if passes == 1:
             return Products(sums, scales, torch.linalg.vector_norm(left, dim=1, keepdim=True))
-        sums = torch.add(sums[:count], sums[count:], alpha=1 / STEPS)
-        return Products(sums, scales, scales.new_full(scales.shape, width**0.5 / (2 * STEPS)))
+        sums = torch.add(sums[:count], sums[count:], alpha=1 / RESIDUAL_FACTOR)
+        return Products(sums, scales, scales.new_full(scales.shape, width**0.5 / (2 * RESIDUAL_FACTOR)))
 
     def _prove(self, whole: Tensor) -> None:
-        """Kernels differ between processors: the products of whole numbers that this one computes must be exact."""
+        """Kernels differ between processors: check that this one's integer products are exact."""
         rows = torch.randint(
             -ACTIVATION_LEVELS,
             ACTIVATION_LEVELS + 1,
             (2, self.in_features),
             generator=torch.Generator().manual_seed(0),
         ).float()
-        rows[0] = ACTIVATION_LEVELS * torch.where(whole[0] < 0, -1.0, 1.0)  # the largest sum there can be
+        rows[0] = ACTIVATION_LEVELS * torch.where(whole[0] < 0, -1.0, 1.0)  # the largest possible sum
         rows[1, 0] = ACTIVATION_LEVELS  # the scale of both rows is 1
         expected = rows.double() @ whole.double().T
         found = self.multiply(rows, 1).sums[:, : len(whole)].double() / self.scales[: len(whole)].double()
@@ -135,11 +135,11 @@ class Int8Weight:
 
 
 class Int8Linear(nn.Module):
-    """Stands in for a linear layer: weight in 8 bits, activations in about 14, sums exact."""
+    """Replaces a linear layer: weights in 8 bits, activations in about 14, exact sums."""
 
     def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        # GPT-2's layers keep their weights the other way around.
+        # GPT-2's layers store their weights transposed.
         self.int8 = Int8Weight(linear.weight.T if isinstance(linear, Conv1D) else linear.weight)
         self.bias = linear.bias
 
@@ -155,7 +155,7 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def to_int8(module: nn.Module) -> nn.Module:
-    """Replace every linear layer inside ``module`` by one in 8 bits, in place; for writing, not for training."""
+    """Replace every linear layer inside ``module`` by an 8-bit one, in place; for generation, not for training."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear | Conv1D):
@@ -166,26 +166,26 @@ def to_int8(module: nn.Module) -> nn.Module:
 def quantize(model: SentenceLM, parts: Iterable[str]) -> SentenceLM:
     """Round the weights of ``encoder``, ``backbone`` or ``decoder`` to 8 bits, in place.
 
-    Embeddings, norms and the output head stay as they are (``shortlist-exact`` makes the head cheap and exact).
+    Embeddings, norms and the output head stay as they are (``shortlist-exact`` makes the output head cheap and exact).
 
     Raises:
-        InputError: a part is not known, or the model is not on a CPU with exact 8-bit kernels.
+        InputError: a part is unknown, or the model is not on a CPU with exact 8-bit kernels.
     """
-    places: dict[str, nn.Module] = {
+    modules: dict[str, nn.Module] = {
         "encoder": model.vae.encoder,
         "backbone": model.backbone,
         "decoder": model.vae.decoder,
     }
     for part in parts:
-        if part not in places:
-            raise InputError(f"no part is called '{part}'", fix=f"use {', '.join(places)}")
-        to_int8(places[part])
+        if part not in modules:
+            raise InputError(f"no part is called '{part}'", fix=f"use {', '.join(modules)}")
+        to_int8(modules[part])
     return model
 
 
 @contextmanager
 def _engine() -> Iterator[None]:
-    """torch picks kernels by a global setting; ours are fbgemm's."""
+    """Select fbgemm's kernels, which torch does by a global setting."""
     before = torch.backends.quantized.engine
     if before == ENGINE:
         yield
@@ -205,7 +205,7 @@ def _pack(whole: Tensor, scales: Tensor) -> Any:
     padded = torch.cat([whole, whole.new_zeros(len(whole), len(PADDING))], 1)
     rows = len(whole)
     with warnings.catch_warnings(), _engine():
-        # torch deprecates its quantized tensors; the kernel that takes plain ones is six times slower.
+        # torch deprecates quantized tensors, but the kernel for ordinary ones is six times slower.
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch._make_per_channel_quantized_tensor(
             padded, scales.double(), torch.zeros(rows, dtype=torch.long), 0

@@ -1,4 +1,4 @@
-"""Loading our own model folders: from safetensors only, and never with code from the folder."""
+"""Loads our own model folders: from safetensors only, and never with code from the folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> A
     read_config(folder, model_type)
     shown = transformers_logging.get_verbosity()
     try:
-        # Its report of what is missing is ours to give, and would show names from the file as they are.
+        # We report missing tensors ourselves; transformers would print names from the file unescaped.
         transformers_logging.set_verbosity(transformers_logging.CRITICAL)
         model, found = cls.from_pretrained(  # type: ignore[attr-defined]
             folder, use_safetensors=True, output_loading_info=True, **arguments
@@ -61,7 +61,7 @@ def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> A
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:
             raise ValueError(
-                f"{len(wrong)} tensors are missing, of another shape or not of this model: {wrong[0]}"
+                f"{len(wrong)} tensors are missing, have another shape or do not belong to this model: {wrong[0]}"
             )
         return model.eval()
     except Exception as error:
@@ -106,7 +106,7 @@ def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
     inner = config.get("vae", config) if isinstance(config, dict) else None
     size = inner.get("vocab_size") if isinstance(inner, dict) else None
     if not isinstance(size, int):
-        return  # whoever loads the model says what is wrong with it
+        return  # loading the model reports the problem
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= size:
         raise ModelFolderError(
             f"'{folder}': its tokenizer has a token {largest:,}, the model's vocabulary ends before {size:,}",

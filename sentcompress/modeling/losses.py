@@ -1,4 +1,4 @@
-"""Focal loss and cross-entropy through a large output head, without the logits ever existing whole.
+"""Focal loss and cross-entropy through a large output head, without ever holding all logits.
 
 Focal loss (paper section 3.1, gamma 2): ``(1 - p)^gamma * -log p`` of the right token. gamma 0 is cross-entropy.
 """
@@ -15,21 +15,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_BUDGET = 2**23
-"""Logits held at a time, where that is not too few rows; larger blocks cost page faults rather than save time."""
+"""Logits held at a time, unless that is too few rows; larger blocks cost page faults and save no time."""
 CACHED_LOGITS = 2**21
-"""Logits that are turned into gradients at a time: several passes over what a processor's cache holds."""
+"""Logits turned into gradients at a time: several passes over them stay in the processor's cache."""
 MIN_ROWS = 512
-"""Targets whose logits are held at a time at least where the head learns: with fewer, adding up its gradient takes as
-long as making it. In 16 bits making it is faster, and it is twice as many in the same memory."""
+"""Fewest targets whose logits are held at a time while the head is trained. With fewer, accumulating its gradient takes
+as long as computing it. In 16 bits it is twice as many, for the same memory."""
 
 
 def rows_at_once(vocab_size: int, dtype: torch.dtype, *, learning: bool) -> int:
-    """Targets whose logits the loss holds at a time."""
+    """Number of targets whose logits the loss holds at a time."""
     return max(MIN_ROWS if learning else 1, LOGITS_BUDGET // vocab_size) * 4 // dtype.itemsize
 
 
 def rows_in_cache(vocab_size: int) -> int:
-    """Targets whose logits the loss turns into gradients at a time."""
+    """Number of targets whose logits the loss turns into gradients at a time."""
     return max(1, CACHED_LOGITS // vocab_size)
 
 
@@ -39,17 +39,17 @@ class TokenLoss:
 
     Attributes:
         gamma: focusing parameter of the focal loss; 0 is cross-entropy.
-        label_smoothing: share of the target spread evenly over the vocabulary.
+        label_smoothing: share of the target distribution that is uniform over the vocabulary.
     """
 
     gamma: float = 2.0
     label_smoothing: float = 0.0
 
-    @torch.compiler.disable  # products and passes over memory that is there: nothing is left to compile
+    @torch.compiler.disable  # matrix products and in-place passes: there is nothing to gain from compiling
     def __call__(self, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and negative log-likelihood of each target.
 
-        Where gradients are on, they are made at once, for the backward pass.
+        With gradients enabled, it also computes them, for the backward pass.
 
         Args:
             hidden_states: ``[T, H]``.
@@ -66,11 +66,10 @@ class TokenLoss:
 
 
 class _ChunkedFocalLoss(torch.autograd.Function):
-    """The loss over blocks of targets. Gradients are made in the same pass, while a block's logits are there.
+    """The loss over blocks of targets. Gradients are computed in the same pass, from the block's logits.
 
-    They are those of the sum of the losses, and the backward pass scales them. Where it has to weigh targets
-    differently, or runs a second time, it makes them anew; with fp16 too, where the scaler's factor must be in them
-    before they are rounded.
+    They are those of the sum of the losses; the backward pass scales them. It computes them again if it has to weight
+    targets differently or runs a second time, and with fp16, where the scaler's factor must precede the rounding.
     """
 
     @staticmethod
@@ -101,7 +100,7 @@ class _ChunkedFocalLoss(torch.autograd.Function):
         made, ctx.gradients = ctx.gradients, (None, None)
         if wanted == tuple(gradient is not None for gradient in made):
             on_hidden, on_weight = made
-            # A frozen head needs no look at the values, for which a GPU would be waited for.
+            # For a frozen head, skip the comparison of values, which would wait for a GPU.
             if on_weight is None or bool((upstream == upstream[:1]).all()):
                 if on_hidden is not None:
                     on_hidden *= upstream[:, None]
@@ -121,17 +120,17 @@ def _by_rows(
     upstream: Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss and NLL ``[T]``, and gradients of ``(upstream * loss).sum()`` by hidden states and weight, where wanted."""
+    """Loss and NLL ``[T]``, and the wanted gradients of ``(upstream * loss).sum()`` by hidden states and weight."""
     hidden, head, vocab = hidden_states.to(ctx.dtype), weight.to(ctx.dtype), len(weight)
     loss, nll = torch.empty_like(upstream), torch.empty_like(upstream)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    # A frozen head is a third of its work cheaper.
+    # A frozen head saves a third of the work.
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     exact = ctx.dtype == torch.float32
     part = None if grad_weight is None or exact else torch.empty_like(head)
     at_once = min(rows_at_once(vocab, ctx.dtype, learning=any(wanted)), max(1, len(hidden)))
     in_cache = min(at_once, rows_in_cache(vocab))
-    # Written over by each block, and in place: new memory costs page faults.
+    # Reused by each block, in place: new memory costs page faults.
     block = hidden.new_empty(at_once, vocab)
     precise = None if exact else block.new_empty(in_cache, vocab, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -165,7 +164,7 @@ def _into_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Loss and NLL ``[r]``; fp32 logits ``[r, V]`` become the gradients of ``(upstream * loss).sum()`` by them.
 
-    Without ``upstream`` that pass over them is left out, and they are of no more use.
+    Without ``upstream`` that pass is skipped, and the logits are not meaningful afterwards.
     """
     wanted = targets[:, None]
     highest, target_logit = logits.amax(1), logits.gather(1, wanted).squeeze(1)
@@ -195,9 +194,9 @@ class Teaching:
     """What a token-level LLM expects at each token of some sentences.
 
     Attributes:
-        states: ``[S, L, H_teacher]``, its last hidden states: what stands at a token predicts that token.
+        states: ``[S, L, H_teacher]``, its last hidden states; the state at a token predicts that token.
         weight: ``[V, H_teacher]`` of its output head.
-        share: of the loss that is cross-entropy against its distribution; the rest is that of the text itself.
+        share: weight of the cross-entropy against the teacher's distribution; the rest is that of the text.
     """
 
     states: Tensor
@@ -205,19 +204,20 @@ class Teaching:
     share: float
 
     def of(self, sentences: Tensor) -> Teaching:
-        """Only some sentences, ``[S']``, in that order."""
+        """Select sentences ``[S']``."""
         return Teaching(self.states[sentences], self.weight, self.share)
 
 
-def taught_loss(
+def distillation_loss(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, teaching: Teaching, states: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss against the text and against a teacher's distribution (arXiv 1503.02531), a block of rows at a time.
+    """Loss against the text and a teacher's distribution (arXiv 1503.02531), block by block.
 
     Args:
-        hidden_states, weight, targets: as :class:`TokenLoss` takes them.
+        hidden_states, weight, targets: as for :class:`TokenLoss`.
+        teaching: the teacher's weight and share.
         states: ``[T, H_teacher]`` of the teacher at the same targets.
-        gamma: focusing parameter of the part against the text.
+        gamma: focusing parameter of the loss against the text.
 
     Returns:
         loss ``[T]`` and NLL ``[T]`` in nats, both fp32; only the loss carries gradients.
@@ -225,7 +225,7 @@ def taught_loss(
     rows = max(1, LOGITS_BUDGET // len(weight))
     blocks = [
         checkpoint(
-            _taught,
+            _distillation_loss_of_block,
             hidden,
             weight,
             target,
@@ -242,7 +242,7 @@ def taught_loss(
     return torch.cat([loss for loss, _ in blocks]), torch.cat([nll for _, nll in blocks])
 
 
-def _taught(
+def _distillation_loss_of_block(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, states: Tensor, teaching: Teaching, gamma: float
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden_states, weight).float()
@@ -250,16 +250,16 @@ def _taught(
     nll = total - logits.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         expected = F.linear(states, teaching.weight).float().softmax(1)
-    taught = total - (expected * logits).sum(1)
-    told = (1 - torch.exp(-nll)).clamp_min(1e-12) ** gamma * nll if gamma else nll
-    return (1 - teaching.share) * told + teaching.share * taught, nll.detach()
+    against_teacher = total - (expected * logits).sum(1)
+    against_text = (1 - torch.exp(-nll)).clamp_min(1e-12) ** gamma * nll if gamma else nll
+    return (1 - teaching.share) * against_text + teaching.share * against_teacher, nll.detach()
 
 
 def stop_loss(logits: Tensor, stop: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Focal loss of the stop decisions (paper section 3.2).
 
     Args:
-        logits: ``[D, 2]``, go on and stop.
+        logits: ``[D, 2]``, continue and stop.
         stop: ``[D]`` int64, 1 where the document ends.
 
     Returns:
@@ -271,15 +271,15 @@ def stop_loss(logits: Tensor, stop: Tensor, gamma: float) -> tuple[Tensor, Tenso
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor, floor: float) -> Tensor:
-    """KL divergence to N(0, 1) a dimension, averaged over sentences, then floored and summed.
+    """KL divergence to N(0, 1) per dimension, averaged over sentences, then floored and summed.
 
     Args:
         mean: ``[S, k, H]``.
         log_variance: ``[S, k, H]``.
-        floor: nats a dimension below which nothing is pushed ("free bits").
+        floor: nats per dimension below which there is no gradient ("free bits").
 
     Returns:
-        nats a sentence, scalar.
+        nats per sentence, scalar.
     """
     nats = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float())
     return nats.mean(0).clamp_min(floor).sum()

@@ -1,6 +1,6 @@
-"""The LLM a run starts from: which adapter serves it, where it is, its configuration, weights and tokenizer.
+"""The LLM a run starts from: its adapter, location, configuration, weights and tokenizer.
 
-Weights are read from safetensors or GGUF only and remote code is never run, whatever a folder says.
+Weights are read from safetensors or GGUF only, and remote code is never run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from sentcompress.registry import get_registry
 SAFE = {"trust_remote_code": False}
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
 """Fields of a configuration that a recipe may not set."""
-FALLBACK = "auto"
-"""The adapter of model types that no other one claims."""
+FALLBACK_ADAPTER = "auto"
+"""The adapter for model types that no other adapter serves."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Source:
 
 
 def resolve_backbone(spec: BackboneSpec) -> Source:
-    """The folder, GGUF file or hub name behind an alias; what is one of these comes back as it is.
+    """The folder, GGUF file or hub name of a backbone, which may be given as an alias.
 
     Raises:
-        InputError: it can be neither.
+        InputError: it is none of these.
     """
     aliases = _aliases(spec.name)
     target = aliases.get(spec.model, spec.model)
@@ -106,7 +106,7 @@ def _in_package(alias: str, target: str) -> Source:
 
 @cache
 def _aliases(adapter: str | None) -> dict[str, str]:
-    """Aliases of one adapter, or of all that can be imported."""
+    """Aliases of one adapter, or of all importable ones."""
     registry = get_registry()
     if adapter is not None:
         return dict(registry.get("backbone", adapter).aliases)  # type: ignore[attr-defined]
@@ -115,20 +115,20 @@ def _aliases(adapter: str | None) -> dict[str, str]:
 
 
 def _usable() -> list[str]:
-    """Names of the adapters that can be imported, those of plugins first, so that ours win where both serve."""
+    """Names of the importable adapters, those of plugins first: of several that serve a model, the last is used."""
     registry = get_registry()
     names = []
     for name in registry.names("backbone"):
         try:
             registry.get("backbone", name)
         except PluginError:
-            continue  # it harms only those who ask for it by name
+            continue  # asking for it by name reports the problem
         names.append(name)
     return sorted(names, key=lambda name: registry.owner("backbone", name).package == "sentcompress")
 
 
 def adapter_name(spec: BackboneSpec) -> str:
-    """The adapter of a backbone: the one named, else by alias, else by the model type of its configuration.
+    """The adapter of a backbone: by name, else by alias, else by the model type in its configuration.
 
     Raises:
         InputError: the model cannot be found.
@@ -144,16 +144,16 @@ def _find_adapter(model: str, revision: str | None) -> str:
     if not serves:
         config = _config(BackboneSpec(model=model, revision=revision))
         serves = [n for n, cls in adapters.items() if config.model_type in cls.model_types]
-    return serves[-1] if serves else FALLBACK
+    return serves[-1] if serves else FALLBACK_ADAPTER
 
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub can be connected to at all. If not, the loaders' own retries would take most of a minute."""
+    """Whether the hub can be reached. If not, the loaders' retries would take most of a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     if getproxies():
-        return True  # then only the proxy knows
+        return True  # only the proxy can tell
     target = urlsplit(constants.ENDPOINT)
     try:
         with socket.create_connection((target.hostname or "", target.port or 443), timeout=5):
@@ -163,14 +163,14 @@ def hub_answers() -> bool:
 
 
 def quiet() -> None:
-    """No retries of the hub's around our one message, and no progress bars in a file or pipe."""
+    """Hide the hub's messages about retries, and progress bars in a file or pipe."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 
 def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
-    """Call a transformers loader; say what to do when the hub cannot be reached or lacks the model."""
+    """Call a transformers loader; explain what to do if the hub cannot be reached or lacks the model."""
     quiet()
     source = resolve_backbone(spec)
     if source.gguf_file and find_spec("gguf") is None:
@@ -189,9 +189,9 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
             **arguments,
         )
     except Exception as error:
-        # The GGUF reader trusts its file: a torn one may raise anything.
-        known = isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError)
-        if not known and not source.gguf_file:
+        # The GGUF reader trusts its file: a truncated one may raise anything.
+        expected = isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError)
+        if not expected and not source.gguf_file:
             raise
         text = " ".join(str(error).split())
         if Path(source.path).is_dir():
@@ -211,10 +211,10 @@ def _config(spec: BackboneSpec) -> Any:
 
 
 def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
-    """The LLM's transformers configuration, refused when the adapter does not serve its type.
+    """The LLM's transformers configuration, refused if the adapter does not serve its type.
 
     Args:
-        weights: False where only the shape matters: then a published shape that the adapter knows is enough.
+        weights: False if only the shape matters: then a published shape that the adapter lists is enough.
     """
     name = adapter_name(spec)
     adapter: Any = get_registry().get("backbone", name)
@@ -237,21 +237,21 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
     return config
 
 
-_SIZES = {
+_MAX_SIZES = {
     r"(layers|n_layer)$": 1_000,
     r"(size|dim|heads|embeddings|n_embd|n_head|n_inner|n_positions)$": 1_000_000,
 }
-"""Fields of a configuration that are sizes, and how large they may be: a slip is named before it is built."""
+"""Largest values of configuration fields that are sizes, to catch typing errors before a model is built."""
 
 
 def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
     """A transformers configuration with the fields that a recipe gives under ``where``.
 
     Args:
-        base: what it has already, ``model_type`` among it.
+        base: the fields it has already, with ``model_type``.
 
     Raises:
-        InputError: it has no such field, the field follows from the tokenizer, or a value does not fit.
+        InputError: there is no such field, the tokenizer defines it, or a value does not fit.
     """
     rest = dict(base)
     model_type = rest.pop("model_type")
@@ -260,8 +260,8 @@ def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> A
         if name in FROM_TOKENIZER:
             raise InputError(f"{where}.{name}: follows from the tokenizer or adapter", fix="remove it")
         if name not in known:
-            raise InputError(f"{where}.{name}: no field of a '{model_type}'.{did_you_mean(name, known)}")
-        most = next((most for pattern, most in _SIZES.items() if re.search(pattern, name)), None)
+            raise InputError(f"{where}.{name}: not a field of '{model_type}'.{did_you_mean(name, known)}")
+        most = next((most for pattern, most in _MAX_SIZES.items() if re.search(pattern, name)), None)
         value = fields[name]
         if most and value is not None and not (type(value) is int and 1 <= value <= most):
             raise InputError(f"{where}.{name}: must be a number from 1 to {most:,}, not {value!r}")
@@ -291,14 +291,14 @@ def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -
     wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     if resolve_backbone(spec).gguf_file is None:
         return _load(spec, AutoModelForCausalLM.from_pretrained, use_safetensors=True, **wanted)
-    # transformers shows its progress bar there in files and pipes too.
+    # transformers shows its progress bar even in files and pipes.
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
         model = _load(spec, AutoModelForCausalLM.from_pretrained, **wanted)
     return _unquantized(model, attention)
 
 
 def _unquantized(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    """The same weights in a model that can be saved: one read from GGUF refuses to be."""
+    """The same weights in a model that can be saved, which one read from GGUF cannot."""
     settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     config = AutoConfig.for_model(**settings)
     fresh = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
@@ -321,5 +321,5 @@ def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = int(1e30)  # we measure lengths ourselves; its warning would only mislead
+    tokenizer.model_max_length = int(1e30)  # we check lengths ourselves; its warning would mislead
     return tokenizer

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sentcompress.generation import Generation
 
 PADDING, START = -1, -2
-"""Cells of ``sentence_index`` that hold no sentence: padding, and the start of a document."""
+"""Values of ``sentence_index`` in slots without a sentence: padding, and the start of a document."""
 
 
 @dataclass
@@ -31,14 +31,14 @@ class SentenceLMOutput(ModelOutput):
 
     Attributes:
         loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss.
-        sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 where it is no target.
-        targets: ``[S]`` int64, targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
-        stop_nll: ``[S]`` nats of the decision "stop or go on" after each sentence; 0 where it is not scored.
+        sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 if it is not a target.
+        targets: ``[S]`` int64, number of targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
+        stop_nll: ``[S]`` nats of the decision to stop or continue after each sentence; 0 if it is not scored.
         decisions: ``[S]`` bool, whether the decision after each sentence is scored.
-        start_nll: scalar, nats of the decisions to begin (after start cells).
+        start_nll: scalar, nats of the decisions to begin (after start slots).
         hidden_states: ``[R, N, k, H]`` of the backbone.
-        shortlist_loss: scalar, nats a token of :class:`Shortlist`, to be minimized beside ``loss``; None without one,
-            and outside training.
+        shortlist_loss: scalar, nats per token of :class:`Shortlist`, to be minimized with ``loss``; None without a
+            shortlist and outside training.
     """
 
     loss: Tensor | None = None
@@ -52,7 +52,10 @@ class SentenceLMOutput(ModelOutput):
 
 
 class SentenceLM(PreTrainedModel):
-    """Sentence encoder, the LLM's own blocks over latents, termination layer, sentence decoder."""
+    """Sentence encoder, the LLM's own blocks over latents, termination layer and sentence decoder.
+
+    A row of the backbone has ``N`` slots, each with the ``k`` latents of one sentence.
+    """
 
     config_class = SentenceLMConfig
     config: SentenceLMConfig
@@ -95,11 +98,11 @@ class SentenceLM(PreTrainedModel):
 
     @property
     def latents(self) -> int:
-        """Latents a sentence, ``k``."""
+        """Latents per sentence, ``k``."""
         return self.config.vae_config.latents
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Sentences ``[S, L]`` to what the backbone reads, ``[S, k, H]``, at the scale of its embeddings."""
+        """Sentences ``[S, L]`` to the backbone's inputs ``[S, k, H]``, at the scale of its token embeddings."""
         return self.vae.encode(input_ids, attention_mask) * self.config.latent_scale
 
     def backbone_states(
@@ -112,45 +115,45 @@ class SentenceLM(PreTrainedModel):
         past_passage_ids: Tensor | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, Any | None]:
-        """Run the backbone over rows of sentences, causally, passages apart.
+        """Run the backbone causally over rows of sentences; passages do not see each other.
 
         Args:
             latents: ``[R, N, k, H]``.
             valid: ``[R, N]`` bool, False at padding.
-            passage_ids: ``[R, N]`` int64; a cell sees only cells of its own passage. Padding has -1.
-            position_ids: ``[R, N]`` sentences before each cell in its document.
-            past_key_values: cache of ``P`` earlier cells, with ``past_passage_ids [R, P]``.
+            passage_ids: ``[R, N]`` int64; a slot sees only slots of its own passage. Padding has -1.
+            position_ids: ``[R, N]`` int64, index of each slot in its document.
+            past_key_values: cache of ``P`` earlier slots, with ``past_passage_ids [R, P]``.
             use_cache: return the extended cache.
 
         Returns:
             hidden_states ``[R, N, k, H]`` and the cache.
         """
-        rows, cells, k, width = latents.shape
+        rows, slots, k, width = latents.shape
         past = 0 if past_passage_ids is None else past_passage_ids.shape[1]
         ids = passage_ids if past_passage_ids is None else torch.cat([past_passage_ids, passage_ids], 1)
         same = (passage_ids[:, :, None] == ids[:, None, :]) & valid[:, :, None]
-        order = torch.arange(past + cells, device=latents.device)
-        # Padding attends to itself: a row of the mask with nothing in it would give NaN.
+        order = torch.arange(past + slots, device=latents.device)
+        # Padding attends to itself: an all-False row of the mask would give NaN.
         allowed = same & (order[None, :] <= order[past:, None]) | (order[None, :] == order[past:, None])
         if k > 1:
             allowed = allowed.repeat_interleave(k, 1).repeat_interleave(k, 2)
-            order = torch.arange((past + cells) * k, device=latents.device)
+            order = torch.arange((past + slots) * k, device=latents.device)
             allowed &= order[None, :] <= order[past * k :, None]
-        # Padding may be wider than the positions there are; what stands there does not matter.
+        # Padding may exceed the backbone's positions; its values do not matter.
         positions = position_ids.masked_fill(~valid, 0)[:, :, None] * k + torch.arange(
             k, device=latents.device
         )
         hidden_states, cache = self.backbone(
-            inputs_embeds=latents.reshape(rows, cells * k, width),
+            inputs_embeds=latents.reshape(rows, slots * k, width),
             attention_mask=allowed[:, None],
             position_ids=positions.flatten(1),
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        return hidden_states.view(rows, cells, k, width), cache
+        return hidden_states.view(rows, slots, k, width), cache
 
     def stop_logits(self, hidden_states: Tensor) -> Tensor:
-        """``[..., k, H] -> [..., 2]``: go on, stop."""
+        """``[..., k, H] -> [..., 2]``: continue, stop."""
         return self.termination(hidden_states.flatten(-2))
 
     def generate(
@@ -161,7 +164,7 @@ class SentenceLM(PreTrainedModel):
         Args:
             prompts: texts.
             tokenizer: the one saved with the model.
-            prefix: text that stands before every prompt and is read once.
+            prefix: text before every prompt, which is read only once.
             **settings: fields of :class:`sentcompress.generation.GenerationSettings`, such as ``max_new_tokens``.
 
         Returns:
@@ -177,14 +180,14 @@ class SentenceLM(PreTrainedModel):
         return generator.generate(prompts, chosen, prefix=shared)
 
     def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:
-        """Lay latents ``[S, k, H]`` out in rows ``[R, N, k, H]``; START cells hold the start latent."""
-        cells = latents[sentence_index.clamp_min(0)]
+        """Arrange latents ``[S, k, H]`` in rows ``[R, N, k, H]``; START slots hold the start latent."""
+        slots = latents[sentence_index.clamp_min(0)]
         empty = (sentence_index == PADDING)[:, :, None, None]
-        cells = cells.masked_fill(empty, 0.0)
+        slots = slots.masked_fill(empty, 0.0)
         if self.config.start_latent:
             at_start = (sentence_index == START)[:, :, None, None]
-            cells = torch.where(at_start, self.start.to(cells.dtype), cells)
-        return cells
+            slots = torch.where(at_start, self.start.to(slots.dtype), slots)
+        return slots
 
     def forward(
         self,
@@ -203,13 +206,13 @@ class SentenceLM(PreTrainedModel):
 
         Args:
             input_ids, attention_mask: all sentences of the batch, ``[S, L]``.
-            sentence_index: ``[R, N]``, rows of sentence numbers; -1 is padding, -2 the start of a document.
-            passage_ids: ``[R, N]``, which passage a cell belongs to; -1 at padding.
-            scored: ``[S]`` bool, sentences that are targets where a cell of their passage stands before them.
+            sentence_index: ``[R, N]``, rows of sentence indices; -1 is padding, -2 the start of a document.
+            passage_ids: ``[R, N]``, the passage of each slot; -1 at padding.
+            scored: ``[S]`` bool, sentences that are targets if their passage has a slot before them.
             last: ``[S]`` bool, sentences that end their document.
-            token_loss: focal with gamma 2 unless given; its gamma also serves the stop decisions.
+            token_loss: by default focal with gamma 2; its gamma also applies to the stop decisions.
             stop_weight: weight of the stop loss.
-            teaching: what a token-level LLM expects at each token of the ``S`` sentences; None: text alone.
+            teaching: what a token-level LLM expects at each token of the ``S`` sentences; None: the text only.
         """
         token_loss = token_loss or TokenLoss()
         latents = self.encode(input_ids, attention_mask)
@@ -220,42 +223,44 @@ class SentenceLM(PreTrainedModel):
 
         following = sentence_index[:, 1:]
         predicted = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
-        goes_on = predicted & scored[following.clamp_min(0)]
-        predictors, targets_at = hidden_states[:, :-1][goes_on], following[goes_on]
+        has_target = predicted & scored[following.clamp_min(0)]
+        predictors, targets_at = hidden_states[:, :-1][has_target], following[has_target]
         ends = (sentence_index >= 0) & last[sentence_index.clamp_min(0)]
 
         size = len(input_ids)
         sentence_nll = latents.new_zeros(size, dtype=torch.float32)
         targets = torch.zeros(size, dtype=torch.long, device=latents.device)
-        token_part = latents.sum() * 0.0
+        token_loss_mean = latents.sum() * 0.0
         if len(targets_at):
-            written, told, streams, charged = targets_at, predictors, None, None
+            decoded, conditioning, streams, is_scored = targets_at, predictors, None, None
             if self.vae.decoder.context:
-                # All sentences in the order of their texts: those that are no targets are read all the same.
-                cells = sentence_index >= 0
+                # All sentences in the order of their texts: those that are not targets are still read as context.
+                slots = sentence_index >= 0
                 rows = torch.arange(len(passage_ids), device=passage_ids.device)[:, None]
-                written, streams = sentence_index[cells], (rows * size + passage_ids)[cells]
-                told = hidden_states.new_zeros(size, *latents.shape[1:])
-                told = told.index_copy(0, following[predicted], hidden_states[:, :-1][predicted])[written]
-                charged = torch.zeros_like(scored).index_fill(0, targets_at, True)[written]
+                decoded, streams = sentence_index[slots], (rows * size + passage_ids)[slots]
+                all_conditioning = hidden_states.new_zeros(size, *latents.shape[1:])
+                conditioning = all_conditioning.index_copy(
+                    0, following[predicted], hidden_states[:, :-1][predicted]
+                )[decoded]
+                is_scored = torch.zeros_like(scored).index_fill(0, targets_at, True)[decoded]
             token_losses, nll, counts = self.vae.decode_nll(
-                told,
-                input_ids[written],
-                attention_mask[written],
+                conditioning,
+                input_ids[decoded],
+                attention_mask[decoded],
                 token_loss,
                 streams,
-                charged,
-                None if teaching is None else teaching.of(written),
+                is_scored,
+                None if teaching is None else teaching.of(decoded),
             )
-            token_part = token_losses.mean()
-            sentence_nll = sentence_nll.index_copy(0, written, nll)
-            targets = targets.index_copy(0, written, counts)
+            token_loss_mean = token_losses.mean()
+            sentence_nll = sentence_nll.index_copy(0, decoded, nll)
+            targets = targets.index_copy(0, decoded, counts)
 
         deciders = torch.cat([predictors, hidden_states[ends]])
-        before = torch.cat([sentence_index[:, :-1][goes_on], sentence_index[ends]])
+        before = torch.cat([sentence_index[:, :-1][has_target], sentence_index[ends]])
         stop = torch.cat([torch.zeros_like(targets_at), torch.ones_like(sentence_index[ends])])
         stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
-        stop_part = stop_losses.mean() if len(stop) else token_part * 0.0
+        stop_loss_mean = stop_losses.mean() if len(stop) else token_loss_mean * 0.0
         shortlist_loss = None
         if self.shortlist is not None and self.training and len(targets_at):
             shortlist_loss = self.shortlist.loss(
@@ -268,7 +273,7 @@ class SentenceLM(PreTrainedModel):
         decisions = torch.zeros(size, dtype=torch.bool, device=latents.device)
         decisions[before[real]] = True
         return SentenceLMOutput(
-            loss=token_part + stop_weight * stop_part,
+            loss=token_loss_mean + stop_weight * stop_loss_mean,
             sentence_nll=sentence_nll,
             targets=targets,
             stop_nll=stop_nll,
@@ -280,7 +285,7 @@ class SentenceLM(PreTrainedModel):
 
 
 def positions_in_passages(passage_ids: Tensor) -> Tensor:
-    """``[R, N]`` passage ids to each cell's position in its passage, counted from 0."""
+    """``[R, N]`` passage ids to the position of each slot in its passage, from 0."""
     columns = torch.arange(passage_ids.shape[1], device=passage_ids.device).expand_as(passage_ids)
     begins = torch.ones_like(passage_ids, dtype=torch.bool)
     begins[:, 1:] = passage_ids[:, 1:] != passage_ids[:, :-1]

@@ -1,4 +1,4 @@
-"""Which tokens a sentence may hold, predicted from what the decoder is told before any of them is written."""
+"""Predicts which tokens a sentence may contain, from the latents that condition its decoder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sentcompress.modeling.losses import LOGITS_BUDGET
 
 
 class Shortlist(nn.Module):
-    """Scores every token of the vocabulary once a sentence, so that the output head need look at the best alone.
+    """Scores every token of the vocabulary once per sentence, so that the output head computes only the best ones.
 
-    The score of a token is a product of ``rank`` numbers: a query made of the latents, and a key made of the token's
-    row in the output head, so that rare tokens are known by what resembles them; plus a number of the token's own.
-    It learns beside the model: no gradient leaves it (training clips the gradients of both together).
+    The score of a token is the product of a query, computed from the latents, and a key, computed from the token's row
+    of the output head, plus a bias. Rare tokens profit from similar ones through their keys. The shortlist is trained
+    with the model, but sends no gradient to it (training clips the gradients of both together).
 
     Args:
-        hidden_size, latents: of what the decoder is told, ``[k, H]``.
+        hidden_size, latents: of the conditioning, ``[k, H]``.
         vocab_size: tokens.
-        rank: numbers a query and a key have.
+        rank: size of queries and keys.
     """
 
     def __init__(self, hidden_size: int, latents: int, vocab_size: int, rank: int) -> None:
@@ -33,11 +33,11 @@ class Shortlist(nn.Module):
 
     @torch.no_grad()
     def start(self, weight: Tensor, counts: Tensor) -> None:
-        """Begin with how often each token occurs, and with keys of unit size.
+        """Initialize the bias with token frequencies, and keys at unit scale.
 
         Args:
             weight: ``[V, H]`` of the output head.
-            counts: ``[V]``, occurrences in some training text.
+            counts: ``[V]``, occurrences in training text.
         """
         self.bias.copy_(((counts + 1) / (counts + 1).sum()).log())
         size = float(weight.float().square().mean().sqrt())
@@ -52,7 +52,7 @@ class Shortlist(nn.Module):
         return torch.addmm(self.bias, self.query(latents.flatten(1)), table.t())
 
     def loss(self, latents: Tensor, weight: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Nats a token, if each were drawn by its sentence's scores alone: a scalar.
+        """Nats per token if the tokens were sampled from their sentence's scores alone: a scalar.
 
         Args:
             latents: ``[S, k, H]``.
@@ -75,7 +75,7 @@ class Shortlist(nn.Module):
 
     @torch.no_grad()
     def pick(self, latents: Tensor, table: Tensor, tokens: int, always: int) -> Tensor:
-        """The likeliest tokens of each sentence: ``[S, k, H] -> [S, tokens]``, ``always`` first."""
+        """The most likely tokens of each sentence: ``[S, k, H] -> [S, tokens]``, ``always`` first."""
         scores = self.scores(latents, table)
         scores[:, always] = float("inf")
         return scores.topk(min(tokens, scores.shape[1])).indices

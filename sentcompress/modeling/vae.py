@@ -17,7 +17,7 @@ from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.layers import EncoderBlock, Ragged
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
-from sentcompress.modeling.losses import Teaching, TokenLoss, kl_to_standard_normal, taught_loss
+from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss, kl_to_standard_normal
 from sentcompress.registry import describe_component, get_registry
 
 
@@ -26,7 +26,7 @@ class SentenceVAEOutput(ModelOutput):
     """Result of :meth:`SentenceVAE.forward`.
 
     Attributes:
-        loss: scalar, mean over the targets (tokens and one end mark a sentence).
+        loss: scalar, mean over the targets (tokens and one end mark per sentence).
         nll: ``[S]`` negative log-likelihood of each sentence with its end mark, in nats.
         targets: ``[S]`` int64, targets of each sentence.
         latents: ``[S, k, H]``.
@@ -66,14 +66,14 @@ def pad_sentences(sentences: Sequence[Sequence[int]], device: torch.device) -> t
 
 
 class GaussianHead(nn.Module):
-    """Optional: a log-variance beside each latent, for a KL term. The published model has none."""
+    """Optional: a log-variance for each latent, for a KL term. The published model has none."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.log_variance = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """``[S, k, H]`` means to a sample around them and the log-variances, both ``[S, k, H]``."""
+        """Means ``[S, k, H]`` to samples around them and log-variances, both ``[S, k, H]``."""
         log_variance = self.log_variance(latents).clamp(-10, 4)
         return latents + torch.randn_like(latents) * (0.5 * log_variance).exp(), log_variance
 
@@ -106,7 +106,7 @@ class SentenceVAE(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
-            # Keeps the size of what passes through at any width; narrow models learn far too slowly with 0.02.
+            # Keeps the scale of activations at any width; narrow models learn far too slowly with 0.02.
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -133,7 +133,7 @@ class SentenceVAE(PreTrainedModel):
         return table(input_ids)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """``[..., H] -> [..., V]``; for writing, not for training."""
+        """``[..., H] -> [..., V]``; for generation, not for training."""
         return F.linear(hidden_states, self.output_weight)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -166,20 +166,20 @@ class SentenceVAE(PreTrainedModel):
         scored: Tensor | None = None,
         teaching: Teaching | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher-forced loss of writing sentences from latents.
+        """Teacher-forced loss of decoding sentences from latents.
 
         Args:
-            latents: ``[S, k, H]``; zeros for a sentence that only stands before others.
+            latents: ``[S, k, H]``; zeros for a sentence that is context only.
             input_ids, attention_mask: the sentences, ``[S, L]``.
             token_loss: the loss.
-            streams: ``[S]`` int64, the text each belongs to, those of one text together and in order; with
-                ``decoder_context`` they see each other. None: each is alone.
-            scored: ``[S]`` bool, what is charged; None charges all.
-            teaching: what a teacher expects at the tokens of these sentences (it knows no end marks).
+            streams: ``[S]`` int64, the text each sentence belongs to; those of one text are adjacent and in order, and
+                see each other with ``decoder_context``. None: each is a text of its own.
+            scored: ``[S]`` bool, the sentences to score; None scores all.
+            teaching: what a teacher expects at the tokens of these sentences (it has no end marks).
 
         Returns:
-            loss ``[T]`` of every target charged, NLL ``[S]`` in nats and number of targets ``[S]`` of each
-            sentence, 0 where it is not charged.
+            loss ``[T]`` of every scored target; NLL ``[S]`` in nats and number of targets ``[S]`` of each sentence, 0
+            if it is not scored.
         """
         layout, inputs = self.decoder_inputs(input_ids, attention_mask, streams)
         first = layout.positions == 0
@@ -190,15 +190,15 @@ class SentenceVAE(PreTrainedModel):
         sentence_ids, lengths = layout.sentence_ids, layout.lengths
         states = None if teaching is None else teaching.states[attention_mask.bool()]
         if scored is not None:
-            charged = scored[sentence_ids]
-            states = None if states is None else states[charged[~ends]]
-            hidden_states, targets, ends = hidden_states[charged], targets[charged], ends[charged]
-            sentence_ids, lengths = sentence_ids[charged], lengths * scored
+            is_scored = scored[sentence_ids]
+            states = None if states is None else states[is_scored[~ends]]
+            hidden_states, targets, ends = hidden_states[is_scored], targets[is_scored], ends[is_scored]
+            sentence_ids, lengths = sentence_ids[is_scored], lengths * scored
         if teaching is None or states is None:
             loss, nll = token_loss(hidden_states, self.output_weight, targets)
         else:
             marks = token_loss(hidden_states[ends], self.output_weight, targets[ends])
-            tokens = taught_loss(
+            tokens = distillation_loss(
                 hidden_states[~ends], self.output_weight, targets[~ends], teaching, states, token_loss.gamma
             )
             order = torch.cat([ends.nonzero(), (~ends).nonzero()]).squeeze(1).argsort()
@@ -209,7 +209,7 @@ class SentenceVAE(PreTrainedModel):
     def decoder_inputs(
         self, input_ids: Tensor, attention_mask: Tensor, streams: Tensor | None = None
     ) -> tuple[Ragged, Tensor]:
-        """What the decoder reads of sentences ``[S, L]``: the layout, and ``[T]`` start token and tokens of each."""
+        """The decoder's inputs for sentences ``[S, L]``: the layout, and each start token and its tokens, ``[T]``."""
         layout, tokens = self._layout(input_ids, attention_mask, streams)
         longer = layout.longer_by(1)
         inputs = tokens.new_full((len(longer.index),), self.config.bos_token_id)
@@ -226,7 +226,7 @@ class SentenceVAE(PreTrainedModel):
         latent_noise: float = 0.0,
         **kwargs: Any,
     ) -> SentenceVAEOutput:
-        """Self-reconstruction: encode each sentence and write it again.
+        """Self-reconstruction: encode each sentence and decode it again.
 
         Args:
             input_ids: ``[S, L]`` tokens without special ones, padded on either side.
@@ -237,13 +237,15 @@ class SentenceVAE(PreTrainedModel):
         """
         latents = self.encode(input_ids, attention_mask)
         extra: Tensor | float = 0.0
-        told = latents
+        conditioning = latents
         if self.config.variational and self.training:
-            told, log_variance = self.gaussian(latents)
+            conditioning, log_variance = self.gaussian(latents)
             extra = kl_weight * kl_to_standard_normal(latents, log_variance, kl_floor)
         if latent_noise and self.training:
-            told = told + latent_noise * torch.randn_like(told)
-        loss, nll, targets = self.decode_nll(told, input_ids, attention_mask, token_loss or TokenLoss())
+            conditioning = conditioning + latent_noise * torch.randn_like(conditioning)
+        loss, nll, targets = self.decode_nll(
+            conditioning, input_ids, attention_mask, token_loss or TokenLoss()
+        )
         return SentenceVAEOutput(loss=loss.mean() + extra, nll=nll, targets=targets, latents=latents)
 
     def _layout(

@@ -200,7 +200,7 @@ def test_a_run_from_random_weights(tmp_path, backbone):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_sice": 32}, r"backbone\.config\.hidden_sice: no field of a 'opt'.*hidden_size"),
+        ({"hidden_sice": 32}, r"backbone\.config\.hidden_sice: not a field of 'opt'.*hidden_size"),
         ({"vocab_size": 9}, r"backbone\.config\.vocab_size: follows from the tokenizer"),
         ({"num_attention_heads": 5}, r"backbone\.config\.num_attention_heads: 5 does not divide"),
     ],
