@@ -46,7 +46,7 @@ def sweep(
     sweep.json, sweep.md and sweep.png.
     """
     from sentcompress.studies.grid import build_grid, parse_grid, sweep_plan
-    from sentcompress.studies.sweep import check_grid, run_sweep
+    from sentcompress.studies.sweep_runs import check_grid, run_sweep
 
     overrides = set_ or []
     axes = parse_grid(grid, overrides)

@@ -20,7 +20,7 @@ import yaml
 
 from sentcompress import pipeline as stages
 from sentcompress.cli import main
-from sentcompress.studies import sweep as runner
+from sentcompress.studies import sweep_runs as runner
 from sentcompress.studies.sweep_results import SweepResults, count_parameters
 
 FUSIONS = "fusion={name: mean},{name: attention, options: {latents: 2}}"

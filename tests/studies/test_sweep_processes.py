@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from sentcompress.errors import RunError
-from sentcompress.studies import sweep as runner
+from sentcompress.studies import sweep_runs as runner
 from sentcompress.studies.grid import Axis, GridPoint, build_grid
 from sentcompress.studies.sweep_results import SweepResults
 
