@@ -39,11 +39,11 @@ def sweep(
         typer.Option("--dry-run", help="Check all runs, print them and their tokens, and touch nothing."),
     ] = False,
 ) -> None:
-    """Run a recipe for every combination of values and compare the runs in one table and a plot.
+    """Run a recipe for every combination of values and compare the runs.
 
     All runs are checked before the first one starts. A run that fails does not stop the others; the exit code is then
     1. Repeat the command to continue: it skips finished runs, resumes started ones and adds new ones. Writes
-    sweep.json, sweep.md and sweep.png.
+    the comparison to sweep.json, sweep.md (a table) and sweep.png (a plot).
     """
     from sentcompress.studies.grid import build_grid, parse_grid, sweep_plan
     from sentcompress.studies.sweep_runs import check_grid, run_sweep
