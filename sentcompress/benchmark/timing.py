@@ -43,7 +43,7 @@ LOOKUP_TOKENS = 10
 HELDOUT_SENTENCES = 2000
 RANDOM_SENTENCES = 400
 DRAWN_LENGTHS = 64
-"""Sentence lengths drawn for the runs."""
+"""Sentence lengths drawn for speed and memory runs."""
 
 
 @dataclass(frozen=True)

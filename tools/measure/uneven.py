@@ -1,9 +1,9 @@
-"""What it costs a batch that its sentences are of uneven length: tokens/s beside sentences that all have the mean.
+"""Cost of uneven sentence lengths in a batch: tokens/s beside sentences that all have the mean length.
 
     python tools/measure/uneven.py opt-125m --batch-size 32 --new-tokens 92
 
-Random weights in the shapes of the recipe `strong`; lengths as they are in held-out text. Both are timed in turns, and
-where their time goes is printed beside it.
+Uses random weights in the shapes of the recipe `strong`, and sentence lengths of held-out text. Times both in turns and
+prints where the time goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import statistics
 from sentcompress.benchmark.heldout_text import draw_lengths
 from sentcompress.benchmark.models import Models
 from sentcompress.benchmark.profile import profile
-from sentcompress.benchmark.timing import SentenceSystem, alternate, make_prompts, speed_models
+from sentcompress.benchmark.timing import (
+    DRAWN_LENGTHS,
+    SentenceSystem,
+    alternate,
+    make_prompts,
+    speed_models,
+)
 from sentcompress.recipe import load_recipe
 
 
@@ -27,9 +33,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     recipe = load_recipe("strong", [f"backbone.model={asked.backbone}", "backbone.init=random"])
-    parts = Models(recipe, None)
-    timed = speed_models(parts)
-    lengths = draw_lengths(parts.corpus, 64, recipe.seed)
+    models = Models(recipe, None)
+    timed = speed_models(models)
+    lengths = draw_lengths(models.corpus, DRAWN_LENGTHS, recipe.seed)
     uneven = SentenceSystem(timed.model, lengths)
     mean = round(statistics.mean(lengths))
     systems = {"uneven": uneven, f"all {mean}": uneven.with_lengths([mean])}
