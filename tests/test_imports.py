@@ -35,11 +35,13 @@ _TABLE = {
     "provenance": "errors registry recipe modeling",
     "training": "errors files contracts registry recipe distributed text modeling generation provenance",
     "estimate": "errors table contracts registry recipe modeling generation provenance training",
-    "benchmark": "errors files table contracts registry recipe distributed text modeling generation provenance training estimate",
+    "benchmark": "errors files table contracts registry recipe distributed text modeling generation provenance "
+    "training estimate",
     "pipeline": "errors files recipe distributed training benchmark",
     "studies": "errors files table recipe distributed provenance estimate benchmark pipeline",
     "testing": "errors contracts registry recipe text modeling",
-    "cli": "errors files table registry recipe distributed datasets text modeling generation training estimate benchmark pipeline studies",
+    "cli": "errors files table registry recipe distributed datasets text modeling generation training "
+    "estimate benchmark pipeline studies",
     "__main__": "cli",
 }
 """What each part of the package imports besides itself, from the ground floor up: no more, and no less."""
