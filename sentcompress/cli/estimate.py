@@ -37,9 +37,9 @@ def estimate(
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Predict speed, memory and training time beside the token-level baseline, from shapes alone.
+    """Predict speed, memory and training time from shapes alone.
 
-    Loads no data and no weights. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
+    The token-level baseline's figures stand beside them. No data and no weights are loaded. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
     the memory that each device needs to train each stage, whether it takes FSDP or gradient checkpointing, and the
     hours of all stages together.
     """

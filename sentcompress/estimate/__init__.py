@@ -1,1 +1,1 @@
-"""What is predicted before anything is trained or measured: parameters, memory, time and cost."""
+"""Predictions from shapes, before anything is trained or measured: parameters, memory, time and cost."""

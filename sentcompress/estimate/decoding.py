@@ -1,4 +1,4 @@
-"""``estimate``: speed, memory and training cost of a recipe's model beside its token-level LLM, from shapes alone."""
+"""``estimate``: speed, memory and training cost of a recipe's model and of its token-level LLM, from shapes alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.table import GIB, Table
 
 CACHE_PASSES = 3
-"""Times a step goes over a backbone's cache: it is built anew, longer or for other texts (read, written), and read."""
+"""Times a step goes over a backbone's cache: it is copied, longer or for other texts (read and written), then read."""
 GENERATE_PASSES = 8
 """Times transformers ``generate`` reads or writes logits: cast to fp32, its processors' copy and changes, argmax."""
 LOGIT_PASSES = 4
@@ -46,7 +46,7 @@ class ModelEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is expected of both models on a device.
+    """What both models are expected to cost on a device.
 
     Attributes:
         batch_size: texts written together.
@@ -212,7 +212,7 @@ def estimate_table(
         f"Sentences of {sentence_tokens:.1f} tokens. Weights of the backbone and the sentence model: "
         f"{backbone.weight_bytes / GIB:.2f} GiB, {sentence.weight_bytes / GIB:.2f} GiB; cache per token of text "
         f"{backbone.cache_bytes_per_token:,.0f} and {sentence.cache_bytes_per_token:,.0f} bytes (-{saved:.1%}).",
-        f"Longest single text that fits beside the weights in {device.memory_bytes / GIB:.0f} GiB: "
+        f"Longest single text that fits with the weights in {device.memory_bytes / GIB:.0f} GiB: "
         f"{_longest(device, backbone):,} tokens and {_longest(device, sentence):,}.",
         f"Training on {training_tokens:,} tokens: graft {graft_hours:.2f} h, token-level baseline "
         f"{baseline_hours:.2f} h ({speedup:.2f}x); weights, gradients and AdamW state of the graft "

@@ -75,7 +75,7 @@ def plan(recipe: Recipe) -> str:
     sentences, passages = _sentences(recipe), _passages(recipe)
     vae_tokens = sentences * TOKENS_PER_SENTENCE
     most = passages * graft.max_sentences
-    # Adapters and last blocks are small beside the rest.
+    # Adapters and last blocks are small compared with the rest.
     trainable = parts.sentence_lm - (0 if graft.tune == "full" else parts.backbone)
     lines = [
         _title(recipe),

@@ -123,7 +123,7 @@ def _exp(value: float) -> float | None:
 
 
 def seed_interval(x: Sequence[float], values: Sequence[Sequence[float]]) -> Interval | None:
-    """95% bootstrap interval of the exponent: seeds are drawn anew at each point. None unless each has two or more.
+    """95% bootstrap interval of the exponent: seeds are resampled at each point. None unless each has two or more.
 
     Args:
         values: the y of the seeds at each x.

@@ -38,7 +38,7 @@ TOKENS: Against = "training tokens"
 PARAMETERS: Against = "backbone parameters"
 RATIO = "ratio"
 CURVES = (SENTENCE_MODEL, BASELINE, RATIO)
-"""What is fitted: bits per byte of both, and of one over the other."""
+"""What is fitted: bits per byte of both systems, and their ratio."""
 
 
 class Fit(Record):
@@ -58,7 +58,7 @@ class Fit(Record):
     interval: Interval
     """95% of the exponent, from the residuals: Student's t with ``points - 2`` degrees of freedom."""
     seeds_interval: Interval | None
-    """95% of the exponent when the seeds of each point are drawn anew; None unless every point has two or more."""
+    """95% of the exponent, from a bootstrap over the seeds of each point; None unless every point has two or more."""
     residual: float
     """Standard deviation of the residuals in logarithms: a share of y, when small."""
 
@@ -219,20 +219,23 @@ def _gap(line: Line, against: Against, at: int, smallest: float, largest: float)
     """What a fitted ratio says: does the gap close?"""
     unit = "tokens" if against == TOKENS else "parameters"
     crossing = line.crossing
-    within = crossing is not None and smallest <= crossing <= largest
-    ahead = crossing is not None and crossing > largest
-    bounds = line.crossing_interval if within or ahead else None
+    if crossing is not None and crossing < smallest:
+        crossing = None
+    bounds = line.crossing_interval if crossing is not None else None
+    times_beyond = crossing / largest if crossing is not None and crossing > largest else None
     above = float(line.at(np.array(largest))) > 1
-    if within:
-        verdict = f"1.00 is crossed at {_large(crossing)} {unit}{_between(bounds)}, within what was measured"
-    elif ahead and crossing is not None:
+    if crossing is not None and times_beyond is not None:
         turn = "would be reached" if above else "would be passed again (the lead shrinks)"
         verdict = (
-            f"EXTRAPOLATION: 1.00 {turn} at {_large(crossing)} {unit}{_between(bounds)}, "
-            f"{_times(crossing / largest)} the largest measured ({largest:,.0f})"
+            f"EXTRAPOLATION: 1.00 {turn} at {_rounded(crossing)} {unit}{_interval(bounds)}, "
+            f"{_times(times_beyond)} the largest measured ({largest:,.0f})"
+        )
+    elif crossing is not None:
+        verdict = (
+            f"1.00 is crossed at {_rounded(crossing)} {unit}{_interval(bounds)}, within what was measured"
         )
     elif above:
-        how = "falls too slowly for any number" if line.exponent > 0 else "does not fall with more"
+        how = "falls too slowly for any number of" if line.exponent > 0 else "does not fall with more"
         verdict = f"1.00 is not reached by this fit: the ratio {how} {unit}"
     else:
         verdict = (
@@ -244,24 +247,22 @@ def _gap(line: Line, against: Against, at: int, smallest: float, largest: float)
     return Gap(
         against=against,
         at=at,
-        crossing=crossing if within or ahead else None,
+        crossing=crossing,
         interval=bounds,
-        times_beyond=crossing / largest if ahead and crossing is not None else None,
+        times_beyond=times_beyond,
         verdict=verdict,
     )
 
 
-def _between(bounds: tuple[float | None, float | None] | None) -> str:
+def _interval(bounds: tuple[float | None, float | None] | None) -> str:
     if bounds is None or bounds == (None, None):
         return " (its 95% interval has no end)"
-    low, high = ("no end" if bound is None else _large(bound) for bound in bounds)
+    low, high = ("no end" if bound is None else _rounded(bound) for bound in bounds)
     return f" (95%: {low} to {high})"
 
 
-def _large(number: float | None) -> str:
+def _rounded(number: float) -> str:
     """Three significant digits: a fit does not know more."""
-    if number is None:
-        return "no number"
     return millions(number) if number < 1e12 else f"{number:.0e}"
 
 

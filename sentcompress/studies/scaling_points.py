@@ -1,4 +1,4 @@
-"""Runs to points: finding finished runs, checking that they can be compared, averaging their seeds. No torch."""
+"""Runs to points: finding finished runs, checking that they can be compared, averaging their seeds."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def _over_seeds(values: list[float]) -> SeedFigures:
 
 
 def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:
-    """In what the recipes differ besides size, budget and seed."""
+    """Notes on what the recipes differ in, besides size, budget and seed."""
     flat = [_flat(recipe) for recipe in recipes]
     fields = dict.fromkeys(field for recipe in flat for field in recipe)
     notes = []

@@ -139,8 +139,8 @@ def _interval_notes(law: ScalingLaw) -> list[str]:
     ]
     if any(fit.seeds_interval for fit in law.fits):
         notes.append(
-            "Over seeds: bootstrap, drawing the seeds of each point anew; it does not see bends, and is too narrow "
-            "with few seeds."
+            "Over seeds: a bootstrap that resamples the seeds of each point. It does not see bends, and is too "
+            "narrow with few seeds."
         )
     return notes
 
@@ -225,7 +225,7 @@ def markdown(law: ScalingLaw, picture: str) -> str:
     """The whole page: command, points, fits, and where each run comes from.
 
     Args:
-        picture: file name of the plots, beside the page.
+        picture: file name of the plots, in the page's folder.
     """
     names = ", ".join(dict.fromkeys(run.honesty.recipe for run in law.runs))
     lines = heading(f"Scaling law: {names}", law.command)

@@ -44,7 +44,7 @@ class RunFigures(Record):
     output_tokens_per_second: float | None = None
     """At the smallest batch that was measured."""
     speed_ratio: float | None = None
-    """Over the backbone's own ``generate`` beside it."""
+    """Over the backbone's own ``generate``, timed side by side."""
     batch_size: int | None = None
     training_seconds: float | None = None
     """Wall-clock seconds of the steps of the SentenceVAE and the graft."""
@@ -207,4 +207,4 @@ def read_sweep(folder: Path) -> SweepResults | None:
     try:
         return SweepResults.model_validate(raw)
     except ValidationError:
-        return None  # damaged; the runs' own files have its figures, and it is written anew
+        return None  # damaged: it is written again from the runs' own files
