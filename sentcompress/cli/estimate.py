@@ -39,9 +39,9 @@ def estimate(
 ) -> None:
     """Predict speed, memory and training time from shapes alone.
 
-    The token-level baseline's figures stand beside them. No data and no weights are loaded. Batch sizes, prompt and new tokens are the recipe's bench settings. With --devices:
-    the memory that each device needs to train each stage, whether it takes FSDP or gradient checkpointing, and the
-    hours of all stages together.
+    The token-level baseline's figures stand beside them. No data and no weights are loaded. Batch sizes, prompt and new
+    tokens are the recipe's bench settings. With --devices: the memory that each device needs to train each stage,
+    whether it takes FSDP or gradient checkpointing, and the hours of all stages together.
     """
     from sentcompress.errors import InputError
     from sentcompress.estimate.decoding import estimate as predict
