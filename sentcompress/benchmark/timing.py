@@ -29,7 +29,7 @@ from sentcompress.generation.prefix import Prefix
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
-from sentcompress.recipe.sections import CacheKind, HeadKind
+from sentcompress.recipe.sections import DecodingOptions
 
 BACKBONE = "backbone, KV cache"
 LOOKUP = "backbone, prompt lookup"
@@ -178,17 +178,14 @@ class SentenceSystem(System):
         self,
         model: SentenceLM,
         sentence_lengths: Sequence[int],
-        head: HeadKind = "auto",
-        cache: CacheKind = "full",
-        shortlist_tokens: int = 1024,
-        compiled: bool = False,
+        options: DecodingOptions | None = None,
     ) -> None:
         self.model = model.eval()
         self.lengths = tuple(sentence_lengths)
         self.generator = SentenceGenerator(model, None)
-        self.kind, self.cache = head, cache
-        self.shortlist_tokens, self.compiled = shortlist_tokens, compiled
-        self.head = self.generator.head(head, shortlist_tokens)
+        self.options = options or DecodingOptions()
+        self.cache = self.options.cache
+        self.head = self.generator.head(self.options.head, self.options.shortlist_tokens)
 
     def with_lengths(self, sentence_lengths: Sequence[int]) -> SentenceSystem:
         """The same system with other forced lengths."""
@@ -204,10 +201,7 @@ class SentenceSystem(System):
             max_new_tokens=new_tokens,
             stop_threshold=1,
             sentence_lengths=self.lengths,
-            head=self.kind,
-            shortlist_tokens=self.shortlist_tokens,
-            cache=self.cache,
-            compile=self.compiled,
+            **self.options.decoding(),
         )
         written = [0] * len(prompts)
         contexts = [prompt.sentences for prompt in prompts]
@@ -224,14 +218,7 @@ def both_systems(
     bos_token_id: int,
 ) -> tuple[TokenSystem, SentenceSystem]:
     """The backbone with its usual cache, and the sentence model with the settings of the recipe."""
-    ours = SentenceSystem(
-        model,
-        sentence_lengths,
-        settings.head,
-        settings.cache,
-        settings.shortlist_tokens,
-        settings.compile,
-    )
+    ours = SentenceSystem(model, sentence_lengths, settings)
     return TokenSystem(BACKBONE, backbone, bos_token_id), ours
 
 

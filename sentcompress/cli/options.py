@@ -71,9 +71,11 @@ def model_options(defaults: Callable[[], BaseModel]) -> Callable[[Command], Comm
 
     def make_options() -> list[inspect.Parameter]:
         instance = defaults()
+        own = inspect.get_annotations(type(instance))  # inherited fields come after these
+        fields = sorted(type(instance).model_fields.items(), key=lambda field: field[0] not in own)
         return [
             _option(name, info, getattr(instance, name))
-            for name, info in type(instance).model_fields.items()
+            for name, info in fields
             if not isinstance(info.json_schema_extra, dict) or info.json_schema_extra.get("option", True)
         ]
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from sentcompress.errors import InputError
-from sentcompress.recipe.sections import CacheKind, HeadKind
+from sentcompress.recipe.sections import DecodingOptions
 from sentcompress.registry import describe_validation_error
 
 
-class GenerationSettings(BaseModel):
-    """Sampling and stopping. Greedy unless ``do_sample``."""
+class GenerationSettings(DecodingOptions):
+    """Sampling and stopping; greedy unless ``do_sample``. The decoding options are in the recipe's sections too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -41,18 +41,6 @@ class GenerationSettings(BaseModel):
     """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
     seed: int | None = Field(default=None, ge=0)
     """Seed for sampling."""
-    head: HeadKind = "auto"
-    """How to find the most likely token: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
-    bytes and proves that the token is the same (on a CPU, without sampling); ``auto`` takes the faster of these two;
-    ``shortlist`` considers only the tokens predicted for each sentence, so the text may differ."""
-    shortlist_tokens: int = Field(default=1024, ge=2)
-    """Number of tokens predicted for each sentence by ``shortlist``."""
-    cache: CacheKind = "full"
-    """How to store the backbone's keys and values: ``full`` as they are; ``int8`` in 8 bits, about a quarter of the
-    memory; ``offloaded`` and ``offloaded-int8`` in the computer's memory, with one block at a time on the GPU."""
-    compile: bool = False
-    """torch.compile the decoder's step: a CUDA graph on a GPU, fused loops on a CPU (faster for small models only). The
-    first sentence waits for the compiler, and the last digits of sums may differ."""
     use_cache: bool = Field(default=True, json_schema_extra={"option": False})
     """Keep keys and values of backbone and decoder; False computes everything again at each step (for checks)."""
     sentence_lengths: tuple[int, ...] | None = Field(default=None, json_schema_extra={"option": False})

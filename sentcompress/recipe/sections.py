@@ -297,8 +297,29 @@ class BaselineSettings(TuneSettings):
     """Train a baseline; without one, reports say so."""
 
 
-class BenchSettings(Section):
-    """What ``bench all`` measures."""
+class DecodingOptions(Section):
+    """How a SentenceLM computes its tokens: options of ``generate`` and of the benchmark alike."""
+
+    head: HeadKind = "auto"
+    """How to find the most likely token: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
+    bytes and proves that the token is the same (on a CPU, without sampling); ``auto`` takes the faster of these two;
+    ``shortlist`` considers only the tokens predicted for each sentence, so the text may differ."""
+    shortlist_tokens: int = Field(default=1024, ge=2)
+    """Number of tokens predicted for each sentence by ``shortlist``."""
+    cache: CacheKind = "full"
+    """How to store the backbone's keys and values: ``full`` as they are; ``int8`` in 8 bits, about a quarter of the
+    memory; ``offloaded`` and ``offloaded-int8`` in CPU memory, with one block at a time on the GPU."""
+    compile: bool = False
+    """Compile the sentence decoder with torch.compile: a CUDA graph on a GPU, fused loops on a CPU (faster for small
+    models only). The first sentence waits for the compiler, and the last digits of sums may differ."""
+
+    def decoding(self) -> dict[str, Any]:
+        """These options alone, without the fields of a subclass."""
+        return {name: getattr(self, name) for name in DecodingOptions.model_fields}
+
+
+class BenchSettings(DecodingOptions):
+    """What ``bench all`` measures. The decoding options apply to the sentence model in speed and memory runs."""
 
     metrics: list[MeasurementName] = ["causality", "quality", "reconstruct", "speed", "memory", "data"]
     """Measurements to run."""
@@ -332,17 +353,8 @@ class BenchSettings(Section):
     max_memory: dict[int | Literal["cpu"], int | str] | None = None
     """Weights that ``device_map`` may put on each device, such as `{0: 20GiB, cpu: 60GiB}`: half for the sentence
     model, half for the model it is compared with; null uses nine tenths of the free memory."""
-    head: HeadKind = "auto"
-    """How the sentence model finds the most likely token in speed runs; all but ``shortlist`` give the same text."""
-    shortlist_tokens: int = Field(default=1024, ge=2)
-    """Tokens in the ``shortlist`` predicted for each sentence."""
     quantize: list[Literal["encoder", "backbone", "decoder"]] = []
     """Modules of the sentence model to quantize to 8 bits (on a CPU) before anything is measured."""
-    cache: CacheKind = "full"
-    """How the sentence model keeps the backbone's keys and values in speed and memory runs; `int8`: in 8 bits;
-    `offloaded`: in CPU memory, for a model on a GPU."""
-    compile: bool = False
-    """Compile the sentence model's decoder with torch.compile in speed runs; on a GPU, its step is a CUDA graph."""
     break_even: bool = True
     """Also measure the sentence and text length above which the sentence model is faster, at batch size 1."""
     profile: bool = False
