@@ -5,5 +5,5 @@ import sentcompress
 
 @sentcompress.hookimpl
 def register_backbones(register):
-    # As text, so that the module is imported only when the backbone is used.
+    # A string, so that the module is imported only when the backbone is used.
     register("bloom", "sentcompress_bloom.backbone:BloomBackbone")

@@ -1,4 +1,4 @@
-"""BLOOM, whose positions are in the attention scores."""
+"""BLOOM, which encodes positions in the attention scores."""
 
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import sentcompress
 
 
 def _shape(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
-    """As published (arXiv 2211.05100, table 3)."""
+    """The published configuration (arXiv 2211.05100, table 3)."""
     return {
         "model_type": "bloom",
         "vocab_size": 250880,
@@ -22,7 +22,7 @@ def _shape(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 class BloomBackbone(sentcompress.CausalLMBackbone):
-    """BLOOM: no position ids but ALiBi, a penalty on distance, which transformers computes from a mask of rows."""
+    """BLOOM: ALiBi, a penalty on distance, instead of position ids; transformers computes it from a padding mask."""
 
     model_types: ClassVar[tuple[str, ...]] = ("bloom",)
     aliases: ClassVar[dict[str, str]] = {
@@ -51,7 +51,7 @@ class BloomBackbone(sentcompress.CausalLMBackbone):
             "initializer_range": 0.1,
             "apply_residual_connection_post_layernorm": post_norm,
         }
-        # Slopes of a number of heads that is no power of two are made in another way.
+        # The slopes are computed differently if the number of heads is not a power of two.
         for heads, post_norm in ((4, False), (6, True))
     )
 
@@ -61,16 +61,17 @@ class BloomBackbone(sentcompress.CausalLMBackbone):
 
     @classmethod
     def attention_implementations(cls, config: Any) -> tuple[str, ...]:  # noqa: ARG003
-        return ("eager",)  # transformers has no other for BLOOM
+        return ("eager",)  # the only one transformers has for BLOOM
 
 
 def alibi(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """ALiBi for the mask of each position: ``[R, 1, N, P + N]`` additive to ``[R * heads, N, P + N]``.
 
-    transformers' own takes a mask of rows, ``[R, P + N]``, and so counts on across packed documents. Here a key's
-    position is its place among the keys that this query may attend to: only distances matter, so any start is right.
+    transformers uses a padding mask ``[R, P + N]``, so its positions continue across packed documents. Here the
+    position of a key is its index among the keys that the query may attend to. Only distances
+    matter, so any start is correct.
     """
-    places = (mask == 0).cumsum(-1) - 1
-    # Of one row of keys at places 0 and 1, transformers makes [0, slope] for each head.
+    positions = (mask == 0).cumsum(-1) - 1
+    # For keys at positions 0 and 1, transformers returns [0, slope] for each head.
     slopes = build_alibi_tensor(torch.ones(1, 2, device=mask.device), heads, torch.float32)[:, 0, 1]
-    return (slopes[:, None, None] * places).flatten(0, 1).to(dtype)
+    return (slopes[:, None, None] * positions).flatten(0, 1).to(dtype)

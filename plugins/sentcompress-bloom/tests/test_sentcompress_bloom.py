@@ -20,7 +20,7 @@ def model(request):
 
 
 def hidden_states(model, documents):
-    """The adapter's for one row of document numbers, and the embeddings."""
+    """The adapter's states for one row of document numbers, and the embeddings."""
     embeddings = torch.randn(1, len(documents), model.config.hidden_size)
     mask = causal(torch.tensor([documents]))
     unused = torch.zeros(1, len(documents), dtype=torch.long)
@@ -29,14 +29,14 @@ def hidden_states(model, documents):
 
 
 def library(model, embeddings):
-    """transformers' own, in a copy that no adapter has touched."""
+    """The states of transformers, from a copy without an adapter."""
     fresh = BloomForCausalLM(model.config).eval()
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         return fresh.transformer(inputs_embeds=embeddings).last_hidden_state
 
 
-def test_it_keeps_the_promises_of_a_backbone(check_plugin):
+def test_it_fulfils_the_contract_of_a_backbone(check_plugin):
     check_plugin("backbone", "bloom")
 
 
@@ -46,7 +46,7 @@ def test_a_row_of_one_document_is_as_in_the_library(model):
 
 
 def test_packed_documents_and_gaps_are_as_if_alone(model):
-    """What transformers' own ALiBi gets wrong: it counts positions along the row."""
+    """transformers' own ALiBi gets this wrong: it counts positions along the row."""
     documents = [0, 1, 1, 1, 0, 2, 2, 0, 0, 2, 2]
     got, embeddings = hidden_states(model, documents)
     for number in (1, 2):
@@ -55,7 +55,7 @@ def test_packed_documents_and_gaps_are_as_if_alone(model):
 
 
 def test_the_auto_adapter_would_not_do(model):
-    """The library's forward cannot compute ALiBi from a four-dimensional mask; that is why this package exists."""
+    """transformers cannot compute ALiBi from a four-dimensional mask; that is why this package exists."""
     fresh = BloomForCausalLM(model.config).eval()
     with pytest.raises(ValueError, match="unpack"):
         fresh.transformer(inputs_embeds=torch.randn(1, 3, 48), attention_mask=torch.zeros(1, 1, 3, 3))

@@ -5,5 +5,5 @@ import sentcompress
 
 @sentcompress.hookimpl
 def register_datasets(register):
-    # As text, so that the module is imported only when the dataset is used.
+    # A string, so that the module is imported only when the dataset is used.
     register("parquet", "sentcompress_parquet.dataset:ParquetDataset")

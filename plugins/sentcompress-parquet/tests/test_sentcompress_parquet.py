@@ -26,7 +26,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_it_keeps_the_promises_of_a_dataset(check_plugin, folder):
+def test_it_fulfils_the_contract_of_a_dataset(check_plugin, folder):
     check_plugin("dataset", "parquet", options={"paths": [str(folder)]})
 
 

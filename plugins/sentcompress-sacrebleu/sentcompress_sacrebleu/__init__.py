@@ -5,5 +5,5 @@ import sentcompress
 
 @sentcompress.hookimpl
 def register_metrics(register):
-    # As text, so that the module is imported only when the metric is used.
+    # A string, so that the module is imported only when the metric is used.
     register("sacrebleu", "sentcompress_sacrebleu.metric:SacreBLEU")

@@ -1,4 +1,4 @@
-"""Translation's scores, of reconstructions."""
+"""Scores of machine translation, for reconstructions."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,21 +10,21 @@ import sentcompress
 
 
 class SacreBLEU(sentcompress.Metric):
-    """BLEU, chrF and their kin of the reconstructions, by sacrebleu."""
+    """BLEU, chrF, chrF++ and TER of the reconstructions, by sacrebleu."""
 
     class Options(sentcompress.Options):
         scores: list[Literal["bleu", "chrf", "chrf++", "ter"]] = Field(default=["bleu", "chrf"], min_length=1)
-        """What to compute, over all sentences at once (not a mean over sentences)."""
+        """Scores to compute, each over the whole corpus (not a mean over sentences)."""
         lowercase: bool = False
-        """Do not tell upper from lower case (TER never does)."""
+        """Ignore case (TER always does)."""
         tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
-        """How BLEU cuts words: ``13a`` as in WMT, ``zh`` for Chinese, ``char`` for single characters."""
+        """How BLEU splits words: ``13a`` as in WMT, ``zh`` for Chinese, ``char`` into characters."""
 
     def compute(self, reconstructions: Sequence[sentcompress.Reconstruction]) -> dict[str, float]:
-        # Without any sentence there is nothing to score, and sacrebleu would fail on it.
+        # sacrebleu fails if there is no sentence.
         if not reconstructions:
             return dict.fromkeys(self.options.scores, float("nan"))
-        # Spaces around a sentence belong to the way it was cut, not to what was reconstructed.
+        # Spaces around a sentence come from the segmenter and should not be scored.
         hypotheses = [r.hypothesis.strip() for r in reconstructions]
         references = [[r.reference.strip() for r in reconstructions]]
         return {
@@ -35,7 +35,7 @@ class SacreBLEU(sentcompress.Metric):
     def _scorer(self, name: str) -> BLEU | CHRF | TER:
         lowercase = self.options.lowercase
         if name == "bleu":
-            # force: a corpus of marks set apart by spaces is as it should be, not a mistake to warn about.
+            # force: no warning about tokenized text, which reconstructions may be.
             return BLEU(lowercase=lowercase, tokenize=self.options.tokenize, force=True)
         if name == "ter":
             return TER()

@@ -20,7 +20,7 @@ def compute(pairs, **options):
     return metric.compute([Reconstruction(a, b, (1,), (1,)) for a, b in pairs])
 
 
-def test_it_keeps_the_promises_of_a_metric(check_plugin):
+def test_it_fulfils_the_contract_of_a_metric(check_plugin):
     check_plugin("metric", "sacrebleu")
     check_plugin("metric", "sacrebleu", options=ALL)
 

@@ -5,5 +5,5 @@ import sentcompress
 
 @sentcompress.hookimpl
 def register_segmenters(register):
-    # As text, so that the module is imported only when the segmenter is used.
+    # A string, so that the module is imported only when the segmenter is used.
     register("sentencex", "sentcompress_sentencex.segmenter:SentencexSegmenter")

@@ -10,7 +10,7 @@ def split(text, **options):
 
 
 @pytest.mark.parametrize("language", ["en", "de", "zh"])
-def test_it_keeps_the_promises_of_a_segmenter(check_plugin, language):
+def test_it_fulfils_the_contract_of_a_segmenter(check_plugin, language):
     check_plugin("segmenter", "sentencex", options={"language": language})
 
 
@@ -47,7 +47,7 @@ def test_white_space_is_no_sentence():
 
 
 def test_pieces_that_are_not_in_the_text_cost_nothing(monkeypatch):
-    """What another version might do: trim, alter, leave out."""
+    """What another version might do: trim, change or omit text."""
     text = "One is  here. Two is here. Three is."
     altered = ["One is here.", "Two is here.", "Four."]
     monkeypatch.setattr(sentencex, "segment", lambda *_: altered)
@@ -56,7 +56,7 @@ def test_pieces_that_are_not_in_the_text_cost_nothing(monkeypatch):
 
 def test_a_panic_costs_one_paragraph(monkeypatch):
     class PanicException(BaseException):
-        """Named as the one that Rust's panics become."""
+        """Named like the exception of Rust's panics."""
 
     def fragile(language, text, segment=sentencex.segment):
         if "!" in text:

@@ -5,5 +5,5 @@ import sentcompress
 
 @sentcompress.hookimpl
 def register_fusions(register):
-    # As text, so that the module is imported only when the fusion is used.
+    # A string, so that the module is imported only when the fusion is used.
     register("spans", "sentcompress_spans.fusion:SpanPooling")

@@ -17,7 +17,7 @@ def pooled(latents, rows):
 
 
 @pytest.mark.parametrize("latents", [1, 3, 8])
-def test_it_keeps_the_promises_of_a_fusion(check_plugin, latents):
+def test_it_fulfils_the_contract_of_a_fusion(check_plugin, latents):
     check_plugin("fusion", "spans", options={"latents": latents})
 
 
