@@ -1,4 +1,4 @@
-"""Bad input, as a user meets it: one clear message that names place and fix, the exit code, nothing lost."""
+"""Bad input, as users see it: one clear message that names place and fix, the exit code, nothing lost."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_help_answers_in_under_a_second_without_torch():
     [("plugins",), ("plugins", "--json"), ("recipes",), ("validate", "paper/vae-768-h1"), ("run", "--help")],
 )
 def test_light_commands_do_not_import_torch(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SENTCOMPRESS_PLUGINS", "")  # a stranger's plugin may import what it likes
+    monkeypatch.setenv("SENTCOMPRESS_PLUGINS", "")  # other plugins may import what they like
     assert not modules_after(*arguments) & {"torch", "transformers"}
 
 

@@ -1,4 +1,4 @@
-"""Plugins as strangers install them: real distributions on the path, good, broken, misspelt and colliding."""
+"""Plugins as users install them: real distributions on the path, good, broken, misspelt and colliding."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_good_plugin_is_found_with_its_package_and_version(site: Site):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_can_be_registered_by_a_stranger(site: Site, kind: str):
+def test_every_kind_can_be_registered_by_a_package(site: Site, kind: str):
     code = (
         f"import sentcompress\n{COMPONENTS[kind]}\n@sentcompress.hookimpl\n"
         f"def register_{KINDS[kind]}(register):\n"
@@ -192,7 +192,7 @@ def test_two_plugins_claiming_one_name_is_an_error_that_names_both(site: Site):
     assert registry.get("segmenter", "regex")
 
 
-def test_a_stranger_cannot_take_a_built_in_name_unnoticed(site: Site):
+def test_a_package_cannot_take_a_built_in_name_unnoticed(site: Site):
     site.install("usurper", SEGMENTER.format(name="regex"))
     with pytest.raises(PluginError, match=r"'sentcompress' .* and 'usurper'"):
         Registry().get("segmenter", "regex")

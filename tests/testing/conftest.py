@@ -1,4 +1,4 @@
-"""A folder of a stranger's packages, which the registry of the process sees while a test runs."""
+"""A folder of third-party packages, which the registry of the process finds while a test runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""check_plugin by name, and the pytest plugin as a stranger uses it."""
+"""check_plugin by name, and the pytest plugin as a plugin author uses it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_it_is_announced_to_pytest() -> None:
     assert project["entry-points"]["pytest11"] == {"sentcompress": "sentcompress.testing.pytest_plugin"}
 
 
-def test_one_line_in_a_strangers_test_file(install: Install, pytester: pytest.Pytester) -> None:
+def test_one_line_in_the_test_file_of_a_plugin(install: Install, pytester: pytest.Pytester) -> None:
     folder = install("strange-metrics", METRICS)
     pytester.makepyfile(
         test_mine="""

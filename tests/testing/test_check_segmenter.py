@@ -129,7 +129,7 @@ class Slow(Lines):
 
 
 class SlowAtSpaces(Lines):
-    """As a regular expression that looks for the end of white space from each place anew."""
+    """Like a regular expression that searches for the end of white space from every position again."""
 
     def split(self, text: str) -> list[str]:
         re.findall(r"\s+$", text)

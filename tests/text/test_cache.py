@@ -147,7 +147,7 @@ def test_an_interrupted_build_ends_its_workers_and_leaves_nothing(builds: Builds
     process = builds.start(workers=2)
     builds.wait_until_begun(2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)  # its workers would wait for ever
+    _, errors = process.communicate(timeout=30)  # its workers would wait forever
     assert "KeyboardInterrupt" in errors
     assert builds.temporary() == []
 

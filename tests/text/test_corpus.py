@@ -371,7 +371,7 @@ class TestDocuments:
         with pytest.raises(DataError, match="all have the same text"):
             build(Given(["same"] * 3))
 
-    def test_strangers_without_our_options(self, build: Build) -> None:
+    def test_datasets_without_the_common_options(self, build: Build) -> None:
         class Strange(Dataset):
             Options = Options
 

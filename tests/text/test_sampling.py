@@ -188,9 +188,9 @@ class TestPassages:
 
     def test_little_padding_among_cells(self, large: Corpus) -> None:
         sampler = PassageSampler(large, large.train, 8, 64, 1, 0, PAD)
-        cells = [sampler.batch(i)["sentence_index"] for i in range(sampler.batches_per_epoch)]
-        share = sum(int((c == PADDING).sum()) for c in cells) / sum(c.numel() for c in cells)
-        print(f"share of padding cells: {share:.1%}")
+        positions = [sampler.batch(i)["sentence_index"] for i in range(sampler.batches_per_epoch)]
+        share = sum(int((c == PADDING).sum()) for c in positions) / sum(c.numel() for c in positions)
+        print(f"share of padding positions: {share:.1%}")
         assert share < 0.1
 
     @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ class TestPassages:
 def check_cells(
     sampler: PassageSampler, batch: dict[str, torch.Tensor], lengths: list[int], most: int
 ) -> None:
-    """Every sentence has one cell; a passage's cells are side by side, in order, in one row."""
+    """Every sentence has one position; a passage's positions are side by side, in order, in one row."""
     index, ids = batch["sentence_index"], batch["passage_ids"]
     assert index.shape == ids.shape
     assert index.shape[1] <= most + sampler.start
@@ -222,9 +222,9 @@ def check_cells(
         rows, columns = (ids == passage).nonzero(as_tuple=True)
         assert len(set(rows.tolist())) == 1
         assert columns.tolist() == list(range(int(columns[0]), int(columns[0]) + len(columns)))
-        cells = index[rows, columns].tolist()
-        assert cells in (list(range(first, first + length)), [START, *range(first, first + length)])
-        assert (START in cells) == (sampler.start and bool(batch["scored"][first]))
+        positions = index[rows, columns].tolist()
+        assert positions in (list(range(first, first + length)), [START, *range(first, first + length)])
+        assert (START in positions) == (sampler.start and bool(batch["scored"][first]))
         first += length
 
 
