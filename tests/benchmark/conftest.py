@@ -73,7 +73,7 @@ def run_folder(tmp_path_factory, tokenizer, text_files) -> Path:
 
 
 @pytest.fixture(scope="session")
-def parts(run_folder) -> Models:
+def bench_models(run_folder) -> Models:
     folder = ModelFolder(run_folder)
     return Models(folder.recipe(), folder)
 

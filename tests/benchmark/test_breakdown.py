@@ -1,4 +1,4 @@
-"""Quality by position, length and index: the parts are the whole, and a byte pays where it lies."""
+"""Quality by position, length and index: buckets add up to the whole, and a byte counts where it lies."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def counter(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def documents(parts):
-    return heldout_documents(parts.corpus, BenchSettings(max_bytes_per_document=1500))
+def documents(bench_models):
+    return heldout_documents(bench_models.corpus, BenchSettings(max_bytes_per_document=1500))
 
 
 @pytest.fixture(scope="module")
-def places(documents, counter):
+def breakdown(documents, counter):
     return Breakdown(BY, documents, counter)
 
 
@@ -74,12 +74,12 @@ def assert_whole(score):
 # ---- models whose answer is known
 
 
-def test_a_uniform_sentence_model_pays_log2_v_a_token_in_every_bucket(documents, counter, places):
+def test_a_uniform_sentence_model_pays_log2_v_a_token_in_every_bucket(documents, counter, breakdown):
     model = tiny_sentence_lm(len(counter.backend.get_vocab()))
     torch.nn.init.zeros_(model.vae.lm_head.weight)
     # Windows of 6 sentences: every document is put together from several.
     found = score_sentence_model(
-        model, documents, counter, causality=CAUSAL, context_sentences=6, breakdown=places
+        model, documents, counter, causality=CAUSAL, context_sentences=6, breakdown=breakdown
     )
     assert_whole(found)
     plain = score_sentence_model(model, documents, counter, causality=CAUSAL, context_sentences=6)
@@ -103,11 +103,11 @@ def test_a_uniform_sentence_model_pays_log2_v_a_token_in_every_bucket(documents,
         assert of_sentences == pytest.approx(0 if by == "position" else sum(marks.values()))
 
 
-def test_a_uniform_token_model_pays_in_proportion_to_its_tokens(documents, counter, places, tokenizer):
+def test_a_uniform_token_model_pays_in_proportion_to_its_tokens(documents, counter, breakdown, tokenizer):
     uniform = tiny_opt(len(tokenizer))
     torch.nn.init.zeros_(uniform.get_output_embeddings().weight)
     found = score_token_model(
-        uniform, documents, counter, 2, system="uniform", context_tokens=40, breakdown=places
+        uniform, documents, counter, 2, system="uniform", context_tokens=40, breakdown=breakdown
     )
     assert_whole(found)
     assert not any(
@@ -127,8 +127,8 @@ def test_a_model_that_pays_by_position_shows_it(counter):
     def nll(ids):
         return torch.cat([torch.zeros(len(ids) - 1 - len(nats), dtype=torch.float64), nats])
 
-    places = Breakdown(["position", "index"], [doc], counter)
-    found = scoring._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, places)
+    breakdown = Breakdown(["position", "index"], [doc], counter)
+    found = scoring._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, breakdown)
     assert list(found.by) == ["position", "index"]
     by_label = {bucket.label: bucket.nats for bucket in found.by["position"]}
     assert by_label["0"] == pytest.approx(2.0)
@@ -141,9 +141,9 @@ def test_a_model_that_pays_by_position_shows_it(counter):
 def test_a_token_over_a_border_is_split_by_bytes(counter):
     """A token of 4 bytes, 3 in one sentence and 1 in the next, pays a quarter in the second."""
     doc = document(["Given. ", "abc", "defg"], counter)
-    places = Breakdown(["index", "position"], [doc], counter)
+    breakdown = Breakdown(["index", "position"], [doc], counter)
     scores = TokenScores(np.array([8.0, 3.0]), np.array([4, 3]))
-    found = places.split("straddling", [scores], 11.0)
+    found = breakdown.split("straddling", [scores], 11.0)
     assert [(b.label, b.bytes, b.nats) for b in found["index"]] == [("1", 3, 6.0), ("2", 4, 5.0)]
     assert sum(bucket.nats for bucket in found["position"]) == 11.0
 
@@ -192,11 +192,11 @@ def test_bytes_of_each_token_of_other_tokenizers():
 
 def test_buckets_that_are_not_the_whole_are_refused(counter):
     doc = document(["Given. ", "abc", "defg"], counter)
-    places = Breakdown(["length"], [doc], counter)
+    breakdown = Breakdown(["length"], [doc], counter)
     with pytest.raises(CoverageError, match="nats"):
-        places.split("x", [TokenScores(np.array([8.0]), np.array([7]))], 8.1)
+        breakdown.split("x", [TokenScores(np.array([8.0]), np.array([7]))], 8.1)
     with pytest.raises(CoverageError, match="6 of 7 bytes"):
-        places.split("x", [TokenScores(np.array([8.0]), np.array([6]))], 8.0)
+        breakdown.split("x", [TokenScores(np.array([8.0]), np.array([6]))], 8.0)
 
 
 def test_a_model_that_scores_in_another_order_is_refused(documents, counter, monkeypatch):
@@ -260,8 +260,8 @@ def test_every_system_is_broken_down_and_gaps_add_up(broken_down):
     by_name = {score.system: score for score in Quality.of(broken_down)}
     ours, baseline = by_name["sentence model"], by_name["baseline, equal data"]
     for by in BY:
-        twin, rows = compare_buckets(Quality.of(broken_down), by)
-        assert twin == baseline.system
+        baseline_name, rows = compare_buckets(Quality.of(broken_down), by)
+        assert baseline_name == baseline.system
         *buckets, whole = rows
         assert whole.label == "all"
         assert whole.bits == pytest.approx({s.system: s.bits_per_byte for s in Quality.of(broken_down)})
@@ -282,10 +282,10 @@ def test_terminal_and_report_show_each_breakdown(measured):
         assert all(len(row) == len(table.columns) for row in table.rows)
 
 
-def test_without_a_twin_there_is_no_gap(broken_down):
+def test_without_a_baseline_there_is_no_gap(broken_down):
     alone = [score for score in Quality.of(broken_down) if score.system == "sentence model"]
-    twin, rows = compare_buckets(alone, "length")
-    assert twin is None
+    baseline_name, rows = compare_buckets(alone, "length")
+    assert baseline_name is None
     assert all(row.gap is None and row.ratio is None for row in rows)
     lone = broken_down.model_copy(deep=True)
     Quality.put(lone, alone)

@@ -121,10 +121,10 @@ def test_the_sum_is_what_the_models_forward_says(score, model, cut):
     assert score("", TEXT).nats == pytest.approx(tally.nats.sum() - last_end, rel=1e-6)
 
 
-def test_a_whole_document_is_bench_quality_and_its_first_sentence(parts, tokenizer, counter):
+def test_a_whole_document_is_bench_quality_and_its_first_sentence(bench_models, tokenizer, counter):
     model = tiny_sentence_lm(len(tokenizer))
     report = check_causality(model, attention=["sdpa"])
-    for document in heldout_documents(parts.corpus, BenchSettings()):
+    for document in heldout_documents(bench_models.corpus, BenchSettings()):
         bench = score_sentence_model(model, [document], counter, causality=report, context_sentences=6)
         whole = HeldoutDocument(
             document.number, document.source, document.sentences, document.texts, whole=True, first_scored=0

@@ -112,10 +112,10 @@ def test_likelihoods_of_a_split_text_add_up(lm):
 
 
 @needs_harness
-def test_a_document_costs_what_bench_quality_says(lm, parts):
+def test_a_document_costs_what_bench_quality_says(lm, bench_models):
     """The same documents, tokens and windows: the difference is the first sentence."""
-    for document in heldout_documents(parts.corpus, BenchSettings(max_documents=2)):
-        bench = score_document(parts.sentence_lm, document, lm.window)
+    for document in heldout_documents(bench_models.corpus, BenchSettings(max_documents=2)):
+        bench = score_document(bench_models.sentence_lm, document, lm.window)
         nats = -ask(lm.loglikelihood_rolling, "".join(document.texts))
         alone = HeldoutDocument(
             0, "", document.sentences[:1], document.texts[:1], whole=False, first_scored=0

@@ -30,8 +30,8 @@ CAUSAL = CausalityReport(
 
 
 @pytest.fixture(scope="module")
-def corpus(parts):
-    return parts.corpus
+def corpus(bench_models):
+    return bench_models.corpus
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ def counter(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def prompts(parts, counter):
-    return text_prompts(parts.corpus, counter, SETTINGS)
+def prompts(bench_models, counter):
+    return text_prompts(bench_models.corpus, counter, SETTINGS)
 
 
 @pytest.fixture
@@ -60,8 +60,10 @@ def results(run_folder, uniform_judge, tmp_path_factory) -> Results:
     )
 
 
-def test_prompts_are_beginnings_of_heldout_documents_and_references_how_they_go_on(parts, prompts, counter):
-    documents = [parts.corpus.document_text(number) for number in parts.corpus.heldout.tolist()]
+def test_prompts_are_beginnings_of_heldout_documents_and_references_how_they_go_on(
+    bench_models, prompts, counter
+):
+    documents = [bench_models.corpus.document_text(number) for number in bench_models.corpus.heldout.tolist()]
     assert 1 < len(prompts) <= 3
     for prompt in prompts:
         whole = next(text for text in documents if text.startswith(prompt.text))
@@ -69,15 +71,17 @@ def test_prompts_are_beginnings_of_heldout_documents_and_references_how_they_go_
         assert prompt.tokens >= 11  # uncut text may take a token less
         assert len(counter.encode(prompt.reference)) == 16
         # A sentence less would have been too short.
-        sentences = parts.corpus.document_sentences(int(parts.corpus.heldout[documents.index(whole)]))
-        texts = [parts.corpus.sentence_text(i) for i in sentences]
+        sentences = bench_models.corpus.document_sentences(
+            int(bench_models.corpus.heldout[documents.index(whole)])
+        )
+        texts = [bench_models.corpus.sentence_text(i) for i in sentences]
         cut = next(n for n in range(len(texts)) if "".join(texts[:n]) == prompt.text)
         assert len(counter.encode("".join(texts[: cut - 1]))) < 12
 
 
-def test_no_document_long_enough_is_said(parts, counter):
+def test_no_document_long_enough_is_said(bench_models, counter):
     with pytest.raises(Missing, match=r"lower bench\.prompt_tokens"):
-        text_prompts(parts.corpus, counter, SETTINGS.model_copy(update={"text_new_tokens": 10**6}))
+        text_prompts(bench_models.corpus, counter, SETTINGS.model_copy(update={"text_new_tokens": 10**6}))
 
 
 def test_text_is_cut_at_a_token_and_never_inside_a_character(counter):
@@ -90,7 +94,7 @@ def test_text_is_cut_at_a_token_and_never_inside_a_character(counter):
     assert first_tokens(text, counter, 10**6) == text
 
 
-def test_every_system_is_given_the_same_bytes_and_writes_as_much(writer, parts, counter, monkeypatch):
+def test_every_system_is_given_the_same_bytes_and_writes_as_much(writer, bench_models, counter, monkeypatch):
     from sentcompress.generation import SentenceGenerator
 
     seen = []
@@ -102,7 +106,7 @@ def test_every_system_is_given_the_same_bytes_and_writes_as_much(writer, parts, 
         return plain(self, prompts, settings)
 
     monkeypatch.setattr(SentenceGenerator, "generate", generate)
-    lm = parts.baseline
+    lm = bench_models.baseline
     original = lm.generate
 
     def token_generate(input_ids, attention_mask):
@@ -114,22 +118,22 @@ def test_every_system_is_given_the_same_bytes_and_writes_as_much(writer, parts, 
 
     monkeypatch.setattr(lm, "generate", token_generate, raising=False)
     before = lm.generation_config
-    for texts in (writer.by_sentences(parts.sentence_lm), writer.by_tokens(lm)):
+    for texts in (writer.by_sentences(bench_models.sentence_lm), writer.by_tokens(lm)):
         assert [len(counter.encode(text)) for text in texts] == pytest.approx([16] * len(texts), abs=2)
     assert seen == [("sentences", writer.prompts), ("tokens", writer.prompts)]
     assert lm.generation_config is before
 
 
-def test_draws_are_repeated_by_their_seed(writer, parts, tokenizer):
+def test_draws_are_repeated_by_their_seed(writer, bench_models, tokenizer):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = writer.by_tokens(parts.baseline), writer.by_sentences(parts.sentence_lm)
+    first = writer.by_tokens(bench_models.baseline), writer.by_sentences(bench_models.sentence_lm)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(6)
-    assert (writer.by_tokens(parts.baseline), writer.by_sentences(parts.sentence_lm)) == first
+    assert (writer.by_tokens(bench_models.baseline), writer.by_sentences(bench_models.sentence_lm)) == first
     other = TextWriter(writer.prompts, tokenizer, SETTINGS, seed=1, bos_token_id=2)
-    assert other.by_tokens(parts.baseline) != first[0]
-    assert other.by_sentences(parts.sentence_lm) != first[1]
+    assert other.by_tokens(bench_models.baseline) != first[0]
+    assert other.by_sentences(bench_models.sentence_lm) != first[1]
 
 
 def test_nothing_ends_a_text_that_a_model_wants_to_end(tokenizer, counter, writer):
@@ -214,8 +218,8 @@ def test_all_systems_stand_in_the_table_with_intervals_and_differences(results, 
             assert math.isfinite(measure.value)
     differences = {score.system: score.differences for score in report.scores}
     assert differences["baseline, equal data"] == {}
-    ours, twin = report.scores[0].measures["words"], report.scores[1].measures["words"]
-    assert differences["sentence model"]["words"].value == pytest.approx(ours.value - twin.value)
+    ours, baseline = report.scores[0].measures["words"], report.scores[1].measures["words"]
+    assert differences["sentence model"]["words"].value == pytest.approx(ours.value - baseline.value)
     # The tiny run's baseline is its backbone: the same text, and no difference in anything.
     assert report.scores[1].texts == report.scores[2].texts
     assert {d.value for d in differences["backbone, as it came"].values()} == {0.0}
