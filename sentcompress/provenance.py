@@ -1,4 +1,4 @@
-"""The honesty line: which code, on which machine, with which recipe."""
+"""Provenance of a result: which code, on which machine, with which recipe."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Honesty(Record):
 def commit(folder: Path | None = None) -> str:
     """Commit of this package's own repository, ``+dirty`` when its tracked files differ; ``unknown`` elsewhere.
 
-    A package that lies in someone else's repository (a virtual environment, say) is not a checkout of ours.
+    A package that lies in someone else's repository (a virtual environment, say) is not a checkout of sentcompress.
     """
     package = Path(__file__).resolve().parent
     folder = folder or package

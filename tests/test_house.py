@@ -212,8 +212,6 @@ WORDS = {
 """Words that readers of the field do not know, each with the one to use."""
 THERE = re.compile(r"\b(there|that|which|what|here) is no |\bno number\b(?= (of|in|from))", re.I)
 """``there is no such file`` is plain English."""
-SPOKEN = {"print", "echo", "note", "say", "warn", "warning", "Table", "Skipped"}
-"""Calls whose text a user reads."""
 
 
 def findings(text: str) -> list[str]:
@@ -248,35 +246,26 @@ def test_pages_say_it_plainly(page: Path):
     )
 
 
-def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Texts of errors, fixes, help and whatever is printed."""
+def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every string: docstrings, help, and messages with what to do about them."""
     for node in ast.walk(tree):
-        roots: list[ast.expr] = []
-        if isinstance(node, ast.Raise) and node.exc:
-            roots = [node.exc]
-        elif isinstance(node, ast.keyword) and node.arg in ("fix", "help"):
-            roots = [node.value]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in SPOKEN:
-            roots = node.args
-        for root in roots:
-            for part in ast.walk(root):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    yield part.lineno, part.value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
 
 
-def test_messages_say_it_plainly():
+def test_the_package_says_it_plainly():
     wrong = Counter(
         f"{file}:{line} {found}"
         for file, path in package_files()
-        for line, text in messages(parsed(path))
+        for line, text in texts(parsed(path))
         for found in findings(text)
     )
     assert not wrong
 
 
-def test_the_check_reads_messages():
+def test_the_check_reads_strings():
     code = 'raise InputError(f"{x} is no model of ours", fix="5 tokens a second")\nprint("there is no file")'
-    found = sorted({found for _, text in messages(ast.parse(code)) for found in findings(text)})
+    found = sorted({found for _, text in texts(ast.parse(code)) for found in findings(text)})
     assert [text.partition("'")[2].partition("'")[0] for text in found] == [
         "is no ",
         "of ours",

@@ -42,7 +42,7 @@ except ImportError as error:
     ) from error
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
-"""Tasks of ours, which need no network."""
+"""The tasks that sentcompress adds; they need no network."""
 
 
 @register_model("sentcompress")

@@ -25,7 +25,7 @@ from sentcompress.files import printable
 GRACE_SECONDS = 10.0
 """Time for the other processes to exit after one has failed; then they are killed."""
 STOPPED_CODES = (TerminatedError.exit_code, 130)
-"""Exit codes of a process that was told to stop. The others are saving then, and get all the time they need."""
+"""Exit codes of a process that was asked to stop. The others are saving then, and get all the time they need."""
 POLL_SECONDS = 0.1
 MAX_LINES = 20
 """Lines of a failed process's stderr that are shown."""

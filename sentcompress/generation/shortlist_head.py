@@ -18,7 +18,7 @@ from sentcompress.recipe.sections import HeadKind
 TOKENS_PER_BLOCK = 64
 """Tokens whose largest logit is compared together."""
 MAX_CANDIDATES = 1024
-"""Candidates per row above which computing every logit is no slower."""
+"""From this many candidates per row, computing every logit is as fast."""
 OTHERS_PROBABILITY = 0.01
 """Probability left to all tokens outside a predicted shortlist, when text is scored with it."""
 MIN_ROWS_FOR_ONE_PASS = 4

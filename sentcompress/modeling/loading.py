@@ -18,7 +18,7 @@ from sentcompress.modeling.vae import SentenceVAE
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
-    """``config.json`` of a model folder of ours.
+    """``config.json`` of a sentcompress model folder.
 
     Args:
         expected: ``sentence-vae`` or ``sentence-lm``; None takes either.
@@ -87,7 +87,7 @@ def load_sentence_lm(folder: Path | str, attn_implementation: str = "sdpa") -> S
 
 
 def load_saved_tokenizer(folder: Path | str) -> Any:
-    """The tokenizer saved with a model of ours.
+    """The tokenizer saved with a sentcompress model.
 
     Raises:
         ModelFolderError: it cannot be loaded, or has tokens that the model does not know.
