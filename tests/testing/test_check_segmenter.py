@@ -158,7 +158,7 @@ WRONG: dict[type, tuple[str, dict[str, Any]]] = {
     Doubles: (r"is not lossless: at character \d+ the text has ''", {}),
     Empty: (r"returned an empty sentence \(number 0\) for ''.*" + JOINED, {}),
     Yields: (r"must return a list of strings, not generator", {}),
-    Bytes: (r"must return a list of strings; number 0 is bytes", {}),
+    Bytes: (r"must return a list of strings, but item 0 is bytes", {}),
     Raises: (r"failed: UnicodeEncodeError: .* \(test_check_segmenter.py:\d+\) \(the text: 'lone", {}),
     Unfinished: (r"Unfinished must implement split\(text\)", {}),
     Cannot: (
