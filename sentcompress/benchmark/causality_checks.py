@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.generation.sentence_writer import ConditionedText, Sampler, SentenceWriter
+from sentcompress.generation.conditioned_text import ConditionedText
+from sentcompress.generation.sentence_writer import Sampler, SentenceWriter
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.losses import TokenLoss

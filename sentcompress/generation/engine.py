@@ -13,9 +13,10 @@ from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.generation.backbone_cache import BackboneCache
 from sentcompress.generation.compiled import CompiledStep
+from sentcompress.generation.conditioned_text import ConditionedText
 from sentcompress.generation.output_head import OutputHead, make_head
 from sentcompress.generation.prefix import Prefix
-from sentcompress.generation.sentence_writer import ConditionedText, Sampler, SentencePlan, SentenceWriter
+from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
 from sentcompress.generation.shortlist_head import make_shortlist_head
 from sentcompress.modeling.sentence_lm import SentenceLM

@@ -17,14 +17,10 @@ from transformers import (
 )
 
 from sentcompress.generation.compiled import CompiledStep
+from sentcompress.generation.conditioned_text import ConditionedText, last_hidden_states, read_context
 from sentcompress.generation.output_head import CandidateTokens, OutputHead
 from sentcompress.generation.settings import GenerationSettings
-from sentcompress.modeling.decoder import DecoderContext
-from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.vae import SentenceVAE
-
-CONTEXT_BATCH_SIZE = 64
-"""Texts whose last sentences are read together; bounds memory for large batches."""
 
 
 @dataclass
@@ -89,19 +85,6 @@ class Sampler:
             return logits.argmax(-1)
         scores = self.warpers(None, logits)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
-
-
-@dataclass
-class ConditionedText:
-    """Sentences of one text, and the latents that conditioned (or would have conditioned) each of them.
-
-    Attributes:
-        sentences: tokens of each, end marks left out.
-        latents: ``[n, k, H]``; zeros for a sentence that nothing predicted.
-    """
-
-    sentences: list[list[int]]
-    latents: Tensor
 
 
 @dataclass
@@ -180,37 +163,14 @@ class SentenceWriter:
         self.next_input_ids = [self.vae.config.bos_token_id] * len(texts)
         context = None
         if self.decoder.context:
-            tails = [self._within_reach(text) for text in texts]
-            self.past_texts = tails
-            if self.use_cache and any(tail.sentences for tail in tails):
-                context = self._context(tails)
+            self.past_texts = [text.within_reach(self.decoder) for text in texts]
+            if self.use_cache and any(text.sentences for text in self.past_texts):
+                context = read_context(self.vae, self.past_texts)
         if self.use_cache:
             self.past_texts = []
             self.cache = self.decoder.allocate(len(texts), texts[0].latents, context)
             if self.compiled is not None:
                 self.compiled.mark_static(self.cache)
-
-    def _context(self, tails: Sequence[ConditionedText]) -> DecoderContext:
-        """What the decoder keeps of texts. Equal ones are read once; batches bound the memory."""
-        distinct: list[ConditionedText] = []
-        by_tokens: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        indices = [0] * len(tails)
-        # Texts without sentences come first: a batch of them alone could not be read.
-        for row in sorted(range(len(tails)), key=lambda row: len(tails[row].sentences)):
-            tail = tails[row]
-            equal = by_tokens.setdefault(tuple(map(tuple, tail.sentences)), [])
-            index = next((n for n in equal if torch.equal(distinct[n].latents, tail.latents)), None)
-            if index is None:
-                index = len(distinct)
-                equal.append(index)
-                distinct.append(tail)
-            indices[row] = index
-        parts = []
-        for begin in range(0, len(distinct), CONTEXT_BATCH_SIZE):
-            batch = distinct[begin : begin + CONTEXT_BATCH_SIZE]
-            embeddings, layout, latents = self._inputs(batch)
-            parts.append(self.decoder.read(embeddings, layout, latents, len(batch)))
-        return DecoderContext.joined(parts, torch.tensor(indices, device=self.vae.device))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
@@ -343,7 +303,9 @@ class SentenceWriter:
             sentence = cast(_OpenSentence, self.sentences[each.row])
             if self.past_texts:
                 text = self.past_texts[each.row]
-                self.past_texts[each.row] = self._within_reach(_with(text, each.tokens, sentence.latents))
+                self.past_texts[each.row] = text.followed_by(each.tokens, sentence.latents).within_reach(
+                    self.decoder
+                )
             self.sentences[each.row] = None
 
     @torch.no_grad()
@@ -360,31 +322,5 @@ class SentenceWriter:
         numbers = range(len(written)) if rows is None else rows
         empty = ConditionedText([], latents[:0])
         past = [self.past_texts[row] if self.past_texts else empty for row in numbers]
-        texts = [_with(*each) for each in zip(past, written, latents, strict=True)]
-        embeddings, layout, conditioning = self._inputs(texts)
-        hidden_states = self.decoder(embeddings, layout, conditioning)
-        ends = torch.tensor([len(text.sentences) for text in texts], device=latents.device).cumsum(0) - 1
-        return hidden_states[layout.lengths.cumsum(0)[ends] - 1]
-
-    def _within_reach(self, text: ConditionedText) -> ConditionedText:
-        """The last sentences, those that the next one depends on."""
-        first = len(text.sentences) - self.decoder.sentences_read([len(ids) for ids in text.sentences])
-        return ConditionedText(text.sentences[first:], text.latents[first:])
-
-    def _inputs(self, texts: Sequence[ConditionedText]) -> tuple[Tensor, Ragged, Tensor]:
-        """The decoder's arguments for the sentences of all texts: embeddings, layout, latents."""
-        latents = torch.cat([text.latents for text in texts])
-        sentences = [ids for text in texts for ids in text.sentences]
-        streams = [number for number, text in enumerate(texts) for _ in text.sentences]
-        layout = Ragged(
-            torch.tensor([1 + len(ids) for ids in sentences], device=latents.device),
-            torch.tensor(streams, device=latents.device),
-        )
-        bos = self.vae.config.bos_token_id
-        tokens = torch.tensor([token for ids in sentences for token in (bos, *ids)], device=latents.device)
-        return self.vae.embed_targets(tokens), layout, latents
-
-
-def _with(text: ConditionedText, tokens: Sequence[int], latents: Tensor) -> ConditionedText:
-    """A text with one more sentence, conditioned on ``latents [k, H]``."""
-    return ConditionedText([*text.sentences, list(tokens)], torch.cat([text.latents, latents[None]]))
+        triples = zip(past, written, latents, strict=True)
+        return last_hidden_states(self.vae, [text.followed_by(ids, latent) for text, ids, latent in triples])

@@ -13,8 +13,8 @@ from sentcompress.generation import (
     GenerationSettings,
     SentenceGenerator,
     backbone_cache,
+    conditioned_text,
     reconstruct,
-    sentence_writer,
 )
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.engine import ends_in_sentence
@@ -75,7 +75,7 @@ def test_a_cache_in_8_bits_changes_little(generator):
 
 def test_prompts_are_read_a_few_at_a_time_and_equal_ones_once(generator, monkeypatch):
     expected = [g.token_ids for g in run(generator, PROMPTS)]
-    monkeypatch.setattr(sentence_writer, "CONTEXT_BATCH_SIZE", 2)
+    monkeypatch.setattr(conditioned_text, "CONTEXT_BATCH_SIZE", 2)
     texts = []
     read = generator.model.vae.decoder.read
     monkeypatch.setattr(

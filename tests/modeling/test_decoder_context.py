@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sentcompress.generation import GenerationSettings
-from sentcompress.generation.sentence_writer import ConditionedText, Sampler, SentenceWriter
+from sentcompress.generation.conditioned_text import ConditionedText
+from sentcompress.generation.sentence_writer import Sampler, SentenceWriter
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.testing import tiny_passages, tiny_sentence_lm, tiny_vae
