@@ -80,6 +80,13 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return "slow tests are left out: run them with 'pytest -m slow', or all tests with \"pytest -m ''\""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests start processes of their own, which share the cores with those of other slow tests."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(cache: Path) -> Iterator[None]:
     """Every test session has a token cache of its own, and the user's is left alone."""

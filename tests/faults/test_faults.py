@@ -21,7 +21,7 @@ def test_a_sample_goes_on_to_the_same_weights(kinds):
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count(", 0 findings") == len(kinds)
