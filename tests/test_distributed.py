@@ -37,7 +37,7 @@ def call(*words: str, cache: Path, launcher: tuple[str, ...] = ()) -> subprocess
         [sys.executable, *launcher, "-m", "sentcompress", *words],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
         env=environment(cache),
         check=False,
     )
