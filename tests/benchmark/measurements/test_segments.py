@@ -71,7 +71,7 @@ def test_the_table_has_a_line_for_every_segmenter_and_group() -> None:
 
 
 def test_the_table_in_the_docs_is_fresh() -> None:
-    page = Path(__file__).parents[2] / "docs" / "segmenters.md"
+    page = Path(__file__).parents[3] / "docs" / "segmenters.md"
     assert render_markdown(score_segmenters(regex_presets())) in page.read_text(encoding="utf-8")
 
 
