@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,15 @@ from sentcompress.generation.backbone_cache import BackboneCache
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.conditioned_text import ConditionedText
 from sentcompress.generation.output_head import OutputHead, make_head
-from sentcompress.generation.prefix import Prefix
 from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
-from sentcompress.generation.shortlist_head import make_shortlist_head
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import pad_sentences
 from sentcompress.recipe.sections import CacheKind, HeadKind
 from sentcompress.text.segmentation import checked_split, sentences_to_ids
+
+if TYPE_CHECKING:
+    from sentcompress.generation.prefix import Prefix
 
 ENCODE_BATCH_SIZE = 512
 """Sentences encoded together; bounds memory for long prompts."""
@@ -100,6 +101,8 @@ class SentenceGenerator:
         key = (kind, shortlist_tokens if kind == "shortlist" else 0)
         if key not in self._heads:
             if kind == "shortlist":
+                from sentcompress.generation.shortlist_head import make_shortlist_head
+
                 self._heads[key] = make_shortlist_head(self.model, shortlist_tokens)
             else:
                 self._heads[key] = make_head(self.model.vae.output_weight, kind)
@@ -161,6 +164,8 @@ class SentenceGenerator:
     @torch.no_grad()
     def prefix_of(self, sentences: list[list[int]], text: str = "") -> Prefix:
         """Like :meth:`read_prefix` for complete sentences given as token ids; for :meth:`continue_sentences`."""
+        from sentcompress.generation.prefix import Prefix
+
         return Prefix.read(self.model.eval(), text, sentences, self.encode(sentences))
 
     def continue_sentences(
