@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, checks that they still are, and locks. No torch."""
+"""Files and folders that are written completely or not at all, and checks that they still are. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout, lock_descriptor
 
 from sentcompress.errors import StorageError
 
@@ -224,61 +222,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-@contextmanager
-def hold_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock on the file ``path`` during the block; the thread that holds it may ask again.
-
-    The operating system releases the lock when the process ends, however it ends. The file itself stays: if it were
-    deleted, two processes could hold locks on two files of the same name.
-
-    Yields:
-        False if another process holds the lock.
-
-    Raises:
-        OSError: the file cannot be opened, or the file system has no locks.
-    """
-    lock = FileLock(path, timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def open_lock_file(path: Path) -> int | None:
-    """The descriptor of a file to lock with :func:`try_lock`; None where there can be no such file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # it belongs to another user; reading is enough for a lock
-            return os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-
-
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file if nobody else holds its lock.
-
-    A child process that inherits the file holds the lock, too, even after this process has died. The lock is released
-    when the last of them closes the file.
-
-    Returns:
-        False if another process holds the lock, None if the file system has no locks.
-    """
-    try:
-        return lock_descriptor(descriptor, blocking=False)
-    except OSError:
-        return None
-
-
-def wait_for_lock(descriptor: int) -> None:
-    """Lock an open file as soon as nobody else holds its lock."""
-    with suppress(OSError):
-        lock_descriptor(descriptor)

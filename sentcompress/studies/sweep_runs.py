@@ -23,7 +23,8 @@ from sentcompress.benchmark.results import Results, is_current
 from sentcompress.distributed import Interruption
 from sentcompress.errors import InputError, RunError
 from sentcompress.estimate.plan import count
-from sentcompress.files import storage_errors, try_lock, write_atomically
+from sentcompress.files import storage_errors, write_atomically
+from sentcompress.locks import try_lock
 from sentcompress.pipeline import check_folder
 from sentcompress.provenance import command
 from sentcompress.studies.grid import Axis, GridPoint, check_each

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Segmenter
 from sentcompress.errors import InputError, SentCompressError, StorageError
-from sentcompress.files import file_digest, fsync, open_lock_file, try_lock, wait_for_lock
+from sentcompress.files import file_digest, fsync
+from sentcompress.locks import open_lock_file, try_lock, wait_for_lock
 
 FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""

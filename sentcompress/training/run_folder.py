@@ -16,7 +16,8 @@ from typing import Any
 
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
-from sentcompress.files import hold_lock, read_json, storage_errors, write_atomically
+from sentcompress.files import read_json, storage_errors, write_atomically
+from sentcompress.locks import hold_lock
 from sentcompress.recipe import Recipe
 from sentcompress.training.monitor import read_heartbeat
 
