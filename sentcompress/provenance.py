@@ -108,7 +108,7 @@ def plugin_packages(recipe: Recipe) -> dict[str, str]:
 
     What is missing or claimed twice is left to those who need it: not every benchmark does.
     """
-    from sentcompress.modeling.pretrained import adapter_name
+    from sentcompress.modeling.llm_loading import adapter_name
 
     registry, backbone = get_registry(), recipe.backbone.name
     with suppress(SentCompressError):  # nothing can be found out about a hub's model without a network

@@ -19,7 +19,7 @@ from sentcompress.cli.common import console
 from sentcompress.datasets import jsonl
 from sentcompress.errors import DataError, ModelFolderError, RecipeError
 from sentcompress.files import printable
-from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
+from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
 from sentcompress.recipe.reading import read_yaml
 from sentcompress.testing import tiny_sentence_lm

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from sentcompress import SentenceLM
 from sentcompress.cli import main
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.modeling.loading import load_saved_tokenizer, load_vae
-from sentcompress.modeling.pretrained import load_backbone_tokenizer
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer
+from sentcompress.modeling.saved_models import load_saved_tokenizer, load_vae
 from sentcompress.recipe import build_recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.studies.scaling_points import gather

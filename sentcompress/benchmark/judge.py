@@ -15,7 +15,7 @@ from sentcompress.benchmark.measurements.quality import QualityScore
 from sentcompress.benchmark.scoring import score_token_model
 from sentcompress.contracts.proof import TOLERANCE, reference_of
 from sentcompress.errors import InputError, SentCompressError
-from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm, resolve_backbone
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm, resolve_backbone
 from sentcompress.recipe import BackboneSpec
 
 WHERE = "bench.text_judge (--judge)"

@@ -25,7 +25,7 @@ from sentcompress.benchmark.scoring import check_document, score_document
 from sentcompress.benchmark.sentence_scoring import window_size
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
-from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
+from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
 from sentcompress.registry import describe_validation_error
 from sentcompress.text.progress import Bar

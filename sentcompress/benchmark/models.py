@@ -25,13 +25,13 @@ from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import read_json, storage_errors
 from sentcompress.modeling.device_map import DeviceName, blocks_of, dispatch_blocks, memory_per_model
 from sentcompress.modeling.int8 import quantize
-from sentcompress.modeling.loading import (
+from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm
+from sentcompress.modeling.saved_models import (
     load_saved_tokenizer,
     load_sentence_lm,
     load_vae,
     read_config,
 )
-from sentcompress.modeling.pretrained import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import Recipe, load_recipe

@@ -45,7 +45,7 @@ def generate(
     with quick_imports():
         from sentcompress.generation import GenerationSettings, SentenceGenerator
         from sentcompress.modeling.int8 import quantize as quantized
-        from sentcompress.modeling.loading import load_saved_tokenizer, load_sentence_lm
+        from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 
     asked = GenerationSettings.checked(settings)
     parts = [part.strip() for part in quantize.split(",") if part.strip()]
@@ -76,7 +76,7 @@ def reconstruct(
 
     from sentcompress.generation import differences
     from sentcompress.generation import reconstruct as write_again
-    from sentcompress.modeling.loading import (
+    from sentcompress.modeling.saved_models import (
         load_saved_tokenizer,
         load_sentence_lm,
         load_vae,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sentcompress.errors import InputError, SentCompressError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.grafting import plain_config, vae_config
-from sentcompress.modeling.pretrained import adapter_name, load_backbone_config, load_causal_lm
+from sentcompress.modeling.llm_loading import adapter_name, load_backbone_config, load_causal_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry

@@ -16,7 +16,7 @@ from sentcompress.contracts.proof import prove_backbone, reference_of
 from sentcompress.errors import InputError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig, plugin_record
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder, copy_blocks
-from sentcompress.modeling.pretrained import adapter_name
+from sentcompress.modeling.llm_loading import adapter_name
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import BackboneSpec, Recipe, VAESpec

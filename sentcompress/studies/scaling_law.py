@@ -13,7 +13,7 @@ import numpy as np
 from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.results import Skipped
 from sentcompress.provenance import Record, command, commit, packages
-from sentcompress.studies.fits import (
+from sentcompress.studies.power_laws import (
     CONFIDENCE,
     JOINT_PARAMETERS,
     LEAST_POINTS,

@@ -9,7 +9,7 @@ import torch
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.backbone import Backbone
-from sentcompress.modeling.pretrained import adapter_name, load_backbone_config, load_backbone_tokenizer
+from sentcompress.modeling.llm_loading import adapter_name, load_backbone_config, load_backbone_tokenizer
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus

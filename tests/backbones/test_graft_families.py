@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.cli import main
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.registry import get_registry
 
 SMALL = {

@@ -19,7 +19,7 @@ from sentcompress.benchmark.runner import run_bench
 from sentcompress.errors import InputError, StorageError
 from sentcompress.modeling import device_map
 from sentcompress.modeling.device_map import _assign, blocks_of, dispatch_blocks, memory_per_model
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.testing import tiny_opt
 
 CPU = torch.device("cpu")

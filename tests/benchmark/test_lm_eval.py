@@ -18,7 +18,7 @@ from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documen
 from sentcompress.benchmark.scoring import score_document
 from sentcompress.cli import main
 from sentcompress.errors import CausalityError, InputError
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
 

@@ -7,7 +7,7 @@ from transformers import AutoModel
 from sentcompress.errors import InputError, PluginError
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.grafting import graft, wrap_backbone
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.modeling.sentence_lm import positions_in_passages
 from sentcompress.recipe import Recipe
 from sentcompress.testing import OPT_TWINS, tiny_opt, tiny_passages, tiny_sentence_lm, tiny_vae

@@ -21,7 +21,7 @@ from sentcompress.errors import InputError
 from sentcompress.pipeline import run_recipe
 from sentcompress.provenance import Honesty
 from sentcompress.recipe import build_recipe
-from sentcompress.studies.fits import fit_line, fit_surface, seed_interval, t_quantile
+from sentcompress.studies.power_laws import fit_line, fit_surface, seed_interval, t_quantile
 from sentcompress.studies.scaling_law import (
     PARAMETERS,
     RATIO,

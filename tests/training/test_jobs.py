@@ -16,8 +16,8 @@ from sentcompress import pipeline as stages
 from sentcompress import pretrained
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest, read_json
-from sentcompress.modeling.loading import load_sentence_lm, load_vae
-from sentcompress.modeling.pretrained import load_causal_lm
+from sentcompress.modeling.llm_loading import load_causal_lm
+from sentcompress.modeling.saved_models import load_sentence_lm, load_vae
 from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.text.sampling import PassageSampler

@@ -222,7 +222,7 @@ class Models(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from sentcompress.modeling.pretrained import quiet
+        from sentcompress.modeling.llm_loading import quiet
         from sentcompress.testing import tiny_sentence_lm
 
         quiet()
@@ -230,7 +230,7 @@ class Models(Kind):
         tiny_sentence_lm().save_pretrained(self.whole)
 
     def run(self, rng: random.Random) -> None:
-        from sentcompress.modeling.loading import load_sentence_lm
+        from sentcompress.modeling.saved_models import load_sentence_lm
 
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.copytree(self.whole, self.model)
@@ -313,7 +313,7 @@ class Tokenizers(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from sentcompress.modeling.pretrained import load_backbone_tokenizer, quiet
+        from sentcompress.modeling.llm_loading import load_backbone_tokenizer, quiet
         from sentcompress.recipe import BackboneSpec
         from sentcompress.testing import tiny_sentence_lm
 
@@ -326,7 +326,7 @@ class Tokenizers(Kind):
 
     def run(self, rng: random.Random) -> None:
         from sentcompress.generation import GenerationSettings, SentenceGenerator
-        from sentcompress.modeling.loading import load_saved_tokenizer
+        from sentcompress.modeling.saved_models import load_saved_tokenizer
 
         shutil.rmtree(self.changed, ignore_errors=True)
         self.changed.mkdir()

@@ -23,7 +23,7 @@ from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
 from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.modeling import SentenceLM
-from sentcompress.modeling.loading import load_sentence_lm
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.pipeline import run_job
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.training.inputs import Inputs, load_inputs

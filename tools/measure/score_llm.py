@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from sentcompress.modeling.int8 import to_int8
-from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import build_corpus

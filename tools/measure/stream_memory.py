@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from sentcompress.modeling.pretrained import load_backbone_tokenizer
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus

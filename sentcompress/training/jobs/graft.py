@@ -13,9 +13,9 @@ from torch import Tensor
 from sentcompress.errors import InputError
 from sentcompress.files import folder_digest
 from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbone
-from sentcompress.modeling.loading import load_vae
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.pretrained import load_backbone_tokenizer, load_causal_lm
+from sentcompress.modeling.saved_models import load_vae
 from sentcompress.recipe import BackboneSpec, Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card

@@ -10,8 +10,8 @@ from torch import Tensor
 from sentcompress.generation import reconstruct as reconstruct
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
+from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.pretrained import load_causal_lm
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.sampling import SentenceSampler

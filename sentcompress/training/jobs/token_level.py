@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.modeling.device_map import blocks_of
+from sentcompress.modeling.llm_loading import load_causal_lm, shaped_config
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.pretrained import load_causal_lm, shaped_config
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.sampling import PassageSampler

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from sentcompress.errors import ModelFolderError, PluginError
 from sentcompress.files import read_json
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
-from sentcompress.modeling.pretrained import SAFE, quiet
+from sentcompress.modeling.llm_loading import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 
