@@ -122,25 +122,19 @@ def make_head(weight: Tensor, kind: HeadKind) -> OutputHead:
         InputError: ``shortlist-exact`` is not available here, or ``kind`` is ``shortlist``, which needs a model that
             predicts it (:func:`sentcompress.generation.shortlist_head.make_shortlist_head`).
     """
-    # Imported here because those heads are built on this one.
-    from sentcompress.generation.shortlist_head import ShortlistExactHead
-
     if kind == "shortlist":
         raise InputError(
             "head: only a SentenceLM grafted with graft.shortlist_rank predicts a 'shortlist'",
             fix="use exact, shortlist-exact or auto",
         )
-    if kind == "exact":
+    large = weight.device.type == "cpu" and weight.numel() >= MIN_WEIGHTS_FOR_SHORTLIST
+    if kind == "exact" or (kind == "auto" and not (large and weight.dtype == torch.float32)):
         return OutputHead(weight)
-    if kind == "shortlist-exact":
-        return ShortlistExactHead(weight)
-    if (
-        weight.device.type != "cpu"
-        or weight.numel() < MIN_WEIGHTS_FOR_SHORTLIST
-        or weight.dtype != torch.float32
-    ):
-        return OutputHead(weight)
+    from sentcompress.generation.shortlist_head import ShortlistExactHead  # built on this module
+
     try:
         return ShortlistExactHead(weight)
     except InputError:
+        if kind != "auto":
+            raise
         return OutputHead(weight)
