@@ -35,7 +35,7 @@ _TABLE = {
     "generation": "errors contracts registry recipe text modeling",
     "provenance": "errors registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation provenance",
-    "estimate": "errors table contracts registry recipe modeling generation provenance training",
+    "estimate": "errors table contracts registry recipe modeling generation training",
     "benchmark": "errors files table contracts registry recipe distributed text modeling generation provenance "
     "training estimate",
     "pipeline": "errors files recipe distributed training benchmark",

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sentcompress.estimate.costs import FP32_BYTES, products_per_token, training_bytes, training_flops
 from sentcompress.estimate.devices import Device
-from sentcompress.estimate.roofline import backbone_cache_bytes, products
+from sentcompress.estimate.roofline import backbone_cache_bytes, products, products_per_token, training_flops
 from sentcompress.estimate.shapes import count_weights
+from sentcompress.estimate.training_memory import FP32_BYTES, training_bytes
 from sentcompress.generation.engine import BACKBONE_BATCH_SHARE
 from sentcompress.generation.output_head import MIN_WEIGHTS_FOR_SHORTLIST
 from sentcompress.modeling.sentence_lm import SentenceLM

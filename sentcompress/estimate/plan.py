@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sentcompress.estimate.costs import training_bytes, weight_bytes
 from sentcompress.estimate.shapes import count_weights, vae_shape
+from sentcompress.estimate.training_memory import training_bytes, weight_bytes
 from sentcompress.modeling import SentenceVAE
 from sentcompress.recipe import Recipe
 from sentcompress.table import GIB

@@ -9,14 +9,33 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sentcompress.estimate.costs import FLOPS_PER_PRODUCT, DecodingCost
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
 
 COPY_BYTES = 2**28
 """Far larger than a processor's cache."""
+TRAINING_PASSES = 3
+"""Forward passes that a training step costs: the backward pass takes as much arithmetic as two."""
+FLOPS_PER_PRODUCT = 2
+"""A multiplication and an addition for each weight."""
 ATTENTION_FLOPS = 2 * FLOPS_PER_PRODUCT
 """For each position attended to, block and channel: a product with its key and one with its value."""
+
+
+def products_per_token(outside: float, backbone: float, tokens_per_position: float) -> float:
+    """Weights that a token of text is multiplied by.
+
+    Args:
+        outside: weights outside the backbone, used for every token.
+        backbone: weights of the backbone, used once for each of its positions.
+        tokens_per_position: of text; 1 for a token-level model.
+    """
+    return outside + backbone / tokens_per_position
+
+
+def training_flops(products: float) -> float:
+    """Floating-point operations of training on so many products of a weight and a state, the backward pass included."""
+    return float(TRAINING_PASSES * FLOPS_PER_PRODUCT * products)
 
 
 def bandwidth(device: torch.device, size: int = COPY_BYTES) -> float:
@@ -167,8 +186,8 @@ def _decoder_context(model: SentenceLM, sentence_tokens: float) -> float:
 
 def decoding_cost(
     model: SentenceLM | PreTrainedModel, text_tokens: float, sentence_tokens: float
-) -> DecodingCost:
-    """What one more token costs at batch 1.
+) -> tuple[float, float]:
+    """What one more token costs at batch 1: floating-point operations, and bytes of weights and caches that are read.
 
     Args:
         text_tokens: tokens of the text before it.
@@ -180,4 +199,4 @@ def decoding_cost(
     else:
         flops = backbone_flops_per_token(model, text_tokens)
         size = backbone_bytes_per_token(model, text_tokens)
-    return DecodingCost(flops=flops, bytes=size, text_tokens=text_tokens, sentence_tokens=sentence_tokens)
+    return flops, size

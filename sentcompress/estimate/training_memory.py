@@ -20,13 +20,6 @@ from torch import Tensor, nn
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
-from sentcompress.estimate.costs import (
-    FP32_BYTES,
-    checkpoint_bytes,
-    gradient_bytes,
-    optimizer_bytes,
-    weight_bytes,
-)
 from sentcompress.estimate.fake_tensors import FakeExecution
 from sentcompress.estimate.shapes import count_weights
 from sentcompress.modeling.device_map import blocks_of
@@ -46,6 +39,33 @@ SENTENCES, ROWS = (16, 32), (1, 2)
 """Sizes of the two runs from which activations are extrapolated: sentences, or the baseline's rows of tokens."""
 SMALL_VOCABULARY = 64
 """Tokens of the vocabulary in these runs: activations do not depend on it."""
+FP32_BYTES = 4
+ADAMW_MOMENTS = 2
+
+
+def weight_bytes(parameters: float) -> float:
+    """Bytes of fp32 weights."""
+    return FP32_BYTES * parameters
+
+
+def gradient_bytes(trainable: float) -> float:
+    """Bytes of the gradients of trainable parameters."""
+    return FP32_BYTES * trainable
+
+
+def optimizer_bytes(trainable: float, *, ema: bool = False) -> float:
+    """Bytes of AdamW's two moments and, with ``ema``, of the averaged weights."""
+    return (ADAMW_MOMENTS + ema) * FP32_BYTES * trainable
+
+
+def training_bytes(parameters: float, trainable: float, *, ema: bool = False) -> float:
+    """Bytes of weights, gradients and optimizer state; activations not included."""
+    return weight_bytes(parameters) + gradient_bytes(trainable) + optimizer_bytes(trainable, ema=ema)
+
+
+def checkpoint_bytes(parameters: float, trainable: float, *, ema: bool = False) -> float:
+    """Bytes of a checkpoint's training state: weights and optimizer state. Its model file has the weights again."""
+    return weight_bytes(parameters) + optimizer_bytes(trainable, ema=ema)
 
 
 @dataclass(frozen=True)

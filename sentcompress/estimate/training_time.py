@@ -10,19 +10,21 @@ import psutil
 from transformers import PreTrainedModel
 
 from sentcompress.errors import InputError
-from sentcompress.estimate.costs import TRAINING_PASSES, gradient_bytes, training_flops, weight_bytes
 from sentcompress.estimate.decoding import graft_products, token_products, vae_products
 from sentcompress.estimate.devices import GPU_UTILIZATION, GPUS, Device, device
 from sentcompress.estimate.plan import token_budget
+from sentcompress.estimate.roofline import TRAINING_PASSES, training_flops
 from sentcompress.estimate.shapes import explain_shape, meta_models
 from sentcompress.estimate.training_memory import (
     DeviceMemory,
     ModelSizes,
     Stage,
     device_memory,
+    gradient_bytes,
     model_sizes,
     saving_bytes,
     state_bytes,
+    weight_bytes,
 )
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import GraftSettings, Recipe, TrainVAESettings

@@ -13,10 +13,9 @@ from pydantic import ConfigDict, ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
-from sentcompress.benchmark.measurements.quality import ModelCounts, Quality, QualityScore
+from sentcompress.benchmark.measurements.quality import DecodingCost, ModelCounts, Quality, QualityScore
 from sentcompress.benchmark.results import FILE, Results, read_results
 from sentcompress.errors import InputError
-from sentcompress.estimate.costs import DecodingCost, products_per_token, training_flops
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
 
@@ -283,6 +282,8 @@ def flops(counts: ModelCounts, tokens: int) -> float:
     tables multiply nothing. As usual, attention over positions is left out; frozen weights count like trained ones.
     """
     around = counts.parameters - counts.table_parameters - counts.backbone_parameters
+    from sentcompress.estimate.roofline import products_per_token, training_flops  # imports torch
+
     per_token = products_per_token(around, counts.backbone_parameters, counts.tokens_per_position)
     return training_flops(per_token * tokens + around * counts.training_tokens.get("vae", 0))
 

@@ -9,12 +9,11 @@ from typer.testing import CliRunner
 
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
-from sentcompress.estimate.costs import training_bytes
 from sentcompress.estimate.decoding import CACHE_PASSES, GENERATE_PASSES, estimate
 from sentcompress.estimate.devices import Device, device, measure_cpu
 from sentcompress.estimate.plan import count
 from sentcompress.estimate.shapes import meta_models
-from sentcompress.estimate.training_memory import device_memory, model_sizes
+from sentcompress.estimate.training_memory import device_memory, model_sizes, training_bytes
 from sentcompress.recipe import load_recipe
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
 

@@ -14,7 +14,6 @@ from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR, bars
 from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL, Flag, Measurement, Section
 from sentcompress.benchmark.measurements.causality import Causality
 from sentcompress.benchmark.paper import sllm_note
-from sentcompress.estimate.costs import DecodingCost
 from sentcompress.provenance import Record
 from sentcompress.table import Figure, Table, byte_size, number, percent
 
@@ -71,6 +70,19 @@ class ModelCounts(Record):
     """Tokens of text that one position of the backbone stands for; 1 for a token-level model."""
     training_tokens: dict[str, int]
     """By stage; a stage whose tokens are not known is left out."""
+
+
+class DecodingCost(Record):
+    """Computed from shapes: the cost of one more token of text at batch 1, in the middle of a document."""
+
+    flops: float
+    """Floating-point operations."""
+    bytes: float
+    """Of weights and caches that have to be read."""
+    text_tokens: float
+    """Tokens of the text before it."""
+    sentence_tokens: float
+    """Mean length of a sentence."""
 
 
 class QualityScore(Record):
@@ -186,7 +198,10 @@ class Quality(Measurement[list[QualityScore]]):
             sentence = bench.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
             if system != approximate:  # the cost is computed for the full head
-                found.cost = decoding_cost(candidate, middle, sentence)
+                flops, size = decoding_cost(candidate, middle, sentence)
+                found.cost = DecodingCost(
+                    flops=flops, bytes=size, text_tokens=middle, sentence_tokens=sentence
+                )
             found.counts = model_counts(candidate, models, stages, sentence)
             scores.append(found)
             note = "weights drawn from the seed; " if system == UNTRAINED else ""
