@@ -58,7 +58,7 @@ def options(
         bool,
         typer.Option(
             "--debug",
-            help="Show tracebacks, wherever it stands in the command. Same as SENTCOMPRESS_DEBUG=1.",
+            help="Show tracebacks; works anywhere on the command line. Same as SENTCOMPRESS_DEBUG=1.",
         ),
     ] = False,
     version: Annotated[  # noqa: ARG001 - typer passes it to its callback

@@ -186,7 +186,7 @@ def compare(
     names, rows = put_side_by_side(results)
     render_comparison(names, rows, console())
     for warning in warnings([read_results(path) for path in results]):
-        typer.echo(f"careful: {warning}")
+        typer.echo(f"caution: {warning}")
 
 
 @commands.command(

@@ -29,7 +29,7 @@ InitOption = Annotated[
     typer.Option(help="Measure random weights in the shapes of --backbone: no training, no download."),
 ]
 RecipeOption = Annotated[
-    str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from, without DIR.")
+    str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from when DIR is not given.")
 ]
 ResultsOption = Annotated[
     Path | None,

@@ -39,7 +39,7 @@ def sweep(
     out: ResultsOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Find the break-even: speed over batch size, prompt length and sentence length.
+    """Find the break-even by batch size, prompt length and sentence length.
 
     Says what to use instead where the sentence model is slower. The recipe's bench.new_tokens and bench.repeats set the
     number of new tokens and of repeats.

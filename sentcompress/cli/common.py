@@ -31,7 +31,7 @@ SetOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Path | None, typer.Option(help="Folder of the run.", show_default="out/ and the recipe's name")
+    Path | None, typer.Option(help="Folder of the run.", show_default="out/NAME, with the recipe's name")
 ]
 BackboneOption = Annotated[
     str | None,

@@ -33,15 +33,15 @@ def estimate(
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1e6, help="What one device costs per hour; adds the cost of training."),
+        typer.Option(min=0.0, max=1e6, help="Price of one device per hour; adds the cost of training."),
     ] = None,
     set_: SetOption = None,
 ) -> None:
     """Predict speed, memory and training time from shapes alone.
 
-    The token-level baseline's figures stand beside them. No data and no weights are loaded. Batch sizes, prompt and new
-    tokens are the recipe's bench settings. With --devices: the memory that each device needs to train each stage,
-    whether it takes FSDP or gradient checkpointing, and the hours of all stages together.
+    Shows the token-level baseline's figures beside them. Loads no data and no weights. Batch sizes and the numbers of
+    prompt tokens and new tokens come from the recipe's bench section. With --devices: the memory that each device needs
+    to train each stage, whether that requires FSDP or gradient checkpointing, and the hours of all stages together.
     """
     from sentcompress.errors import InputError
     from sentcompress.estimate.decoding import estimate as predict

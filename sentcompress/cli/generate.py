@@ -25,7 +25,9 @@ def _default_settings() -> GenerationSettings:
 @model_options(_default_settings)
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceLM, such as OUT/graft.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")
+    ],
     quantize: Annotated[
         str,
         typer.Option(
@@ -60,7 +62,9 @@ def generate(
 
 def reconstruct(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceVAE or SentenceLM.")],
-    sentence: Annotated[str, typer.Argument(help="Text; it is split into sentences as in training.")],
+    sentence: Annotated[
+        str, typer.Argument(metavar="SENTENCE", help="Text; it is split into sentences as in training.")
+    ],
 ) -> None:
     """Encode SENTENCE, decode it from its latents alone, and show both side by side.
 

@@ -29,7 +29,7 @@ def run(
     dry_run: DryRunOption = False,
     on_bad_line: Annotated[
         Literal["error", "skip"] | None,
-        typer.Option(help="A broken line in a JSON-lines corpus: stop there, or skip and count it."),
+        typer.Option(help="What to do at a broken line in a JSON-lines corpus: stop, or skip and count it."),
     ] = None,
 ) -> None:
     """Run every stage of a recipe in order and measure the result. An unfinished run is continued."""

@@ -36,7 +36,9 @@ def sweep(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check all runs, print them and their tokens, and touch nothing."),
+        typer.Option(
+            "--dry-run", help="Check all runs, print them with their token counts, and change nothing."
+        ),
     ] = False,
 ) -> None:
     """Run a recipe for every combination of values and compare the runs.

@@ -90,7 +90,7 @@ COMMANDS = (
         "baseline",
         "baseline",
         "Fine-tune the LLM token by token, for comparison. Writes OUT/baseline.\n\n"
-        "It reads the same passages as the graft, for as many steps.",
+        "It reads the same passages as the graft, for the same number of steps.",
         (
             "sentcompress baseline --out out/quickstart",
             "sentcompress baseline paper/sllm-125m-h1 --data corpus.jsonl --set baseline.learning_rate=1e-5",

@@ -236,7 +236,7 @@ def _total_table(
     rows.append(["together", f"without {left_out}" if left_out else "", *hours(total)])
     notes = []
     if price is None:
-        notes.append("Add --price 2.5 (what one device costs per hour) for the cost.")
+        notes.append("Add --price 2.5 (the price of one device per hour) to see the cost.")
     if not machine.measured:
         notes.append(
             f"Computed from data sheets, not run here: {GPU_UTILIZATION:.0%} of the peak arithmetic is reached, and "

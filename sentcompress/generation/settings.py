@@ -22,11 +22,11 @@ class GenerationSettings(DecodingOptions):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens to write; end marks are not counted."""
+    """Maximum number of tokens to write; end marks are not counted."""
     max_new_sentences: int | None = Field(default=None, ge=1)
-    """Most sentences to write; finishing the last sentence of the prompt counts."""
+    """Maximum number of sentences to write; finishing the last sentence of the prompt counts as one."""
     max_sentence_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens in a sentence; without it, the model's limit."""
+    """Maximum number of tokens per sentence; without it, the model's limit."""
     do_sample: bool = False
     """Sample tokens instead of taking the most likely one."""
     temperature: float = Field(default=1.0, gt=0)
@@ -38,7 +38,7 @@ class GenerationSettings(DecodingOptions):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1 makes tokens already seen less likely."""
     stop_threshold: float = Field(default=0.5, ge=0, le=1)
-    """Stop when the termination layer gives at least this probability to stopping; 1 never stops."""
+    """Stop when the predicted probability of stopping reaches this value; 1 never stops."""
     seed: int | None = Field(default=None, ge=0)
     """Seed for sampling."""
     use_cache: bool = Field(default=True, json_schema_extra={"option": False})
@@ -50,7 +50,7 @@ class GenerationSettings(DecodingOptions):
     @model_validator(mode="after")
     def _compile_needs_the_cache(self) -> GenerationSettings:
         if self.compile and not self.use_cache:
-            raise ValueError("compile goes with use_cache: leave one of them as it is")
+            raise ValueError("compile needs the cache: leave use_cache true, or compile false")
         return self
 
     @classmethod

@@ -138,10 +138,11 @@ class TrainingSettings(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the moving average of the weights, which is then evaluated and saved; null turns it off."""
     spike: float | None = Field(default=None, gt=1)
-    """A loss over this multiple of the median of the last 50 steps (and at least half a nat over it) is a spike."""
+    """A loss over this multiple of the median of the last 50 steps (and at least half a nat over it) is a spike;
+    null never reports one."""
     on_anomaly: Literal["stop", "skip", "rollback"] = Field(default="stop", serialization_alias="on_trouble")
-    """When a loss or gradient is NaN or infinite, or a spike: end the run, skip the step, or go back to the newest
-    checkpoint and continue with the data after the step (at most 25 steps in a row, or 5 times between two
+    """When a loss or gradient is NaN or infinite, or the loss is a spike: end the run, skip the step, or go back to the
+    newest checkpoint and continue with the data after the step (at most 25 steps in a row, or 5 times between two
     checkpoints)."""
     precision: Precision = "auto"
     """``auto`` times fp32 against bf16 once on this machine and reports its choice."""
@@ -176,7 +177,9 @@ class TrainingSettings(Section):
     def _old_name(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or "on_trouble" not in raw:
             return raw
-        warnings.warn("the recipe field 'on_trouble' is now called 'on_anomaly'", FutureWarning, stacklevel=2)
+        warnings.warn(
+            "the recipe field 'on_trouble' is now called 'on_anomaly': rename it", FutureWarning, stacklevel=2
+        )
         # If both are there, the later one counts: --set comes after the recipe's own.
         return {("on_anomaly" if name == "on_trouble" else name): value for name, value in raw.items()}
 
@@ -238,7 +241,7 @@ class TuneSettings(Section):
     """Which weights of the LLM are trained."""
 
     tune: Literal["full", "lora", "frozen", "last-n"] = "full"
-    """Train all weights, low-rank adapters, nothing, or the last blocks."""
+    """What to train of the backbone: all weights, low-rank adapters, nothing, or the last blocks."""
     last_n: int = Field(default=2, ge=1)
     """Blocks to train with ``tune: last-n``."""
     lora: LoraSettings = LoraSettings()
@@ -255,7 +258,7 @@ class GraftSettings(TrainingSettings, TuneSettings):
     max_sentences: int = Field(default=64, ge=2)
     """Sentences per passage (the paper: 64); longer documents become consecutive passages."""
     overlap_sentences: int = Field(default=1, ge=1)
-    """Sentences that a passage repeats from the one before it as context, without scoring them again. Without any, the
+    """Sentences that a passage repeats from the one before it as context, without scoring them again. Without one, the
     first sentence of a passage could not be predicted."""
     loss: Literal["focal", "cross-entropy"] = "focal"
     """Loss of tokens and stop decisions."""
@@ -286,9 +289,10 @@ class GraftSettings(TrainingSettings, TuneSettings):
 
 
 class BaselineSettings(TuneSettings):
-    """The baseline: the same LLM, fine-tuned at the token level on the graft's passages for as many steps.
+    """The baseline: the same LLM, fine-tuned token by token on the graft's passages for the same number of steps.
 
-    All its weights are trained by default, whatever the graft does: a comparison is fair against the stronger baseline.
+    All its weights are trained by default, whatever ``graft.tune`` is: the fair comparison is with the strongest
+    baseline.
     """
 
     learning_rate: float | None = Field(default=None, gt=0)
@@ -302,8 +306,8 @@ class DecodingOptions(Section):
 
     head: HeadKind = "auto"
     """How to find the most likely token: ``exact`` computes every logit; ``shortlist-exact`` reads a quarter of the
-    bytes and proves that the token is the same (on a CPU, without sampling); ``auto`` takes the faster of these two;
-    ``shortlist`` considers only the tokens predicted for each sentence, so the text may differ."""
+    head's bytes and proves that the token is the same (on a CPU, without sampling); ``auto`` takes the faster of these
+    two; ``shortlist`` considers only the tokens predicted for each sentence, so the text may differ."""
     shortlist_tokens: int = Field(default=1024, ge=2)
     """Number of tokens predicted for each sentence by ``shortlist``."""
     cache: CacheKind = "full"
@@ -311,7 +315,7 @@ class DecodingOptions(Section):
     memory; ``offloaded`` and ``offloaded-int8`` in CPU memory, with one block at a time on the GPU."""
     compile: bool = False
     """Compile the sentence decoder with torch.compile: a CUDA graph on a GPU, fused loops on a CPU (faster for small
-    models only). The first sentence waits for the compiler, and the last digits of sums may differ."""
+    models only). The first sentence waits for compilation, and rounding may differ."""
 
     def decoding(self) -> dict[str, Any]:
         """These options alone, without the fields of a subclass."""
@@ -344,7 +348,7 @@ class BenchSettings(DecodingOptions):
     new_tokens: int = Field(default=128, ge=1)
     """Tokens to generate in each speed run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where everything is measured; ``auto`` uses a GPU if there is one."""
+    """Device to measure on; ``auto`` uses a GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the weights in speed and memory runs; quality is measured in fp32, except with ``device_map``."""
     device_map: Literal["none", "auto"] = "none"

@@ -127,7 +127,7 @@ def test_what_cannot_be_compiled_is_said(tmp_path):
     said = subprocess.run([sys.executable, "-c", NO_COMPILER], env=env, capture_output=True, text=True)
     assert "InputError: compile: torch could not compile" in said.stderr
     assert "no-such-compiler" in said.stderr
-    with pytest.raises(ValueError, match="compile goes with use_cache"):
+    with pytest.raises(ValueError, match="compile needs the cache"):
         GenerationSettings(compile=True, use_cache=False)
 
 

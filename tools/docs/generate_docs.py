@@ -31,7 +31,7 @@ def help_page() -> str:
         NOTE,
         "# Command line\n",
         "Exit codes: 0 done; 1 the run failed; 2 bad usage, recipe or input; 3 a requested plugin is missing "
-        "or broken; 75 stopped by SIGTERM, continues with `--resume`; 130 interrupted. Messages go to stderr; "
+        "or broken; 75 stopped by SIGTERM, continue with `--resume`; 130 interrupted. Messages go to stderr; "
         "`--debug` anywhere on the line, or "
         "`SENTCOMPRESS_DEBUG=1`, adds the traceback. `sentcompress --install-completion` sets up completion "
         "in your shell.\n",

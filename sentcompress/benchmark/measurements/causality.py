@@ -74,9 +74,9 @@ def require_causal(report: CausalityReport | None) -> None:
 
 
 class Causality(Measurement[CausalityReport | None]):
-    """Prove that later sentences change nothing before them. Fails (code 1) for a model that leaks."""
+    """Prove that later sentences do not affect earlier ones. Fails (exit code 1) for a model that leaks."""
 
-    title = "Causality: what the future may change of the past"
+    title = "Causality: effect of later sentences on earlier ones"
     order = 10
     distributed = True
     reads_corpus = False

@@ -36,7 +36,7 @@ class DataReport(Record):
 
 
 class Data(Measurement[DataReport | None]):
-    """Sentence lengths, padding of the batches, tokens that cutting costs."""
+    """Sentence lengths, padding in batches, extra tokens from splitting."""
 
     title = "Data"
     order = 70
@@ -99,7 +99,7 @@ def measure_data(corpus: Corpus, recipe: Recipe, pad_token_id: int) -> DataRepor
         histogram=sorted(Counter(lengths.tolist()).items()),
         padding={
             "SentenceVAE batch": _padding(sentences, "attention_mask"),
-            "graft batch as a rectangle (only real tokens are computed)": _padding(
+            "graft batch, padded to a rectangle (only real tokens are computed)": _padding(
                 passages, "attention_mask"
             ),
             "rows of sentences the backbone reads": _padding(passages, "passage_ids"),

@@ -41,7 +41,7 @@ class MemoryReport(Record):
 
 
 class Memory(Measurement[list[MemoryReport]]):
-    """Cache bytes per token, slope of allocated memory, longest text in a budget."""
+    """Cache bytes per token, growth of memory, longest text in a budget."""
 
     title = "Memory"
     order = 60
@@ -109,15 +109,15 @@ class Memory(Measurement[list[MemoryReport]]):
             notes.append(f"The sentence model's cache is {a / b:.1f} times smaller per token of text.")
         if reports:
             notes.append(
-                f"Longest text: tokens whose cache fits in {byte_size(reports[0].budget_bytes)}, whether or not the "
-                "backbone has the positions for them. Slope: straight line through the peak of allocated memory "
-                "against tokens."
+                f"Longest text: number of tokens whose cache fits in {byte_size(reports[0].budget_bytes)}, even if the "
+                "backbone has fewer positions. Slope: of a straight line fitted to peak allocated memory against "
+                "tokens. Temporary cache: held only while a sentence is written."
             )
         notes += sllm_note(
             results.recipe, lambda paper: f"{paper.memory} KB per token, OPT {paper.opt_memory} KB"
         )
-        columns = ["system", "cache B/token", "slope B/token", "weights", "while writing", "longest text"]
-        table = Table(self.title, [*columns, "positions for"], lines, notes)
+        columns = ["system", "cache B/token", "slope B/token", "weights", "temporary cache", "longest text"]
+        table = Table(self.title, [*columns, "position limit"], lines, notes)
         has_series = any(report.series for report in reports)
         return [Section(table, partial(_draw, reports) if has_series else None, (7.6, 3.1))]
 

@@ -30,7 +30,7 @@ BY_TITLES: dict[By, str] = {
 BY_FLAG = Flag(
     "--by",
     "by",
-    "Break quality down by position, length, index (commas between them).",
+    "Break quality down by position, length or index; comma-separated.",
     settings=lambda words: {"by": chosen(words)},
     type=list[str],
     metavar="NAMES",
@@ -212,7 +212,7 @@ class Quality(Measurement[list[QualityScore]]):
         unigram = scoring.score_unigram(
             models.corpus, documents, counter, vocab_size, models.bos_token_id, breakdown
         )
-        note = "frequencies of the training documents, add one"
+        note = "frequencies in the training documents, add-one smoothing"
         bench.row(self.name, unigram.system, unigram.figures(), (), note)
         scores.append(unigram)
         scoring.require_same_bytes(scores)
@@ -238,7 +238,7 @@ class Quality(Measurement[list[QualityScore]]):
                 f"perplexity {paper.perplexity}, OPT {paper.opt_perplexity} (not fine-tuned on the same text)"
             ),
         )
-        columns = ["system", "bits/byte", "perplexity", "of it: end marks", "stop decisions", "note"]
+        columns = ["system", "bits/byte", "perplexity", "of which: end marks", "stop decisions", "note"]
         table = Table(self.title, columns, lines, notes)
         found = [Section(table, partial(_draw, scores) if scores else None)]
         broken_down = [by for by in BY if any(by in score.by for score in scores)]
@@ -289,10 +289,10 @@ def _data_note(results: Results) -> list[str]:
         return []
     before = "include the SentenceVAE's training, which has no counterpart there"
     if not results.recipe["train_vae"]["steps"]:
-        before = "are the same text, a sentence at a time: its SentenceVAE was not trained before"
+        before = "are the same text, read sentence by sentence; its SentenceVAE was not trained beforehand"
     return [
-        f"Equal data: the baseline was trained on the graft's passages for as many steps ({baseline:,} tokens). "
-        f"The sentence model's {ours:,} tokens {before}."
+        f"Equal data: the baseline was trained on the graft's passages for the same number of steps ({baseline:,} "
+        f"tokens). The sentence model's {ours:,} tokens {before}."
     ]
 
 
@@ -339,8 +339,8 @@ def _by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table
         columns += ["ratio", *(["with marks"] if marks else []), "gap", "share of gap"]
     if baseline and explain:
         notes.append(
-            f"Ratio to '{baseline}'. Gap: what the sentence model loses more, in bits per byte of all bytes; gaps "
-            "add up."
+            f"Ratio to '{baseline}'. Gap: how much worse the sentence model is, in bits per byte over all bytes; "
+            "gaps add up."
         )
     if marks:
         notes.append("With marks: the ratio with the end marks and decisions of these sentences.")

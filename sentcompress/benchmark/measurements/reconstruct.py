@@ -33,7 +33,7 @@ class ReconstructionReport(Record):
 
 
 class Reconstruct(Measurement[ReconstructionReport | None]):
-    """How much of held-out sentences survives their latents, free-running."""
+    """Reconstruct held-out sentences from their latents, free-running."""
 
     title = "Reconstruction of held-out sentences"
     key = "reconstruction"

@@ -35,7 +35,7 @@ def parse_bytes(option: str, text: str) -> int:
 LARGEST_BATCH = Flag(
     "--largest-batch",
     "largest_batch",
-    "Also time each system at the largest batch whose cache fits into so many bytes, such as 4GiB.",
+    "Also time each system at the largest batch whose cache fits into this many bytes, such as 4GiB.",
     lambda text: {"largest_batch": True, "memory_budget_bytes": parse_bytes("--largest-batch", text)},
     metavar="BYTES",
 )
@@ -277,7 +277,7 @@ def _notes(speed: SpeedReport) -> list[str]:
     ]
     if speed.head == "shortlist":
         notes.append(
-            "Output head: a shortlist predicted for each sentence. It can write other tokens than the full head "
+            "Output head: a shortlist predicted for each sentence. It may write different tokens than the full head "
             "(`bench quality` measures what that costs)."
         )
     elif speed.head != "exact":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sentcompress.benchmark.text_measures import Measure
 
 HUMAN = "human"
-DIFFERENCES_TITLE = f"Generated text: difference to the {BASELINES[0]}"
+DIFFERENCES_TITLE = f"Generated text: difference from the {BASELINES[0]}"
 PROMPTS_SHOWN = 2
 """Prompts whose continuations the report shows."""
 COLUMNS: dict[str, tuple[str, bool]] = {
@@ -86,10 +86,11 @@ class TextReport(Record):
 
 
 class GeneratedText(Measurement[TextReport | None]):
-    """Repetition and variety of what the models write, and a judge's bits.
+    """Repetition and variety of generated text, and a judge's bits per byte.
 
     The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
-    as many tokens, drawn alike; the human's own continuation stands beside them. Refuses a model that sees the future.
+    the same number of tokens, sampled with the same settings; the human text is shown beside them. Refuses a model that
+    sees the future.
     """
 
     title = "Generated text after the same prompts"
@@ -230,7 +231,7 @@ def _notes(report: TextReport) -> list[str]:
         f"{count} prompts{fewer if count < asked else ''}: the beginnings of held-out documents, whole sentences of "
         f"{report.prompt_tokens:.0f} tokens on average, the same bytes for every system. Each text is its first "
         f"{report.new_tokens} tokens by the baseline's tokenizer, drawn at temperature {report.temperature:g}, top-p "
-        f"{report.top_p:g}; no system may end the document or stop, so that all write as much. In brackets: 95% "
+        f"{report.top_p:g}; no system may end the document or stop, so that all write equally much. In brackets: 95% "
         "bootstrap interval over prompts.",
         "Repeated: share of 4-grams of tokens that occurred before in the same text. Loops: share of texts whose last "
         "32 tokens or more are one cycle. Distinct-n: unique n-grams of words over all of them, all texts together.",
@@ -247,7 +248,7 @@ def _notes(report: TextReport) -> list[str]:
         )
     if report.judge_is_backbone:
         notes.append(
-            "Careful: this judge is the LLM that the run started from, so it is not independent: it favors text like "
+            "Caution: this judge is the LLM that the run started from, so it is not independent: it favors text like "
             "its own."
         )
     return notes
