@@ -230,7 +230,10 @@ def heldout(pretrained: str | None = None, run: str | None = None, **_others: An
     from datasets import Dataset
 
     if run is None and pretrained is None:
-        raise InputError("whose held-out documents?", fix="add --metadata run=OUT, the folder of a run")
+        raise InputError(
+            "the task sentcompress_heldout needs the folder of a run",
+            fix="add --metadata run=OUT, the folder of a run",
+        )
     folder = ModelFolder(Path(run or pretrained or ""))
     recipe = folder.recipe()
     settings = recipe.bench.model_copy(update={"max_bytes_per_document": None})

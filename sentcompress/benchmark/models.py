@@ -57,7 +57,7 @@ class ModelFolder:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise ModelFolderError(f"no folder '{path}'", fix="give a run's folder, or a model's")
+            raise ModelFolderError(f"no folder '{path}'", fix="give the folder of a run or of a model")
         # OUT/graft was given: its baseline is in the folder beside it.
         if (
             path.name in STAGES
@@ -83,7 +83,7 @@ class ModelFolder:
         if self._single is None and (folder / "config.json").is_file():
             return folder
         raise Missing(
-            f"'{folder}' is not there or not finished"
+            f"'{folder}' does not exist or is not finished"
             if self._single is None
             else f"'{self.path}' is the folder of a single model, without a '{name}' beside it"
         )

@@ -29,7 +29,7 @@ def spaced_sentences(corpus: Corpus, count: int) -> list[list[int]]:
     ranges = [corpus.document_sentences(number) for number in corpus.heldout.tolist()]
     numbers = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
     if not len(numbers):
-        raise DataError("no sentence is held out", fix="raise data.options.heldout_documents")
+        raise DataError("there are no held-out sentences", fix="raise data.options.heldout_documents")
     chosen = numbers[np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(np.int64))]
     return [corpus.sentence(number).tolist() for number in chosen.tolist()]
 

@@ -177,7 +177,7 @@ def parse_results(text: str) -> Results:
         raise RunError("not a results file of sentcompress, or cut short", fix="measure again") from None
     if version != SCHEMA_VERSION:
         raise RunError(
-            f"schema version {version}, this program reads {SCHEMA_VERSION}",
+            f"schema version {version}; this version of sentcompress reads {SCHEMA_VERSION}",
             fix="read it with the version of sentcompress that wrote it, or measure again",
         )
     try:

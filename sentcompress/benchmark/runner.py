@@ -68,7 +68,7 @@ def run_bench(
         folder = ModelFolder(folder)
     if recipe is None:
         if folder is None:
-            raise InputError("neither a folder nor a recipe was given")
+            raise InputError("neither a folder nor a recipe was given", fix="give one of them")
         recipe = folder.recipe()
     wanted = _checked(names if names is not None else recipe.bench.metrics, changes or {})
     target = out or (folder.path / "bench" if folder else Path("out") / "bench")

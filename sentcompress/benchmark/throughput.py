@@ -226,5 +226,7 @@ def _seconds_together(system: System, prompts: Sequence[Prompt], new_tokens: int
     found = gather_object([(took, written)])
     if any(tokens != new_tokens for _, tokens in found):  # in every process, so that none waits for another
         wrote = ", ".join(str(tokens) for _, tokens in found)
-        raise RunError(f"bench: '{system.name}' wrote {wrote} tokens by process instead of {new_tokens}")
+        raise RunError(
+            f"bench: '{system.name}' wrote {wrote} tokens in its processes, not {new_tokens} in each"
+        )
     return max(seconds for seconds, _ in found)

@@ -111,14 +111,14 @@ def dispatch_blocks(
         raise InputError(
             f"bench.max_memory: device '{main}' has {memory[main]:,.0f} bytes for each of two models, but everything "
             f"outside the backbone's blocks takes {needed:,}{also}",
-            fix="give that device more",
+            fix="give that device more in bench.max_memory",
         )
     on_disk = sum(size for size, device in zip(sizes, found, strict=True) if device == DISK)
     free_disk = shutil.disk_usage(folder).free
     # Accelerate maps files into memory: a full disk would kill the process without a message.
     if on_disk > free_disk:
         raise StorageError(
-            f"{folder}: {on_disk:,} bytes of the backbone's blocks fit into no memory, but the disk has {free_disk:,}",
+            f"{folder}: {on_disk:,} bytes of the backbone's blocks must go to disk, which has {free_disk:,} bytes free",
             fix="free some space, or give more in bench.max_memory",
         )
     for tensor in rest:  # in place, so that tied weights stay tied

@@ -82,7 +82,8 @@ def vae_config(
             if getattr(recipe.vae, field) > backbone_config.num_hidden_layers:
                 raise InputError(
                     f"vae.{field}: {getattr(recipe.vae, field)}, but the backbone {recipe.backbone.model} has "
-                    f"{backbone_config.num_hidden_layers} blocks to start from"
+                    f"{backbone_config.num_hidden_layers} blocks to start from",
+                    fix=f"set it to at most {backbone_config.num_hidden_layers}",
                 )
     if recipe.vae.decoder_context and hidden_size // heads % 2:
         raise InputError(
@@ -207,7 +208,7 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     if not torch.allclose(_probe(model.backbone), expected, atol=1e-4, rtol=1e-4):
         raise InputError(
             f"backbone.model: {recipe.backbone.model} (type '{config.backbone_config['model_type']}') computes "
-            "other results when it is rebuilt from its saved configuration: transformers loses a field of it",
+            "different results when it is rebuilt from its saved configuration: transformers loses one of its fields",
             fix="use a newer transformers",
         )
     if config.start_latent:

@@ -258,7 +258,7 @@ def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> A
     known = AutoConfig.for_model(model_type).to_dict()
     for name in fields:
         if name in FROM_TOKENIZER:
-            raise InputError(f"{where}.{name}: follows from the tokenizer or adapter", fix="remove it")
+            raise InputError(f"{where}.{name}: is set by the tokenizer or adapter", fix="remove it")
         if name not in known:
             raise InputError(f"{where}.{name}: not a field of '{model_type}'.{did_you_mean(name, known)}")
         most = next((most for pattern, most in _MAX_SIZES.items() if re.search(pattern, name)), None)
@@ -272,7 +272,8 @@ def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> A
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{where}.num_attention_heads: {config.num_attention_heads} does not divide hidden_size "
-            f"{config.hidden_size}"
+            f"{config.hidden_size}",
+            fix="set it to a divisor of hidden_size",
         )
     return config
 

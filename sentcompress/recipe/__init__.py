@@ -131,7 +131,8 @@ class Recipe(Section):
         if self.graft.overlap_sentences >= self.graft.max_sentences:
             raise RecipeError(
                 f"graft.overlap_sentences: {self.graft.overlap_sentences} must be below graft.max_sentences "
-                f"({self.graft.max_sentences})"
+                f"({self.graft.max_sentences})",
+                fix="lower the first or raise the second",
             )
 
     def values(self) -> dict[str, Any]:
@@ -190,7 +191,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 (byte {error.start})", fix="save the recipe as UTF-8") from None
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RecipeError(
+            f"{path}: cannot be read: {error.strerror}", fix="check the path and the file's permissions"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

@@ -71,7 +71,7 @@ def parse_grid(texts: Sequence[str], overrides: Sequence[str] = ()) -> list[Axis
         for override in overrides:
             if _covers(axis.field, override.partition("=")[0]):
                 raise RecipeError(
-                    f"--set {override}: --grid {axis.field} would undo it", fix="leave one of the two out"
+                    f"--set {override}: --grid {axis.field} would override it", fix="leave one of the two out"
                 )
     return axes
 
@@ -152,9 +152,15 @@ def build_grid(recipe: str, overrides: Sequence[str], axes: Sequence[Axis]) -> l
     _refuse_duplicates(points)
     first = points[0].recipe
     if first.pretrain is not None:
-        raise RecipeError(f"{recipe}: it pretrains a backbone, and a sweep compares grafted models")
+        raise RecipeError(
+            f"{recipe}: it pretrains a backbone, and a sweep compares grafted models",
+            fix="give a recipe without a pretrain section",
+        )
     if not first.bench.metrics:
-        raise RecipeError(f"{recipe}: bench.metrics is empty, so the runs could not be compared")
+        raise RecipeError(
+            f"{recipe}: bench.metrics is empty, so the runs could not be compared",
+            fix="name measurements there, such as bench.metrics=[quality]",
+        )
     return points
 
 

@@ -282,7 +282,11 @@ class _Builder:
             raise
         except Exception as error:
             name = describe_component("dataset", self.dataset)
-            raise PluginError(f"{name} failed: {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"{name} failed: {type(error).__name__}: {error}",
+                fix="check the options in the recipe's data section; if they are right, report this to the dataset's "
+                "author",
+            ) from error
 
     def _write_arrays(
         self,

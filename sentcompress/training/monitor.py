@@ -281,7 +281,7 @@ def _wandb_run(folder: Path) -> GeneralTracker:
     from accelerate.tracking import WandBTracker
     from accelerate.utils import is_wandb_available
 
-    fix = "pip install 'sentcompress[wandb]' and 'wandb login', set WANDB_MODE=offline, or wandb to false"
+    fix = "pip install 'sentcompress[wandb]' and 'wandb login', set WANDB_MODE=offline, or set wandb to false"
     if not is_wandb_available():
         raise InputError("wandb: true, but Weights & Biases is not installed", fix=fix)
     path = folder.resolve()

@@ -70,7 +70,10 @@ def prepare(job: Job, precision: str | None, note: Callable[[str], None]) -> Pre
         mixed_precision=ACCELERATE_NAMES[precision], cpu=on_cpu(), kwargs_handlers=[unused]
     )
     if not trainable(model):
-        raise InputError("these settings leave no trainable parameters", fix="choose another 'tune'")
+        raise InputError(
+            f"{job.stage.section}: these settings leave no trainable parameters",
+            fix=f"choose another {job.stage.section}.tune",
+        )
     if settings.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(

@@ -49,8 +49,8 @@ class Teacher:
         difference = float((logits - states @ self.weight.t()).abs().max())
         if difference > TOLERANCE * max(1.0, float(logits.abs().max())):
             raise InputError(
-                f"graft.teacher: the logits of {self.lm.config.model_type} are not the product with its output head "
-                f"(soft-capped, scaled or with a bias: they differ by {difference:.2g})",
+                f"graft.teacher: the logits of {self.lm.config.model_type} are not its last hidden states times "
+                f"its output head (soft-capped, scaled or with a bias: they differ by {difference:.2g})",
                 fix="graft without a teacher",
             )
 

@@ -36,7 +36,10 @@ def apply_tune(llm: nn.Module, blocks: nn.ModuleList, settings: TuneSettings, wh
     llm.requires_grad_(False)
     if settings.tune == "last-n":
         if settings.last_n > len(blocks):
-            raise InputError(f"{where}.last_n: {settings.last_n}, but the backbone has {len(blocks)} blocks")
+            raise InputError(
+                f"{where}.last_n: {settings.last_n}, but the backbone has {len(blocks)} blocks",
+                fix=f"set it to at most {len(blocks)}",
+            )
         for block in list(blocks)[-settings.last_n :]:
             block.requires_grad_(True)
     elif settings.tune == "lora":

@@ -48,8 +48,8 @@ def test_values_are_yaml():
         (["seed=1,1"], [], "'1' is there twice"),
         (["seed=1", "seed=2"], [], "seed: given twice"),
         (["fusion={name: mean}", "fusion.name=mean"], [], "one is a part of the other"),
-        (["fusion={name: mean}"], ["fusion.options.latents=4"], "--grid fusion would undo it"),
-        (["seed=1"], ["seed=2"], "--grid seed would undo it"),
+        (["fusion={name: mean}"], ["fusion.options.latents=4"], "--grid fusion would override it"),
+        (["seed=1"], ["seed=2"], "--grid seed would override it"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(grids: list[str], overrides: list[str], message: str):

@@ -57,7 +57,8 @@ class GraftJob:
         limit = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
         if self.settings.max_sentences > limit:
             raise InputError(
-                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {limit}"
+                f"graft.max_sentences: {self.settings.max_sentences}, but the backbone has positions for {limit}",
+                fix=f"set it to at most {limit}, or use a backbone with more positions",
             )
         if recipe.vae.freeze == "embeddings":
             freeze_embeddings(self.model.vae)

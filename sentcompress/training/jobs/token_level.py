@@ -245,7 +245,8 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     if settings.sequence_length > config.max_position_embeddings:
         raise InputError(
             f"pretrain.sequence_length: {settings.sequence_length} is over max_position_embeddings "
-            f"({config.max_position_embeddings})"
+            f"({config.max_position_embeddings})",
+            fix="lower it, or set pretrain.config.max_position_embeddings",
         )
     return config
 
@@ -293,7 +294,7 @@ class BaselineJob(TokenLevelJob):
         return Card(
             title=f"{self.recipe.backbone.model}, fine-tuned token by token",
             summary=f"The equal-data baseline of a SentenceLM: {self.recipe.backbone.model} ({self.parameters}) "
-            "fine-tuned on the same passages for as many steps. The SentenceLM is compared with it.",
+            "fine-tuned on the same passages for the same number of steps. The SentenceLM is compared with it.",
             data=self.text.describe(),
             heldout="On held-out passages, each without the text before it in its document; "
             "use `sentcompress bench quality` to compare models.",
