@@ -91,7 +91,7 @@ def _sentence_length_break_even(
     }
     if floor >= base:
         figures["sentence_length_faster_from"] = None
-        return "Sentence length: slower at any length of sentences; the decoder takes too long per token."
+        return "Sentence length: slower at every sentence length; the decoder takes too long per token."
     even = max(1.0, slope / (base - floor))
     figures["sentence_length_faster_from"] = even
     return (
@@ -141,7 +141,7 @@ def _alternatives(best: float, lookup: Sequence[float]) -> str:
     measured = f" (prompt lookup, measured here: {lookup[0]:.2f}x)" if lookup else ""
     return (
         f"Best ratio measured: {best:.2f}x; the output differs from the backbone's. Choose speculative decoding "
-        f"if the output must stay the backbone's, at small batches{measured}; EAGLE-3 reports up to 6.5x at "
+        f"if the output must equal the backbone's and batches are small{measured}; EAGLE-3 reports up to 6.5x at "
         "batch 1 and about 1.4x at batch 64. Choose quantization if the weights do not fit, or if you cannot train. "
         "The sentence model pays off where long texts or many requests make the cache the limit."
     )
@@ -190,7 +190,7 @@ def sweep_speed(
     longest = model.config.vae_config.max_sentence_tokens
     if max(sentence_tokens) > longest:
         raise InputError(
-            f"sentences of {max(sentence_tokens)} tokens are over the model's limit of {longest}",
+            f"--sentence-tokens: {max(sentence_tokens)} is over the model's limit of {longest} tokens per sentence",
             fix=f"give lengths of at most {longest}",
         )
     for prompt in prompt_tokens:
@@ -249,7 +249,7 @@ def sweep_advice(sweep: SpeedSweep) -> list[str]:
     """Where the break-even is, and what to choose on the other side of it."""
     slower = [point for point in sweep.points if point.ratio < 1]
     if not slower:
-        lines = ["Break-even: none in this grid, it is faster everywhere."]
+        lines = ["Break-even: none in this grid; the sentence model is faster everywhere."]
     else:
         listed = "; ".join(
             f"batch {p.batch_size}, prompt {p.prompt_tokens}, sentences of {p.sentence_tokens}: {p.ratio:.2f}x"

@@ -116,8 +116,8 @@ def measure_speed(
     if shares and max(shares) < OVERHEAD_SHARE:
         report.advice.insert(
             0,
-            f"Both reach less than {OVERHEAD_SHARE:.0%} of the roofline. Memory is not what limits them, but overhead "
-            "(calls of small models, other work on the machine): expect another ratio at another size.",
+            f"Both reach less than {OVERHEAD_SHARE:.0%} of the roofline. They are limited by overhead (many small "
+            "calls, other work on the machine), not by memory: expect a different ratio at other sizes.",
         )
     return report
 
@@ -154,7 +154,7 @@ def _largest_batch_runs(
     timed = time_in_turns(systems, [], settings)
     runs = [_summary(s, timed, {s.name: s.batch_size for s in systems}, settings) for s in systems]
     for run in runs:
-        run.note = f"largest batch in {budget / 2**30:.3g} GiB of cache, the prompt read before"
+        run.note = f"largest batch in {budget / 2**30:.3g} GiB of cache, prompt already read"
     return runs
 
 
@@ -198,7 +198,7 @@ def _faster_options(
     if next(backbone.parameters()).device.type == "cuda":
         found.append((STATIC, {"cache_implementation": "static"}))
     reasons = {
-        LOOKUP: "transformers serves batch 1 only" if batch_size > 1 else "",
+        LOOKUP: "transformers supports it at batch size 1 only" if batch_size > 1 else "",
         STATIC: "on a CPU, generate does not compile with a static cache" if len(found) < 2 else "",
     }
     for name, reason in reasons.items():

@@ -81,7 +81,7 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     log_x, log_y = _logarithms(x), _logarithms(y)
     count = len(log_x)
     if len(set(log_x.tolist())) < LEAST_POINTS:
-        raise ValueError(f"a line needs {LEAST_POINTS} different x, here are {len(set(log_x.tolist()))}")
+        raise ValueError(f"a line needs {LEAST_POINTS} different values of x, not {len(set(log_x.tolist()))}")
     middle, height = log_x.mean(), log_y.mean()
     across = log_x - middle
     squares = float(across @ across)

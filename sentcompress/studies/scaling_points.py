@@ -158,7 +158,7 @@ def gather(sources: Sequence[Path]) -> Gathered:
         )
     if any(results.recipe.get("backbone", {}).get("init") != "random" for _, results in read):
         notes.append(
-            "the backbones were pretrained: tokens do not contain that, and exponents are those of fine-tuning"
+            "the backbones were pretrained: token counts leave that out, and the exponents are those of fine-tuning"
         )
     notes += setting_warnings([_quality_only(results) for _, results in read])
     return Gathered(runs, points, heldout, notes)
@@ -241,7 +241,7 @@ def _score(folder: Path, results: Results, system: str) -> QualityScore:
                 f"train it, then measure again: sentcompress baseline {recipe} --set baseline.enabled=true --out "
                 f"{folder} && sentcompress bench quality {folder} --set baseline.enabled=true"
             )
-        raise InputError(f"'{folder}' has no figures of the {system}{why}", fix=fix)
+        raise InputError(f"'{folder}' has no figures for the {system}{why}", fix=fix)
     if not (math.isfinite(score.bits_per_byte) and score.bits_per_byte > 0):
         raise InputError(
             f"'{folder}': bits per byte of the {system} are {score.bits_per_byte}, which cannot be fitted",
@@ -262,7 +262,7 @@ def _system(folder: Path, score: QualityScore) -> SystemPoint:
         raise InputError(
             f"'{folder}': it is not known on how many tokens the {score.system} was trained "
             f"({stage}/run.json does not say)",
-            fix=f"train the stage {stage} with this program, then {_measure_again(folder)}",
+            fix=f"train the stage {stage} with this version of sentcompress, then {_measure_again(folder)}",
         )
     return SystemPoint(
         bits_per_byte=score.bits_per_byte,
@@ -328,7 +328,7 @@ def _points(runs: list[RunPoint]) -> list[Point]:
                 first, second = [run.folder for run in group if run.seed == seed][:2]
                 raise InputError(
                     f"'{first}' and '{second}' have the same size, budget and seed ({seed})",
-                    fix="give one of them: only runs that differ in nothing but the seed make one point",
+                    fix="give only one of them: only runs that differ in the seed alone are averaged",
                 )
         points.append(
             Point(

@@ -205,7 +205,7 @@ def gap_line(gap: Gap) -> str:
 def caveats(law: ScalingLaw) -> list[str]:
     """The lines below the tables."""
     lines = [f"not fitted: {skipped.what}: {skipped.reason}" for skipped in law.skipped]
-    return lines + [f"careful: {note}" for note in law.notes]
+    return lines + [f"caution: {note}" for note in law.notes]
 
 
 def render(law: ScalingLaw, console: Console) -> None:

@@ -30,11 +30,11 @@ COLUMNS: list[tuple[str, Callable[[RunFigures], str]]] = [
     ("forced perplexity", lambda f: number(f.forced_perplexity, 2)),
     ("bits/byte", lambda f: number(f.bits_per_byte, 4)),
     ("baseline", lambda f: number(f.baseline_bits_per_byte, 4)),
-    ("ratio to it", lambda f: number(f.baseline_ratio, 4)),
+    ("ratio to baseline", lambda f: number(f.baseline_ratio, 4)),
     ("backbone as it came", lambda f: number(f.backbone_bits_per_byte, 4)),
-    ("ratio to it", lambda f: number(f.backbone_ratio, 4)),
+    ("ratio to backbone", lambda f: number(f.backbone_ratio, 4)),
     ("output tok/s", lambda f: number(f.output_tokens_per_second, 1)),
-    ("to generate", lambda f: f"{f.speed_ratio:.2f}x" if f.speed_ratio else "-"),
+    ("speed vs backbone", lambda f: f"{f.speed_ratio:.2f}x" if f.speed_ratio else "-"),
     ("training tokens", lambda f: number(f.training_tokens)),
     ("training s", lambda f: number(f.training_seconds, 0)),
     ("parameters", lambda f: f"{f.parameters / 1e6:.2f} M" if f.parameters else "-"),
@@ -69,7 +69,7 @@ def render(sweep: SweepResults, console: Console) -> None:
     # Titles of numeric columns break between words before a value of the grid does.
     console.print(as_rich(sweep_table(sweep), unbroken=range(1, 1 + len(sweep.axes))))
     for note in sweep.notes:
-        console.print(Text(f"careful: {note}", style="dim"), soft_wrap=True)
+        console.print(Text(f"caution: {note}", style="dim"), soft_wrap=True)
 
 
 def markdown(sweep: SweepResults) -> str:
@@ -78,7 +78,7 @@ def markdown(sweep: SweepResults) -> str:
     lines = heading(f"{sweep.title}: sweep", sweep.command)
     lines += [f"{sweep.created}. Best first, by {sweep.order}.", ""]
     lines += as_markdown(table.columns, table.rows)
-    lines += [*(f"\nCareful: {note}." for note in sweep.notes), ""]
+    lines += [*(f"\nCaution: {note}." for note in sweep.notes), ""]
     lines += [
         "Bits per byte are the sentence model's on held-out documents, end marks and stop decisions included. Speed is "
         "that of the smallest batch measured, beside the backbone's own `generate`. Training counts the steps of the "

@@ -178,14 +178,12 @@ def comparison_notes(done: list[tuple[SweepRun, Results]]) -> list[str]:
     if len(texts) > 1:
         sizes = sorted(sum(size for _, size in text) for text in texts)
         found = (
-            f": on them the backbone as it came has {min(reference):.4f} to {max(reference):.4f}"
-            if reference
-            else ""
+            f": the backbone as it came has {min(reference):.4f} to {max(reference):.4f}" if reference else ""
         )
         notes.append(
             f"the runs were not scored on the same bytes ({sizes[0]:,} to {sizes[-1]:,}): the segmenter decides where "
-            "a document's first sentence ends, and its last one that is scored. Compare ratios before bits per byte"
-            f"{found}"
+            "a document's first sentence ends, and its last one that is scored. Compare ratios rather than bits per "
+            f"byte{found}"
         )
     return notes
 
@@ -201,7 +199,8 @@ def read_sweep(folder: Path) -> SweepResults | None:
         return None
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{folder / FILE} has schema version {raw.get('schema_version')}; this program reads {SCHEMA_VERSION}",
+            f"{folder / FILE} has schema version {raw.get('schema_version')}; this version of sentcompress reads "
+            f"{SCHEMA_VERSION}",
             fix="use another --out",
         )
     try:

@@ -64,7 +64,9 @@ def test_advice_names_the_losing_points_and_what_to_take_there():
     def of(*points):
         return sweep_advice(SpeedSweep(new_tokens=1, repeats=1, points=list(points)))
 
-    assert of(point(1, 8, 3.0, 1.1)) == ["Break-even: none in this grid, it is faster everywhere."]
+    assert of(point(1, 8, 3.0, 1.1)) == [
+        "Break-even: none in this grid; the sentence model is faster everywhere."
+    ]
     small = of(point(1, 2, 0.7, 1.5), point(1, 8, 2.0, 1.5))
     assert "sentences of 2: 0.70x" in small[0]
     assert "speculative" in small[1]

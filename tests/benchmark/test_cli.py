@@ -59,7 +59,7 @@ def test_single_parts_print_their_own_table_only(capsys, folder, tmp_path):
     code, out, _ = call(capsys, "bench", "compare", out_folder, out_folder)
     assert code == 0
     assert "future max delta" in out
-    assert "careful" not in out
+    assert "caution" not in out
 
 
 def test_bench_text_prints_its_tables_beside_the_causality_it_rests_on(capsys, folder, tmp_path):
@@ -68,7 +68,7 @@ def test_bench_text_prints_its_tables_beside_the_causality_it_rests_on(capsys, f
     code, out, err = call(capsys, *arguments, "--set", "bench.text_new_tokens=12")
     assert code == 0, err
     assert "Generated text after the same prompts" in out
-    assert "difference to the baseline" in out
+    assert "difference from the baseline" in out
     assert "\nhuman " in out
     assert f"Judge: {backbone}" in out
     assert "Quality" not in out

@@ -76,7 +76,7 @@ def test_every_system_is_measured_at_every_batch_size(report):
         assert (run.roofline_share is not None) == (run.batch_size == 1 and run.system != LOOKUP)
     assert {(s.what, s.reason) for s in report.skipped} == {
         (STATIC, "on a CPU, generate does not compile with a static cache"),
-        (LOOKUP, "transformers serves batch 1 only"),
+        (LOOKUP, "transformers supports it at batch size 1 only"),
     }
     assert report.sentence_lengths == LENGTHS
 
@@ -296,5 +296,5 @@ def test_throughput_of_a_system_that_stops_early_is_an_error():
     whole, short = (kind("any", tiny_opt(), 2) for kind in (TokenSystem, Short))
     (found,) = by_processes([whole], prompts, 4, 2)
     assert (found.processes, found.efficiency, len(found.rates)) == (1, 1.0, 2)
-    with pytest.raises(RunError, match="wrote 3 tokens by process instead of 4"):
+    with pytest.raises(RunError, match="wrote 3 tokens in its processes, not 4 in each"):
         by_processes([short], prompts, 4, 2)

@@ -457,10 +457,10 @@ def other_text_of_one(results: Results) -> None:
     [
         (
             without(BASELINE),
-            "'{bad}' has no figures of the baseline, equal data",
+            "'{bad}' has no figures for the baseline, equal data",
             "sentcompress baseline {bad}",
         ),
-        (without(SENTENCE_MODEL), "'{bad}' has no figures of the sentence model", "bench quality {bad}"),
+        (without(SENTENCE_MODEL), "'{bad}' has no figures for the sentence model", "bench quality {bad}"),
         (set_bits(SENTENCE_MODEL, math.inf), "{bad}", "measure again"),
         (
             set_bits(BASELINE, 0.0),

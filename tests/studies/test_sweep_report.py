@@ -79,12 +79,12 @@ def test_the_page_keeps_its_columns_whatever_a_value_holds(capsys):
     found = sweep(row("a|b", bits_per_byte=1.0), notes=("they differ in commit: x; y",))
     page = markdown(found)
     assert "| 1 | a\\|b | 1.0000 |" in page
-    assert "Careful: they differ in commit: x; y." in page
+    assert "Caution: they differ in commit: x; y." in page
     assert f"| 1 | a\\|b | {'0' * 12} | - |" in page
     render(found, Console(width=120))
     printed = capsys.readouterr().out
     assert "a|b" in printed
-    assert "careful: they differ in commit" in printed
+    assert "caution: they differ in commit" in printed
 
 
 def scored(sizes: tuple[int, ...]) -> Results:
@@ -116,7 +116,7 @@ def test_other_bytes_are_said():
     assert note.endswith("the backbone as it came has 1.2500 to 1.5000")
     # The same sum is not the same text.
     (note,) = comparison_notes([(row("a"), scored((700, 300))), (row("b"), scored((300, 700)))])
-    assert note.endswith("before bits per byte")
+    assert note.endswith("rather than bits per byte")
 
 
 @pytest.mark.parametrize("points", [0, 1, 9])
