@@ -120,7 +120,7 @@ def test_the_disk_must_hold_what_no_memory_does(monkeypatch, tmp_path):
     model = tiny_opt()
     blocks = blocks_of(model)
     monkeypatch.setattr(device_map.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(StorageError, match="the disk has 10"):
+    with pytest.raises(StorageError, match="must go to disk, which has 10 bytes free"):
         dispatch_blocks(model, blocks, {"cpu": size(model) - size(blocks) + size(blocks[0])}, tmp_path)
     with pytest.raises(InputError, match="an offloaded block takes"):
         dispatch_blocks(model, blocks, {"cpu": size(model) - size(blocks)}, tmp_path)

@@ -201,7 +201,7 @@ def test_a_run_from_random_weights(tmp_path, backbone):
     ("config", "message"),
     [
         ({"hidden_sice": 32}, r"backbone\.config\.hidden_sice: not a field of 'opt'.*hidden_size"),
-        ({"vocab_size": 9}, r"backbone\.config\.vocab_size: follows from the tokenizer"),
+        ({"vocab_size": 9}, r"backbone\.config\.vocab_size: is set by the tokenizer"),
         ({"num_attention_heads": 5}, r"backbone\.config\.num_attention_heads: 5 does not divide"),
     ],
 )
