@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sentcompress.generation import reconstruct as reconstruct
+from sentcompress.generation import reconstruct
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
 from sentcompress.modeling.llm_loading import load_causal_lm
