@@ -53,10 +53,8 @@ class CompiledStep:
             active = torch.zeros_like(active).index_fill(0, rows, True)
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        cache.shared_position, cache.latent_steps = (
-            None,
-            0,
-        )  # they change at each step and would be baked into the graph
+        # These change at each step and would be baked into the graph.
+        cache.shared_position, cache.latent_steps = None, 0
         try:
             states: Tensor = self._call(embeddings, cache, active)
         except torch._dynamo.exc.TorchDynamoException as error:
