@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.continuation import score_continuation
@@ -27,7 +26,6 @@ from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
-from sentcompress.registry import describe_validation_error
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import Sentence, sentences_to_ids
 
@@ -176,10 +174,7 @@ def _generation_settings(asked: dict[str, Any]) -> tuple[list[str], GenerationSe
         settings.pop("temperature", None)
     elif "seed" not in settings:
         settings["seed"] = int(torch.randint(2**31, ()))
-    try:
-        return until, GenerationSettings(**settings)
-    except ValidationError as error:
-        raise InputError(describe_validation_error(error, GenerationSettings, "gen_kwargs")) from None
+    return until, GenerationSettings.checked(settings, "gen_kwargs")
 
 
 def _cut(pieces: Iterable[str], until: Sequence[str]) -> str:
