@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.speed import SpeedReport
 from sentcompress.benchmark.timing import (
     LOOKUP,
     LOOKUP_TOKENS,
-    SENTENCES,
     SentenceSystem,
     System,
     TokenSystem,
@@ -47,7 +47,7 @@ def break_even(
     settings: BenchSettings,
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures and sentences on where the sentence model stops being faster: batch, sentence and text length."""
-    sweep = {run.batch_size: run.ratio for run in report.runs if run.system == SENTENCES and run.ratio}
+    sweep = {run.batch_size: run.ratio for run in report.runs if run.system == SENTENCE_MODEL and run.ratio}
     slower = [size for size, ratio in sorted(sweep.items()) if ratio < 1]
     tested = ", ".join(map(str, sorted(sweep)))
     figures: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _text_length_break_even(
 ) -> str:
     """Time whole runs at growing lengths, half prompt and half new text; batch 1 was timed at the longest already."""
     longest = settings.prompt_tokens + settings.new_tokens
-    measured = [r.total_ratio for r in report.runs if r.system == SENTENCES and r.batch_size == 1]
+    measured = [r.total_ratio for r in report.runs if r.system == SENTENCE_MODEL and r.batch_size == 1]
     lengths = sorted({n for n in (8, 32, 96) if n < longest} | {longest})
     ratios: dict[int, float] = {}
     for length in lengths:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
 from sentcompress.errors import InputError
 
 SENTENCE_COLOR, BASELINE_COLOR, BACKBONE_COLOR, GREY = "#2563eb", "#d97706", "#64748b", "#cbd5e1"
 COLORS = {
-    "sentence model": SENTENCE_COLOR,
-    "baseline, equal data": BASELINE_COLOR,
-    "backbone, as it came": BACKBONE_COLOR,
+    SENTENCE_MODEL: SENTENCE_COLOR,
+    BASELINES[0]: BASELINE_COLOR,
+    BASELINES[1]: BACKBONE_COLOR,
     "backbone, KV cache": BACKBONE_COLOR,
     "backbone": BACKBONE_COLOR,
 }

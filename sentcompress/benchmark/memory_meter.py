@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.memory import MemoryReport
 from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
@@ -199,7 +200,7 @@ def _sentence_report(
 
     series = _series(generate)
     return MemoryReport(
-        system="sentence model",
+        system=SENTENCE_MODEL,
         weight_bytes=weight_bytes(model),
         cache_bytes_per_token=per_token,
         cache_bytes_per_position=per_position,

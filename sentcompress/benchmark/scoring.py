@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sentcompress.benchmark.breakdown import Breakdown, TokenScores, sentence_token_scores
 from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, Window, check_bytes, windows
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.causality import CausalityReport, require_causal
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 from sentcompress.benchmark.sentence_scoring import WindowScores, score_window, window_size
@@ -58,7 +59,7 @@ def score_sentence_model(
     *,
     causality: CausalityReport | None,
     context_sentences: int | None = None,
-    system: str = "sentence model",
+    system: str = SENTENCE_MODEL,
     breakdown: Breakdown | None = None,
     shortlist: ShortlistHead | None = None,
     progress: Callable[[], None] = lambda: None,

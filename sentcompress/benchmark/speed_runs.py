@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.break_even import break_even
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.speed import SpeedReport, SpeedRun
 from sentcompress.benchmark.profile import profile
 from sentcompress.benchmark.results import Skipped
@@ -20,7 +21,6 @@ from sentcompress.benchmark.timing import (
     INT8,
     LOOKUP,
     LOOKUP_TOKENS,
-    SENTENCES,
     STATIC,
     Prompt,
     SentenceSystem,
@@ -136,7 +136,7 @@ def _runs(
     timed = time_in_turns(systems, prompts, settings)
     batch_sizes = {system.name: len(prompts) for system in systems}
     runs = [_summary(system, timed, batch_sizes, settings) for system in systems]
-    ours = next(run for run in runs if run.system == SENTENCES)
+    ours = next(run for run in runs if run.system == SENTENCE_MODEL)
     ours.fallback_rate = head.fallbacks / max(1, head.picked)
     return runs
 
@@ -169,7 +169,7 @@ def _in_8_bits(backbone: PreTrainedModel) -> PreTrainedModel:
 def _summarize(report: SpeedReport) -> None:
     """Set the report's headline figures, from the smallest batch."""
     runs = {run.system: run for run in reversed(report.runs)}
-    base, ours = runs[BACKBONE], runs[SENTENCES]
+    base, ours = runs[BACKBONE], runs[SENTENCE_MODEL]
     report.output_ratio, report.fallback_rate = ours.ratio, ours.fallback_rate
     report.roofline_share = ours.roofline_share
     if base.prefill_tokens_per_second and ours.prefill_tokens_per_second:
@@ -272,7 +272,7 @@ def _summary(
     compared = system.name != BACKBONE
     # Assisted decoding reads the prompt as ordinary decoding does.
     prefill = None
-    if system.reads_prompts and system.name in (BACKBONE, SENTENCES):
+    if system.reads_prompts and system.name in (BACKBONE, SENTENCE_MODEL):
         prefill = batch_size * settings.prompt_tokens / statistics.median(mine.prefill)
     return SpeedRun(
         system=system.name,
@@ -300,7 +300,7 @@ def _add_roofline(
     head_bytes = ours.head.bytes_read + round(ours.head.bytes_per_sentence / (mean_sentence + 1))
     bytes_per_token = {
         BACKBONE: backbone_bytes_per_token(backbone, mean_text),
-        SENTENCES: sentence_bytes_per_token(ours.model, mean_text, mean_sentence, head_bytes),
+        SENTENCE_MODEL: sentence_bytes_per_token(ours.model, mean_text, mean_sentence, head_bytes),
     }
     for run in runs:
         if run.system in bytes_per_token:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark.heldout_text import draw_lengths, heldout_sentences
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.models import DTYPES, Missing, Models
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
@@ -36,7 +37,6 @@ LOOKUP = "backbone, prompt lookup"
 STATIC = "backbone, static cache, compiled"
 IN_PLACE = "backbone, static cache"
 INT8 = "backbone, 8-bit weights"
-SENTENCES = "sentence model"
 
 LOOKUP_TOKENS = 10
 """Tokens that prompt lookup proposes at once."""
@@ -172,7 +172,7 @@ class TokenSystem(System):
 class SentenceSystem(System):
     """The SentenceLM with forced sentence lengths, so that it writes as many tokens as the backbone."""
 
-    name = SENTENCES
+    name = SENTENCE_MODEL
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.speed import SpeedRun
 from sentcompress.benchmark.models import Models
 from sentcompress.benchmark.speed_runs import measure_speed
@@ -13,7 +14,6 @@ from sentcompress.benchmark.timing import (
     BACKBONE,
     IN_PLACE,
     LOOKUP,
-    SENTENCES,
     STATIC,
     SentenceSystem,
     TokenSystem,
@@ -63,10 +63,10 @@ def test_prompts_have_exactly_the_tokens_asked_for():
 def test_every_system_is_measured_at_every_batch_size(report):
     assert [(run.batch_size, run.system) for run in report.runs] == [
         (1, BACKBONE),
-        (1, SENTENCES),
+        (1, SENTENCE_MODEL),
         (1, LOOKUP),
         (3, BACKBONE),
-        (3, SENTENCES),
+        (3, SENTENCE_MODEL),
     ]
     for run in report.runs:
         assert run.output_tokens_per_second > 0
@@ -82,7 +82,7 @@ def test_every_system_is_measured_at_every_batch_size(report):
 
 
 def test_the_figures_asked_for_first_stand_at_the_top(report):
-    ours = next(run for run in report.runs if run.system == SENTENCES)
+    ours = next(run for run in report.runs if run.system == SENTENCE_MODEL)
     assert report.output_ratio == ours.ratio
     assert report.prefill_ratio > 0
     assert report.fallback_rate == ours.fallback_rate
@@ -92,7 +92,7 @@ def test_the_figures_asked_for_first_stand_at_the_top(report):
 
 
 def test_the_profile_says_where_all_of_the_time_goes(report):
-    for system, parts in ((BACKBONE, 3), (SENTENCES, 6)):
+    for system, parts in ((BACKBONE, 3), (SENTENCE_MODEL, 6)):
         for batch in (1, 3):
             entries = [e for e in report.profile if (e.system, e.batch_size) == (system, batch)]
             assert len(entries) == parts
@@ -132,7 +132,7 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
     budget = 200_000
     rows = {
         BACKBONE: budget // (position * (start + prompt + new)),
-        SENTENCES: budget // (position * (start + sentences + room) + decoder),
+        SENTENCE_MODEL: budget // (position * (start + sentences + room) + decoder),
         IN_PLACE: budget // (position * (start + prompt + new)),
     }
     runs = largest(budget)
@@ -142,8 +142,8 @@ def test_the_largest_batch_is_what_each_cache_fits_for():
         assert run.prefill_tokens_per_second is None
         assert run.total_ratio is None
         assert "largest batch in 0.000186 GiB" in run.note
-    in_8_bits = next(run for run in largest(budget, cache="int8") if run.system == SENTENCES)
-    assert in_8_bits.batch_size > 1.5 * rows[SENTENCES]  # the decoder's stays as it is
+    in_8_bits = next(run for run in largest(budget, cache="int8") if run.system == SENTENCE_MODEL)
+    assert in_8_bits.batch_size > 1.5 * rows[SENTENCE_MODEL]  # the decoder's stays as it is
 
 
 def test_copies_of_a_read_prompt_are_continued_as_the_prompt_itself():
@@ -221,7 +221,7 @@ def test_a_setting_that_fails_is_said_not_hidden(monkeypatch):
         trained=False,
         bos_token_id=2,
     )
-    assert [run.system for run in report.runs] == [BACKBONE, SENTENCES]
+    assert [run.system for run in report.runs] == [BACKBONE, SENTENCE_MODEL]
     assert any("no such cache" in skipped.reason for skipped in report.skipped)
 
 
