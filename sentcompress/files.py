@@ -162,9 +162,8 @@ def fsync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    descriptor = os.open(
-        path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
-    )  # Windows flushes only what it may write
+    # Windows flushes only what it may write.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

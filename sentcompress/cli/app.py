@@ -96,9 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Users do not need to see which line of the source raised a warning.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # characters that the terminal cannot show must not end a run
+        # Characters that the terminal cannot show must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         with exit_on_sigterm():

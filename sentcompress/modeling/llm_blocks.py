@@ -151,9 +151,7 @@ class LLMDecoder(nn.Module):
         """Advance some rows by one position: ``[b, H] -> [b, H]``; as ``SentenceDecoder.step``."""
         if rows is not None:
             waiting = torch.ones_like(cache.starts, dtype=torch.bool).index_fill(0, rows, False)
-            cache.starts = cache.starts.masked_fill(
-                waiting, cache.filled
-            )  # so that they keep no columns in use
+            cache.starts = cache.starts.masked_fill(waiting, cache.filled)  # they keep no columns in use
             every = embeddings.new_zeros(len(waiting), embeddings.shape[-1])
             embeddings = every.index_copy(0, rows, embeddings)
         positions = cache.filled - cache.starts

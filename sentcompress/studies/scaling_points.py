@@ -281,9 +281,9 @@ def flops(counts: ModelCounts, tokens: int) -> float:
     The backbone of a sentence model reads one position for many tokens; its SentenceVAE was trained without it. Lookup
     tables multiply nothing. As usual, attention over positions is left out; frozen weights count like trained ones.
     """
-    around = counts.parameters - counts.table_parameters - counts.backbone_parameters
     from sentcompress.estimate.roofline import products_per_token, training_flops  # imports torch
 
+    around = counts.parameters - counts.table_parameters - counts.backbone_parameters
     per_token = products_per_token(around, counts.backbone_parameters, counts.tokens_per_position)
     return training_flops(per_token * tokens + around * counts.training_tokens.get("vae", 0))
 
