@@ -31,7 +31,7 @@ from sentcompress.training.jobs.token_level import TokenLM
 from sentcompress.training.preparation import trainable
 from sentcompress.training.tuning import apply_tune, recompute_activations
 
-Stage = str
+StageName = str
 """Name of a stage that trains on the recipe's backbone: each has its own formula below."""
 TrainedModel = SentenceLM | TokenLM
 """The model that a stage trains, or takes its part from."""
@@ -125,7 +125,7 @@ class DeviceMemory:
 
 
 def model_sizes(
-    model: TrainedModel, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool
+    model: TrainedModel, recipe: Recipe, stage: StageName, sentence_tokens: float, *, bf16: bool
 ) -> ModelSizes:
     """Count a stage's parameters and activations. Takes seconds, and hardly any memory.
 
@@ -224,7 +224,7 @@ def saving_bytes(sizes: ModelSizes, settings: TrainingSettings) -> float:
     return weight_bytes(sizes.weights) + (state_bytes(sizes, settings) if settings.background_saves else 0)
 
 
-def _trained_part(model: TrainedModel, recipe: Recipe, stage: Stage) -> nn.Module:
+def _trained_part(model: TrainedModel, recipe: Recipe, stage: StageName) -> nn.Module:
     """What a stage trains, with the parameters that it does not train frozen."""
     if isinstance(model, TokenLM):
         if recipe.baseline.tune == "frozen":
@@ -252,7 +252,13 @@ def _output_weight(model: TrainedModel) -> Tensor:
 
 
 def _activations(
-    model: TrainedModel, recipe: Recipe, stage: Stage, sentence_tokens: float, *, bf16: bool, recomputed: bool
+    model: TrainedModel,
+    recipe: Recipe,
+    stage: StageName,
+    sentence_tokens: float,
+    *,
+    bf16: bool,
+    recomputed: bool,
 ) -> float:
     """Bytes saved for the backward pass of a micro-batch, extrapolated from small runs."""
     size: float
@@ -310,7 +316,7 @@ def _with_blocks(model: TrainedModel, number: int) -> TrainedModel:
     return shallow
 
 
-def _sentences(recipe: Recipe, stage: Stage) -> int:
+def _sentences(recipe: Recipe, stage: StageName) -> int:
     """Sentences of a micro-batch."""
     if stage == "graft":
         return recipe.graft.passages_per_batch * recipe.graft.max_sentences

@@ -18,7 +18,7 @@ from sentcompress.estimate.shapes import explain_shape, meta_models
 from sentcompress.estimate.training_memory import (
     DeviceMemory,
     ModelSizes,
-    Stage,
+    StageName,
     device_memory,
     gradient_bytes,
     model_sizes,
@@ -84,7 +84,7 @@ def parse_devices(text: str) -> tuple[int, Device]:
 
 def training_modes(
     recipe: Recipe,
-    stage: Stage,
+    stage: StageName,
     machine: Device,
     number: int,
     sentence_tokens: float,
@@ -131,7 +131,7 @@ def fastest(modes: Sequence[TrainingMode]) -> TrainingMode | None:
     return next((mode for mode in modes if mode.fits), None)
 
 
-def _settings(recipe: Recipe, stage: Stage) -> GraftSettings | TrainVAESettings:
+def _settings(recipe: Recipe, stage: StageName) -> GraftSettings | TrainVAESettings:
     return recipe.train_vae if stage == "vae" else recipe.graft  # the baseline's are the graft's
 
 
@@ -168,15 +168,15 @@ def mode_tables(
     return [*tables, _total_table(recipe, machine, number, price, chosen)]
 
 
-def _stages(recipe: Recipe) -> list[Stage]:
-    stages: list[Stage] = [] if recipe.graft.vae or not recipe.train_vae.steps else ["vae"]
+def _stages(recipe: Recipe) -> list[StageName]:
+    stages: list[StageName] = [] if recipe.graft.vae or not recipe.train_vae.steps else ["vae"]
     stages.append("graft")
     return [*stages, "baseline"] if recipe.baseline.enabled else stages
 
 
 def _stage_table(
     recipe: Recipe,
-    stage: Stage,
+    stage: StageName,
     machine: Device,
     number: int,
     price: float | None,
@@ -218,7 +218,7 @@ def _total_table(
     machine: Device,
     number: int,
     price: float | None,
-    chosen: Mapping[Stage, TrainingMode | None],
+    chosen: Mapping[StageName, TrainingMode | None],
 ) -> Table:
     """Hours and cost of ``sentcompress run``, each stage in the fastest mode that fits."""
 
@@ -250,7 +250,7 @@ def _total_table(
     )
 
 
-def _verdict(modes: Sequence[TrainingMode], stage: Stage) -> str:
+def _verdict(modes: Sequence[TrainingMode], stage: StageName) -> str:
     mode = fastest(modes)
     if mode is not None:
         return "The fastest mode fits." if mode is modes[0] else f"The fastest mode that fits: {mode.name}."

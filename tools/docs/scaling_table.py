@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from sentcompress.estimate.training_memory import Stage
+from sentcompress.estimate.training_memory import StageName
 from sentcompress.estimate.training_time import fastest, parse_devices, training_modes
 from sentcompress.recipe import load_recipe, shipped_recipes
 from sentcompress.table import as_markdown
@@ -31,7 +31,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 def rows(name: str, devices: str, price: float) -> tuple[list[str], list[str]]:
     """GiB on each device in each mode, hours and cost of the fastest that fits; and that mode's memory by part."""
     recipe = load_recipe(f"paper/{name}")
-    stage: Stage = "vae" if name.startswith("vae") else "graft"
+    stage: StageName = "vae" if name.startswith("vae") else "graft"
     number, machine = parse_devices(devices)
     sizes, modes = training_modes(recipe, stage, machine, number, SENTENCE_TOKENS)
     peaks = {mode.name.replace("gradient_", ""): f"{mode.total / 2**30:.1f}" for mode in modes}

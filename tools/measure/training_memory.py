@@ -18,13 +18,13 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
-from sentcompress.estimate.training_memory import Stage
+from sentcompress.estimate.training_memory import StageName
 from sentcompress.estimate.training_time import parse_devices, training_modes
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.training.inputs import load_inputs
 
 STEPS = 6
-COMMANDS: tuple[tuple[Stage, str, str], ...] = (
+COMMANDS: tuple[tuple[StageName, str, str], ...] = (
     ("vae", "train-vae", "train_vae"),
     ("graft", "graft", "graft"),
 )
@@ -48,7 +48,7 @@ def measured(command: str, recipe: Path, out: Path) -> int:
     return peak
 
 
-def predicted(recipe: Recipe, stage: Stage, tokens: float) -> float:
+def predicted(recipe: Recipe, stage: StageName, tokens: float) -> float:
     """Bytes; called in a process of its own, as those of the process itself count.
 
     Args:
