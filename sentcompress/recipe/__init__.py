@@ -44,6 +44,7 @@ __all__ = [
     "TuneSettings",
     "VAESpec",
     "build_recipe",
+    "by_dotted_name",
     "find_recipe",
     "load_recipe",
     "recipes_folder",
@@ -150,6 +151,16 @@ class Recipe(Section):
         """Twelve hex digits that change with any field; shown in every result."""
         text = json.dumps(self.values(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def by_dotted_name(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested values as one dictionary with names such as ``graft.steps``; an empty dictionary is a value."""
+    if not isinstance(values, dict) or not values:
+        return {name: values}
+    flat: dict[str, Any] = {}
+    for key, inner in values.items():
+        flat |= by_dotted_name(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def recipes_folder() -> Path:

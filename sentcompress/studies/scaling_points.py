@@ -18,6 +18,7 @@ from sentcompress.benchmark.results import FILE, Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
+from sentcompress.recipe import by_dotted_name
 
 BASELINE = BASELINES[0]
 STAGES = {SENTENCE_MODEL: "graft", BASELINE: "baseline"}
@@ -368,7 +369,7 @@ def _over_seeds(values: list[float]) -> SeedFigures:
 
 def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:
     """Notes on what the recipes differ in, besides size, budget and seed."""
-    flat = [_flat(recipe) for recipe in recipes]
+    flat = [by_dotted_name(recipe) for recipe in recipes]
     fields = dict.fromkeys(field for recipe in flat for field in recipe)
     notes = []
     for field in fields:
@@ -376,15 +377,6 @@ def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:
         if len(values) > 1 and not any(field == name or field.startswith(f"{name}.") for name in EXPECTED):
             notes.append(f"the recipes differ in {field}: {', '.join(sorted(values))}")
     return notes
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
-    return flat
 
 
 def _quality_only(results: Results) -> Results:

@@ -18,7 +18,7 @@ from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
 from sentcompress.files import read_json, storage_errors, write_atomically
 from sentcompress.locks import hold_lock
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import Recipe, by_dotted_name
 from sentcompress.training.monitor import read_heartbeat
 
 RUN = "run.json"
@@ -74,7 +74,7 @@ ACCUMULATION, MICRO_BATCHES = "gradient_accumulation", "micro_batches_a_step"
 def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a stage is made from, by dotted name: the recipe fields it depends on, and its inputs."""
     values = recipe.values()
-    record = _flat({name: values[name] for name in stage.depends_on})
+    record = by_dotted_name({name: values[name] for name in stage.depends_on})
     for name in NOT_COMPARED:
         record.pop(f"{stage.section}.{name}", None)
     accumulation, micro_batches = _batch_fields(stage)
@@ -89,15 +89,6 @@ def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dic
 
 def _batch_fields(stage: Stage) -> tuple[str, str]:
     return f"{stage.section}.{ACCUMULATION}", f"{stage.section}.{MICRO_BATCHES}"
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{name}.{key}" if name else key)
-    return flat
 
 
 class StageFolder:
