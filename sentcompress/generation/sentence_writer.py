@@ -94,12 +94,10 @@ class FinishedSentence:
     Attributes:
         row: the text it belongs to.
         tokens: with the prefix, without the end mark.
-        ended: True if the model wrote the end mark, False if it reached the limit.
     """
 
     row: int
     tokens: list[int]
-    ended: bool
 
 
 @dataclass
@@ -214,7 +212,7 @@ class SentenceWriter:
             if sentence.unread_latents:
                 sentence.unread_latents -= 1
             elif sentence.at_limit:
-                finished.append(FinishedSentence(row, sentence.tokens, ended=False))
+                finished.append(FinishedSentence(row, sentence.tokens))
             elif len(sentence.tokens) < len(sentence.plan.prefix):
                 self._append(row, sentence.plan.prefix[len(sentence.tokens)], finished)
             else:
@@ -280,7 +278,7 @@ class SentenceWriter:
         sentence = cast(_OpenSentence, self.sentences[row])
         plan, tokens = sentence.plan, sentence.tokens
         if token == self.vae.config.eos_token_id and len(tokens) >= len(plan.prefix):
-            finished.append(FinishedSentence(row, tokens, ended=True))
+            finished.append(FinishedSentence(row, tokens))
             return
         tokens.append(token)
         self.next_input_ids[row] = token
@@ -288,7 +286,7 @@ class SentenceWriter:
             if self.decoder.context and self.use_cache:
                 sentence.at_limit = True
             else:
-                finished.append(FinishedSentence(row, tokens, ended=False))
+                finished.append(FinishedSentence(row, tokens))
 
     def _close(self, finished: list[FinishedSentence]) -> None:
         """Move finished sentences into the past of their texts."""
