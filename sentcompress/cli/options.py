@@ -22,6 +22,7 @@ import json
 import re
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
@@ -94,7 +95,8 @@ def recipe_options(**paths: str) -> Callable[[Command], Command]:
 
     Args:
         **paths: the field of each option, such as ``device="bench.device"``. Without the option the recipe's value
-            stays. A list is given with commas between its values.
+            stays. A list is given with commas between its values. A field with ``json_schema_extra={"path": True}``
+            takes a path, so that ``out/vae/`` is recorded as ``out/vae``.
     """
 
     def make_options() -> list[inspect.Parameter]:
@@ -121,7 +123,7 @@ def override(path: str, value: Any) -> str:
 def _recipe_override(path: str, value: Any) -> str:
     if is_list(recipe_field(path)):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    return override(path, value)
+    return override(path, str(value) if isinstance(value, Path) else value)
 
 
 def recipe_field(path: str) -> FieldInfo:
@@ -150,6 +152,8 @@ def _option(name: str, info: FieldInfo, default: Any, recipe_path: str | None = 
     metavar = None
     if is_list(info):
         kind, metavar, limits = str, "NAMES", f"comma-separated: {_annotation(get_args(kind)[0])}"
+    if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("path"):
+        kind = Path
     if recipe_path is not None:
         kind = Union[kind, None]  # noqa: UP007 - made while running
     settings = typer.Option(

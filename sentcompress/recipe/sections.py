@@ -251,7 +251,7 @@ class TuneSettings(Section):
 class GraftSettings(TrainingSettings, TuneSettings):
     """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
 
-    vae: str | None = None
+    vae: str | None = Field(default=None, json_schema_extra={"path": True})
     """Folder of a trained SentenceVAE; null uses the one from this run."""
     passages_per_batch: int = Field(default=8, ge=1)
     """Passages per micro-batch (the paper: 1)."""
