@@ -97,9 +97,9 @@ def measure_data(corpus: Corpus, recipe: Recipe, pad_token_id: int) -> DataRepor
         heldout_documents=len(corpus.heldout),
         mean_sentence_tokens=float(lengths.mean()),
         histogram=sorted(Counter(lengths.tolist()).items()),
-        padding={
+        padding={  # keys of results.json: they stay as they are
             "SentenceVAE batch": _padding(sentences, "attention_mask"),
-            "graft batch, padded to a rectangle (only real tokens are computed)": _padding(
+            "graft batch as a rectangle (only real tokens are computed)": _padding(
                 passages, "attention_mask"
             ),
             "rows of sentences the backbone reads": _padding(passages, "passage_ids"),
