@@ -224,9 +224,9 @@ def _check(system: str, by: By, buckets: Sequence[Bucket], size: int, nats: floa
     """Prove that the buckets add up to the whole."""
     bytes_in, nats_in = sum(b.bytes for b in buckets), math.fsum(b.nats for b in buckets)
     if bytes_in != size:
-        raise CoverageError(f"{system}, by {by}: the buckets hold {bytes_in} bytes, the text has {size}")
+        raise CoverageError(f"{system}, by {by}: the buckets hold {bytes_in} bytes, but the text has {size}")
     if not math.isclose(nats_in, nats, rel_tol=ROUNDING):
-        raise CoverageError(f"{system}, by {by}: the buckets hold {nats_in} nats, {nats} were scored")
+        raise CoverageError(f"{system}, by {by}: the buckets hold {nats_in} nats, but {nats} were scored")
 
 
 # ---- several systems

@@ -70,7 +70,7 @@ def setting_warnings(results: Sequence[Results]) -> list[str]:
     for name in ("device", "dtype", "threads", "commit", "packages"):
         values = {str(getattr(row.honesty, name)) for result in results for row in result.rows}
         if len(values) > 1:
-            found.append(f"they differ in {name}: {'; '.join(sorted(values))}")
+            found.append(f"the results differ in {name}: {'; '.join(sorted(values))}")
     return found
 
 

@@ -191,7 +191,7 @@ def check_bytes(what: str, covered: int, expected: int) -> None:
     """
     if covered != expected:
         raise CoverageError(
-            f"{what}: {covered} bytes were scored, the text has {expected}",
+            f"{what}: {covered} bytes were scored, but the text has {expected}",
             fix="this is a bug in the scorer or in a plugin; no figure was printed",
         )
 

@@ -60,7 +60,10 @@ class Judge:
             try:
                 reference = reference_of(model)
             except ValueError as error:
-                raise InputError(f"backbone.model: '{self.name}' cannot judge: {error}") from error
+                raise InputError(
+                    f"backbone.model: '{self.name}' cannot judge: {error}",
+                    fix="use another causal LM, such as smollm2-135m",
+                ) from error
         if reference.leak > TOLERANCE * max(1.0, float(reference.hidden_states.abs().max())):
             raise InputError(
                 f"{WHERE}: '{self.name}' sees later tokens, so its likelihoods are meaningless",

@@ -333,7 +333,7 @@ def _summary(
     rows = [one.row for one in scored]
     if [row.document for row in rows] != [document.number for document in documents]:
         raise CoverageError(
-            f"{system}: {len(rows)} documents were scored, {len(documents)} are held out, or not in order"
+            f"{system}: {len(rows)} documents were scored, but {len(documents)} are held out, or the order differs"
         )
     kinds = Counter[str]()
     for one in scored:

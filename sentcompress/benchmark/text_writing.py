@@ -128,7 +128,7 @@ class TextWriter:
         longest = 1 + max(len(self.counter.encode(prompt)) for prompt in self.prompts) + self.new_tokens
         if longest > position_limit(model.config):
             raise Missing(
-                f"prompt and text take {longest} tokens, the model has {position_limit(model.config)} positions; "
+                f"prompt and text take {longest} tokens, but the model has {position_limit(model.config)} positions; "
                 "lower bench.prompt_tokens or bench.text_new_tokens"
             )
         own = model.generation_config

@@ -205,7 +205,7 @@ class _Proof:
         number = self.length - self.cut
         alone = self._run(rest, self.causal[:number, :number], self.positions[:number])[0]
         problem = (
-            "it does not honour positions: a document packed behind another gives different states than alone"
+            "it does not honour positions: a document packed after another gives other states than on its own"
         )
         return _delta(self._packed(self.embeddings)[:, self.cut :], alone), self.allowed, problem
 

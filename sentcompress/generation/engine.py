@@ -290,7 +290,7 @@ class SentenceGenerator:
         room = self._max_slots() - 1
         if sentences > room:
             raise InputError(
-                f"{what} has {sentences} sentences, the model's context holds {room}",
+                f"{what} has {sentences} sentences, but the model's context holds {room}",
                 fix=f"shorten {what}, or graft onto a backbone with more positions",
             )
 

@@ -36,7 +36,7 @@ def check_plugins(records: list[dict[str, str]]) -> None:
         if (owner.package, owner.version) != (record["package"], record["version"]):
             warnings.warn(
                 f"the model was made with {record['kind']} '{record['name']}' of {record['package']} "
-                f"{record['version']}, this is {owner.package} {owner.version}: results may differ",
+                f"{record['version']}, but this is {owner.package} {owner.version}: results may differ",
                 stacklevel=2,
             )
 

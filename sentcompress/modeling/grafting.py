@@ -163,7 +163,7 @@ def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
     known = backbone.config.vocab_size
     if vocab_size > known:
         raise InputError(
-            f"the tokenizer has {vocab_size} tokens, the LLM has embeddings for {known}",
+            f"the tokenizer has {vocab_size} tokens, but the LLM has embeddings for {known}",
             fix="resize the LLM's embeddings (resize_token_embeddings) and save it, or use its own tokenizer",
         )
     return backbone.token_embeddings(torch.arange(vocab_size, device=device)).float()
@@ -181,8 +181,8 @@ def graft(recipe: Recipe, vae: SentenceVAE, backbone: Backbone) -> SentenceLM:
     """
     if vae.config.hidden_size != backbone.hidden_size:
         raise InputError(
-            f"the SentenceVAE has hidden size {vae.config.hidden_size}, the backbone {recipe.backbone.model} "
-            f"{backbone.hidden_size}",
+            f"the SentenceVAE has hidden size {vae.config.hidden_size}, but the backbone {recipe.backbone.model} "
+            f"has {backbone.hidden_size}",
             fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
         )
     table = token_table(backbone, vae.config.vocab_size)

@@ -64,7 +64,7 @@ class Int8Weight:
     def __init__(self, weight: Tensor) -> None:
         if weight.device.type != "cpu":
             raise InputError(
-                f"8-bit weights need the CPU, these are on {weight.device.type}",
+                f"8-bit weights work only on the CPU, but these are on {weight.device.type}",
                 fix="leave quantization out, or run on the CPU",
             )
         self.out_features, self.in_features = weight.shape

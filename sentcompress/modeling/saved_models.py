@@ -109,6 +109,6 @@ def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
         return  # loading the model reports the problem
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= size:
         raise ModelFolderError(
-            f"'{folder}': its tokenizer has a token {largest:,}, the model's vocabulary ends before {size:,}",
+            f"'{folder}': its tokenizer has a token {largest:,}, but the model's vocabulary ends before {size:,}",
             fix="copy tokenizer.json and tokenizer_config.json from where the model was trained",
         )

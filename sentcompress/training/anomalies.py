@@ -93,7 +93,7 @@ class Rollback:
             older = self.store.latest(self.note, before=step)
             processes().wait_for_everyone()  # all have looked before it is deleted
             if older is not None:
-                self.note(f"training fails from {checkpoint} too: deleted")
+                self.note(f"training from {checkpoint} fails too: checkpoint deleted")
                 if processes().is_main_process:
                     self.store.drop(step)
                 checkpoint = older

@@ -203,7 +203,7 @@ def test_a_tokenizer_without_an_end_token(refused, tokenizer, tmp_path):
 
 def test_a_tokenizer_larger_than_the_embeddings(refused, tokenizer, tmp_path):
     write_llm(tmp_path / "llm", shapes()[0][1], range(len(tokenizer) - 9), save=tokenizer)
-    refused(tmp_path / "llm", f"tokenizer has {len(tokenizer)} tokens, the LLM has embeddings for")
+    refused(tmp_path / "llm", f"tokenizer has {len(tokenizer)} tokens, but the LLM has embeddings for")
 
 
 def test_gguf_files_that_cannot_be_read(refused, tmp_path):

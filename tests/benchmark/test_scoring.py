@@ -225,7 +225,7 @@ def test_a_model_that_scores_wrongly_is_refused(model, documents, counter, monke
 
 def test_bytes_that_do_not_add_up_are_refused():
     check_bytes("x", 3, 3)
-    with pytest.raises(CoverageError, match="2 bytes were scored, the text has 3"):
+    with pytest.raises(CoverageError, match="2 bytes were scored, but the text has 3"):
         check_bytes("x", 2, 3)
 
 

@@ -58,5 +58,5 @@ def test_parts_of_a_model_are_quantized_by_name():
 
 
 def test_weights_elsewhere_than_on_the_cpu_are_refused():
-    with pytest.raises(InputError, match="8-bit weights need the CPU"):
+    with pytest.raises(InputError, match="8-bit weights work only on the CPU"):
         Int8Weight(torch.empty(4, 4, device="meta"))

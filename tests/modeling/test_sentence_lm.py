@@ -180,5 +180,7 @@ def test_another_version_of_a_plugin_is_warned_about(load, tmp_path):
         {"kind": "fusion", "name": "sum-norm", "package": "sentcompress-sums", "version": "1.2"}
     ]
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"fusion 'sum-norm' of sentcompress-sums 1.2, this is sentcompress"):
+    with pytest.warns(
+        UserWarning, match=r"fusion 'sum-norm' of sentcompress-sums 1.2, but this is sentcompress"
+    ):
         load(tmp_path)

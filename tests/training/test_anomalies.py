@@ -106,7 +106,7 @@ def test_a_checkpoint_that_fails_again_is_deleted_for_the_one_before(tmp_path, m
     used = break_batches(job, *range(8, 12))  # step 5, and again the first step after going back to step 4
     run_job(job, folder, recipe)
     shown = capsys.readouterr().err
-    assert "step-000004 too: deleted" in shown
+    assert "step-000004 fails too: checkpoint deleted" in shown
     assert f"back to {folder / 'checkpoints' / 'step-000002'}" in shown
     assert used == list(range(24))  # five steps, one more, and those from the third on
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line] == list(

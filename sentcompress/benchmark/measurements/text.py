@@ -230,16 +230,17 @@ def _notes(report: TextReport) -> list[str]:
     notes = [
         f"{count} prompts{fewer if count < asked else ''}: the beginnings of held-out documents, whole sentences of "
         f"{report.prompt_tokens:.0f} tokens on average, the same bytes for every system. Each text is its first "
-        f"{report.new_tokens} tokens by the baseline's tokenizer, drawn at temperature {report.temperature:g}, top-p "
+        f"{report.new_tokens} tokens by the baseline's tokenizer, sampled at temperature {report.temperature:g}, top-p "
         f"{report.top_p:g}; no system may end the document or stop, so that all write equally much. In brackets: 95% "
         "bootstrap interval over prompts.",
         "Repeated: share of 4-grams of tokens that occurred before in the same text. Loops: share of texts whose last "
-        "32 tokens or more are one cycle. Distinct-n: unique n-grams of words over all of them, all texts together.",
+        "32 tokens or more are one cycle. Distinct-n: unique word n-grams as a share of all, over all texts together.",
     ]
     if report.judge:
         notes.append(
-            f"Judge: {report.judge}, bits per byte of the text alone, given its prompt, each byte scored once. Few "
-            "bits may also mean dull or repetitive text: read them beside the repetition, and both beside the human's."
+            f"Judge: {report.judge}, bits per byte of the text alone, given its prompt, each byte scored once. Low "
+            "values can also mean dull or repetitive text: read them together with the repetition, and compare both "
+            "with the human text."
         )
     else:
         notes.append(
