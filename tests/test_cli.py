@@ -318,6 +318,16 @@ def test_stage_commands_hand_over_what_was_asked(arguments, stages, capsys, monk
     assert calls.pop()[2] == {"stages": stages, "resume": not is_run, "overwrite": False}
 
 
+def test_the_folder_of_a_vae_is_recorded_as_a_path(capsys, monkeypatch: pytest.MonkeyPatch):
+    """``--vae out/vae/`` and ``--vae out/vae`` are one run: the recorded recipe decides whether it can be resumed."""
+    from sentcompress import pipeline
+
+    recipes = []
+    monkeypatch.setattr(pipeline, "run_recipe", lambda recipe, out, **more: recipes.append(recipe))
+    assert call(capsys, "graft", "paper/sllm-125m-h1", "--vae", "out/vae/")[0] == 0
+    assert recipes[0].graft.vae == "out/vae"
+
+
 # Listings
 
 
