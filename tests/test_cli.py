@@ -323,7 +323,7 @@ def test_the_folder_of_a_vae_is_recorded_as_a_path(capsys, monkeypatch: pytest.M
     from sentcompress import pipeline
 
     recipes = []
-    monkeypatch.setattr(pipeline, "run_recipe", lambda recipe, out, **more: recipes.append(recipe))
+    monkeypatch.setattr(pipeline, "run_recipe", lambda recipe, *_, **__: recipes.append(recipe))
     assert call(capsys, "graft", "paper/sllm-125m-h1", "--vae", "out/vae/")[0] == 0
     assert recipes[0].graft.vae == "out/vae"
 

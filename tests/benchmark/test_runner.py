@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from sentcompress.benchmark.runner import distributed_first, run_bench
 from sentcompress.errors import InputError, ModelFolderError, RunError
 from sentcompress.provenance import commit
 
+OLD_RUN = Path(__file__).resolve().parent.parent / "fixtures" / "1e44d12" / "whole"
 NAMES = [measurement.name for measurement in measurements()]
 
 
@@ -43,6 +45,20 @@ def test_everything_is_measured(results):
     assert read_results(out) == found
     assert found.samples
     assert Reconstruct.of(found).extra == {"exact-match.sentences": Reconstruct.of(found).exact_sentences}
+
+
+def test_figures_keep_the_names_that_older_results_have(results):
+    """``bench compare`` and everybody's scripts find them by name: those of 1e44d12 are all there."""
+
+    def names(found):
+        return {
+            row.part: {n for r in found.rows if r.part == row.part for n in r.figures} for row in found.rows
+        }
+
+    now, before = names(results[0]), names(read_results(OLD_RUN))
+    assert now.keys() == before.keys()
+    for part, figures in before.items():
+        assert figures <= now[part], part
 
 
 def test_every_row_is_honest(results):
