@@ -20,7 +20,7 @@ COLORS = {
     "backbone": BACKBONE_COLOR,
 }
 """By system; others are grey."""
-STYLE = {
+MATPLOTLIB_STYLE = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -56,7 +56,7 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
             "the report's figures need matplotlib", fix="pip install 'sentcompress[bench]'"
         ) from None
     # Figures are drawn without pyplot: no global state, no display, nothing to close.
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(MATPLOTLIB_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()

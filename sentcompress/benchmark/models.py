@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.benchmark.measurements.quality import ModelCounts
-from sentcompress.benchmark.results import STAGES, Curve
+from sentcompress.benchmark.results import MEASURED_STAGES, Curve
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import read_json, storage_errors
@@ -60,7 +60,7 @@ class ModelFolder:
             raise ModelFolderError(f"no folder '{path}'", fix="give the folder of a run or of a model")
         # OUT/graft was given: its baseline is in the folder beside it.
         if (
-            path.name in STAGES
+            path.name in MEASURED_STAGES
             and (path.parent / "recipe.yaml").is_file()
             and (path / "config.json").is_file()
         ):
@@ -69,9 +69,9 @@ class ModelFolder:
         self._single: str | None = None
         if (path / "config.json").is_file():
             self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
-        elif not any((path / stage / "config.json").is_file() for stage in STAGES):
+        elif not any((path / stage / "config.json").is_file() for stage in MEASURED_STAGES):
             raise ModelFolderError(
-                f"'{path}' holds no finished stage ({', '.join(STAGES)}) and no model",
+                f"'{path}' holds no finished stage ({', '.join(MEASURED_STAGES)}) and no model",
                 fix="give the folder of a finished run, such as out/quickstart, or of a model",
             )
 
@@ -91,7 +91,7 @@ class ModelFolder:
     def stages(self) -> list[Path]:
         """Folders of the finished stages."""
         found = []
-        for name in STAGES:
+        for name in MEASURED_STAGES:
             try:
                 found.append(self.stage(name))
             except Missing:
@@ -289,7 +289,7 @@ class Models:
 def read_curves(folder: ModelFolder) -> list[Curve]:
     """Loss and held-out curves from the stages' ``metrics.jsonl``."""
     curves = []
-    for stage in STAGES:
+    for stage in MEASURED_STAGES:
         try:
             path = folder.stage(stage) / "metrics.jsonl"
             lines = path.read_text(encoding="utf-8").splitlines()

@@ -17,7 +17,7 @@ from sentcompress.benchmark.results import Results
 from sentcompress.files import write_atomically
 from sentcompress.table import Table, as_rich
 
-STYLE = """
+CSS = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --ours: #2563eb; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
@@ -128,7 +128,7 @@ def render_report(results: Results) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}: sentcompress benchmark</title><style>{STYLE}</style></head>"
+        f"<title>{title}: sentcompress benchmark</title><style>{CSS}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 

@@ -35,7 +35,7 @@ from sentcompress.training.run_folder import BASELINE, GRAFT, VAE
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-STAGES = (VAE.name, GRAFT.name, BASELINE.name)
+MEASURED_STAGES = (VAE.name, GRAFT.name, BASELINE.name)
 """Stages of a run whose models are measured."""
 
 
@@ -243,7 +243,7 @@ def is_current(target: Path, folder: Path, recipe: Recipe) -> bool:
         results = read_results(target / FILE)
     except InputError:
         return False
-    finished = [folder / name for name in STAGES if (folder / name / "config.json").is_file()]
+    finished = [folder / name for name in MEASURED_STAGES if (folder / name / "config.json").is_file()]
     done = {row.part for row in results.rows} | {skipped.part for skipped in results.skipped}
     return (
         results.recipe == recipe.values()

@@ -12,7 +12,7 @@ import numpy as np
 
 from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.measurements.quality import QualityScore
-from sentcompress.benchmark.measurements.text import Interval, TextScore
+from sentcompress.benchmark.measurements.text import BootstrapInterval, TextScore
 from sentcompress.registry import get_registry
 from sentcompress.text.segmentation import checked_split
 
@@ -154,7 +154,7 @@ def score_texts(
     )
 
 
-def interval(values: np.ndarray | None, value: float, seed: int) -> Interval:
+def interval(values: np.ndarray | None, value: float, seed: int) -> BootstrapInterval:
     """The 95% bootstrap interval of the mean of values of prompts.
 
     Args:
@@ -163,10 +163,10 @@ def interval(values: np.ndarray | None, value: float, seed: int) -> Interval:
         seed: the same one draws the same prompts.
     """
     if values is None:
-        return Interval(value=value)
+        return BootstrapInterval(value=value)
     drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975)).tolist()
-    return Interval(value=value, low=low, high=high)
+    return BootstrapInterval(value=value, low=low, high=high)
 
 
 def _grams(sample: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sentcompress.benchmark.drawing import STYLE
+from sentcompress.benchmark.drawing import MATPLOTLIB_STYLE
 from sentcompress.errors import InputError
 from sentcompress.files import storage_errors
 from sentcompress.table import Table, as_markdown
@@ -38,7 +38,7 @@ def save_png(path: Path, size: tuple[float, float], draw: Callable[[Any], None])
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(MATPLOTLIB_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import by_dotted_name
 
 BASELINE = BASELINES[0]
-STAGES = {SENTENCE_MODEL: "graft", BASELINE: "baseline"}
+STAGE_OF_SYSTEM = {SENTENCE_MODEL: "graft", BASELINE: "baseline"}
 """The stage whose tokens are the budget of each system."""
 SAME_BUDGET = 1.05
 """Runs whose tokens differ by less are one budget: another seed reads other passages."""
@@ -252,7 +252,7 @@ def _score(folder: Path, results: Results, system: str) -> QualityScore:
 
 
 def _system(folder: Path, score: QualityScore) -> SystemPoint:
-    counts, stage = score.counts, STAGES[score.system]
+    counts, stage = score.counts, STAGE_OF_SYSTEM[score.system]
     if counts is None:
         raise InputError(
             f"'{folder}' was measured by a version that did not count parameters and tokens",
@@ -293,7 +293,9 @@ def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
     texts = []
     for folder, results in read:
         scores = {score.system: score for score in Quality.of(results)}
-        keys = {tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in STAGES}
+        keys = {
+            tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in STAGE_OF_SYSTEM
+        }
         if len(keys) > 1:
             raise InputError(
                 f"'{folder}': the {SENTENCE_MODEL} and the {BASELINE} were scored on different bytes",
@@ -380,5 +382,5 @@ def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _quality_only(results: Results) -> Results:
-    rows = [row for row in results.rows if row.part == "quality" and row.system in STAGES]
+    rows = [row for row in results.rows if row.part == "quality" and row.system in STAGE_OF_SYSTEM]
     return results.model_copy(update={"rows": rows})

@@ -49,7 +49,7 @@ JUDGE_FLAG = Flag(
 )
 
 
-class Interval(Record):
+class BootstrapInterval(Record):
     """A figure with its 95% bootstrap interval over prompts; no interval where one prompt is all there is."""
 
     value: float
@@ -63,8 +63,8 @@ class TextScore(Record):
     system: str
     texts: list[str]
     """One for each prompt."""
-    measures: dict[str, Interval]
-    differences: dict[str, Interval] = {}
+    measures: dict[str, BootstrapInterval]
+    differences: dict[str, BootstrapInterval] = {}
     """To the equal-data baseline's, prompt by prompt; empty for itself and where there is none."""
 
 
@@ -271,7 +271,7 @@ def _differences(report: TextReport) -> Table:
     return Table(DIFFERENCES_TITLE, ["system", *(COLUMNS[name][0] for name in names)], lines, [note])
 
 
-def _interval(found: Interval | None, name: str, *, sign: bool = False) -> str:
+def _interval(found: BootstrapInterval | None, name: str, *, sign: bool = False) -> str:
     """A figure with its interval."""
     if found is None:
         return "-"
