@@ -111,7 +111,7 @@ def test_a_misspelt_stage_is_named(tmp_path, make_recipe):
     ("config", "message"),
     [
         ({"hiden_size": 8}, r"pretrain\.config\.hiden_size: .*Did you mean 'hidden_size'"),
-        ({"vocab_size": 8}, r"pretrain\.config\.vocab_size: follows from"),
+        ({"vocab_size": 8}, r"pretrain\.config\.vocab_size: is set by the tokenizer"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "4 does not divide hidden_size 30"),
         ({"max_position_embeddings": 16}, r"pretrain\.sequence_length: 32 is over max_position_embeddings"),
     ],
