@@ -14,7 +14,7 @@ from sentcompress.benchmark.measurements.reconstruct import ReconstructionReport
 from sentcompress.errors import DataError
 from sentcompress.generation import reconstruct
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.modeling.vae import SentenceVAE, pad_sentences
 from sentcompress.recipe import ComponentSpec
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus
@@ -70,15 +70,11 @@ def measure_reconstruction(
     nats, targets, exact = 0.0, 0, 0
     for begin in range(0, len(sentences), BATCH):
         block = sentences[begin : begin + BATCH]
-        lengths = torch.tensor([len(ids) for ids in block])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        input_ids = torch.full(mask.shape, vae.config.pad_token_id)
-        input_ids[mask] = torch.tensor([token for ids in block for token in ids])
         right = _Right()
-        output = vae(input_ids.to(device), mask.to(device), token_loss=right)
+        output = vae(*pad_sentences(block, device, vae.config.pad_token_id), token_loss=right)
         nats += float(output.nll.double().sum())
         targets += int(output.targets.sum())
-        flags = torch.cat(right.right).cpu().split((lengths + 1).tolist())  # type: ignore[attr-defined]
+        flags = torch.cat(right.right).cpu().split([len(ids) + 1 for ids in block])  # type: ignore[attr-defined]
         exact += sum(bool(sentence.all()) for sentence in flags)
     pairs = [(r.reference_ids, r.hypothesis_ids) for r in written]
     tokens_right = sum(a == b for one, two in pairs for a, b in zip(one, two, strict=False))

@@ -15,6 +15,7 @@ from sentcompress.errors import CoverageError
 from sentcompress.generation.shortlist_head import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
 from sentcompress.modeling.sentence_lm import START, SentenceLM
+from sentcompress.modeling.vae import pad_sentences
 
 
 class Recorder(TokenLoss):
@@ -120,10 +121,7 @@ def score_window(
     device = next(model.parameters()).device
     inside = sentences[window.start : window.stop]
     count = len(inside)
-    lengths = torch.tensor([len(ids) for ids in inside])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.full(mask.shape, model.config.pad_token_id)
-    input_ids[mask] = torch.tensor([token for ids in inside for token in ids])
+    input_ids, mask = pad_sentences(inside, device, model.config.pad_token_id)
     start = [START] if model.config.start_latent and window.start == 0 else []
     index = torch.tensor([[*start, *range(count)]])
     scored = torch.arange(window.start, window.stop) >= window.first_scored
@@ -132,8 +130,8 @@ def score_window(
     eos = model.config.eos_token_id
     recorder = Recorder(eos, model.config.pad_token_id, greedy=greedy, states=shortlist is not None)
     output = model(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.long().to(device),
+        input_ids=input_ids,
+        attention_mask=mask.long(),
         sentence_index=index.to(device),
         passage_ids=torch.zeros_like(index).to(device),
         scored=scored.to(device),

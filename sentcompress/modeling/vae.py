@@ -56,11 +56,13 @@ class SentenceEncoder(nn.Module):
         return self.norm(hidden_states)
 
 
-def pad_sentences(sentences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_sentences(
+    sentences: Sequence[Sequence[int]], device: torch.device, pad_token_id: int = 0
+) -> tuple[Tensor, Tensor]:
     """Sentences given as token ids to ``input_ids`` and ``attention_mask [S, L]``, padded on the right."""
     lengths = torch.tensor([len(ids) for ids in sentences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.zeros(mask.shape, dtype=torch.long)
+    input_ids = torch.full(mask.shape, pad_token_id)
     input_ids[mask] = torch.tensor([token for ids in sentences for token in ids])
     return input_ids.to(device), mask.to(device)
 
