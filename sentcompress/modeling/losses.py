@@ -270,16 +270,22 @@ def stop_loss(logits: Tensor, stop: Tensor, gamma: float) -> tuple[Tensor, Tenso
     return miss**gamma * nll, nll.detach()
 
 
-def kl_to_standard_normal(mean: Tensor, log_variance: Tensor, floor: float) -> Tensor:
-    """KL divergence to N(0, 1) per dimension, averaged over sentences, then floored and summed.
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence to N(0, 1) of each dimension: ``[S, k, H]`` nats of means and log-variances ``[S, k, H]``."""
+    return 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float())
+
+
+def floored_kl(nats: Tensor, floor: float, step_mean: Tensor | None = None) -> Tensor:
+    """KL divergence averaged over sentences, then floored per dimension and summed ("free bits", arXiv 1606.04934).
 
     Args:
-        mean: ``[S, k, H]``.
-        log_variance: ``[S, k, H]``.
-        floor: nats per dimension below which there is no gradient ("free bits").
+        nats: ``[S, k, H]`` of :func:`kl_to_standard_normal`.
+        floor: nats per dimension below which there is no gradient.
+        step_mean: ``[k, H]``, the mean that is compared with the floor; None takes that of ``nats``. The results of the
+            micro-batches of a step, weighted by their sentences, then sum to that of all its sentences.
 
     Returns:
         nats per sentence, scalar.
     """
-    nats = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float())
-    return nats.mean(0).clamp_min(floor).sum()
+    own = nats.mean(0)
+    return torch.where((own if step_mean is None else step_mean) < floor, floor, own).sum()

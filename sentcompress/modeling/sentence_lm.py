@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ class SentenceLMOutput(ModelOutput):
     """Result of :meth:`SentenceLM.forward`.
 
     Attributes:
-        loss: scalar: mean token loss plus ``stop_weight`` times mean stop loss.
+        loss: scalar: ``token_loss`` plus ``stop_weight`` times ``stop_loss``.
+        token_loss: scalar, mean over the targets.
+        stop_loss: scalar, mean over the decisions to begin, continue or stop.
         sentence_nll: ``[S]`` nats of each predicted sentence with its end mark; 0 if it is not a target.
         targets: ``[S]`` int64, number of targets (tokens and the end mark) of each predicted sentence; 0 elsewhere.
         stop_nll: ``[S]`` nats of the decision to stop or continue after each sentence; 0 if it is not scored.
@@ -42,6 +44,8 @@ class SentenceLMOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
+    token_loss: Tensor | None = None
+    stop_loss: Tensor | None = None
     sentence_nll: Tensor | None = None
     targets: Tensor | None = None
     stop_nll: Tensor | None = None
@@ -221,11 +225,9 @@ class SentenceLM(PreTrainedModel):
             self.rows(latents, sentence_index), valid, passage_ids, positions_in_passages(passage_ids)
         )
 
-        following = sentence_index[:, 1:]
-        predicted = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
-        has_target = predicted & scored[following.clamp_min(0)]
-        predictors, targets_at = hidden_states[:, :-1][has_target], following[has_target]
-        ends = (sentence_index >= 0) & last[sentence_index.clamp_min(0)]
+        found = predictions(sentence_index, passage_ids, scored, last)
+        has_target, targets_at, ends = found.has_target, found.targets_at, found.ends
+        predictors = hidden_states[:, :-1][has_target]
 
         size = len(input_ids)
         sentence_nll = latents.new_zeros(size, dtype=torch.float32)
@@ -239,8 +241,9 @@ class SentenceLM(PreTrainedModel):
                 rows = torch.arange(len(passage_ids), device=passage_ids.device)[:, None]
                 decoded, streams = sentence_index[slots], (rows * size + passage_ids)[slots]
                 all_conditioning = hidden_states.new_zeros(size, *latents.shape[1:])
+                predicted = found.predicted
                 conditioning = all_conditioning.index_copy(
-                    0, following[predicted], hidden_states[:, :-1][predicted]
+                    0, sentence_index[:, 1:][predicted], hidden_states[:, :-1][predicted]
                 )[decoded]
                 is_scored = torch.zeros_like(scored).index_fill(0, targets_at, True)[decoded]
             token_losses, nll, counts = self.vae.decode_nll(
@@ -262,10 +265,12 @@ class SentenceLM(PreTrainedModel):
         stop_losses, decision_nll = stop_loss(self.stop_logits(deciders), stop, token_loss.gamma)
         stop_loss_mean = stop_losses.mean() if len(stop) else token_loss_mean * 0.0
         shortlist_loss = None
-        if self.shortlist is not None and self.training and len(targets_at):
-            shortlist_loss = self.shortlist.loss(
-                predictors, self.vae.output_weight, input_ids[targets_at], attention_mask[targets_at]
-            )
+        if self.shortlist is not None and self.training:
+            shortlist_loss = token_loss_mean.detach() * 0.0
+            if len(targets_at):
+                shortlist_loss = self.shortlist.loss(
+                    predictors, self.vae.output_weight, input_ids[targets_at], attention_mask[targets_at]
+                )
         real = before >= 0
         stop_nll = latents.new_zeros(size, dtype=torch.float32).index_copy(
             0, before[real], decision_nll[real]
@@ -274,6 +279,8 @@ class SentenceLM(PreTrainedModel):
         decisions[before[real]] = True
         return SentenceLMOutput(
             loss=token_loss_mean + stop_weight * stop_loss_mean,
+            token_loss=token_loss_mean,
+            stop_loss=stop_loss_mean,
             sentence_nll=sentence_nll,
             targets=targets,
             stop_nll=stop_nll,
@@ -282,6 +289,31 @@ class SentenceLM(PreTrainedModel):
             hidden_states=hidden_states,
             shortlist_loss=shortlist_loss,
         )
+
+
+class Predictions(NamedTuple):
+    """What a batch of passages predicts.
+
+    Attributes:
+        predicted: ``[R, N - 1]`` bool, slots after which a sentence of the same passage follows.
+        has_target: ``[R, N - 1]`` bool, those of them whose following sentence is scored.
+        targets_at: ``[T]`` int64, the scored sentences, in the order of ``has_target``.
+        ends: ``[R, N]`` bool, slots of sentences that end their document.
+    """
+
+    predicted: Tensor
+    has_target: Tensor
+    targets_at: Tensor
+    ends: Tensor
+
+
+def predictions(sentence_index: Tensor, passage_ids: Tensor, scored: Tensor, last: Tensor) -> Predictions:
+    """What :meth:`SentenceLM.forward` predicts of a batch; the arguments are described there."""
+    following = sentence_index[:, 1:]
+    predicted = (following >= 0) & (passage_ids[:, 1:] == passage_ids[:, :-1])
+    has_target = predicted & scored[following.clamp_min(0)]
+    ends = (sentence_index >= 0) & last[sentence_index.clamp_min(0)]
+    return Predictions(predicted, has_target, following[has_target], ends)
 
 
 def positions_in_passages(passage_ids: Tensor) -> Tensor:

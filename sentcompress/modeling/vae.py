@@ -17,7 +17,13 @@ from sentcompress.modeling.configuration import SentenceVAEConfig, check_plugins
 from sentcompress.modeling.decoder import SentenceDecoder
 from sentcompress.modeling.layers import EncoderBlock, Ragged
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
-from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss, kl_to_standard_normal
+from sentcompress.modeling.losses import (
+    Teaching,
+    TokenLoss,
+    distillation_loss,
+    floored_kl,
+    kl_to_standard_normal,
+)
 from sentcompress.registry import describe_component, get_registry
 
 
@@ -26,13 +32,17 @@ class SentenceVAEOutput(ModelOutput):
     """Result of :meth:`SentenceVAE.forward`.
 
     Attributes:
-        loss: scalar, mean over the targets (tokens and one end mark per sentence).
+        loss: scalar, ``token_loss`` plus ``kl_loss``.
+        token_loss: scalar, mean over the targets (tokens and one end mark per sentence).
+        kl_loss: scalar, ``kl_weight`` times the KL term of a ``variational`` model in training, else 0.
         nll: ``[S]`` negative log-likelihood of each sentence with its end mark, in nats.
         targets: ``[S]`` int64, targets of each sentence.
         latents: ``[S, k, H]``.
     """
 
     loss: Tensor | None = None
+    token_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
     nll: Tensor | None = None
     targets: Tensor | None = None
     latents: Tensor | None = None
@@ -226,6 +236,7 @@ class SentenceVAE(PreTrainedModel):
         kl_weight: float = 0.0,
         kl_floor: float = 0.0,
         latent_noise: float = 0.0,
+        step_kl: Tensor | None = None,
         **kwargs: Any,
     ) -> SentenceVAEOutput:
         """Self-reconstruction: encode each sentence and decode it again.
@@ -236,19 +247,33 @@ class SentenceVAE(PreTrainedModel):
             token_loss: focal with gamma 2 unless given.
             kl_weight, kl_floor: weight and floor of the KL term of a ``variational`` model.
             latent_noise: standard deviation of noise on the latents, in training only.
+            step_kl: ``[k, H]``, mean of :meth:`kl_nats` over the step that this batch is a part of; None if it is all.
         """
         latents = self.encode(input_ids, attention_mask)
-        extra: Tensor | float = 0.0
+        kl_loss = latents.new_zeros((), dtype=torch.float32)
         conditioning = latents
         if self.config.variational and self.training:
             conditioning, log_variance = self.gaussian(latents)
-            extra = kl_weight * kl_to_standard_normal(latents, log_variance, kl_floor)
+            kl_loss = kl_weight * floored_kl(kl_to_standard_normal(latents, log_variance), kl_floor, step_kl)
         if latent_noise and self.training:
             conditioning = conditioning + latent_noise * torch.randn_like(conditioning)
         loss, nll, targets = self.decode_nll(
             conditioning, input_ids, attention_mask, token_loss or TokenLoss()
         )
-        return SentenceVAEOutput(loss=loss.mean() + extra, nll=nll, targets=targets, latents=latents)
+        token_loss_mean = loss.mean()
+        return SentenceVAEOutput(
+            loss=token_loss_mean + kl_loss,
+            token_loss=token_loss_mean,
+            kl_loss=kl_loss,
+            nll=nll,
+            targets=targets,
+            latents=latents,
+        )
+
+    def kl_nats(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """KL divergence of a ``variational`` model to N(0, 1), of sentences ``[S, L]``: ``[S, k, H]`` nats."""
+        latents = self.encode(input_ids, attention_mask)
+        return kl_to_standard_normal(latents, self.gaussian(latents)[1])
 
     def _layout(
         self, input_ids: Tensor, attention_mask: Tensor, streams: Tensor | None = None

@@ -134,7 +134,7 @@ class TrainingSettings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped (the paper: 1)."""
     gradient_accumulation: int = Field(default=1, ge=1)
-    """Micro-batches per step."""
+    """Micro-batches per step; their gradient is that of one large batch, each token counting equally."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the moving average of the weights, which is then evaluated and saved; null turns it off."""
     spike: float | None = Field(default=None, gt=1)

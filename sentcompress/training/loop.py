@@ -107,7 +107,7 @@ class _Training:
         )
         self.saver = Saver(job, stage, recipe, store, self.state, settings.background_saves)
         self.stepper = Stepper(
-            job.loss,
+            job,
             self.prepared.model,
             self.prepared.optimizer,
             self.prepared.accelerator,
@@ -184,7 +184,9 @@ class _Training:
         """This process's micro-batches from ``next_batch`` on."""
         job, world = self.job, self.state.world
         first = self.progress.next_batch + self.state.rank
-        return prefetch(lambda i: job.batch(first + i * world), start=0)
+        # A step counts all its micro-batches before it computes the first.
+        depth = max(4, job.settings.gradient_accumulation)
+        return prefetch(lambda i: job.batch(first + i * world), start=0, depth=depth)
 
     def _step(self, batches: Prefetcher, interruption: Interruption) -> StepResult:
         progress, settings = self.progress, self.job.settings

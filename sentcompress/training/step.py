@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,28 +19,50 @@ from sentcompress.recipe import TrainingSettings
 from sentcompress.training.anomalies import MAX_SKIPPED, LossWatch
 from sentcompress.training.sharding import whole
 
+if TYPE_CHECKING:
+    from sentcompress.training.jobs import Job
+
 Batch = dict[str, Tensor]
 
 WARMUP_SHARE = 0.05
 """Share of the steps for the warm-up, unless the recipe sets it."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """How much of a step a micro-batch is. A step is one large batch, whatever number of micro-batches it is cut into.
+
+    Attributes:
+        own: what the means of the loss are taken over, counted in this micro-batch (``job.counts``).
+        total: the same, summed over the micro-batches of all processes.
+    """
+
+    own: dict[str, Tensor]
+    total: dict[str, Tensor]
+
+    def share(self, name: str) -> Tensor:
+        """Scalar: the weight of this micro-batch's mean over ``name`` in the mean over the whole step."""
+        return self.own[name] / self.total[name].clamp_min(1)
+
+
 @dataclass
 class StepOutput:
     """What a job computes from a micro-batch.
 
+    Each figure is this micro-batch's summand of the step's figure: every mean times its :meth:`Part.share`.
+
     Attributes:
-        loss: scalar to minimize; the micro-batches of a step count equally.
+        loss: scalar to minimize.
         auxiliary_loss: minimized too, for parameters that train beside the model; not part of the reported loss.
         tokens: real tokens in the batch, for tokens/s.
-        metrics: further scalars, averaged over the micro-batches between two log lines.
+        metrics: further scalars; all micro-batches have the same names.
         mask: bool, of every position the model computes, padding included; True where it holds data. None takes the
             batch's ``attention_mask``.
     """
 
     loss: Tensor
     tokens: int
-    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     auxiliary_loss: Tensor | None = None
 
@@ -58,8 +80,7 @@ class StepResult:
     filled: int
     """Positions computed that hold data."""
     seconds: float
-    metrics: list[dict[str, float | Tensor]]
-    """Of this process's micro-batches."""
+    metrics: dict[str, float]
     interrupted: bool
     """A process received a signal to stop."""
     terminated: bool
@@ -86,21 +107,21 @@ class Stepper:
     """Runs optimizer steps.
 
     Args:
-        loss: ``job.loss``.
+        job: its ``counts`` and ``loss`` are called.
         model, optimizer: as ``accelerator.prepare`` returned them.
         watch: detects the steps that must not be taken.
     """
 
     def __init__(
         self,
-        loss: Callable[[nn.Module, Batch], StepOutput],
+        job: Job,
         model: nn.Module,
         optimizer: Any,
         accelerator: Accelerator,
         settings: TrainingSettings,
         watch: LossWatch,
     ) -> None:
-        self.loss, self.model, self.optimizer = loss, model, optimizer
+        self.job, self.model, self.optimizer = job, model, optimizer
         self.accelerator, self.settings, self.watch = accelerator, settings, watch
         self.skipped = 0
 
@@ -125,26 +146,29 @@ class Stepper:
             group["lr"] = rate
         self.model.train()
         losses: list[Tensor] = []
-        metrics = []
+        metrics: dict[str, Tensor] = {}
         tokens = positions = filled = 0
-        for micro in range(settings.gradient_accumulation):
-            batch = next(batches)
+        micro_batches = [next(batches) for _ in range(settings.gradient_accumulation)]
+        parts = self._parts(micro_batches)
+        for batch, part in zip(micro_batches, parts, strict=True):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            last = micro == settings.gradient_accumulation - 1
+            last = part is parts[-1]
             # Gradients are exchanged once per step, with the last micro-batch.
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    output = self.loss(self.model, batch)
+                    output = self.job.loss(self.model, batch, part)
                 minimized = output.loss
                 if output.auxiliary_loss is not None:
                     minimized = minimized + output.auxiliary_loss
-                accelerator.backward(minimized / settings.gradient_accumulation)
+                # The exchange averages over the processes, but the step's gradient is their sum.
+                accelerator.backward(minimized * accelerator.num_processes)
             mask = batch.get("attention_mask") if output.mask is None else output.mask
             if mask is not None:
                 positions += mask.numel()
                 filled += int(mask.sum())
             losses.append(output.loss.detach().float())
-            metrics.append(output.metrics)
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach().float()
             tokens += output.tokens
         norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
         own = torch.stack(losses)
@@ -152,11 +176,10 @@ class Stepper:
         number_received = received_signal()
         stops = [float(number_received is not None), float(number_received == signal.SIGTERM)]
         counts = own.new_tensor([tokens, positions, filled, *stops])
-        shared = torch.cat([own.mean()[None], counts])
+        shared = torch.cat([torch.stack([own.sum(), *metrics.values()]), counts])
         if accelerator.num_processes > 1:
             shared = accelerator.reduce(shared)
-        loss, all_tokens, all_positions, all_filled, stop, terminate = shared.tolist()
-        loss /= accelerator.num_processes
+        loss, *means, all_tokens, all_positions, all_filled, stop, terminate = shared.tolist()
         anomaly = self.watch.anomaly(loss, norm, scaled=accelerator.scaler is not None)
         if anomaly is None:
             self.optimizer.step()
@@ -183,12 +206,30 @@ class Stepper:
             positions=int(all_positions),
             filled=int(all_filled),
             seconds=time.perf_counter() - began,
-            metrics=metrics,
+            metrics=dict(zip(metrics, means, strict=True)),
             interrupted=stop > 0,
             terminated=terminate > 0,
             skipped=skipped,
             anomaly=anomaly,
         )
+
+    def _parts(self, batches: list[Batch]) -> list[Part]:
+        """Count every micro-batch of the step before the first is computed. All processes must call this."""
+        device = self.accelerator.device
+        with torch.no_grad(), self.accelerator.autocast():
+            counted = [self.job.counts(batch) for batch in batches]
+        names, sizes = list(counted[0]), [value.numel() for value in counted[0].values()]
+        own = torch.stack([torch.cat([value.float().flatten() for value in one.values()]) for one in counted])
+        own = own.to(device, non_blocking=True)
+        total = own.sum(0)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total)
+
+        def named(flat: Tensor) -> dict[str, Tensor]:
+            shaped = zip(counted[0].values(), flat.split(sizes), strict=True)
+            return dict(zip(names, (part.view(value.shape) for value, part in shaped), strict=True))
+
+        return [Part(named(one), named(total)) for one in own]
 
     def _bad_batches(self, first: int, own: Tensor) -> str:
         """This process's micro-batches with a NaN or infinite loss; all of the step's where there are none."""
@@ -236,8 +277,6 @@ class Window:
             "padding": 1 - sum(result.filled for result in results) / positions if positions else 0.0,
             "wait": min(1.0, (self.batches.wait_seconds - self.waited) / seconds),
         }
-        metrics = [metric for result in results for metric in result.metrics]
-        for name in dict.fromkeys(name for metric in metrics for name in metric):
-            values = [float(metric[name]) for metric in metrics if name in metric]
-            figures[name] = sum(values) / len(values)
+        for name in results[0].metrics:
+            figures[name] = sum(result.metrics[name] for result in results) / len(results)
         return figures

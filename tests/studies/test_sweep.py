@@ -82,9 +82,9 @@ def interrupt_in_the_second_vae(monkeypatch) -> None:
         if jobs.count("vae") == 2 and job.stage.name == "vae":
             inner = job.loss
 
-            def loss(model: Any, batch: Any) -> Any:
+            def loss(model: Any, batch: Any, part: Any) -> Any:
                 os.kill(os.getpid(), signal.SIGINT)
-                return inner(model, batch)
+                return inner(model, batch, part)
 
             job.loss = loss
         return real(job, *arguments, **keywords)

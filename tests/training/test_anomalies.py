@@ -25,9 +25,9 @@ def break_batches(job, *broken: int) -> list[int]:
     def batch(index):
         return {**make(index), "number": torch.tensor(index)}
 
-    def loss(model, tensors):
+    def loss(model, tensors, part):
         used.append(int(tensors.pop("number")))
-        output = inner(model, tensors)
+        output = inner(model, tensors, part)
         if used[-1] in broken:
             output.loss = output.loss * float("nan")
         return output
@@ -70,10 +70,10 @@ def test_after_a_rollback_training_continues_with_later_data(tmp_path, make_reci
     used = break_batches(job, 7)
     inner = job.loss
 
-    def loss(model, batch):
+    def loss(model, batch, part):
         if len(used) == 11:  # in step 5 of the second time
             os.kill(os.getpid(), signal.SIGINT)
-        return inner(model, batch)
+        return inner(model, batch, part)
 
     job.loss = loss
     with pytest.raises(KeyboardInterrupt):

@@ -63,10 +63,10 @@ def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, monkeypatch):
     def interrupted(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
         inner, calls = job.loss, iter(range(100))
 
-        def loss(model: Any, batch: Any) -> Any:
+        def loss(model: Any, batch: Any, part: Any) -> Any:
             if next(calls) == 1:
                 os.kill(os.getpid(), signal.SIGINT)
-            return inner(model, batch)
+            return inner(model, batch, part)
 
         job.loss = loss
         return real(job, *arguments, **keywords)

@@ -40,10 +40,10 @@ def interrupt_at(job, call: int) -> None:
     """Ctrl-C during the given call of ``job.loss`` (0 is the first)."""
     inner, calls = job.loss, iter(range(10**6))
 
-    def loss(model, batch):
+    def loss(model, batch, part):
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return inner(model, batch)
+        return inner(model, batch, part)
 
     job.loss = loss
 
@@ -194,8 +194,8 @@ def test_nan_stops_with_step_batch_and_last_good_checkpoint(tmp_path, make_recip
     job = make_job(recipe)
     inner, calls = job.loss, iter(range(100))
 
-    def loss(model, batch):
-        output = inner(model, batch)
+    def loss(model, batch, part):
+        output = inner(model, batch, part)
         if next(calls) == 7:
             output.loss = output.loss * float("nan")
         return output
@@ -306,10 +306,10 @@ def test_sigterm_saves_and_the_run_can_be_continued(tmp_path, make_recipe, make_
     job, folder = make_job(recipe), tmp_path / "run"
     inner, calls = job.loss, iter(range(100))
 
-    def loss(model, batch):
+    def loss(model, batch, part):
         if next(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(model, batch)
+        return inner(model, batch, part)
 
     job.loss = loss
     with pytest.raises(TerminatedError, match="step-000004") as raised:
@@ -327,11 +327,11 @@ def test_sigterm_after_ctrl_c_is_ignored(tmp_path, make_recipe, make_job):
     job = make_job(recipe)
     inner, calls = job.loss, iter(range(100))
 
-    def loss(model, batch):
+    def loss(model, batch, part):
         if next(calls) == 6:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(model, batch)
+        return inner(model, batch, part)
 
     job.loss = loss
     with pytest.raises(KeyboardInterrupt):

@@ -19,11 +19,11 @@ def test_the_heartbeat_follows_the_run_and_keeps_the_error(tmp_path, make_recipe
     job = make_job(recipe)
     inner, seen = job.loss, []
 
-    def loss(model, batch):
+    def loss(model, batch, part):
         seen.append(read_heartbeat(folder))
         if len(seen) == 9:
             raise ValueError("a broken batch\nwith details")
-        return inner(model, batch)
+        return inner(model, batch, part)
 
     job.loss = loss
     with pytest.raises(ValueError, match="a broken batch"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.card import Card
 from sentcompress.training.run_folder import Stage
-from sentcompress.training.step import Batch, StepOutput
+from sentcompress.training.step import Batch, Part, StepOutput
 
 
 class Job(Protocol):
@@ -44,8 +44,11 @@ class Job(Protocol):
     def batch(self, index: int) -> Batch:
         """Micro-batch ``index`` of an infinite sequence: a pure function, called from another thread."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Run ``model`` (``self.model`` or a wrapper: call it, not its methods) on a batch."""
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What the means of the loss are taken over, counted in a micro-batch on the CPU; summed over the step."""
+
+    def loss(self, model: nn.Module, batch: Batch, part: Part) -> StepOutput:
+        """Run ``model`` (``self.model`` or a wrapper: call it, not its methods) on a micro-batch of a step."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures of ``self.model``, the most important first."""

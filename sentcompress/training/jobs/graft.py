@@ -16,12 +16,13 @@ from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbo
 from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.saved_models import load_vae
+from sentcompress.modeling.sentence_lm import predictions
 from sentcompress.recipe import BackboneSpec, Recipe
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import GRAFT
-from sentcompress.training.step import StepOutput
+from sentcompress.training.step import Part, StepOutput
 from sentcompress.training.teacher import Teacher
 from sentcompress.training.tuning import apply_tune, merged_state
 
@@ -107,25 +108,37 @@ class GraftJob:
     def batch(self, index: int) -> dict[str, Tensor]:
         return self._train.batch(index)
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = predictions(batch["sentence_index"], batch["passage_ids"], batch["scored"], batch["last"])
+        sentences = found.has_target.sum()
+        tokens = batch["attention_mask"][found.targets_at].sum()
+        return {
+            "tokens": tokens,
+            "targets": tokens + sentences,
+            "decisions": sentences + found.ends.sum(),
+        }
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
         output = model(
             **batch,
             token_loss=self.token_loss,
-            stop_weight=self.settings.stop_weight,
             teaching=None if self.teacher is None else self.teacher.teach(batch),
         )
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
-        metrics = {"nats_per_token": nats}
-        if output.shortlist_loss is not None:
-            metrics["shortlist_nats_per_token"] = output.shortlist_loss.detach()
+        metrics = {"nats_per_token": nats * part.share("targets")}
+        shortlist_loss = output.shortlist_loss
+        if shortlist_loss is not None:
+            shortlist_loss = shortlist_loss * part.share("tokens")
+            metrics["shortlist_nats_per_token"] = shortlist_loss
+        stop_loss = output.stop_loss * part.share("decisions")
         # Encoder and decoder run their linear layers on real tokens only: all padding is in the backbone's batch.
         return StepOutput(
-            output.loss,
+            output.token_loss * part.share("targets") + self.settings.stop_weight * stop_loss,
             tokens=int(batch["attention_mask"].sum()),
             metrics=metrics,
             mask=batch["passage_ids"] >= 0,
-            auxiliary_loss=output.shortlist_loss,
+            auxiliary_loss=shortlist_loss,
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sentcompress.distributed import processes
 from sentcompress.generation import reconstruct
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
@@ -19,7 +20,7 @@ from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
 from sentcompress.training.run_folder import VAE
 from sentcompress.training.sharding import gathered, whole_state
-from sentcompress.training.step import StepOutput
+from sentcompress.training.step import Part, StepOutput
 
 RECONSTRUCTED = 64
 """Held-out sentences reconstructed free-running at each evaluation."""
@@ -65,17 +66,37 @@ class VAEJob:
     def batch(self, index: int) -> dict[str, Tensor]:
         return self._train.batch(index)
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = batch["attention_mask"]
+        sentences = torch.tensor(len(mask))
+        counts = {"sentences": sentences, "targets": mask.sum() + sentences}
+        micro_batches = self.settings.gradient_accumulation * processes().num_processes
+        if self.model.config.variational and self.settings.kl_floor and micro_batches > 1:
+            # Which dimensions are above the floor is decided by their mean over the step.
+            device = next(self.model.parameters()).device
+            with gathered(self.model):
+                nats = self.model.kl_nats(batch["input_ids"].to(device), mask.to(device))
+            counts["kl_nats"] = nats.sum(0).cpu()
+        return counts
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
+        step_kl = None
+        if "kl_nats" in part.total:
+            step_kl = part.total["kl_nats"] / part.total["sentences"]
         output = model(
             **batch,
             token_loss=self.token_loss,
             kl_weight=self.settings.kl_weight,
             kl_floor=self.settings.kl_floor,
             latent_noise=self.settings.latent_noise,
+            step_kl=step_kl,
         )
         nats = output.nll.sum() / output.targets.sum()
+        targets = part.share("targets")
         return StepOutput(
-            output.loss, tokens=int(batch["attention_mask"].sum()), metrics={"nats_per_token": nats}
+            output.token_loss * targets + output.kl_loss * part.share("sentences"),
+            tokens=int(batch["attention_mask"].sum()),
+            metrics={"nats_per_token": nats * targets},
         )
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import BASELINE, PRETRAIN
 from sentcompress.training.sharding import is_sharded
-from sentcompress.training.step import StepOutput
+from sentcompress.training.step import Part, StepOutput
 from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
@@ -128,13 +128,17 @@ class TokenLevelJob:
     def batch(self, index: int) -> dict[str, Tensor]:
         return self._train.batch(index)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
-        loss, _ = model(**batch)
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"targets": (batch["labels"][:, 1:] != IGNORED).sum()}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
+        losses, _ = model(**batch)
+        loss = losses.mean() if len(losses) else losses.sum()
         mask = batch["attention_mask"]
         computed = [
             mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask, self.model.similar)
         ]
-        return StepOutput(loss.mean(), tokens=int(mask.sum()), mask=torch.cat(computed))
+        return StepOutput(loss * part.share("targets"), tokens=int(mask.sum()), mask=torch.cat(computed))
 
     def heldout_batches(self) -> int:
         """Number of held-out batches per evaluation."""
