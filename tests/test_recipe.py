@@ -13,6 +13,7 @@ import yaml
 from sentcompress import recipe as recipe_module
 from sentcompress.errors import PluginError, RecipeError
 from sentcompress.recipe import Recipe, build_recipe, load_recipe, shipped_recipes
+from sentcompress.recipe.reading import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,22 @@ REFUSED = {
     "empty file": ("", ["a recipe must be a mapping of sections, not NoneType"]),
     "broken YAML": ("name: x\ngraft: {steps: 5\nseed: 1\n", ["r.yaml:3:", "broken YAML"]),
     "tab": ("name: x\ngraft:\n\tsteps: 5\n", ["r.yaml:3:1: broken YAML"]),
+    "a section twice": (
+        "name: x\ngraft: {steps: 5}\nseed: 1\ngraft: {learning_rate: 1e-3}\n",
+        ["r.yaml:4:1: broken YAML: the key 'graft' is there twice, in line 2 and in line 4"],
+    ),
+    "a field twice, in quotes once": (
+        "name: x\ngraft:\n  steps: 5\n  'steps': 6\n",
+        ["r.yaml:4:3: broken YAML: the key 'steps' is there twice, in line 3 and in line 4"],
+    ),
+    "a key twice in a list": (
+        "name: x\nbench: {extra_metrics: [{name: a, name: b}]}\n",
+        ["the key 'name' is there twice"],
+    ),
+    "two documents": ("name: x\n---\nname: y\n", ["r.yaml:2:1: broken YAML"]),
+    "UTF-16": ("name: x\n".encode("utf-16"), ["not UTF-8", "save the recipe as UTF-8"]),
+    "a NUL": ("name: \0\n", ["broken YAML", "#x0000"]),
+    "a key that is a list": ("name: x\n? [a]\n: 1\n", ["r.yaml:2:3: broken YAML: found unhashable key"]),
     "impossible date": ("name: x\ndescription: 2024-99-99\n", ["broken YAML: month must be in 1..12"]),
     "python object": ("name: !!python/object/apply:os.getcwd []\n", ["r.yaml:1:7: broken YAML"]),
     "too deep": ("name: " + "[" * 5000, ["nested too deeply"]),
@@ -117,6 +134,44 @@ def test_overrides(tmp_path: Path, override: str, value: object):
     assert node == value
 
 
+def test_merged_keys_are_not_doubled_keys(tmp_path: Path):
+    text = (
+        "name: x\ntrain_vae: &one {steps: 5, keep: 3}\ngraft: &two {<<: *one, steps: 6}\n"
+        "baseline: {enabled: false}\npretrain: {<<: *two, steps: 7}\n"
+    )
+    loaded = load_recipe(write(tmp_path, text))
+    assert (loaded.graft.steps, loaded.pretrain.steps, loaded.pretrain.keep) == (6, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-.5e+2", -50.0),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("12:30:45", "12:30:45"),
+        ("yes", True),
+        ("off", False),
+        ("~", None),
+        ("'1e-4'", "1e-4"),
+        ("1.2.3", "1.2.3"),
+        ("e5", "e5"),
+    ],
+)
+def test_values_mean_what_people_write(text: str, value: object):
+    """PyYAML alone reads 1e-4 as text, 010 as 8 and 1:30 as 90."""
+    read = read_yaml(f"a: {text}")["a"]
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    assert load_recipe(write(tmp_path, "\ufeffname: x\n")).name == "x"
+
+
 def test_later_overrides_win(tmp_path: Path):
     path = write(tmp_path, "name: x\n")
     assert load_recipe(path, ["seed=1", "seed=2"]).seed == 2
@@ -130,6 +185,9 @@ def test_later_overrides_win(tmp_path: Path):
         ("graft..steps=5", "write it as field=value"),
         ("graft.steps=[1", "not valid YAML"),
         ("graft.steps=2024-99-99", "not valid YAML"),
+        ("graft={steps: 1, steps: 2}", "the key 'steps' is there twice"),
+        ("graft.steps=\udc80", "not valid YAML"),
+        ("graft.steps=" + "[" * 5000, "nested too deeply"),
         ("graft.stpes=5", "graft.stpes: unknown key. Did you mean 'steps'?"),
         ("seed.x=5", "seed: "),
     ],

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sentcompress.errors import RecipeError, did_you_mean
-from sentcompress.recipe.reading import read_yaml
+from sentcompress.recipe.reading import describe_yaml_error, read_yaml
 from sentcompress.recipe.sections import (
     BackboneSpec,
     BaselineSettings,
@@ -208,8 +208,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{path}{place}: broken YAML: {problem}", fix="correct that line") from None
+        raise RecipeError(
+            f"{path}{place}: broken YAML: {describe_yaml_error(error)}", fix="correct that line"
+        ) from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply for a recipe") from None
     except ValueError as error:  # such as the date 2024-99-99
@@ -242,5 +243,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[key]
     try:
         node[keys[-1]] = read_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"--set {override}: the value is not valid YAML", fix="quote it") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"--set {override}: the value is not valid YAML: {describe_yaml_error(error)}",
+            fix="correct it, or quote it",
+        ) from None

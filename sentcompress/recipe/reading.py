@@ -1,7 +1,8 @@
-"""Reads untrusted YAML: plain values only, and no larger than a recipe can be."""
+"""Reads untrusted YAML: plain values only, no key twice, and no larger than a recipe can be."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -13,12 +14,18 @@ MAX_VALUES = 20_000
 MAX_DIGITS = 100
 MAX_DEPTH = 50
 
+_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:e[-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*e[-+]?[0-9]+$|[-+]?\.inf$|\.nan$",
+    re.IGNORECASE,
+)
+
 
 def read_yaml(text: str) -> Any:
     """The values of a YAML document, which cannot contain Python objects.
 
     Raises:
-        yaml.YAMLError: it is broken, or too large or too deep for a recipe.
+        yaml.YAMLError: it is broken, has a key twice in one mapping, or is too large or too deep for a recipe.
         ValueError: a value is invalid, such as the date 2024-99-99.
     """
     if len(text) > MAX_CHARACTERS:
@@ -27,7 +34,15 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that checks the depth and size of a document before it builds values."""
+    """A SafeLoader that checks keys, depth and size of a document before it builds values.
+
+    Numbers are those of YAML 1.2, as people write them: PyYAML reads ``1e-4`` as text, ``010`` as 8, ``1:30`` as 90.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -41,10 +56,34 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            known = first.setdefault((key.tag, key.value), key)
+            if known is not key:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key.value}' is there twice, in line {known.start_mark.line + 1} and in line "
+                    f"{key.start_mark.line + 1}",
+                    problem_mark=key.start_mark,
+                )
+        return node
+
     def construct_document(self, node: yaml.Node) -> Any:
         if _size(node, {}, set()) > MAX_VALUES:
             raise yaml.YAMLError(f"expands to over {MAX_VALUES:,} values")
         return super().construct_document(node)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def describe_yaml_error(error: Exception) -> str:
+    """What is wrong, for messages."""
+    return getattr(error, "problem", None) or str(error)
 
 
 def _size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:

@@ -14,6 +14,7 @@ import yaml
 from sentcompress.errors import RecipeError, SentCompressError
 from sentcompress.estimate.plan import TOKENS_PER_SENTENCE, UNTOUCHED, token_budget
 from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.recipe.reading import describe_yaml_error, read_yaml
 
 NAME_LENGTH = 120
 """Characters of a grid point's name: the files below its folder stay within every file system's limits."""
@@ -93,10 +94,11 @@ def _axis(text: str) -> Axis:
                 f"--grid {text}: an empty value", fix="write null for no value, '' for empty text"
             )
         try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
+            parsed = read_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(
-                f"--grid {text}: '{value}' is not valid YAML", fix="close its brackets, or quote it"
+                f"--grid {text}: '{value}' is not valid YAML: {describe_yaml_error(error)}",
+                fix="close its brackets, or quote it",
             ) from None
         if repr(parsed) in seen:
             raise RecipeError(f"--grid {text}: '{value}' is there twice", fix="leave one of the two out")
@@ -210,7 +212,7 @@ def _refuse_duplicates(points: Sequence[GridPoint]) -> None:
 
 def value_text(value: str) -> str:
     """A value as a table shows it: ``{name: attention, options: {latents: 4}}`` is ``attention latents=4``."""
-    parsed = yaml.safe_load(value)
+    parsed = read_yaml(value)
     if isinstance(parsed, dict) and isinstance(parsed.get("name"), str):
         options = parsed.get("options") or {}
         if set(parsed) <= {"name", "options"} and isinstance(options, dict):
