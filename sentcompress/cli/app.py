@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import warnings
@@ -21,6 +20,7 @@ from sentcompress.cli import (
     plugins,
     recipes,
     run,
+    streams,
     sweep,
     train,
     validate,
@@ -95,17 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if not debugging():
         # Users do not need to see which line of the source raised a warning.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
-    for stream in (sys.stdout, sys.stderr):
-        # Characters that the terminal cannot show must not end a run.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
+    code: int | str | None = 0
     try:
-        with exit_on_sigterm():
-            exit_with_the_launcher()
-            check_environment()
-            app(arguments, prog_name="sentcompress")
+        try:
+            with exit_on_sigterm():
+                exit_with_the_launcher()
+                check_environment()
+                app(arguments, prog_name="sentcompress")
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1  # as click has it; the reader of stdout has had enough
     except Exception as error:
-        sys.exit(report(error))
+        code = report(error)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        code = 130
+    sys.exit(code or 0)
