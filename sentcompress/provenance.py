@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sentcompress import __version__
 from sentcompress.errors import SentCompressError
+from sentcompress.packages import installed_version
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 
@@ -128,12 +128,7 @@ def plugin_packages(recipe: Recipe) -> dict[str, str]:
 def packages() -> dict[str, str]:
     """Versions of Python, ours and what we compute with."""
     found = {"python": platform.python_version(), "sentcompress": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    return found | {name: installed_version(name) or "missing" for name in PACKAGES}
 
 
 def device_name(device: Any) -> str:

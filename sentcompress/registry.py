@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 
 from sentcompress import __version__, contracts, hookspecs
 from sentcompress.errors import PluginError, RecipeError, did_you_mean
+from sentcompress.packages import entry_points, foreign_import, name_of, version_of
 
 GROUP = "sentcompress"
 KINDS = {
@@ -43,6 +46,12 @@ class Plugin:
     def status(self) -> str:
         return "broken" if self.error else "ok"
 
+    def importing(self) -> AbstractContextManager[None]:
+        """For a block that imports its code: what it prints stays out of stdout, unless it is built in."""
+        if self.package == "sentcompress":
+            return nullcontext()
+        return foreign_import(f"plugin '{self.name}' of package '{self.package}'")
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -62,15 +71,8 @@ class Registry:
         for folder in KINDS.values():
             self._load(Plugin(folder, "sentcompress", __version__, f"sentcompress.{folder}"))
         for entry_point in _selected_entry_points():
-            dist = entry_point.dist
-            self._load(
-                Plugin(
-                    entry_point.name,
-                    dist.name if dist else "?",
-                    dist.version if dist else "?",
-                    entry_point.value,
-                )
-            )
+            package, version = name_of(entry_point.dist), version_of(entry_point.dist)
+            self._load(Plugin(entry_point.name, package, version, entry_point.value))
 
     def _load(self, plugin: Plugin) -> None:
         self.plugins.append(plugin)
@@ -79,15 +81,16 @@ class Registry:
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(hookspecs)
         try:
-            manager.register(importlib.import_module(plugin.module.partition(":")[0]), name=plugin.name)
-            manager.check_pending()
-            for kind, suffix in KINDS.items():
+            with plugin.importing():
+                manager.register(_imported(plugin.module), name=plugin.name)
+                manager.check_pending()
+                for kind, suffix in KINDS.items():
 
-                def register(name: str, cls: type | str, kind: str = kind) -> None:
-                    claims.append((kind, name, _checked_target(kind, name, cls)))
+                    def register(name: str, cls: type | str, kind: str = kind) -> None:
+                        claims.append((kind, name, _checked_target(kind, name, cls)))
 
-                getattr(manager.hook, f"register_{suffix}")(register=register)
-        except (KeyboardInterrupt, MemoryError):
+                    getattr(manager.hook, f"register_{suffix}")(register=register)
+        except KeyboardInterrupt:
             raise
         except BaseException as error:  # importing a plugin may even call sys.exit()
             plugin.error = f"{type(error).__name__}: {error}"
@@ -124,11 +127,15 @@ class Registry:
         claim = self._claim(kind, name)
         if not isinstance(claim.target, str):
             return claim.target
+        plugin = claim.plugin
         module, _, attribute = claim.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            plugin = claim.plugin
+            with plugin.importing():
+                found: type = _checked_class(kind, name, getattr(importlib.import_module(module), attribute))
+                return found
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # as in _load
             raise PluginError(
                 f"{kind} '{name}' of package '{plugin.package}' {plugin.version} cannot be imported: "
                 f"{type(error).__name__}: {error}",
@@ -203,11 +210,13 @@ def describe_component(kind: str, component: object) -> str:
 
 def _selected_entry_points() -> list[metadata.EntryPoint]:
     """The entry points of plugins; SENTCOMPRESS_PLUGINS=a,b restricts them by name (empty: none)."""
-    found = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value))
     wanted = os.environ.get("SENTCOMPRESS_PLUGINS")
+    names = {name.strip() for name in (wanted or "").split(",") if name.strip()}
+    if wanted is not None and not names:
+        return []
+    found = entry_points(GROUP)
     if wanted is None:
         return found
-    names = {name.strip() for name in wanted.split(",") if name.strip()}
     missing = names - {entry_point.name for entry_point in found}
     if missing:
         raise PluginError(
@@ -217,6 +226,15 @@ def _selected_entry_points() -> list[metadata.EntryPoint]:
     return [entry_point for entry_point in found if entry_point.name in names]
 
 
+def _imported(target: str) -> Any:
+    """The module of an entry point such as ``module`` or ``module:name``. Raises whatever its import raises."""
+    module, _, attribute = target.partition("[")[0].strip().partition(":")
+    imported = importlib.import_module(module.strip())
+    if attribute.strip():  # the hooks are the module's, but a name that is not there is a mistake
+        operator.attrgetter(attribute.strip())(imported)
+    return imported
+
+
 def _checked_target(kind: str, name: str, cls: Any) -> Any:
     if not isinstance(name, str) or not name or name != name.strip():
         raise TypeError(f"a {kind} must be registered under a non-empty name, not {name!r}")
@@ -224,6 +242,10 @@ def _checked_target(kind: str, name: str, cls: Any) -> Any:
         if cls.count(":") != 1:
             raise TypeError(f"{kind} '{name}': write 'module:Class', not {cls!r}")
         return cls
+    return _checked_class(kind, name, cls)
+
+
+def _checked_class(kind: str, name: str, cls: Any) -> Any:
     contract = getattr(contracts, kind.capitalize())
     if not (isinstance(cls, type) and issubclass(cls, contract)):
         raise TypeError(

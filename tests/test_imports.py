@@ -21,8 +21,9 @@ _TABLE = {
     "files": "errors",
     "locks": "",
     "table": "",
+    "packages": "",
     "contracts": "",
-    "registry": "errors hookspecs contracts",
+    "registry": "errors hookspecs packages contracts",
     "recipe": "errors registry",
     "distributed": "errors",
     "segmenters": "errors hookspecs contracts",
@@ -30,10 +31,10 @@ _TABLE = {
     "backbones": "errors hookspecs contracts",
     "datasets": "errors hookspecs contracts registry",
     "metrics": "hookspecs contracts",
-    "text": "errors files locks contracts registry",
+    "text": "errors files locks packages contracts registry",
     "modeling": "errors files contracts registry recipe",
     "generation": "errors contracts registry recipe text modeling",
-    "provenance": "errors registry recipe modeling",
+    "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation provenance",
     "estimate": "errors table contracts registry recipe modeling generation training",
     "benchmark": "errors files table contracts registry recipe distributed text modeling generation provenance "
@@ -41,7 +42,7 @@ _TABLE = {
     "pipeline": "errors files recipe distributed training benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
     "testing": "errors contracts registry recipe text modeling",
-    "cli": "errors files table registry recipe distributed datasets text modeling generation training "
+    "cli": "errors files table packages registry recipe distributed datasets text modeling generation training "
     "estimate benchmark pipeline studies",
     "__main__": "cli",
 }

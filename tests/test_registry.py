@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ BROKEN = {
         "import sentcompress\n@sentcompress.hookimpl\ndef register_fusions(register): register('x', 'none')",
         "TypeError: fusion 'x': write 'module:Class'",
     ),
+    "fails as if memory were short": ("raise MemoryError('no')", "MemoryError: no"),
     "no name": (
         "import sentcompress\n@sentcompress.hookimpl\n"
         "def register_segmenters(register): register('', sentcompress.Segmenter)",
@@ -179,6 +181,126 @@ def test_a_lazy_target_that_cannot_be_imported_names_the_package(site: Site):
     )
     with pytest.raises(PluginError, match=r"'lazy' of package 'lazy-bad' 1\.2 cannot be imported"):
         Registry().get("fusion", "lazy")
+
+
+def test_a_lazy_target_is_checked_like_a_class(site: Site):
+    code = (
+        "import sentcompress\n@sentcompress.hookimpl\ndef register_fusions(register): register('lazy', '{}')"
+    )
+    site.install("lazy-other", code.format("json:JSONDecoder"))
+    with pytest.raises(PluginError, match=r"must be a subclass of sentcompress\.Fusion"):
+        Registry().get("fusion", "lazy")
+
+
+@pytest.mark.parametrize("attribute", ["nothing", "Lines.nothing"])
+def test_an_entry_point_to_a_name_that_is_not_there_is_broken(site: Site, attribute: str):
+    site.install("good-lines", SEGMENTER.format(name="lines"))
+    info = site.folder / "good_lines-1.2.dist-info" / "entry_points.txt"
+    info.write_text(
+        f"[sentcompress]\na = good_lines:{attribute}\nb = good_lines:Lines.split\nc = not_there\n"
+    )
+    registry = Registry()
+    assert "has no attribute 'nothing'" in plugin(registry, "a").error
+    assert plugin(registry, "b").status == "ok"
+    assert "No module named 'not_there'" in plugin(registry, "c").error
+
+
+FOREIGN = {
+    "entry points that do not parse": {"entry_points.txt": b"[console_scripts]\nother\n"},
+    "entry points not in UTF-8": {"entry_points.txt": b"[console_scripts]\n\xff = other:main\n"},
+    "our entry points, not in UTF-8": {"entry_points.txt": b"[sentcompress]\n\xff = other\n"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_somebody_elses_broken_metadata_is_left_out_and_named(site: Site, files: dict[str, bytes]):
+    site.install("good-lines", SEGMENTER.format(name="lines"))
+    site.install("other", "")
+    for name, content in files.items():
+        (site.folder / "other-1.2.dist-info" / name).write_bytes(content)
+    listed = site.run("plugins", "--json")
+    assert listed.returncode == 0, listed.stderr
+    assert json.loads(listed.stdout)["good_lines"]["status"] == "ok"
+    assert listed.stderr.count(f"package 'other' in {site.folder} is left out") == 1
+    none = site.run("validate", "quickstart", SENTCOMPRESS_PLUGINS="")
+    assert none.returncode == 0, none.stderr
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, "", "Metadata-Version: 2.1\n", "Name: good-lines\n", b"Name: \xff\n"]
+)
+def test_a_plugin_whose_package_does_not_say_its_name_or_version_works(
+    site: Site, metadata: str | bytes | None
+):
+    site.install("good-lines", SEGMENTER.format(name="lines"))
+    path = site.folder / "good_lines-1.2.dist-info" / "METADATA"
+    path.unlink()
+    if metadata is not None:
+        path.write_bytes(metadata.encode() if isinstance(metadata, str) else metadata)
+    owner = Registry().owner("segmenter", "lines")
+    assert owner.package.replace("-", "_") == "good_lines"
+    assert owner.version == "?"
+
+
+def test_a_package_that_is_installed_twice_is_loaded_once(site: Site):
+    site.install("good-lines", SEGMENTER.format(name="lines"))
+    site.install("good-lines", SEGMENTER.format(name="lines"), version="1.3")
+    assert Registry().get("segmenter", "lines").__name__ == "Lines"
+
+
+def test_torch_is_imported_beside_broken_metadata(site: Site):
+    """Python's own entry_points fails for all packages then, and with it torch's search for its backends."""
+    site.install("other", "")
+    (site.folder / "other-1.2.dist-info" / "entry_points.txt").write_text("[console_scripts]\nother\n")
+    done = site.run("estimate", "quickstart", "--device", "a100")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("package 'other'") == 1
+
+
+RUDE = """
+import logging, os, signal, subprocess, sys
+print("printed")
+os.write(1, b"written\\n")
+subprocess.run([sys.executable, "-c", "print('by a child')"])
+import ctypes
+ctypes.CDLL(None).printf(b"by C code")
+logging.basicConfig(stream=sys.stdout, level=logging.INFO)
+logging.info("logged")
+os.chdir("/")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+"""
+
+
+def test_what_a_plugin_prints_while_it_is_imported_goes_to_stderr(site: Site):
+    lazy = '\n@sentcompress.hookimpl\ndef register_fusions(register): register("late", "late_rude:Late")\n'
+    site.install("rude-lines", RUDE + SEGMENTER.format(name="lines") + lazy)
+    fusion = "import sentcompress\nclass Late(sentcompress.Fusion): 'Late.'"
+    (site.folder / "late_rude.py").write_text(RUDE.replace("printed", "late") + fusion)
+    listed = site.run("plugins", "--json")
+    assert json.loads(listed.stdout)["rude_lines"]["status"] == "ok"
+    for text in ("printed", "written", "by a child", "by C code", "logged"):
+        assert text in listed.stderr
+    shown = site.run("plugins", "show", "late")
+    assert shown.stdout.startswith("fusion late (rude-lines 1.2)\nLate."), shown.stdout
+    (site.folder / "r.yaml").write_text("name: x\n")
+    assert site.run("validate", "r.yaml").returncode == 0  # the current folder is still the one it was
+
+
+def test_a_plugin_leaves_the_signals_alone(site: Site):
+    before = signal.getsignal(signal.SIGTERM)
+    site.install("rude-lines", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n")
+    Registry()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_import_that_does_not_end_is_named(site: Site, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sentcompress.packages.SLOW_IMPORT_SECONDS", 0.05)
+    site.install("slow-lines", "import time\ntime.sleep(0.5)\n" + SEGMENTER.format(name="lines"))
+    Registry()
+    said = capsys.readouterr().err
+    assert "still importing plugin 'slow_lines' of package 'slow-lines'" in said
+    assert "SENTCOMPRESS_PLUGINS" in said
 
 
 def test_two_plugins_claiming_one_name_is_an_error_that_names_both(site: Site):

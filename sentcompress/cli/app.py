@@ -30,6 +30,7 @@ from sentcompress.cli.common import examples
 from sentcompress.cli.error_messages import DEBUG_VARIABLE, debugging, report
 from sentcompress.distributed import check_environment, exit_on_sigterm, exit_with_the_launcher
 from sentcompress.files import printable
+from sentcompress.packages import leave_out_broken_packages
 
 app = typer.Typer(
     name="sentcompress",
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Users do not need to see which line of the source raised a warning.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     streams.prepare()
+    leave_out_broken_packages()
     code: int | str | None = 0
     try:
         try:

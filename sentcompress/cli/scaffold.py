@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sentcompress import __version__
 from sentcompress.errors import InputError, did_you_mean
 from sentcompress.files import storage_errors
+from sentcompress.packages import installed_version
 
 if TYPE_CHECKING:
     from sentcompress.registry import Registry
@@ -145,9 +146,8 @@ def _check_free(name: str, kind: str, registry: Registry) -> None:
         raise InputError(
             f"there is already a {kind} called '{name}', from package {owners}", fix="choose another name"
         )
-    try:
-        version = metadata.version(PREFIX + name)
-    except metadata.PackageNotFoundError:
+    version = installed_version(PREFIX + name)
+    if version is None:
         return
     raise InputError(
         f"a package '{PREFIX}{name}' {version} is installed; the new one would replace it",

@@ -24,6 +24,7 @@ from sentcompress.contracts import Dataset, Segmenter
 from sentcompress.errors import InputError, SentCompressError, StorageError
 from sentcompress.files import file_digest, fsync
 from sentcompress.locks import open_lock_file, try_lock, wait_for_lock
+from sentcompress.packages import installed_version
 
 FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""
@@ -116,12 +117,10 @@ def _code_of(cls: type) -> str:
 def _version_of(module: str) -> str:
     """The version of the distribution that contains a module; empty if there is none."""
     top = module.partition(".")[0]
-    try:
-        return metadata.version(top)
-    except metadata.PackageNotFoundError:
-        pass
+    if (version := installed_version(top)) is not None:
+        return version
     names = metadata.packages_distributions().get(top, [])
-    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
+    return ", ".join(f"{name} {installed_version(name)}" for name in sorted(set(filter(None, names))))
 
 
 def open_cached(
