@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sentcompress.errors import StorageError
+from sentcompress.errors import InputError, StorageError
 
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,6 +33,29 @@ def printable(text: str) -> str:
         else c
         for c in text
     )
+
+
+def checked_text(value: Any, what: str) -> str:
+    """The value, if it is text that can be tokenized and written to a file.
+
+    Args:
+        what: names it in messages, such as ``the prompt``.
+
+    Raises:
+        InputError: it is not a string, or holds a lone surrogate: half a UTF-16 pair, or a byte that was not UTF-8.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be text (str), not {type(value).__name__}", fix="give a str")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what}: character {error.start + 1} ({value[error.start]!r}) is a lone surrogate, not text; bytes that "
+            "are not UTF-8 become such characters",
+            fix="give the text as UTF-8, or replace them: "
+            "text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')",
+        ) from None
+    return value
 
 
 @contextmanager

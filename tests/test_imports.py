@@ -33,7 +33,7 @@ _TABLE = {
     "metrics": "hookspecs contracts",
     "text": "errors files locks packages contracts registry",
     "modeling": "errors files contracts registry recipe",
-    "generation": "errors contracts registry recipe text modeling",
+    "generation": "errors files contracts registry recipe text modeling",
     "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation provenance",
     "estimate": "errors table contracts registry recipe modeling generation training",

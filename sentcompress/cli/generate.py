@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from sentcompress.cli.common import console, examples, quick_imports
 from sentcompress.cli.options import FieldCommand, model_options
-from sentcompress.files import printable
+from sentcompress.files import checked_text, printable
 
 if TYPE_CHECKING:
     from sentcompress.generation import GenerationSettings
@@ -26,7 +27,8 @@ def _default_settings() -> GenerationSettings:
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceLM, such as OUT/graft.")],
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")
+        str,
+        typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input, as UTF-8."),
     ],
     quantize: Annotated[
         str,
@@ -40,7 +42,7 @@ def generate(
     """Continue PROMPT with a grafted model; sentences appear as they are written."""
     from sentcompress.errors import InputError
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else checked_text(prompt, "the prompt")
     if not text.strip():
         raise InputError("the prompt is empty", fix="give some text to continue")
 
@@ -60,6 +62,21 @@ def generate(
     typer.echo()
 
 
+def _standard_input() -> str:
+    """All of standard input, as UTF-8 whatever the locale says: so are the files that a model is trained on."""
+    from sentcompress.errors import InputError
+
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    try:
+        return checked_text(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input: not UTF-8 (byte {error.start})",
+            fix="convert it, such as with: iconv -f ISO-8859-1 -t UTF-8",
+        ) from None
+
+
 def reconstruct(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceVAE or SentenceLM.")],
     sentence: Annotated[
@@ -72,7 +89,7 @@ def reconstruct(
     """
     from sentcompress.errors import InputError
 
-    if not sentence.strip():
+    if not checked_text(sentence, "the sentence").strip():
         raise InputError("the sentence is empty", fix="give some text to reconstruct")
 
     from rich.table import Table

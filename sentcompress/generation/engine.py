@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
+from sentcompress.files import checked_text
 from sentcompress.generation.backbone_cache import BackboneCache
 from sentcompress.generation.compiled import CompiledStep
 from sentcompress.generation.conditioned_text import ConditionedText
 from sentcompress.generation.output_head import OutputHead, make_head
 from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
-from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
+from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import pad_sentences
 from sentcompress.recipe.sections import CacheKind, HeadKind
@@ -84,6 +85,7 @@ class SentenceGenerator:
         self.model = model
         self.tokenizer = tokenizer
         if tokenizer is not None:
+            _require_tokenizer(tokenizer)
             self.segmenter = segmenter or model.config.vae_config.load_segmenter(tokenizer)
         self.device = next(model.parameters()).device
         self._heads: dict[tuple[HeadKind, int], OutputHead] = {}
@@ -127,16 +129,23 @@ class SentenceGenerator:
         """Continue each prompt; results are in the order of the prompts.
 
         Args:
-            prompts: texts; an unfinished last sentence is completed first.
+            prompts: a list of texts, not a single one; an unfinished last sentence is completed first.
             settings: by default greedy with 128 new tokens.
             on_sentence: called with the prompt's index and each new piece of text as it is generated.
             prefix: text before every prompt, from :meth:`read_prefix`.
 
         Raises:
-            InputError: a prompt is empty, or has more sentences than the backbone has positions.
+            InputError: a prompt is empty or not text, or has more sentences than the backbone has positions.
         """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise InputError(
+                f"prompts must be a list of texts, not {type(prompts).__name__}",
+                fix='put a single prompt in a list: generate(["The sun is up."])',
+            )
+        settings = GenerationSettings.given(settings)
         texts = [self._read(index, Generation(prompt), prefix) for index, prompt in enumerate(prompts)]
-        settings = settings or DEFAULT_SETTINGS
+        if not texts:
+            return []
         for index, _, piece in self._run(texts, settings, prefix):
             if on_sentence and piece:
                 on_sentence(index, piece)
@@ -155,7 +164,8 @@ class SentenceGenerator:
         Raises:
             InputError: the text is empty, or has more sentences than the backbone has positions.
         """
-        if not text.strip():
+        _require_tokenizer(self.tokenizer)
+        if not checked_text(text, "the prefix").strip():
             raise InputError("the prefix is empty", fix="give some text, or leave it out")
         sentences = [list(ids) for _, ids in sentences_to_ids(text, self.segmenter, self.tokenizer)]
         self._require_room("the prefix", len(sentences))
@@ -204,8 +214,9 @@ class SentenceGenerator:
         self, prompt: str, settings: GenerationSettings | None = None, prefix: Prefix | None = None
     ) -> Iterator[str]:
         """Yield the new text of one prompt piece by piece, a sentence at a time."""
+        settings = GenerationSettings.given(settings)
         texts = [self._read(0, Generation(prompt), prefix)]
-        for _, _, piece in self._run(texts, settings or DEFAULT_SETTINGS, prefix):
+        for _, _, piece in self._run(texts, settings, prefix):
             if piece:
                 yield piece
 
@@ -270,7 +281,8 @@ class SentenceGenerator:
 
     def _read(self, index: int, result: Generation, before: Prefix | None = None) -> _Text:
         """Split a prompt into complete sentences and an unfinished one."""
-        text = (before.text if before else "") + result.prompt
+        _require_tokenizer(self.tokenizer)
+        text = (before.text if before else "") + checked_text(result.prompt, f"prompt {index + 1}")
         if not text.strip():
             raise InputError("the prompt is empty", fix="give some text to continue")
         pieces = sentences_to_ids(text, self.segmenter, self.tokenizer)
@@ -381,3 +393,11 @@ def ends_in_sentence(text: str, segmenter: Segmenter) -> bool:
         if end == len(text):
             return True
     return False
+
+
+def _require_tokenizer(tokenizer: Any) -> None:
+    if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, bytes):
+        raise InputError(
+            f"the tokenizer is {type(tokenizer).__name__}, not a tokenizer",
+            fix="give the one saved with the model: AutoTokenizer.from_pretrained(FOLDER)",
+        )

@@ -54,6 +54,18 @@ class GenerationSettings(DecodingOptions):
         return self
 
     @classmethod
+    def given(cls, settings: GenerationSettings | None) -> GenerationSettings:
+        """What a caller gave, or the defaults. Raises InputError for anything else, such as a dict."""
+        if settings is None:
+            return DEFAULT_SETTINGS
+        if not isinstance(settings, cls):
+            raise InputError(
+                f"settings must be a GenerationSettings, not {type(settings).__name__}",
+                fix="write GenerationSettings(max_new_tokens=64)",
+            )
+        return settings
+
+    @classmethod
     def checked(cls, values: Mapping[str, Any], where: str = "") -> GenerationSettings:
         """Settings as a user gave them.
 

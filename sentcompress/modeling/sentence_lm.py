@@ -166,13 +166,16 @@ class SentenceLM(PreTrainedModel):
         """Continue texts sentence by sentence.
 
         Args:
-            prompts: texts.
+            prompts: a list of texts, not a single one.
             tokenizer: the one saved with the model.
             prefix: text before every prompt, which is read only once.
             **settings: fields of :class:`sentcompress.generation.GenerationSettings`, such as ``max_new_tokens``.
 
         Returns:
             one result per prompt.
+
+        Raises:
+            InputError: a prompt is empty or not text, or a setting is unknown or does not fit.
         """
         # Generation is built on the models: this method is the one arrow back (tests/test_imports.py).
         from sentcompress.generation.engine import SentenceGenerator
@@ -180,7 +183,7 @@ class SentenceLM(PreTrainedModel):
 
         generator = SentenceGenerator(self, tokenizer)
         shared = None if prefix is None else generator.read_prefix(prefix)
-        chosen = GenerationSettings(**{**DEFAULT_SETTINGS.model_dump(), **settings})
+        chosen = GenerationSettings.checked({**DEFAULT_SETTINGS.model_dump(), **settings})
         return generator.generate(prompts, chosen, prefix=shared)
 
     def rows(self, latents: Tensor, sentence_index: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,61 @@ def test_batched_equals_alone_and_order_is_kept(generator):
     assert [g.prompt for g in together] == PROMPTS
     for prompt, result in zip(PROMPTS, together, strict=True):
         assert run(generator, [prompt])[0].token_ids == result.token_ids
+
+
+def test_no_prompts_give_no_results(generator):
+    assert run(generator, []) == []
+    assert run(generator, (prompt for prompt in ())) == []
+
+
+def test_prompts_may_come_as_any_iterable_of_texts(generator):
+    expected = [g.text for g in run(generator, PROMPTS[:2])]
+    for prompts in (tuple(PROMPTS[:2]), (p for p in PROMPTS[:2]), np.array(PROMPTS[:2])):
+        assert [g.text for g in run(generator, prompts)] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "parts"),
+    [
+        ("Hello", ["prompts must be a list of texts, not str", "generate(["]),
+        (b"Hello", ["prompts must be a list of texts, not bytes"]),
+        (None, ["prompts must be a list of texts, not NoneType"]),
+        ([""], ["the prompt is empty"]),
+        (["Hello", None], ["prompt 2 must be text (str), not NoneType"]),
+        ([b"Hello"], ["prompt 1 must be text (str), not bytes"]),
+        ([["Hello"]], ["prompt 1 must be text (str), not list"]),
+        (np.array([1, 2]), ["prompt 1 must be text (str), not int64"]),
+        (["fine", "a\ud800b"], ["prompt 2: character 2 ('\\ud800') is a lone surrogate"]),
+        ([os.fsdecode(b"caf\xe9")], ["prompt 1: character 4", "UTF-8"]),
+    ],
+)
+def test_prompts_that_are_not_texts_are_refused(generator, prompts, parts):
+    calls = [lambda: run(generator, prompts), lambda: generator.model.generate(prompts, generator.tokenizer)]
+    for call in calls:
+        with pytest.raises(InputError) as caught:
+            call()
+        for part in parts:
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [["Hello"], None, 5, "a\ud800", " "])
+def test_a_single_text_is_checked_too(generator, text):
+    with pytest.raises(InputError, match="prefix"):
+        generator.read_prefix(text)
+    with pytest.raises(InputError, match="prompt"):
+        next(generator.stream(text))
+
+
+def test_settings_and_tokenizers_of_a_wrong_kind_are_refused(generator):
+    with pytest.raises(InputError, match="settings must be a GenerationSettings, not dict"):
+        generator.generate(["Hello"], {"max_new_tokens": 5})
+    with pytest.raises(InputError, match=r"max_new_token: unknown key. Did you mean 'max_new_tokens'\?"):
+        generator.model.generate(["Hello"], generator.tokenizer, max_new_token=5)
+    with pytest.raises(InputError, match="temperature: "):
+        generator.model.generate(["Hello"], generator.tokenizer, temperature=float("nan"))
+    for tokenizer in (None, "out/graft", ["Hello"], b"x"):
+        with pytest.raises(InputError, match=r"the tokenizer is .*, not a tokenizer"):
+            generator.model.generate(["Hello"], tokenizer)
 
 
 def test_cached_equals_uncached(generator):
