@@ -2,30 +2,35 @@
 
 Each process holds a shard of every weight, of its gradient and of the optimizer's moments. The weights of one unit (a
 block of the backbone) are gathered just before it runs and released after it; weights outside the units, mainly the
-vocabulary, stay gathered for the whole step. Nothing here is pickled: shards are safetensors files, written and read
-through torch's distributed checkpoint.
+vocabulary, stay gathered for the whole step. Shards are safetensors files, since nothing that is saved may be a
+pickle.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, is_initialized
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed import ProcessGroup, all_gather_object, get_rank, get_world_size, is_initialized
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sentcompress.distributed import processes
 from sentcompress.errors import StorageError
+from sentcompress.files import storage_errors
+
+PLACES = "DCP_SHARDING_INFO"
+"""In a shard file's metadata: where its tensors begin in the full ones, as torch's distributed checkpoint has it."""
+OFFSETS = "saved_offsets"
 
 
 def shard_model(model: nn.Module, units: Iterable[nn.Module], device: torch.device, processes: int) -> None:
@@ -113,22 +118,41 @@ def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> None:
     """Write this process's shard of each tensor; all processes write into the same folder.
 
+    The files are like those of torch's ``HuggingFaceStorageWriter``, which torch before 2.8 does not have.
+
     Args:
-        tensors: the same names in all processes; of a tensor that is not sharded, one process writes its copy.
+        tensors: the same names in all processes; of a tensor that is not sharded, the first process writes its copy.
         group: of all processes, not in use for anything else meanwhile; None takes the default group.
 
     Raises:
         StorageError: in all processes, when one of them cannot write.
     """
+    rank = get_rank(group) if is_initialized() else 0
+    own, places = {}, {}
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if rank == 0 or (isinstance(tensor, DTensor) and local.numel()):
+            first = _rows(tensor).start if isinstance(tensor, DTensor) else 0
+            own[name] = local.detach().contiguous()
+            places[name] = {OFFSETS: [first, *[0] * (tensor.ndim - 1)] if tensor.ndim else []}
+    refused = None
     try:
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise StorageError(
-            f"{folder.parent.parent}: process {rank} cannot write its shard of a checkpoint: {cause}",
-            fix="free some disk space there, or check the folder's permissions",
-        ) from cause
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+            save_file(own, file, {PLACES: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"})
+    except StorageError as error:
+        refused = str(error)
+    answers = [refused]
+    if is_initialized():
+        answers = [None] * get_world_size(group)
+        all_gather_object(answers, refused, group)
+    for process, answer in enumerate(answers):
+        if answer is not None:
+            raise StorageError(
+                f"{folder.parent.parent}: process {process} cannot write its shard of a checkpoint: {answer}",
+                fix="free some disk space there, or check the folder's permissions",
+            )
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,14 +161,36 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         like: parameters by name. A tensor whose name ends with ``/`` and one of these names is sharded the same way.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    targets: dict[str, Tensor] = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)  # safetensors hold tensors only
-        own = like.get(name.rpartition("/")[2])
-        if isinstance(own, DTensor) and own.shape == entry.size:
-            targets[name] = torch.zeros_like(own.detach(), dtype=entry.properties.dtype)
-        else:
-            targets[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
-    state_dict_loader.load(targets, storage_reader=reader, no_dist=not is_initialized())
-    return targets
+    shards: dict[str, dict[int, Any]] = {}
+    with ExitStack() as files:
+        for path in folder.glob("*.safetensors"):
+            file = files.enter_context(safe_open(path, framework="pt"))
+            places = json.loads(file.metadata()[PLACES])
+            for name in places:
+                first = sum(places[name][OFFSETS][:1])
+                shards.setdefault(name, {})[first] = file.get_slice(name)
+        return {name: _joined(parts, like.get(name.rpartition("/")[2])) for name, parts in shards.items()}
+
+
+def _joined(shards: Mapping[int, Any], like: Tensor | None) -> Tensor:
+    """A tensor from its shards by first row: sharded as ``like`` is, if that has the same shape, else whole."""
+    shape = shards[0].get_shape()
+    if not shape:
+        return cast(Tensor, shards[0][...])
+    shape = [sum(shard.get_shape()[0] for shard in shards.values()), *shape[1:]]
+    sharded = like if isinstance(like, DTensor) and list(like.shape) == shape else None
+    rows = range(shape[0]) if sharded is None else _rows(sharded)
+    found = [shards[i][max(rows.start - i, 0) : max(rows.stop - i, 0)] for i in sorted(shards)]
+    tensor = torch.cat(found)
+    if sharded is None:
+        return tensor
+    size, stride = sharded.shape, sharded.stride()
+    local = tensor.to(sharded.device)
+    return DTensor.from_local(local, sharded.device_mesh, sharded.placements, shape=size, stride=stride)
+
+
+def _rows(tensor: DTensor) -> range:
+    """The rows that this process holds: FSDP2 cuts the first dimension as ``torch.chunk`` does."""
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    each = -(-rows // mesh.size())
+    return range(rows)[mesh.get_local_rank() * each :][:each]
