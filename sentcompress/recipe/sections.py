@@ -234,7 +234,7 @@ class LoraSettings(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the adapters."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Linear modules of the backbone to adapt."""
+    """Linear layers of the backbone's blocks to adapt, by name; the experts of a mixture, too."""
 
 
 class TuneSettings(Section):

@@ -19,7 +19,7 @@ from sentcompress.errors import InputError
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.jobs import Job
 from sentcompress.training.sharding import shard_model
-from sentcompress.training.tuning import recompute_activations
+from sentcompress.training.tuning import recompute_activations, unreached_weights
 
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's names for the precisions."""
@@ -64,6 +64,8 @@ def prepare(job: Job, precision: str | None, note: Callable[[str], None]) -> Pre
     precision = _shared_precision(job, precision, note)
     # Accelerate keeps one precision for the whole process, but the stages of a recipe may differ.
     AcceleratorState._reset_state()
+    if frozen := unreached_weights(job.units):
+        note(frozen)
     # With a single latent, attention over it has no choice to make: its queries and keys get no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
