@@ -58,6 +58,23 @@ def checked_text(value: Any, what: str) -> str:
     return value
 
 
+def expand_home(path: str) -> str:
+    """The path with ``~`` or ``~user`` at its beginning replaced by that home folder, as a shell does.
+
+    A shell leaves it alone in ``--out=~/x`` and in quotes; recipes know no shell.
+
+    Raises:
+        InputError: the home folder is unknown.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(path):
+        raise InputError(
+            f"{path}: no home folder of that user is known",
+            fix="write the full path, or ./~ for a file of that name",
+        )
+    return expanded
+
+
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
     """Turn errors of the operating system while writing into a StorageError that names ``folder``."""

@@ -58,7 +58,7 @@ class Run:
         named = self.recipe.graft.teacher
         if named in (None, "backbone"):
             return None
-        return self.out / BASELINE.name if named == BASELINE.name else Path(str(named)).expanduser()
+        return self.out / BASELINE.name if named == BASELINE.name else Path(str(named))
 
     def graft_inputs(self) -> dict[str, str]:
         """Digests of the model folders that a graft starts from."""

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -267,7 +268,11 @@ def describe_validation_error(error: ValidationError, model: type, where: str) -
         elif item["type"] == "missing":
             lines.append(f"{field_name}: required, but missing")
         else:
-            lines.append(f"{field_name}: {item['msg']} (got {_short(item.get('input'))})")
+            given = item.get("input")
+            quote = ""
+            if item["type"] == "string_type" and isinstance(given, int | float | date):
+                quote = "; put quotes around it"
+            lines.append(f"{field_name}: {item['msg']} (got {_short(given)}){quote}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,9 @@ import torch
 import yaml
 
 from sentcompress.cli import main
+from sentcompress.errors import RecipeError
 from sentcompress.modeling import SentenceVAE
+from sentcompress.recipe import load_recipe
 from sentcompress.registry import Registry
 from sentcompress.testing import tiny_opt
 
@@ -412,6 +414,82 @@ def test_paths_that_cannot_be(shop, tmp_path, refused, monkeypatch, place, name)
     )
     assert ("SENTCOMPRESS_CACHE" in said) == (place == "cache")
     assert not (tmp_path / "out" / "vae" / "config.json").exists()
+
+
+@pytest.fixture
+def home(shop, tmp_path, monkeypatch):
+    """A home folder with the workshop's things in it, and another current folder."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    for name in ("backbone", "texts", "recipe.yaml", "run"):
+        (folder / name).symlink_to(getattr(shop, name.partition(".")[0]))
+    (folder / "vae").symlink_to(shop.run / "vae")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        ("validate ~/recipe.yaml", None),
+        ("train-vae ~/recipe.yaml --out=~/out", "out/vae/config.json"),
+        ("train-vae ~/recipe.yaml --out=~/out --backbone=~/backbone --data=~/texts", "out/vae/config.json"),
+        (
+            "train-vae ~/recipe.yaml --out=~/out --set backbone.model=~/backbone --set data.options.paths=[~/texts]",
+            "out/vae/config.json",
+        ),
+        ("graft ~/recipe.yaml --out=~/out --vae=~/run/vae", "out/graft/config.json"),
+        ("graft ~/recipe.yaml --out=~/out --set graft.vae=~/vae", "out/graft/config.json"),
+        ("generate ~/run/graft Hello. --max-new-tokens 1", None),
+        ("reconstruct ~/vae Hello.", None),
+        ("bench causality ~/run --out=~/bench", "bench/results.json"),
+        ("bench compare ~/run ~/run/bench/results.json", None),
+        ("sweep ~/recipe.yaml --grid seed=0,1 --out=~/sweep --dry-run", None),
+        ("plugins new verses --kind segmenter --out=~/plugin", "plugin/pyproject.toml"),
+        ("watch --once ~/run", None),
+    ],
+)
+def test_a_tilde_is_the_home_folder(home, capsys, command, made):
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 0, capsys.readouterr().err
+    assert made is None or (home / made).is_file()
+    assert not list(Path().glob("~*"))
+
+
+@pytest.mark.parametrize("field", ["backbone.model", "graft.vae", "graft.teacher", "bench.text_judge"])
+def test_fields_that_are_paths_expand_it(home, field):
+    node = load_recipe("quickstart", [f"{field}=~/there"])
+    for name in field.split("."):
+        node = getattr(node, name)
+    assert node == str(home / "there")
+    with pytest.raises(
+        RecipeError, match=rf"{field}: .*no home folder of that user is known \(got '~no-such-user/x'"
+    ):
+        load_recipe("quickstart", [f"{field}=~no-such-user/x"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train-vae quickstart --out=~no-such-user/x",
+        "watch ~no-such-user/x",
+        "bench compare ~no-such-user/x ~no-such-user/y",
+        "graft quickstart --vae=~no-such-user/x",
+        "train-vae quickstart --backbone=~no-such-user/x",
+    ],
+)
+def test_the_home_of_nobody(refused, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(command.split(), "~no-such-user/x", "no home folder of that user is known")
+
+
+def test_a_variable_of_the_shell_is_a_name_like_any_other(refused, shop):
+    refused(["validate", "$HOME/recipe.yaml"], "no recipe file '$HOME/recipe.yaml'")
+    refused(["train-vae", shop.recipe, "--data", "$HOME/texts"], "$HOME/texts", "no file there")
 
 
 def test_a_weight_that_takes_nothing_is_named(shop, tmp_path, refused):

@@ -24,7 +24,7 @@ _TABLE = {
     "packages": "",
     "contracts": "",
     "registry": "errors hookspecs packages contracts",
-    "recipe": "errors registry",
+    "recipe": "errors files contracts registry",
     "distributed": "errors",
     "segmenters": "errors hookspecs contracts",
     "fusions": "hookspecs contracts",

@@ -51,6 +51,30 @@ REFUSED = {
     "empty file": ("", ["a recipe must be a mapping of sections, not NoneType"]),
     "broken YAML": ("name: x\ngraft: {steps: 5\nseed: 1\n", ["r.yaml:3:", "broken YAML"]),
     "tab": ("name: x\ngraft:\n\tsteps: 5\n", ["r.yaml:3:1: broken YAML"]),
+    "true for a whole number": ("name: x\ngraft: {steps: true}\n", ["graft.steps: ", "not true or false"]),
+    "yes for a number": ("name: x\ngraft: {learning_rate: yes}\n", ["graft.learning_rate: ", "(got True)"]),
+    "true in a list": ("name: x\nbench: {batch_sizes: [1, true]}\n", ["bench.batch_sizes: ", "not true"]),
+    "true for an option": (
+        "name: x\nsegmenter: {name: regex, options: {max_tokens: on}}\n",
+        ["segmenter.options.max_tokens: ", "not true or false"],
+    ),
+    "true in a dictionary": (
+        "name: x\nbench: {max_memory: {0: true}, device_map: auto}\n",
+        ["bench.max_memory: ", "not true or false"],
+    ),
+    "infinity": ("name: x\ngraft: {learning_rate: .inf}\n", ["graft.learning_rate: ", "finite"]),
+    "NaN": ("name: x\ntrain_vae: {label_smoothing: .nan}\n", ["train_vae.label_smoothing: ", "finite"]),
+    "NaN as text": ("name: x\ngraft: {learning_rate: 'nan'}\n", ["graft.learning_rate: ", "finite"]),
+    "too large for a double": ("name: x\ngraft: {learning_rate: 1e400}\n", ["learning_rate: ", "finite"]),
+    "a seed of 67 bits": ("name: x\nseed: 99999999999999999999\n", ["seed: ", "at most 63 bits"]),
+    "a size of 67 bits": (
+        "name: x\ndata: {name: text, options: {heldout_documents: 99999999999999999999}}\n",
+        ["data.options.heldout_documents: ", "at most 63 bits"],
+    ),
+    "a fraction of a step": ("name: x\ngraft: {steps: 10.5}\n", ["graft.steps: ", "fractional part"]),
+    "a date for a text": ("name: x\ndescription: 2024-01-01\n", ["description: ", "put quotes around it"]),
+    "a number for a text": ("name: 5\n", ["name: ", "put quotes around it"]),
+    "no for a text": ("name: no\n", ["name: ", "(got False); put quotes around it"]),
     "a section twice": (
         "name: x\ngraft: {steps: 5}\nseed: 1\ngraft: {learning_rate: 1e-3}\n",
         ["r.yaml:4:1: broken YAML: the key 'graft' is there twice, in line 2 and in line 4"],
@@ -170,6 +194,29 @@ def test_values_mean_what_people_write(text: str, value: object):
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path):
     assert load_recipe(write(tmp_path, "\ufeffname: x\n")).name == "x"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "read"),
+    [
+        ("graft.steps", "1e3", 1000),
+        ("graft.steps", "10.0", 10),
+        ("graft.steps", "010", 10),
+        ("graft.steps", "1_000", 1000),
+        ("graft.compile", "yes", True),
+        ("graft.compile", "off", False),
+        ("graft.max_grad_norm", "1", 1.0),
+        ("bench.batch_sizes", "[1, 2.0]", [1, 2]),
+        ("bench.max_memory", "{0: 20GiB, cpu: 5}", {0: "20GiB", "cpu": 5}),
+        ("seed", str(2**63 - 1), 2**63 - 1),
+        ("description", "12:30", "12:30"),
+    ],
+)
+def test_numbers_are_read_as_they_are_meant(field: str, value: str, read: object):
+    node: object = load_recipe("quickstart", [f"{field}={value}"])
+    for name in field.split("."):
+        node = getattr(node, name)
+    assert node == read
 
 
 def test_later_overrides_win(tmp_path: Path):

@@ -23,6 +23,7 @@ from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.benchmark.scoring import check_document, score_document
 from sentcompress.benchmark.sentence_scoring import window_size
 from sentcompress.errors import InputError
+from sentcompress.files import expand_home
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
@@ -69,6 +70,7 @@ class SentenceHarnessLM(LM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        pretrained = expand_home(pretrained)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = load_sentence_lm(pretrained).to(self._device)
         require_causal(check_causality(self.model))
@@ -229,7 +231,7 @@ def heldout(pretrained: str | None = None, run: str | None = None, **_others: An
             "the task sentcompress_heldout needs the folder of a run",
             fix="add --metadata run=OUT, the folder of a run",
         )
-    folder = ModelFolder(Path(run or pretrained or ""))
+    folder = ModelFolder(Path(expand_home(run or pretrained or "")))
     recipe = folder.recipe()
     settings = recipe.bench.model_copy(update={"max_bytes_per_document": None})
     documents = heldout_documents(Models(recipe, folder).corpus, settings)

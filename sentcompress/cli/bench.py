@@ -21,7 +21,7 @@ from sentcompress.cli.bench_common import (
     measure_random,
     require_only_folder,
 )
-from sentcompress.cli.common import BackboneOption, SetOption, console, examples
+from sentcompress.cli.common import BackboneOption, SetOption, console, examples, expanded
 from sentcompress.cli.options import FieldCommand, override, recipe_options
 
 if TYPE_CHECKING:
@@ -176,7 +176,10 @@ bench_sweep.add_to(commands)
     ),
 )
 def compare(
-    results: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Folders or results.json files.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="A B ...", callback=expanded, help="Folders or results.json files."),
+    ],
 ) -> None:
     """Put several results side by side."""
     from sentcompress.benchmark.compare import compare as put_side_by_side
@@ -203,10 +206,13 @@ def scaling_law(
         list[Path],
         typer.Argument(
             metavar="FOLDER",
+            callback=expanded,
             help="Folders of finished runs, or of sweeps of them; a scaling-law.json adds the runs of an earlier law.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the results go.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", callback=expanded, help="Where the results go.")
+    ],
 ) -> None:
     """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data baseline.
 

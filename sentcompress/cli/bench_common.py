@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sentcompress.cli.common import console
+from sentcompress.cli.common import console, expanded
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 FolderArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR", help="Folder of a run (out/quickstart) or of a model (out/quickstart/graft)."
+        metavar="DIR",
+        help="Folder of a run (out/quickstart) or of a model (out/quickstart/graft).",
+        callback=expanded,
     ),
 ]
 OptionalFolder = Annotated[
     Path | None,
-    typer.Argument(metavar="[DIR]", help="Folder of a run or model; not needed with --init random."),
+    typer.Argument(
+        metavar="[DIR]", callback=expanded, help="Folder of a run or model; not needed with --init random."
+    ),
 ]
 InitOption = Annotated[
     Literal["random"] | None,
@@ -33,7 +37,13 @@ RecipeOption = Annotated[
 ]
 ResultsOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Where results go.", show_default="bench in the folder"),
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        callback=expanded,
+        help="Where results go.",
+        show_default="bench in the folder",
+    ),
 ]
 
 

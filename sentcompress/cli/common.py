@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.files import printable
+from sentcompress.files import expand_home, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WIDTH = 200
 """Width of tables that go to a file or a pipe, where wrapping at 80 columns makes no sense."""
+
+
+def expanded(path: Any) -> Any:
+    """Callback of every option and argument that takes paths: ``~`` becomes the home folder."""
+    if isinstance(path, list | tuple):
+        return [expanded(one) for one in path]
+    return path if path is None else Path(expand_home(str(path)))
+
+
+def finite(number: float | None) -> float | None:
+    """Callback of options that take a number: bounds alone let NaN pass."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter("must be a finite number")
+    return number
+
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from 'sentcompress recipes'.")
@@ -31,7 +47,10 @@ SetOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Path | None, typer.Option(help="Folder of the run.", show_default="out/NAME, with the recipe's name")
+    Path | None,
+    typer.Option(
+        help="Folder of the run.", callback=expanded, show_default="out/NAME, with the recipe's name"
+    ),
 ]
 BackboneOption = Annotated[
     str | None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sentcompress.cli.common import BackboneOption, RecipeArgument, SetOption, console, examples
+from sentcompress.cli.common import BackboneOption, RecipeArgument, SetOption, console, examples, finite
 from sentcompress.cli.train import resolve
 
 
@@ -22,7 +22,9 @@ def estimate(
     backbone: BackboneOption = None,
     sentence_tokens: Annotated[
         float,
-        typer.Option(min=1.0, max=1e6, help="Mean tokens per sentence; 'bench data' measures yours."),
+        typer.Option(
+            min=1.0, max=1e6, callback=finite, help="Mean tokens per sentence; 'bench data' measures yours."
+        ),
     ] = 15.0,
     devices: Annotated[
         str | None,
@@ -33,7 +35,9 @@ def estimate(
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1e6, help="Price of one device per hour; adds the cost of training."),
+        typer.Option(
+            min=0.0, max=1e6, callback=finite, help="Price of one device per hour; adds the cost of training."
+        ),
     ] = None,
     set_: SetOption = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.common import console, examples, quick_imports
+from sentcompress.cli.common import console, examples, expanded, quick_imports
 from sentcompress.cli.options import FieldCommand, model_options
 from sentcompress.files import checked_text, printable
 
@@ -25,7 +25,10 @@ def _default_settings() -> GenerationSettings:
 
 @model_options(_default_settings)
 def generate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceLM, such as OUT/graft.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", callback=expanded, help="Folder of a SentenceLM, such as OUT/graft."),
+    ],
     prompt: Annotated[
         str,
         typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input, as UTF-8."),
@@ -78,7 +81,9 @@ def _standard_input() -> str:
 
 
 def reconstruct(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a SentenceVAE or SentenceLM.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=expanded, help="Folder of a SentenceVAE or SentenceLM.")
+    ],
     sentence: Annotated[
         str, typer.Argument(metavar="SENTENCE", help="Text; it is split into sentences as in training.")
     ],

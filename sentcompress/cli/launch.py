@@ -43,7 +43,8 @@ class Worker:
 def launch(
     context: typer.Context,
     processes: Annotated[
-        int, typer.Option("--processes", "-n", min=1, help="Number of processes; on GPUs, one per GPU.")
+        int,
+        typer.Option("--processes", "-n", min=1, max=4096, help="Number of processes; on GPUs, one per GPU."),
     ],
 ) -> None:
     """Run training, bench quality or bench speed in several processes on this machine: launch -n 4 graft RECIPE ...

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.common import console, examples
+from sentcompress.cli.common import console, examples, expanded
 from sentcompress.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ def new(
         str, typer.Option(metavar="KIND", help="One of segmenter, fusion, backbone, dataset, metric.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="New or empty folder to write to.", show_default="sentcompress-NAME")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="New or empty folder to write to.", show_default="sentcompress-NAME"
+        ),
     ] = None,
 ) -> None:
     """Write a package with a small working component for you to change.
@@ -96,7 +99,7 @@ def new(
     from sentcompress.registry import get_registry
 
     planned = scaffold.plan(name, kind, get_registry())
-    folder = Path(planned.package) if out is None else out.expanduser()
+    folder = out or Path(planned.package)
     scaffold.write(planned, folder)
     typer.echo(f"{folder}: the {kind} '{planned.name}' in {len(planned.files)} files. Next:\n")
     typer.echo(f"  pip install -e {shlex.quote(f'{folder}[test]')}")

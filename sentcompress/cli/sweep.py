@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sentcompress.cli.common import RecipeArgument, console, examples
+from sentcompress.cli.common import RecipeArgument, console, examples, expanded
 
 
 def sweep(
@@ -30,6 +30,7 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option(
+            callback=expanded,
             help="Folder of the sweep, with a folder for each run.",
             show_default="out/RECIPE-sweep",
         ),

@@ -25,6 +25,7 @@ from sentcompress.cli.common import (
 )
 from sentcompress.cli.options import FieldCommand, override, recipe_options
 from sentcompress.errors import InputError
+from sentcompress.files import expand_home
 
 if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
@@ -168,10 +169,9 @@ def execute(
 
 def backbone_overrides(model: str, revision: str | None = None) -> list[str]:
     """Overrides for ``--backbone`` and ``--revision``; the adapter is chosen again, by the model."""
-    from sentcompress.recipe import BackboneSpec
-
-    spec = BackboneSpec(model=model, revision=revision)
-    return [override("backbone", spec.model_dump(exclude_defaults=True) | {"model": model})]
+    return [
+        override("backbone", {"model": model} if revision is None else {"model": model, "revision": revision})
+    ]
 
 
 def data_section(path: str) -> dict[str, Any]:
@@ -180,6 +180,7 @@ def data_section(path: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such file or folder, or it is something else, such as a pipe.
     """
+    path = expand_home(path)
     found = _first_file(path)
     named = found.name.lower().endswith(_JSONL_SUFFIXES)
     # A folder is searched by suffix: JSON lines in a file with another suffix would not be found.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sentcompress.cli.common import console, examples
+from sentcompress.cli.common import console, examples, expanded, finite
 from sentcompress.files import printable
 
 if TYPE_CHECKING:
@@ -37,8 +37,12 @@ MAX_PLAIN_FIGURE = 1e9
 
 
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of many runs.")],
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 2.0,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=expanded, help="Folder of a run, or of many runs.")
+    ],
+    interval: Annotated[
+        float, typer.Option(min=0.2, max=86400.0, callback=finite, help="Seconds between updates.")
+    ] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one snapshot and exit (default without a terminal).")
     ] = False,

@@ -15,6 +15,7 @@ from sentcompress.contracts.components import (
     Reconstruction,
     Segmenter,
     SegmenterOptions,
+    UserInput,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "Reconstruction",
     "Segmenter",
     "SegmenterOptions",
+    "UserInput",
 ]
 
 

@@ -5,15 +5,60 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+LARGEST_INT = 2**63 - 1
+"""Seeds and sizes beyond it fit into no tensor."""
 
 
-class Options(BaseModel):
+class UserInput(BaseModel):
+    """Base of everything that users write: refuses unknown keys, and numbers that nobody can mean.
+
+    These are NaN and infinity, whole numbers over 63 bits, and true or false where a number belongs.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = list(_leaves_of_type(cls.model_fields[str(info.field_name)].annotation))
+        if int not in kinds and float not in kinds:
+            return value
+        takes_bool = bool in kinds or Any in kinds
+        for number in _leaves(value):
+            if isinstance(number, bool) and not takes_bool:
+                raise PydanticCustomError("number", "Input should be a number, not true or false")
+            if isinstance(number, int) and abs(number) > LARGEST_INT:
+                raise PydanticCustomError("number", "Input should be a number of at most 63 bits")
+        return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value, or those in lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _leaves_of_type(annotation: Any) -> Iterator[Any]:
+    """The classes that an annotation such as ``list[int] | None`` is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _leaves_of_type(part)
+
+
+class Options(UserInput):
     """Base of every component's options: unknown keys are refused, and values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
 
 class Component:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, ClassVar
@@ -78,7 +79,7 @@ class HubDataset(Dataset):
         options = self.options
         try:
             return load_dataset(
-                options.path,
+                os.path.expanduser(options.path),
                 options.name,
                 split=options.split,
                 revision=options.revision,

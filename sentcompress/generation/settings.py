@@ -19,7 +19,7 @@ from sentcompress.registry import describe_validation_error
 class GenerationSettings(DecodingOptions):
     """Sampling and stopping; greedy unless ``do_sample``. The decoding options are in the recipe's sections too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Maximum number of tokens to write; end marks are not counted."""

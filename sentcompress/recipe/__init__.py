@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sentcompress.errors import RecipeError, did_you_mean
+from sentcompress.files import expand_home
 from sentcompress.recipe.reading import describe_yaml_error, read_yaml
 from sentcompress.recipe.sections import (
     BackboneSpec,
@@ -177,7 +178,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe given as a path or as a shipped name."""
-    path = Path(name)
+    path = Path(expand_home(name))
     if path.is_file():
         return path
     shipped = shipped_recipes()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pkgutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from sentcompress.contracts import UserInput
+from sentcompress.errors import InputError
+from sentcompress.files import expand_home
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 HeadKind = Literal["auto", "exact", "shortlist-exact", "shortlist"]
@@ -32,10 +36,19 @@ else:
     MeasurementName = Literal[tuple(measurement_names())]
 
 
-class Section(BaseModel):
-    """Base of all sections of a recipe: unknown keys are refused."""
+def _expanded(path: str) -> str:
+    try:
+        return expand_home(path)
+    except InputError as error:
+        raise ValueError(error.message.partition(": ")[2]) from None
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+UserPath = Annotated[str, AfterValidator(_expanded)]
+"""A path, or another name in its place, such as an alias: ``~`` at its beginning is the home folder."""
+
+
+class Section(UserInput):
+    """Base of all sections of a recipe."""
 
 
 class ComponentSpec(Section):
@@ -52,7 +65,7 @@ class BackboneSpec(Section):
 
     name: str | None = None
     """Adapter; null picks the one for this alias or model type, or ``auto`` if there is none."""
-    model: str = "opt-tiny"
+    model: UserPath = "opt-tiny"
     """Alias, hub name, local folder or GGUF file of the LLM."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -251,7 +264,7 @@ class TuneSettings(Section):
 class GraftSettings(TrainingSettings, TuneSettings):
     """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
 
-    vae: str | None = Field(default=None, json_schema_extra={"path": True})
+    vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
     """Folder of a trained SentenceVAE; null uses the one from this run."""
     passages_per_batch: int = Field(default=8, ge=1)
     """Passages per micro-batch (the paper: 1)."""
@@ -272,7 +285,7 @@ class GraftSettings(TrainingSettings, TuneSettings):
     """Put a learned vector before each document to predict its first sentence (the paper has none)."""
     stop_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on stop decisions."""
-    teacher: str | None = None
+    teacher: UserPath | None = None
     """Distill from a token-level LLM on the same text: ``backbone`` (before training), ``baseline`` (then trained
     first), or the folder of a causal LM with the same tokenizer."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
@@ -379,5 +392,5 @@ class BenchSettings(DecodingOptions):
     """Sampling temperature of ``text``."""
     text_top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling of ``text``: sample from the most likely tokens that add up to this probability."""
-    text_judge: str | None = Field(default=None, min_length=1)
+    text_judge: UserPath | None = Field(default=None, min_length=1)
     """LLM that scores ``text``: an alias, hub name, folder or GGUF file; null uses none."""
