@@ -65,6 +65,9 @@ class Component:
     """Base of the components without torch. ``options`` defaults to the class' ``Options()``."""
 
     Options: ClassVar[type[Options]] = Options
+    same_results_as: ClassVar[str] = ""
+    """BLAKE2b digest (16 bytes, in hex) of an earlier source file that gave the same results for everything it could
+    read: its token caches stay valid, and its runs can be resumed. Remove it when results change."""
 
     def __init__(self, options: Any | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
