@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sentcompress.cli.app import main
 from sentcompress.cli.common import console
-from sentcompress.datasets import jsonl
+from sentcompress.datasets import _files, jsonl
 from sentcompress.errors import DataError, ModelFolderError, RecipeError
 from sentcompress.files import printable
 from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
@@ -129,7 +129,7 @@ def test_escape_sequences_are_shown_and_not_obeyed(capsys, monkeypatch, debug):
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_zip_bomb_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, suffix, end):
     """bombs 96, seed 0: the line ended in the very piece of the file that made it too long."""
-    monkeypatch.setattr(jsonl, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(_files, "LARGEST_DOCUMENT", 1 << 20)
     path = tmp_path / f"bomb{suffix}"
     line = json.dumps({"text": "a" * (64 << 20)}).encode() + end
     if suffix.endswith("gz"):

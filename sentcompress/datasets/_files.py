@@ -9,16 +9,41 @@ import json
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+from pydantic import AfterValidator, Field
+
+from sentcompress.datasets._packed import without_packing
 from sentcompress.errors import DataError
+
+SUFFIXES = {
+    "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
+    "parquet": (".parquet", ".arrow", ".feather", ".ipc"),
+    "text": (".txt", ".md"),
+    "csv": (".csv", ".tsv"),
+}
+"""What each dataset searches a folder for, compressed or not; ``--data`` takes the first one that is there."""
+
+
+def not_blank(value: str) -> str:
+    """Raise ValueError for an empty path: it would stand for the current folder."""
+    if not value.strip():
+        raise ValueError("must not be empty (. is the current folder)")
+    return value
+
+
+PathName = Annotated[str, AfterValidator(not_blank)]
+Paths = Annotated[list[PathName], Field(min_length=1)]
 
 LARGEST_DOCUMENT = 1 << 25
 """Bytes a document of text may have, and a line of JSON, decompressed: a file of a few kB may stand for one of many GB.
 Cut and tokenized, it takes 1 GB of memory at most; parsed, a line of nothing but brackets takes 24 times its bytes."""
 
+_KINDS_SHOWN = 6
 _OPTION = "data.options.paths (or --data)"
 _SPECIAL = (
     (stat.S_ISFIFO, "a pipe"),
@@ -31,8 +56,10 @@ _SPECIAL = (
 def find_files(paths: Sequence[str], suffixes: tuple[str, ...], *, say: bool = False) -> list[Path]:
     """Files named by paths, folders (searched recursively for ``suffixes``) and globs (``**`` recurses).
 
+    Hidden files and the leftovers of programs are left out of folders and globs, see :func:`is_leftover`.
+
     Args:
-        say: print to stderr what was named more than once.
+        say: print to stderr what was named more than once, and what of a folder is left out.
 
     Returns:
         each file once, in the order of ``paths``, sorted within a folder or glob. A link to one of them is not another.
@@ -44,8 +71,10 @@ def find_files(paths: Sequence[str], suffixes: tuple[str, ...], *, say: bool = F
     for name in paths:
         matches = files_of(name, suffixes)
         if not matches and path_of(name).is_dir():
+            others = left_out(path_of(name), suffixes)
             raise DataError(
-                f"{name}: no {' or '.join('*' + s for s in suffixes)} file in this folder",
+                f"{name}: no {' or '.join('*' + s for s in suffixes)} file in this folder"
+                + (f"; it has {others}" if others else ""),
                 fix="name the files, or a glob such as 'folder/**/*.ext'",
             )
         if not matches:
@@ -54,6 +83,8 @@ def find_files(paths: Sequence[str], suffixes: tuple[str, ...], *, say: bool = F
                 f"{name}: {what} (looked in {Path.cwd()})",
                 fix=f"correct {_OPTION}; relative paths start at the current folder",
             )
+        if say:
+            say_left_out(name, suffixes)
         found += matches
     return once_each(found, say=say)
 
@@ -67,16 +98,97 @@ def files_of(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     path = path_of(name)
     mode = _mode(path)
     if mode is None:
-        matches = sorted(_globbed(path))
+        matches = sorted(match for match in _globbed(path) if not is_unasked(match, path))
     elif stat.S_ISDIR(mode):
-        matches = sorted(p for p in _below(path) if p.name.lower().endswith(suffixes))
+        matches = sorted(_searched(path, suffixes))
     else:
         matches = [path]
     return [match for match in matches if _is_file(match)]
 
 
+def say_left_out(name: str, suffixes: tuple[str, ...]) -> None:
+    """Print to stderr how many files of a folder are read, and how many of each other kind are not."""
+    folder = path_of(name)
+    if folder.is_dir() and (others := left_out(folder, suffixes)):
+        read, listed = sum(1 for _ in _searched(folder, suffixes)), ", ".join("*" + s for s in suffixes)
+        _say_once(
+            f"{name}: {read} file(s) are read ({listed}); left out: {others}. "
+            "To read others too, name them by a glob, or combine datasets with 'mix'."
+        )
+
+
+def left_out(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """How many files of a folder a search does not read, by suffix: ``3 *.csv, 1 without a suffix``; or nothing."""
+    read = set(_searched(folder, suffixes))
+    kinds = Counter(_kind(path.name) for path in _files_below(folder) if path not in read)
+    counts = [f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))]
+    more = len(counts) - _KINDS_SHOWN
+    return ", ".join(counts[:_KINDS_SHOWN]) + (f" and {more} other kind(s)" if more > 0 else "")
+
+
+def _kind(name: str) -> str:
+    plain = without_packing(name)
+    suffix = Path(plain).suffix
+    return f"*{suffix}{name.lower()[len(plain) :]}" if suffix else "without a suffix"
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Print to stderr, the same message only once; of the processes of a run, only the first one prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+_OF_PROGRAMS = (
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "@eaDir",
+    "_delta_log",
+    "_temporary",
+)
+
+
+def is_leftover(name: str, *, folder: bool = False) -> bool:
+    """Whether a name marks something hidden, or left by a program: nobody means it to be read as a document.
+
+    As ``datasets`` does, what begins with a dot, and folders that begin with two underscores (``.ipynb_checkpoints``,
+    ``._book.txt``, ``__MACOSX``). Also copies and locks of editors (``book.txt~``, ``#book.txt#``, ``~$book.txt``), and
+    folders of file systems and of table formats.
+    """
+    if folder:
+        return name.startswith((".", "__")) or name in _OF_PROGRAMS
+    return name.startswith((".", "~$")) or name.endswith("~") or (name[:1] == name[-1:] == "#")
+
+
+def is_unasked(match: Path, pattern: Path) -> bool:
+    """Whether what a glob matched is a leftover, or in a folder of leftovers, that the pattern does not spell out.
+
+    The rule of ``datasets``: the path has more such parts than the pattern.
+    """
+
+    def count(path: Path) -> int:
+        folders = sum(is_leftover(part, folder=True) for part in path.parts[:-1] if part != "..")
+        return folders + is_leftover(path.name)
+
+    return count(match) > count(pattern)
+
+
+def _searched(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The files below a folder that have one of the suffixes. A compressed copy beside its original is left out."""
+    for path in _files_below(folder):
+        plain = without_packing(path.name)
+        if plain.endswith(suffixes) and (len(plain) == len(path.name) or not path.with_suffix("").exists()):
+            yield path
+
+
 def path_of(name: str) -> Path:
-    """The path, ``~`` replaced by the home folder. Raises DataError when there is no such user."""
+    """The path, ``~`` replaced by the home folder. Raises DataError when there is no such user, or it is blank."""
+    if not name.strip():
+        raise DataError(
+            f"an empty path in {_OPTION}",
+            fix="name a file, a folder or a glob; . is the current folder",
+        )
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -103,10 +215,11 @@ def once_each(files: Iterable[Path], *, say: bool) -> list[Path]:
     return list(first.values())
 
 
-def _below(folder: Path) -> Iterable[Path]:
-    """Everything below a folder but folders; links to folders are not followed, so none leads in a circle."""
-    for place, _, names in os.walk(folder, onerror=_raise_unusable):
-        yield from (Path(place, name) for name in names)
+def _files_below(folder: Path) -> Iterable[Path]:
+    """Everything below a folder but folders and leftovers; links to folders are not followed."""
+    for place, folders, names in os.walk(folder, onerror=_raise_unusable):
+        folders[:] = [name for name in folders if not is_leftover(name, folder=True)]
+        yield from (Path(place, name) for name in names if not is_leftover(name))
 
 
 def _globbed(pattern: Path) -> Iterator[Path]:
@@ -168,32 +281,6 @@ def _raise_unusable(error: OSError) -> NoReturn:
     else:
         fix = "check the permissions of it and of the folders above it"
     raise DataError(f"{error.filename}: cannot be read: {error.strerror}", fix=fix) from None
-
-
-def refuse_other_encodings(start: bytes, where: str) -> None:
-    """Raise DataError for a file that begins as UTF-16 or UTF-32 does: with a mark, or with NULs between letters."""
-    zeros = tuple(byte == 0 for byte in start[:4])
-    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        name = "UTF-32"
-    elif start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        name = "UTF-16"
-    elif zeros in _NULS:
-        name = _NULS[zeros]
-    else:
-        return
-    raise DataError(
-        f"{where}: the file is {name}, and UTF-8 is needed",
-        fix=f"convert it: iconv -f {name} -t UTF-8 old > new",
-    )
-
-
-_NULS = {
-    (False, True, False, True): "UTF-16LE",
-    (True, False, True, False): "UTF-16BE",
-    (False, True, True, True): "UTF-32LE",
-    (True, True, True, False): "UTF-32BE",
-}
-"""Which of the first four bytes are NUL, where the text begins with letters of ASCII and has no mark."""
 
 
 def files_fingerprint(base: str, files: Iterable[Path], root: Path | None = None) -> str:

@@ -1,39 +1,36 @@
-"""``jsonl``: one JSON object a line, plain or compressed (``.gz``, ``.zst``), such as WanJuan's files."""
+"""``jsonl``: JSON lines, and JSON files that hold a list of objects; plain or compressed, such as WanJuan's files."""
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import json
+import re
 import sys
-import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import (
-    LARGEST_DOCUMENT,
-    files_fingerprint,
-    find_files,
-    refuse_other_encodings,
-)
+from sentcompress.datasets import _files
+from sentcompress.datasets._files import SUFFIXES, Paths, files_fingerprint, find_files
+from sentcompress.datasets._packed import read_pieces, without_packing
+from sentcompress.datasets._texts import split_lines, without_mark
 from sentcompress.errors import DataError, did_you_mean
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_CHUNK = 1 << 20
-_ZSTD_CHUNK = 1 << 12  # a frame of nothing but repetition grows 30,000 times
-LONGEST_LINE = LARGEST_DOCUMENT
+_SUFFIXES = SUFFIXES["jsonl"]
+_LIST = re.compile(rb"\s*\[\s*([{\]]|\Z)")
+"""How a list of objects begins; a line may be a list of something else, which is then named as a bad line."""
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 class JsonlOptions(DatasetOptions):
     """Options of ``jsonl``."""
 
-    paths: list[str] = Field(min_length=1)
-    """Files, folders (searched recursively for *.jsonl, *.jsonl.gz and *.jsonl.zst) and globs."""
+    paths: Paths
+    """Files, folders (searched recursively for *.jsonl, *.ndjson and *.jsonlines, compressed or not) and globs. A file
+    may also hold one list of objects, as *.json files do, which must be named or matched by a glob."""
     field: str = "text"
     """Key of the text in each object (``content`` in WanJuan)."""
     on_bad_line: Literal["error", "skip"] = "error"
@@ -44,6 +41,7 @@ class JsonlDataset(Dataset):
     """One document for each line."""
 
     Options: ClassVar[type[Options]] = JsonlOptions
+    same_results_as = "3189008cc022cfaf8f498d1f437c2e05"
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents. Raises DataError naming the file, the line and the fix."""
@@ -56,13 +54,10 @@ class JsonlDataset(Dataset):
         used = skipped = 0
         first_error: DataError | None = None
         for path in find_files(self.options.paths, _SUFFIXES, say=True):
-            with closing(_lines(path)) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if not line.strip():
-                        continue
-                    source = f"{path}:{number}"
+            with closing(_values(path)) as values:
+                for source, value in values:
                     try:
-                        text = self._text(line, source)
+                        text = self._text(value, source)
                     except DataError as error:
                         if self.options.on_bad_line == "error":
                             raise
@@ -76,22 +71,14 @@ class JsonlDataset(Dataset):
                 raise DataError(f"all {skipped} lines were bad; the first: {first_error.message}") from None
             print(f"{skipped} bad line(s) skipped; the first: {first_error.message}", file=sys.stderr)
 
-    def _text(self, line: bytes, source: str) -> str:
+    def _text(self, value: Any, source: str) -> str:
         """The document of a line. Raises DataError saying what is wrong with it."""
-        fix = "correct the line, or leave such lines out: --set data.options.on_bad_line=skip"
-        try:
-            # Decoded here: json guesses the encoding of bytes, and would read a first line of UTF-16.
-            value: Any = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source}: not UTF-8 (byte {error.start} of the line)", fix=fix) from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{source}: broken JSON: {error.msg} at character {error.pos + 1}", fix=fix
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}: JSON that cannot be read: {error}", fix=fix) from None
+        if isinstance(value, bytes):
+            value = _parsed(value, source)
         if not isinstance(value, dict):
-            raise DataError(f"{source}: a JSON object is needed, this is {type(value).__name__}", fix=fix)
+            raise DataError(
+                f"{source}: a JSON object is needed, this is {_JSON_NAMES[type(value)]}", fix=_FIX
+            )
         field = self.options.field
         if field not in value:
             raise DataError(
@@ -101,79 +88,114 @@ class JsonlDataset(Dataset):
             )
         text = value[field]
         if not isinstance(text, str):
-            raise DataError(f"{source}: field '{field}' is {type(text).__name__}, not text", fix=fix)
+            raise DataError(f"{source}: field '{field}' is {_JSON_NAMES[type(text)]}, not text", fix=_FIX)
         return text
 
 
-def _lines(path: Path) -> Generator[bytes, None, None]:
-    """Lines of a plain or compressed file. Raises DataError when it cannot be read to its end."""
+_FIX = "correct the line, or leave such lines out: --set data.options.on_bad_line=skip"
+_JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _parsed(line: bytes, source: str) -> Any:
     try:
-        chunks = _zstd_chunks(path) if path.name.endswith(".zst") else _plain_chunks(path)
-        yield from _utf8_lines(_split_lines(chunks, path), path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or cut short: {error}", fix="download or write it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _utf8_lines(lines: Iterator[bytes], path: Path) -> Iterator[bytes]:
-    """The lines, a byte order mark removed from the first. Raises DataError if it shows another encoding."""
-    for number, line in enumerate(lines):
-        if number == 0:
-            refuse_other_encodings(line, str(path))
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield line
-
-
-def _plain_chunks(path: Path) -> Iterator[bytes]:
-    """Pieces of a plain or gzip file."""
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rb") as file:
-        while data := file.read(_CHUNK):
-            yield data
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed pieces of a file of one or more zstd frames."""
-    try:
-        import zstandard
-    except ImportError:
+        # Decoded here: json guesses the encoding of bytes, and would read a first line of UTF-16.
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 (byte {error.start} of the line)", fix=_FIX) from None
+    except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}: reading .zst needs the package zstandard", fix="pip install 'sentcompress[data]'"
+            f"{source}: broken JSON: {error.msg} at character {error.pos + 1}", fix=_FIX
         ) from None
-    # Web-scale corpora are often packed with --long=31.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    fresh = True
-    with path.open("rb") as file:
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: JSON that cannot be read: {error}", fix=_FIX) from None
+
+
+def _values(path: Path) -> Generator[tuple[str, Any], None, None]:
+    """What stands in a file, with its place: lines as bytes, or the values of a file that is not one of lines."""
+    pieces = without_mark(read_pieces(path))
+    first = next((piece for piece in pieces if piece.strip()), b"")
+    pieces = chain([first], pieces)
+    if _LIST.match(first) or (without_packing(path.name).endswith(".json") and not _is_a_value(first)):
+        yield from _elements(pieces, path)
+        return
+    for number, line in enumerate(split_lines(pieces, str(path)), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _is_a_value(start: bytes) -> bool:
+    """Whether the first line is JSON by itself, as it is in a file of JSON lines that is called .json."""
+    try:
+        json.loads(start.lstrip().partition(b"\n")[0].decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _elements(pieces: Iterator[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    """The elements of a JSON list, or values one after the other, read a piece at a time.
+
+    Raises:
+        DataError: what stands there is not JSON, or one value is longer than a line may be.
+    """
+    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode
+    text, number, listed, ended = "", 0, False, False
+    wanted = 0  # characters, before it is worth trying again
+    for piece in chain(pieces, [b""]):
+        last = not piece
         try:
-            while data := file.read(_ZSTD_CHUNK):
-                while data:
-                    yield frame.decompress(data)
-                    fresh, data = frame.eof, frame.unused_data if frame.eof else b""
-                    if frame.eof:
-                        frame = decompressor.decompressobj()
-        except zstandard.ZstdError as error:
-            raise DataError(f"{path}: damaged: {error}", fix="download or write it again") from None
-    if not fresh:
-        raise DataError(f"{path}: damaged or cut short", fix="download or write it again")
+            text += decode(piece, last)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: not UTF-8 near element {number + 1}: {error.reason}", fix="convert it to UTF-8"
+            ) from None
+        if len(text) < wanted and not last:
+            continue
+        place = 0
+        while True:
+            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+            if not number and not listed and text.startswith("[", place):
+                listed, place = True, place + 1
+                continue
+            if listed and text.startswith("]", place):
+                ended, place = True, place + 1
+                continue
+            if place == len(text):
+                break
+            source = f"{path} (element {number + 1})"
+            try:
+                value, end = decoder.raw_decode(text, place)
+            except (ValueError, RecursionError) as error:
+                if last or ended or not isinstance(error, json.JSONDecodeError):
+                    raise _broken(source, error) from None
+                break
+            if end == len(text) and not last:  # a number may go on
+                break
+            number, place = number + 1, end
+            yield source, value
+        text = text[place:]
+        wanted = 2 * len(text)
+        if len(text) > _files.LARGEST_DOCUMENT:
+            raise DataError(
+                f"{path} (element {number + 1}): over {_files.LARGEST_DOCUMENT >> 20} MiB, or broken JSON",
+                fix="write it as JSON lines: one object a line",
+            )
+    if listed and not ended:
+        raise DataError(
+            f"{path}: the list has no end after element {number}", fix="download or write it again"
+        )
 
 
-def _split_lines(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
-    """Raises DataError at a line over ``LONGEST_LINE``, before it is whole in memory."""
-    parts: list[bytes] = []
-    size, number = 0, 1
-    for chunk in chunks:
-        for place, line in enumerate(chunk.split(b"\n")):
-            if place:  # the one before is whole
-                yield b"".join(parts)
-                parts, size = [], 0
-                number += 1
-            parts.append(line)
-            size += len(line)
-            if size > LONGEST_LINE:
-                raise DataError(
-                    f"{path}:{number}: a line of over {LONGEST_LINE >> 20} MiB",
-                    fix="cut it into documents of a line each; if it was not meant to be, the file may be a zip bomb",
-                )
-    yield b"".join(parts)
+def _broken(source: str, error: Exception) -> DataError:
+    reason = getattr(error, "msg", str(error))
+    return DataError(
+        f"{source}: broken JSON: {reason}", fix="correct the file; one object a line is read too"
+    )

@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, once_each
+from sentcompress.datasets._files import files_fingerprint, is_unasked, once_each
 from sentcompress.datasets._texts import read_documents
 from sentcompress.errors import DataError
 
@@ -44,6 +44,7 @@ class PythonPackageDataset(Dataset):
     """One document for each text file of an installed package."""
 
     Options: ClassVar[type[Options]] = PythonPackageOptions
+    same_results_as = "5069e861d82f7302dae488aec894167b"
 
     def documents(self) -> Iterator[Document]:
         """Yield the files, sorted by name. Raises DataError when the package or its files are missing."""
@@ -73,7 +74,13 @@ class PythonPackageDataset(Dataset):
                 fix="name a package that has text files in it (data.options.package)",
             )
         for folder in folders:
-            inside = (p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(folder))
+            inside = (
+                path
+                for path in folder.glob(pattern)
+                if path.is_file()
+                and path.resolve().is_relative_to(folder)
+                and not is_unasked(path, folder / pattern)
+            )
             if files := once_each(sorted(inside), say=False):
                 return folder, files
         raise DataError(

@@ -9,17 +9,17 @@ from typing import ClassVar
 from pydantic import Field
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
-from sentcompress.datasets._files import files_fingerprint, find_files
+from sentcompress.datasets._files import SUFFIXES, Paths, files_fingerprint, find_files
 from sentcompress.datasets._texts import read_documents
 
-_SUFFIXES = (".txt", ".md")
+_SUFFIXES = SUFFIXES["text"]
 
 
 class TextOptions(DatasetOptions):
     """Options of ``text``."""
 
-    paths: list[str] = Field(min_length=1)
-    """Files, folders (searched recursively for *.txt and *.md) and globs. The files are UTF-8."""
+    paths: Paths
+    """Files, folders (searched recursively for *.txt and *.md) and globs. The files are UTF-8, compressed or not."""
     separator: str | None = Field(default=None, min_length=1)
     """What separates the documents of a file, such as ``<|endoftext|>``; null: a file is one document."""
 
@@ -28,6 +28,7 @@ class TextDataset(Dataset):
     """One document for each file, or several where they are separated."""
 
     Options: ClassVar[type[Options]] = TextOptions
+    same_results_as = "41076d22bacd3408447824d56283799d"
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents. Raises DataError naming the file and, if it is not UTF-8, the byte."""

