@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.memory import MemoryReport
-from sentcompress.contracts.causal_lm import UNLIMITED_POSITIONS, position_limit
+from sentcompress.contracts.causal_lm import CACHE, UNLIMITED_POSITIONS, position_limit
 from sentcompress.errors import RunError
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.sentence_lm import SentenceLM
@@ -134,7 +134,7 @@ def _backbone_report(
 ) -> MemoryReport:
     device = next(model.parameters()).device
     ids = torch.tensor([[token for sentence in text for token in sentence]], device=device)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[CACHE]
     size = tensor_bytes(cache_tensors(cache))
     per_token = size / ids.shape[1]
     start = torch.tensor([[bos]], device=device)

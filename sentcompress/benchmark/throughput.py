@@ -37,6 +37,7 @@ from sentcompress.benchmark.timing import (
     require_positions,
     seconds,
 )
+from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.distributed import processes
 from sentcompress.errors import InputError, RunError
 from sentcompress.generation.backbone_cache import GROWTH_SLOTS
@@ -87,7 +88,7 @@ class LargestTokenBatch(LargestBatch):
         self.name = IN_PLACE if static else BACKBONE
         self.ids = torch.tensor([prompt], device=next(model.parameters()).device)
         with torch.no_grad():
-            cache = model(input_ids=self.ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(input_ids=self.ids[:, :-1], use_cache=True, logits_to_keep=1)[CACHE]
         size = tensor_bytes(cache_tensors(cache))
         self.layers: Layers = [(layer.keys, layer.values) for layer in cache.layers]
         self.length = len(prompt) + new_tokens
@@ -102,7 +103,7 @@ class LargestTokenBatch(LargestBatch):
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             do_sample=False,

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from sentcompress.contracts.backbone import Backbone
@@ -21,6 +22,8 @@ _POSITION_LIMITS = (
 )
 UNLIMITED_POSITIONS = 1 << 20
 """Longest sequence of an LLM whose configuration does not set a limit."""
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The cache's name in the arguments and outputs of transformers' models: ``cache`` since 5.24."""
 
 
 class CausalLMBackbone(Backbone):
@@ -95,15 +98,16 @@ class CausalLMBackbone(Backbone):
         if use_cache and past_key_values is None:
             # Every layer caches the full length, so that one mask fits all; sliding windows are in the mask.
             past_key_values = DynamicCache()
-        more = {"position_ids": position_ids} if "position_ids" in self._takes else {}
+        more: dict[str, Any] = {CACHE: past_key_values}
+        if "position_ids" in self._takes:
+            more["position_ids"] = position_ids
         output = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=self._masks(attention_mask, inputs_embeds.dtype),
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **more,
         )
-        return output.last_hidden_state, output.past_key_values if use_cache else None
+        return output.last_hidden_state, getattr(output, CACHE) if use_cache else None
 
     def _masks(self, allowed: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """The additive mask for a bool mask ``[R, 1, N, P + N]``; one per layer type if their windows differ."""

@@ -23,6 +23,7 @@ from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.errors import InputError, StorageError
 
 DISK = "disk"
@@ -132,7 +133,7 @@ def dispatch_blocks(
             devices,
             main_device=main,
             offload_dir=folder,
-            skip_keys=["past_key_values"],
+            skip_keys=["past_key_values", CACHE],
             force_hooks=True,
         )
     return found

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.estimate.roofline import decoding_cost
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
@@ -21,8 +22,8 @@ def test_the_backbones_operations_are_those_counted():
     model = tiny_opt()
     ids = torch.full((1, 40), 5)
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        step = counted(lambda: model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True))
+        cache = model(input_ids=ids, use_cache=True)[CACHE]
+        step = counted(lambda: model(input_ids=ids[:, :1], use_cache=True, **{CACHE: cache}))
     assert decoding_cost(model, 41, 8)[0] == pytest.approx(step, rel=0.05)
 
 
