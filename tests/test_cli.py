@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
+import lzma
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from sentcompress import __version__
@@ -226,23 +230,34 @@ def test_failures_inside_a_command(error: BaseException, capsys, monkeypatch: py
 
 
 def test_data_becomes_a_dataset_by_suffix_and_content(tmp_path: Path):
-    lines = json.dumps({"text": "One. Two."}) + "\n"
+    line = json.dumps({"text": "One. Two."}).encode() + b"\n"
+    pretty = json.dumps([{"text": "One."}, {"text": "Two."}], indent=1).encode()
+    rows = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["One.", "Two."]}), rows)
     for name, content, dataset in (
-        ("a.txt", "Plain text.", "text"),
-        ("b.jsonl", lines, "jsonl"),
-        ("c.data", lines, "jsonl"),
-        ("d.txt", "[not json", "text"),
-        ("e.txt", "", "text"),
-        ("f.jsonl.zst", "any", "jsonl"),
+        ("a.txt", b"Plain text.", "text"),
+        ("b.jsonl", line, "jsonl"),
+        ("c.data", b"\xef\xbb\xbf" + line, "jsonl"),
+        ("d.txt", b"[not json", "text"),
+        ("e.txt", b"", "text"),
+        ("f.jsonl.zst", b"any", "jsonl"),
+        ("F.JSONL.GZ", gzip.compress(line), "jsonl"),
+        ("g.gz", gzip.compress(line), "jsonl"),
+        ("h.bin", b"\xff\xfe\x00", "text"),
+        ("i.ndjson", line, "jsonl"),
+        ("j.json", pretty, "jsonl"),
+        ("k.json", b'{\n"text": "One."\n}', "jsonl"),
+        ("l.json.xz", lzma.compress(pretty), "jsonl"),
+        ("M.PARQUET", rows.getvalue(), "parquet"),
+        ("n", rows.getvalue(), "parquet"),
+        ("o.feather", b"any", "parquet"),
+        ("p.csv", b"text\nOne.\n", "csv"),
+        ("q.TSV.bz2", b"any", "csv"),
+        ("r.html", b"<p>One.</p>", "text"),
     ):
-        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / name).write_bytes(content)
         section = train.data_section(str(tmp_path / name))
         assert (section["name"], section["options"]) == (dataset, {"paths": [str(tmp_path / name)]}), name
-    with gzip.open(tmp_path / "g.gz", "wt") as file:
-        file.write(lines)
-    assert train.data_section(str(tmp_path / "g.gz"))["name"] == "jsonl"
-    (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
-    assert train.data_section(str(tmp_path / "h.bin"))["name"] == "text"
 
 
 def test_data_may_be_a_folder_or_a_glob(tmp_path: Path):
@@ -258,6 +273,45 @@ def test_data_may_be_a_folder_or_a_glob(tmp_path: Path):
     assert train.data_section(f"{folder}/*/*.jsonl")["name"] == "jsonl"
     with pytest.raises(InputError, match=r"--data .*nothing.* no file there"):
         train.data_section(str(tmp_path / "nothing*"))
+
+
+@pytest.mark.parametrize(
+    ("files", "dataset", "left_out"),
+    [
+        (["a.jsonl", "b.txt", "c/d.txt", "README.md"], "jsonl", "2 *.txt, 1 *.md"),
+        (["a.parquet", "b.jsonl.gz", "_SUCCESS"], "jsonl", "1 *.parquet, 1 without a suffix"),
+        (["a.parquet", "b.md", "c.json"], "parquet", "1 *.json, 1 *.md"),
+        (["a.txt", "metadata.csv", "b.html", "c.rst"], "text", "1 *.csv, 1 *.html, 1 *.rst"),
+        (["a.csv.gz", "README.md", "LICENSE.txt"], "csv", "1 *.md, 1 *.txt"),
+        (["README.md", "b.png"], "text", "1 *.png"),
+        (["a.txt", ".ipynb_checkpoints/a.jsonl", "__MACOSX/b.csv", ".DS_Store", "._a.jsonl"], "text", ""),
+    ],
+)
+def test_a_mixed_folder_says_what_is_left_out(
+    tmp_path: Path, capsys, files: list[str], dataset: str, left_out: str
+):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert train.data_section(str(tmp_path))["name"] == dataset
+    said = capsys.readouterr().err
+    assert f"left out: {left_out}. " in said if left_out else not said
+    assert "glob" in said or not left_out
+
+
+def test_data_that_no_dataset_reads_is_named(tmp_path: Path):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.docx").touch()
+    with pytest.raises(InputError, match=r"it has 1 \*\.docx, 1 \*\.json") as caught:
+        train.data_section(str(tmp_path))
+    assert "glob" in str(caught.value.fix)
+    (tmp_path / "c.jsonl").touch()
+    (tmp_path / "d.txt").touch()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(InputError, match=r"several kinds: 1 of 'jsonl', 1 of 'text'"):
+        train.data_section(f"{tmp_path}/*")
+    with pytest.raises(InputError, match="empty path"):
+        train.data_section("")
 
 
 def test_the_backbone_brings_its_adapter(tmp_path: Path):

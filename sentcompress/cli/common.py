@@ -61,7 +61,9 @@ RevisionOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(metavar="PATH", help="Your text: a file, folder or glob of text or JSON-lines files."),
+    typer.Option(
+        metavar="PATH", help="Your text: a file, folder or glob of text, JSON lines, Parquet or CSV."
+    ),
 ]
 OverwriteOption = Annotated[
     bool,

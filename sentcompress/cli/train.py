@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,8 +29,9 @@ from sentcompress.files import expand_home
 if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
 
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_TEXT_SUFFIXES = (".txt", ".md")
+
+_ABOUT = ("readme", "license", "licence", "notice", "changelog")
+"""How the names of files begin that are about a corpus, not part of it."""
 
 
 class StageCommand(NamedTuple):
@@ -175,39 +175,67 @@ def backbone_overrides(model: str, revision: str | None = None) -> list[str]:
 
 
 def data_section(path: str) -> dict[str, Any]:
-    """The recipe's ``data`` for ``--data PATH``: ``jsonl`` if the first file is JSON lines, else ``text``.
+    """The recipe's ``data`` for ``--data PATH``, chosen by the names of the files there, or by what is in the first.
+
+    Of a folder, one kind of file is read, and what is left out is printed.
 
     Raises:
-        InputError: there is no such file or folder, or it is something else, such as a pipe.
+        InputError: there is no such file or folder, it is something else, such as a pipe, or a glob matches files of
+            several kinds.
     """
+    from sentcompress.datasets._files import SUFFIXES, files_of, left_out, path_of, say_left_out
+
     path = expand_home(path)
-    found = _first_file(path)
-    named = found.name.lower().endswith(_JSONL_SUFFIXES)
-    # A folder is searched by suffix: JSON lines in a file with another suffix would not be found.
-    json_lines = named or (not Path(path).is_dir() and _holds_json_lines(found))
-    return {"name": "jsonl" if json_lines else "text", "options": {"paths": [path]}}
-
-
-def _first_file(path: str) -> Path:
-    from sentcompress.datasets._files import files_of
-
-    found = files_of(path, _JSONL_SUFFIXES + _TEXT_SUFFIXES)
+    suffixes = tuple(suffix for kind in SUFFIXES.values() for suffix in kind)
+    is_folder = path_of(path).is_dir() if path.strip() else False
+    found = files_of(path, suffixes)
     if not found:
-        suffixes = ", ".join(f"*{suffix}" for suffix in _TEXT_SUFFIXES + _JSONL_SUFFIXES)
+        listed = ", ".join(f"*{suffix}" for suffix in suffixes)
+        others = left_out(path_of(path), suffixes) if is_folder else ""
         raise InputError(
-            f"--data {path}: no file there",
-            fix=f"give a file, a folder with such files in it as {suffixes}, or a glob",
+            f"--data {path}: no file there" + (f" that is read; it has {others}" if others else ""),
+            fix=f"give a file, a folder with such files in it as {listed}, or a glob; for a dataset of the hub, use "
+            "--set data.name=hub --set data.options.path=NAME",
         )
-    # JSON lines first: a README beside a corpus does not make the corpus plain text.
-    visible = [p for p in found if not p.name.startswith(".")] or found
-    return min(visible, key=lambda p: (not p.name.lower().endswith(_JSONL_SUFFIXES), p))
+    # A README beside a corpus does not make the corpus plain text.
+    data = [file for file in found if not file.name.lower().startswith(_ABOUT)] or found
+    counts = {name: sum(_is_of_kind(file, kind) for file in data) for name, kind in SUFFIXES.items()}
+    kinds = [name for name, count in counts.items() if count]
+    if is_folder:
+        # It is searched by suffix: JSON lines in a file with another suffix would not be found there.
+        name = kinds[0]
+        say_left_out(path, SUFFIXES[name])
+    elif len(kinds) > 1:
+        raise InputError(
+            f"--data {path}: matches files of several kinds: "
+            + ", ".join(f"{counts[kind]} of '{kind}'" for kind in kinds),
+            fix="write a glob that matches one kind, such as 'folder/*.jsonl', or combine datasets with 'mix'",
+        )
+    else:
+        name = kinds[0] if kinds and kinds != ["text"] else _kind_of_content(data[0])
+    return {"name": name, "options": {"paths": [path]}}
 
 
-def _holds_json_lines(path: Path) -> bool:
-    opener = gzip.open if path.suffix == ".gz" else open
+def _is_of_kind(file: Path, suffixes: tuple[str, ...]) -> bool:
+    from sentcompress.datasets._packed import without_packing
+
+    return without_packing(file.name).endswith(suffixes)
+
+
+def _kind_of_content(path: Path) -> str:
+    """The dataset for a file whose name does not tell: what no other one knows is text, or refused as not text."""
+    from sentcompress.datasets._packed import read_pieces, start_of, without_packing
+
+    start = start_of(path)
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return "parquet"
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return isinstance(json.loads(file.readline(1_000_000)), dict)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        text = next(read_pieces(path), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+        if re.match(rb'\[\s*\{\s*"', text) or (
+            text.startswith(b"{") and without_packing(path.name).endswith(".json")
+        ):
+            return "jsonl"
+        return "jsonl" if isinstance(json.loads(text.partition(b"\n")[0]), dict) else "text"
+    except (InputError, ValueError, RecursionError):
         # Not JSON, not UTF-8 or damaged: the text dataset reports what is wrong with it, if anything.
-        return False
+        return "text"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
+from sentcompress.datasets._files import PathName
+from sentcompress.datasets._texts import text_of
 from sentcompress.errors import DataError, OfflineError, did_you_mean
 
 
 class HubOptions(DatasetOptions):
     """Options of ``hub``."""
 
-    path: str
+    path: PathName
     """Name on the hub, such as ``roneneldan/TinyStories``, or a local folder of the same layout."""
     name: str | None = None
     """Configuration of the dataset, where it has several."""
@@ -32,6 +35,7 @@ class HubDataset(Dataset):
     """One document for each row. Code from the hub is never run."""
 
     Options: ClassVar[type[Options]] = HubOptions
+    same_results_as = "54781483c105481bfc6952ca6b600a80"
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents.
@@ -61,13 +65,7 @@ class HubDataset(Dataset):
                     f"{did_you_mean(options.field, row)}",
                     fix="name the column of the text: --set data.options.field=NAME",
                 )
-            text = row[options.field]
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"{source}: column '{options.field}' is {type(text).__name__}, not text",
-                    fix="name a column of text: --set data.options.field=NAME",
-                )
-            yield Document(text or "", source)
+            yield Document(text_of(row[options.field], source, options.field), source)
 
     def _load(self) -> Any:
         try:
@@ -77,6 +75,11 @@ class HubDataset(Dataset):
                 "dataset 'hub' needs the package datasets", fix="pip install 'sentcompress[data]'"
             ) from None
         options = self.options
+        if Path(options.path).is_file():
+            raise DataError(
+                f"{options.path}: a file; the dataset 'hub' reads a local folder, or a name on the hub",
+                fix=f"--data {options.path}, or data.name=parquet, csv, jsonl or text with data.options.paths",
+            )
         try:
             return load_dataset(
                 os.path.expanduser(options.path),

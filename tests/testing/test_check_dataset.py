@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sentcompress.contracts import Dataset, DatasetOptions, Document, Options
 from sentcompress.errors import DataError
@@ -156,9 +158,14 @@ def test_a_wrong_dataset_is_caught_in_one_sentence(wrong: type[Dataset]) -> None
 def test_every_dataset_that_is_built_in_passes(text_files: Path, tmp_path: Path) -> None:
     lines = tmp_path / "corpus.jsonl"
     lines.write_text("".join(json.dumps({"text": f"Text {n}."}) + "\n" for n in range(4)))
+    texts = [f"Text {n}." for n in range(4)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "corpus.parquet")
+    (tmp_path / "corpus.csv").write_text("\n".join(["text", *texts]))
     options: dict[str, dict[str, Any]] = {
         "text": {"paths": [str(text_files)]},
         "jsonl": {"paths": [str(lines)]},
+        "parquet": {"paths": [str(tmp_path / "corpus.parquet")]},
+        "csv": {"paths": [str(tmp_path / "corpus.csv")]},
         "python-package": {"package": "sentcompress", "pattern": "fusions/*.py"},
         "hub": {"path": str(tmp_path)},
         "mix": {"sources": [{"name": "jsonl", "options": {"paths": [str(lines)]}, "weight": 2}]},
