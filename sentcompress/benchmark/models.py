@@ -34,6 +34,7 @@ from sentcompress.modeling.saved_models import (
 )
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
@@ -264,8 +265,13 @@ class Models:
         folder = self._stage("baseline")
         self._make_room()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, **SAFE
+            model = load_weights(
+                AutoModelForCausalLM.from_pretrained,
+                folder,
+                what=f"'{folder}'",
+                use_safetensors=True,
+                dtype=torch.float32,
+                **SAFE,
             )
         except (OSError, ValueError, json.JSONDecodeError) as error:
             text = " ".join(str(error).split())[:200]

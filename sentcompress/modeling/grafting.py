@@ -152,6 +152,16 @@ def freeze_embeddings(vae: SentenceVAE) -> None:
         vae.lm_head.requires_grad_(False)
 
 
+def check_vocabulary(vocab_size: int, backbone: Backbone) -> None:
+    """Refuse a tokenizer with more tokens than the LLM has embeddings."""
+    known = backbone.config.vocab_size
+    if vocab_size > known:
+        raise InputError(
+            f"the tokenizer has {vocab_size} tokens, but the LLM has embeddings for {known}",
+            fix="resize the LLM's embeddings (resize_token_embeddings) and save it, or use its own tokenizer",
+        )
+
+
 @torch.no_grad()
 def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
     """``[V, H]``: every token's embedding as input of the backbone's blocks.
@@ -159,13 +169,8 @@ def token_table(backbone: Backbone, vocab_size: int) -> Tensor:
     Raises:
         InputError: the tokenizer has more tokens than the LLM has embeddings.
     """
+    check_vocabulary(vocab_size, backbone)
     device = next(backbone.parameters()).device
-    known = backbone.config.vocab_size
-    if vocab_size > known:
-        raise InputError(
-            f"the tokenizer has {vocab_size} tokens, but the LLM has embeddings for {known}",
-            fix="resize the LLM's embeddings (resize_token_embeddings) and save it, or use its own tokenizer",
-        )
     return backbone.token_embeddings(torch.arange(vocab_size, device=device)).float()
 
 

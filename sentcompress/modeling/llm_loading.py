@@ -11,7 +11,7 @@ import socket
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -22,16 +22,26 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from sentcompress.errors import InputError, ModelFolderError, OfflineError, PluginError, did_you_mean
+from sentcompress.errors import (
+    InputError,
+    ModelFolderError,
+    OfflineError,
+    PluginError,
+    SentCompressError,
+    did_you_mean,
+)
+from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
 
 SAFE = {"trust_remote_code": False}
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
 """Fields of a configuration that a recipe may not set."""
+TOKENIZER = "the tokenizer"
 FALLBACK_ADAPTER = "auto"
 """The adapter for model types that no other adapter serves."""
 
@@ -66,6 +76,11 @@ def resolve_backbone(spec: BackboneSpec) -> Source:
     path = Path(target)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ModelFolderError(
+                    f"backbone.model: folder '{target}' holds a LoRA adapter, whose model is another one",
+                    fix="merge the two (merge_and_unload() of peft), save the result and use its folder",
+                )
             inside = sorted(p.name for p in path.glob("*.gguf"))
             fix = (
                 f"give the file: {path / inside[0]}" if inside else "give a folder written by save_pretrained"
@@ -75,6 +90,11 @@ def resolve_backbone(spec: BackboneSpec) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"backbone.model: no file '{target}'", fix="correct the path")
+        if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name):
+            raise ModelFolderError(
+                f"backbone.model: '{target}' is one of several parts of a GGUF model",
+                fix="merge them: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
+            )
         return Source(str(path.parent), path.name)
     if "/" not in target or target.startswith((".", "/", "~")):
         adapter = f"the '{spec.name}' adapter" if spec.name else "any adapter"
@@ -142,7 +162,9 @@ def _find_adapter(model: str, revision: str | None) -> str:
     adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in _usable()}
     serves = [n for n, cls in adapters.items() if model in {*cls.aliases, *cls.aliases.values()}]
     if not serves:
-        config = _config(BackboneSpec(model=model, revision=revision))
+        config = _config(
+            BackboneSpec(model=model, revision=revision, init="random")
+        )  # its type, without weights
         serves = [n for n, cls in adapters.items() if config.model_type in cls.model_types]
     return serves[-1] if serves else FALLBACK_ADAPTER
 
@@ -169,8 +191,12 @@ def quiet() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
-    """Call a transformers loader; explain what to do if the hub cannot be reached or lacks the model."""
+def _load(spec: BackboneSpec, part: str, load: Any, **arguments: Any) -> Any:
+    """Call a transformers loader; explain what to do if the hub cannot be reached or lacks the model.
+
+    Args:
+        part: what it loads, for messages.
+    """
     quiet()
     source = resolve_backbone(spec)
     if source.gguf_file and find_spec("gguf") is None:
@@ -188,15 +214,24 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
             **SAFE,
             **arguments,
         )
-    except Exception as error:
-        # The GGUF reader trusts its file: a truncated one may raise anything.
-        expected = isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError)
-        if not expected and not source.gguf_file:
+    except (SentCompressError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "allocate memory" in text:
             raise
-        text = " ".join(str(error).split())
         if Path(source.path).is_dir():
-            what = source.gguf_file or source.path
-            raise ModelFolderError(f"backbone.model: '{what}' cannot be loaded: {text[:300]}") from error
+            what = f"'{source.gguf_file}'" if source.gguf_file else f"'{source.path}': {part}"
+            fix = "copy or download it again, or save the model with save_pretrained(folder)"
+            if part == TOKENIZER and not source.gguf_file:
+                fix = "copy tokenizer.json and tokenizer_config.json into the folder, or save the tokenizer there"
+                if (Path(source.path) / "tokenizer.model").is_file():
+                    fix += "; pip install sentencepiece reads tokenizer.model"
+            raise ModelFolderError(
+                f"backbone.model: {what} cannot be loaded: {text[:300]}", fix=fix
+            ) from error
+        if not isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError):
+            raise
         near = did_you_mean(spec.model.rpartition("/")[2].lower(), _aliases(None))
         raise OfflineError(
             f"backbone.model: '{source.path}' is not in the local cache and could not be fetched from the hub: "
@@ -207,7 +242,73 @@ def _load(spec: BackboneSpec, load: Any, **arguments: Any) -> Any:
 
 
 def _config(spec: BackboneSpec) -> Any:
-    return _load(spec, AutoConfig.from_pretrained)
+    """The configuration of an LLM, which may be the text part of a multimodal model.
+
+    Raises:
+        InputError: transformers has no causal LM for the text part alone, or the weights are quantized.
+    """
+    return _configs(spec)[1]
+
+
+def _configs(spec: BackboneSpec) -> tuple[Any, Any]:
+    """The configuration that the folder holds, and that of the LLM: the same but for multimodal models."""
+    whole = _load(spec, "config.json", AutoConfig.from_pretrained)
+    if method := _quantization(whole):
+        if spec.init == "pretrained":
+            raise InputError(
+                f"backbone.model: the weights of '{spec.model}' are quantized ({method}); training needs them in "
+                "fp32, bf16 or fp16",
+                fix="use the model that it was made from; its card names it",
+            )
+        del whole.quantization_config
+    return whole, _text_part(whole, spec)
+
+
+def _quantization(config: Any) -> str | None:
+    """How weights are stored if not as numbers: ``gptq``, ``awq``, ``bitsandbytes``, ``fp8``, ..."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
+
+
+def _text_part(config: Any, spec: BackboneSpec) -> Any:
+    """The configuration of the LLM inside a multimodal model, or the configuration itself."""
+    text = getattr(config, "text_config", None)
+    if not isinstance(text, PretrainedConfig):
+        return config
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"backbone.model: '{spec.model}' is a multimodal model (type '{config.model_type}'), and transformers has "
+            f"no causal LM for its text part (type '{text.model_type}') alone",
+            fix="use a text-only LLM of that family",
+        )
+    # The head belongs to the whole model, so its field decides whether it is the embedding.
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    return text
+
+
+def _load_weights(spec: BackboneSpec, **arguments: Any) -> PreTrainedModel:
+    whole, config = _configs(spec)
+    if config is not whole:
+        arguments |= {"config": config, "key_mapping": _text_names(config)}
+    load = partial(load_weights, AutoModelForCausalLM.from_pretrained, what=f"backbone.model: '{spec.model}'")
+    model = _load(spec, "the weights", load, **arguments)
+    if config is not whole:
+        model._weight_conversions = None  # save_pretrained would put the prefixes back
+    return model
+
+
+def _text_names(config: Any) -> dict[str, str]:
+    """Patterns of the names that an LLM's tensors have inside a multimodal model, and what its own are."""
+    decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
+    part = "(?:language_model|text_model)"
+    return {
+        rf"^{part}\.lm_head\.": "lm_head.",
+        rf"^{part}\.{decoder}\.": f"{decoder}.",
+        rf"^(?:model\.)?{part}\.": f"{decoder}.",
+    }
 
 
 def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
@@ -291,11 +392,24 @@ def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
     wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     if resolve_backbone(spec).gguf_file is None:
-        return _load(spec, AutoModelForCausalLM.from_pretrained, use_safetensors=True, **wanted)
+        return _load_weights(spec, use_safetensors=True, **wanted)
     # transformers shows its progress bar even in files and pipes.
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
-        model = _load(spec, AutoModelForCausalLM.from_pretrained, **wanted)
+        model = _load_weights(spec, **wanted)
     return _unquantized(model, attention)
+
+
+def check_backbone_weights(spec: BackboneSpec) -> None:
+    """Refuse a local folder whose weights do not fit its configuration, before a stage that does without them.
+
+    Only shapes are read; the values are checked where they are loaded.
+
+    Raises:
+        ModelFolderError: as for :func:`load_causal_lm`.
+    """
+    source = resolve_backbone(spec)
+    if spec.init == "pretrained" and Path(source.path).is_dir() and source.gguf_file is None:
+        _load_weights(spec, use_safetensors=True, device_map="meta")
 
 
 def _unquantized(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -314,7 +428,12 @@ def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
     Raises:
         InputError: it has no end token.
     """
-    tokenizer = _load(spec, AutoTokenizer.from_pretrained)
+    tokenizer = _load(spec, TOKENIZER, AutoTokenizer.from_pretrained)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelFolderError(
+            f"backbone.model: the tokenizer of '{spec.model}' has no vocabulary",
+            fix="copy tokenizer.json into the folder, or save the tokenizer there",
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"backbone.model: the tokenizer of '{spec.model}' has no end token",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import ModelFolderError, PluginError
 from sentcompress.files import read_json
@@ -15,6 +14,7 @@ from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAECon
 from sentcompress.modeling.llm_loading import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.modeling.weight_checks import CANNOT, load_weights
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
@@ -51,29 +51,23 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
 def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> Any:
     quiet()
     read_config(folder, model_type)
-    shown = transformers_logging.get_verbosity()
+    again = "the file may be cut short: copy the folder again, or take an earlier one under checkpoints/"
     try:
-        # We report missing tensors ourselves; transformers would print names from the file unescaped.
-        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-        model, found = cls.from_pretrained(  # type: ignore[attr-defined]
-            folder, use_safetensors=True, output_loading_info=True, **arguments
+        return load_weights(
+            cls.from_pretrained,  # type: ignore[attr-defined]
+            folder,
+            what=f"'{folder}'",
+            strict=True,
+            use_safetensors=True,
+            **arguments,
         )
-        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} tensors are missing, have another shape or do not belong to this model: {wrong[0]}"
-            )
-        return model.eval()
+    except (PluginError, MemoryError):
+        raise
+    except ModelFolderError as error:
+        raise ModelFolderError(error.message, fix=again) from error
     except Exception as error:
-        if isinstance(error, PluginError | MemoryError):
-            raise
         text = " ".join(str(error).split())[:300]
-        raise ModelFolderError(
-            f"'{folder}': the weights cannot be loaded: {text}",
-            fix="the file may be cut short: copy the folder again, or take an earlier one under checkpoints/",
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(shown)
+        raise ModelFolderError(f"'{folder}': {CANNOT}: {text}", fix=again) from error
 
 
 def load_vae(folder: Path | str) -> SentenceVAE:

@@ -10,8 +10,13 @@ from torch import Tensor
 from sentcompress.distributed import processes
 from sentcompress.generation import reconstruct
 from sentcompress.modeling import SentenceVAE
-from sentcompress.modeling.grafting import freeze_embeddings, start_from_backbone, vae_config
-from sentcompress.modeling.llm_loading import load_causal_lm
+from sentcompress.modeling.grafting import (
+    check_vocabulary,
+    freeze_embeddings,
+    start_from_backbone,
+    vae_config,
+)
+from sentcompress.modeling.llm_loading import check_backbone_weights, load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
@@ -52,6 +57,9 @@ class VAEJob:
         )
         if recipe.vae.init != "random":
             start_from_backbone(self.model, load_causal_lm(recipe.backbone), recipe.backbone)
+        else:  # what the graft will need
+            check_vocabulary(self.model.config.vocab_size, shape)
+            check_backbone_weights(recipe.backbone)
         if recipe.vae.freeze == "embeddings":
             freeze_embeddings(self.model)
         self.token_loss = TokenLoss(
