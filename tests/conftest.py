@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from sentcompress.recipe import Recipe
     from sentcompress.training.jobs.token_level import PretrainJob
 
+DEVICE = os.environ.get("SENTCOMPRESS_TEST_DEVICE")
+"""Where the tests' tiny sentence models live, by default the CPU; ``tools/measure/gpu_check.py`` sets it. Training and
+benchmarks take a GPU by themselves."""
+if DEVICE:
+    import torch
+
+    from sentcompress.testing import tiny
+
+    _build = tiny.tiny_sentence_lm
+    tiny.tiny_sentence_lm = lambda *shape, **settings: _build(*shape, **settings).to(DEVICE)
+    # Tests that compare bits need sums in a fixed order.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
 TEXT = """the people of this nation have seen in every year a greater share of peace and order than
 Congress could promise when it first met here under a law that few men had read with care"""
 WORDS = TEXT.split()

@@ -159,8 +159,12 @@ def test_a_sharded_run_is_the_same_and_any_number_of_processes_continues_it(tmp_
     [("ddp", "mean", "fp32"), ("fsdp", "attention", "fp32"), ("fsdp", "sum-norm", "bf16")],
 )
 def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distributed, fusion, precision):
-    """SentenceVAE, graft (with adapters) and baseline: the same figures as in one process."""
-    figures = []
+    """SentenceVAE, graft (with adapters) and baseline: the same steps and figures as in one process.
+
+    Each step is that of one large batch (``tests/training/test_accumulation.py``), though processes and micro-batches
+    have different numbers of tokens.
+    """
+    figures, steps = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         launcher = ["launch", "-n", "2"] if processes == 2 else []
@@ -170,6 +174,7 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
             for choice in (
                 f"distributed={distributed}",
                 "steps=4",
+                "log_every=1",
                 f"gradient_accumulation={4 // processes}",
                 "ema=0.9",
                 f"precision={precision}",
@@ -191,7 +196,18 @@ def test_all_trainings_are_the_same_in_two_processes(tmp_path, cache, distribute
         assert done.returncode == 0, done.stderr
         runs = [json.loads((out / stage / "run.json").read_text()) for stage in ("vae", "graft", "baseline")]
         figures.append([value for about in runs for value in about["figures"].values()])
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3 if precision == "fp32" else 0.02)
+        steps.append(
+            [
+                line[name]
+                for stage in ("vae", "graft", "baseline")
+                for line in read_metrics(out / stage / "metrics.jsonl")
+                for name in ("loss", "grad_norm", "nats_per_token", "shortlist_nats_per_token", "tokens")
+                if name in line
+            ]
+        )
+    close = 1e-3 if precision == "fp32" else 0.02
+    assert figures[1] == pytest.approx(figures[0], rel=close)
+    assert steps[1] == pytest.approx(steps[0], rel=close)
     if precision == "fp32":
         assert_scored_alike(tmp_path / "1", cache)
         assert_timed_together(tmp_path / "1", cache)

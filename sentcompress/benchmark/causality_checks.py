@@ -58,6 +58,34 @@ def check_causality(
         model.train(was_training)
 
 
+@torch.no_grad()
+def first_difference(
+    model: SentenceLM, prompt: list[list[int]], one: list[list[int]], two: list[list[int]]
+) -> tuple[Tensor, tuple[int, int]] | None:
+    """Where two continuations of a prompt part: what the model says there, computed anew without any cache.
+
+    Args:
+        prompt, one, two: sentences of token ids, without end marks.
+
+    Returns:
+        logits ``[V]`` of the next token in fp32, and the two tokens taken; None if one is the beginning of the other.
+    """
+    checks = _Checks(model, "", 2, 0, TOLERANCE)
+    eos = model.config.eos_token_id
+    for n, (x, y) in enumerate(zip(one, two, strict=False)):
+        if x == y:
+            continue
+        at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+        before = prompt + one[:n]
+        states = checks._states(*checks._prompts([before], "left"))[0]
+        unseen = states.new_zeros(1 - checks.start, *states.shape[1:])
+        writer = SentenceWriter(model.vae, Sampler(GenerationSettings(), checks.device), use_cache=False)
+        writer.read([ConditionedText(before, torch.cat([unseen, states[:-1]]))])
+        logits = model.vae.logits(writer.last_hidden(states[-1:], [x[:at]])[0]).float()
+        return logits, (([*x, eos])[at], ([*y, eos])[at])
+    return None
+
+
 @contextmanager
 def attention_of(model: SentenceLM, name: str) -> Iterator[None]:
     """Switch the backbone's attention implementation, which transformers looks up at every call."""
@@ -398,23 +426,11 @@ class _Checks:
         self, prompt: list[list[int]], one: list[list[int]], two: list[list[int]]
     ) -> tuple[float, float]:
         """How far apart the logits of the first differing tokens are, and the size of the logits."""
-        eos = self.model.config.eos_token_id
-        for n, (x, y) in enumerate(zip(one, two, strict=False)):
-            if x == y:
-                continue
-            at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
-            before = prompt + one[:n]
-            states = self._states(*self._prompts([before], "left"))[0]
-            nothing = states.new_zeros(1 - self.start, *states.shape[1:])
-            writer = SentenceWriter(
-                self.model.vae, Sampler(GenerationSettings(), self.device), use_cache=False
-            )
-            writer.read([ConditionedText(before, torch.cat([nothing, states[:-1]]))])
-            vae = self.model.vae
-            logits = vae.logits(writer.last_hidden(states[-1:], [x[:at]])[0]).float()
-            pair = [tokens_of[at] if at < len(tokens_of) else eos for tokens_of in (x, y)]
-            return float((logits[pair[0]] - logits[pair[1]]).abs()), float(logits.abs().max())
-        return float("inf"), 1.0  # one wrote more sentences than the other
+        found = first_difference(self.model, prompt, one, two)
+        if found is None:
+            return float("inf"), 1.0  # one wrote more sentences than the other
+        logits, (first, second) = found
+        return float((logits[first] - logits[second]).abs()), float(logits.abs().max())
 
     def _check(self, name: str, kind: str, delta: float, tolerance: float, **rest: Any) -> CausalityCheck:
         return CausalityCheck(
