@@ -23,7 +23,7 @@ from sentcompress.modeling.saved_models import load_saved_tokenizer, load_senten
 from sentcompress.recipe import load_recipe
 from sentcompress.recipe.reading import read_yaml
 from sentcompress.testing import tiny_sentence_lm
-from sentcompress.text.segmentation import plain_backend
+from sentcompress.text.lossless_tokenizer import lossless
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "chaos" / "fuzz.py"
 
@@ -161,4 +161,4 @@ def test_a_tokenizer_whose_merges_name_a_token_it_lacks_is_refused(tmp_path, tok
     del vocabulary["".join(parts if isinstance(parts, list) else parts.split())]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises((ModelFolderError, DataError), match="out of vocabulary"):
-        plain_backend(load_saved_tokenizer(tmp_path))
+        lossless(load_saved_tokenizer(tmp_path))

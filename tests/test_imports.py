@@ -32,7 +32,7 @@ _TABLE = {
     "datasets": "errors hookspecs contracts registry",
     "metrics": "hookspecs contracts",
     "text": "errors files locks packages contracts registry",
-    "modeling": "errors files contracts registry recipe",
+    "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",
     "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation provenance",

@@ -21,8 +21,9 @@ from sentcompress.errors import CoverageError, InputError, did_you_mean
 from sentcompress.provenance import Record
 
 if TYPE_CHECKING:
-    from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument
+    from sentcompress.benchmark.heldout_text import HeldoutDocument
     from sentcompress.benchmark.measurements.quality import QualityScore
+    from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 
 By = Literal["position", "length", "index"]
 BY: tuple[By, ...] = get_args(By)
@@ -85,7 +86,7 @@ class TokenScores:
 
 def sentence_token_scores(
     document: HeldoutDocument,
-    counter: ByteCounter,
+    tokenizer: LosslessTokenizer,
     eos: int,
     target_nats: Sequence[tuple[np.ndarray, np.ndarray]],
     sentence_nats: np.ndarray,
@@ -124,7 +125,7 @@ def sentence_token_scores(
         raise CoverageError(f"{what}: the nats of single tokens do not add up to those of their sentences")
     tokens = tokens + (missing / lengths)[owners]
     pieces = zip(sentences, document.texts[first:], strict=True)
-    sizes = np.concatenate([counter.sizes_of(ids, text) for ids, text in pieces])
+    sizes = np.concatenate([tokenizer.byte_sizes(ids, text) for ids, text in pieces])
     return TokenScores(tokens, sizes, ends, decisions[first:])
 
 
@@ -148,10 +149,12 @@ class Breakdown:
     Args:
         by: breakdowns wanted.
         documents: those that are scored, in order.
-        counter: of the tokenizer that sentences were cut with.
+        tokenizer: it encoded the sentences.
     """
 
-    def __init__(self, by: Sequence[By], documents: Sequence[HeldoutDocument], counter: ByteCounter) -> None:
+    def __init__(
+        self, by: Sequence[By], documents: Sequence[HeldoutDocument], tokenizer: LosslessTokenizer
+    ) -> None:
         self.by = [name for name in BY if name in by]
         bytes_at: dict[By, list[np.ndarray]] = {name: [] for name in BY}
         sentences_at: dict[By, list[int]] = {name: [] for name in ("length", "index")}
@@ -161,7 +164,7 @@ class Breakdown:
             for index, (ids, text) in enumerate(zip(document.sentences, document.texts, strict=True)):
                 if index < document.first_scored:
                     continue  # context: not scored
-                sizes = counter.sizes_of(ids, text)
+                sizes = tokenizer.byte_sizes(ids, text)
                 total = sum(sizes)
                 bytes_at["position"].append(np.repeat(np.arange(len(ids)), sizes))
                 bytes_at["length"].append(np.full(total, len(ids)))

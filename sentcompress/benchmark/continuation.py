@@ -25,10 +25,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.heldout_text import ByteCounter, windows
+from sentcompress.benchmark.heldout_text import windows
 from sentcompress.benchmark.sentence_scoring import score_window
 from sentcompress.errors import CoverageError, InputError
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 from sentcompress.text.segmentation import Sentence
 
 STOP_NATS = math.log(2)
@@ -58,7 +59,7 @@ NOTHING = Continuation(nats=0.0, tokens=0, end_marks=0, decisions=0, greedy=True
 
 
 def score_continuation(
-    model: SentenceLM, sentences: Sequence[Sentence], border: int, counter: ByteCounter, size: int
+    model: SentenceLM, sentences: Sequence[Sentence], border: int, tokenizer: LosslessTokenizer, size: int
 ) -> Continuation:
     """Score the part of a text from a border on.
 
@@ -66,7 +67,7 @@ def score_continuation(
         model: in eval mode.
         sentences: text and tokens of each sentence of context and continuation together.
         border: characters of the context; a token that reaches across belongs to the continuation.
-        counter: of the model's tokenizer.
+        tokenizer: the model's.
         size: sentences a window holds.
 
     Raises:
@@ -74,7 +75,7 @@ def score_continuation(
         CoverageError: the tokens do not spell the text, or others than those were scored.
     """
     ids = [tokens for _, tokens in sentences]
-    owner, given = _last_given(sentences, border, counter)
+    owner, given = _last_given(sentences, border, tokenizer)
     if given == sum(map(len, ids)):
         return NOTHING
     position = given - sum(map(len, ids[:owner]))
@@ -111,13 +112,13 @@ def score_continuation(
     )
 
 
-def _last_given(sentences: Sequence[Sentence], border: int, counter: ByteCounter) -> tuple[int, int]:
+def _last_given(sentences: Sequence[Sentence], border: int, tokenizer: LosslessTokenizer) -> tuple[int, int]:
     """The sentence of the context's last token (0 where it has none), and how many tokens are the context's."""
     owner = given = 0
     begin = 0
     for number, (text, ids) in enumerate(sentences):
         inside = len(text[: max(0, border - begin)].encode("utf-8"))
-        stops = np.cumsum(counter.sizes_of(ids, text))
+        stops = np.cumsum(tokenizer.byte_sizes(ids, text))
         starts = np.concatenate([[0], stops[:-1]])
         mine = int(((stops <= inside) & (starts < inside)).sum())
         if mine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from sentcompress.errors import CoverageError, DataError
 from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus
-from sentcompress.text.segmentation import plain_backend
 
 
 @dataclass(frozen=True)
@@ -108,79 +106,6 @@ def windows(length: int, size: int, first: int = 1) -> list[Window]:
         stop = min(length, first + max(1, size // 2))
         found.append(Window(max(0, stop - size), stop, first))
     return found
-
-
-class ByteCounter:
-    """How many bytes of text tokens stand for, so that a scorer can prove that it scored them all.
-
-    With a byte-level tokenizer each token is so many bytes, and the bytes of all scored tokens must add up. With
-    others, the scored tokens are decoded in order and must give the text back.
-    """
-
-    def __init__(self, tokenizer: object) -> None:
-        self.backend = plain_backend(tokenizer)
-        self._byte_level = '"ByteLevel"' in _decoder_part(self.backend.to_str())
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a whole text; special tokens are neither added nor recognized."""
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def bytes_of(self, ids: Sequence[int], text: str) -> int:
-        """Bytes the tokens stand for.
-
-        Raises:
-            CoverageError: they do not spell ``text``.
-        """
-        size = sum(self._name_sizes(ids)) if self._byte_level else len(text.encode("utf-8"))
-        if self.backend.decode(list(ids), skip_special_tokens=False) != text:
-            raise CoverageError(
-                f"the {len(ids)} scored tokens do not spell the text they stand for: {text[:60]!r}",
-                fix="bits per byte cannot be measured with a tokenizer that changes the text",
-            )
-        return size
-
-    def sizes_of(self, ids: Sequence[int], text: str) -> list[int]:
-        """Bytes each token stands for; with a byte-level tokenizer exactly.
-
-        Others say where tokens begin in characters: bytes go to the last token that begins before them, and tokens
-        that begin together (a character spelt by several tokens) share theirs evenly.
-
-        Raises:
-            CoverageError: they do not spell ``text``.
-        """
-        size = self.bytes_of(ids, text)
-        if self._byte_level:
-            return self._name_sizes(ids)
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        if encoding.ids == list(ids):
-            before = np.cumsum([0, *(len(character.encode("utf-8")) for character in text)])
-            starts = [int(before[begin]) for begin, _ in encoding.offsets]
-        else:  # cut out of a longer text, whose borders the tokenizer would not choose again
-            starts = [
-                len(self.backend.decode(list(ids[:n])).rstrip("\ufffd").encode("utf-8"))
-                for n in range(len(ids))
-            ]
-        return _shares(starts, size)
-
-    def _name_sizes(self, ids: Sequence[int]) -> list[int]:
-        # In a byte-level vocabulary, every character of a token's name is one byte.
-        return [len(self.backend.id_to_token(token) or "") for token in ids]
-
-
-def _shares(starts: Sequence[int], total: int) -> list[int]:
-    """First bytes of tokens to their numbers of bytes, which add up to ``total``."""
-    rising = np.minimum(np.maximum.accumulate(np.array(starts)), total)
-    rising[rising == rising[0]] = 0
-    begins, counts = np.unique(rising, return_counts=True)
-    widths = np.diff([*begins, total])
-    cuts = [width * np.arange(count + 1) // count for width, count in zip(widths, counts, strict=True)]
-    return np.concatenate([np.diff(cut) for cut in cuts]).tolist()
-
-
-def _decoder_part(serialized: str) -> str:
-    import json
-
-    return json.dumps(json.loads(serialized).get("decoder"))
 
 
 def check_bytes(what: str, covered: int, expected: int) -> None:

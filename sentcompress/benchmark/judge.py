@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument
+from sentcompress.benchmark.heldout_text import HeldoutDocument
 from sentcompress.benchmark.measurements.quality import QualityScore
 from sentcompress.benchmark.scoring import score_token_model
 from sentcompress.contracts.proof import TOLERANCE, reference_of
 from sentcompress.errors import InputError, SentCompressError
 from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm, resolve_backbone
 from sentcompress.recipe import BackboneSpec
+from sentcompress.text.lossless_tokenizer import lossless
 
 WHERE = "bench.text_judge (--judge)"
 
@@ -99,7 +100,7 @@ class Judge:
         return score_token_model(
             self.model,
             documents,
-            ByteCounter(self.tokenizer),
+            lossless(self.tokenizer),
             self.tokenizer.eos_token_id if bos is None else bos,
             system=system,
             progress=progress,

@@ -17,7 +17,7 @@ import torch
 
 from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.continuation import score_continuation
-from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
+from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents
 from sentcompress.benchmark.measurements.causality import require_causal
 from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.benchmark.scoring import check_document, score_document
@@ -27,6 +27,7 @@ from sentcompress.files import expand_home
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 from sentcompress.recipe import load_recipe
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.progress import Bar
 from sentcompress.text.segmentation import Sentence, sentences_to_ids
 
@@ -76,7 +77,7 @@ class SentenceHarnessLM(LM):
         require_causal(check_causality(self.model))
         self.tokenizer = load_saved_tokenizer(pretrained)
         self.generator = SentenceGenerator(self.model, self.tokenizer)
-        self.counter = ByteCounter(self.tokenizer)
+        self.counter = lossless(self.tokenizer)
         recipe = Path(pretrained) / "recipe.yaml"
         if context_sentences is None and recipe.is_file():
             context_sentences = load_recipe(str(recipe)).graft.max_sentences

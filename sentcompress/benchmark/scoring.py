@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sentcompress.benchmark.breakdown import Breakdown, TokenScores, sentence_token_scores
-from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, Window, check_bytes, windows
+from sentcompress.benchmark.heldout_text import HeldoutDocument, Window, check_bytes, windows
 from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.causality import CausalityReport, require_causal
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
@@ -25,6 +25,7 @@ from sentcompress.errors import CoverageError
 from sentcompress.generation.shortlist_head import ShortlistHead
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.text.corpus import Corpus
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 
 LOGITS_AT_A_TIME = 2**26
 """Logits of a token-level model computed at once: 256 MiB in fp32."""
@@ -55,7 +56,7 @@ class DocumentTally:
 def score_sentence_model(
     model: SentenceLM,
     documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
+    tokenizer: LosslessTokenizer,
     *,
     causality: CausalityReport | None,
     context_sentences: int | None = None,
@@ -83,13 +84,13 @@ def score_sentence_model(
     scored = []
     for document in own_share(documents):
         tally = score_document(model, document, size, shortlist)
-        row = check_document(document, tally, counter)
+        row = check_document(document, tally, tokenizer)
         token_scores = None
         if breakdown:
             nats = tally.nats - tally.decision_nats
             eos = model.config.eos_token_id
             token_scores = sentence_token_scores(
-                document, counter, eos, tally.target_nats, nats, tally.decision_nats
+                document, tokenizer, eos, tally.target_nats, nats, tally.decision_nats
             )
         scored.append(_Scored(row, tally.kinds, token_scores))
         progress()
@@ -140,7 +141,9 @@ def _add(tally: DocumentTally, window: Window, found: WindowScores) -> None:
     )
 
 
-def check_document(document: HeldoutDocument, tally: DocumentTally, counter: ByteCounter) -> DocumentScore:
+def check_document(
+    document: HeldoutDocument, tally: DocumentTally, tokenizer: LosslessTokenizer
+) -> DocumentScore:
     """Prove that everything from ``document.first_scored`` on was scored once.
 
     Raises:
@@ -164,7 +167,7 @@ def check_document(document: HeldoutDocument, tally: DocumentTally, counter: Byt
         raise CoverageError(f"{what}: not every decision to stop or go on was scored once")
     scored = slice(document.first_scored, None)
     pieces = zip(document.sentences[scored], document.texts[scored], strict=True)
-    covered = sum(counter.bytes_of(ids, text) for ids, text in pieces)
+    covered = sum(sum(tokenizer.byte_sizes(ids, text)) for ids, text in pieces)
     check_bytes(what, covered, document.scored_bytes)
     return DocumentScore(
         document=document.number,
@@ -173,7 +176,7 @@ def check_document(document: HeldoutDocument, tally: DocumentTally, counter: Byt
         covered_bytes=covered,
         nats=float(tally.nats.sum()),
         targets=int(tally.targets.sum()),
-        baseline_tokens=len(counter.encode(document.scored_text)),
+        baseline_tokens=len(_scored_tokens(document, tokenizer)),
     )
 
 
@@ -183,7 +186,7 @@ def check_document(document: HeldoutDocument, tally: DocumentTally, counter: Byt
 def score_token_model(
     model: PreTrainedModel,
     documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
+    tokenizer: LosslessTokenizer,
     bos_token_id: int,
     *,
     system: str,
@@ -208,13 +211,15 @@ def score_token_model(
     def nll(ids: Tensor) -> Tensor:
         return _token_nll(model, ids, size)
 
-    return _score_tokens(nll, documents, counter, bos_token_id, system, f"{size} tokens", progress, breakdown)
+    return _score_tokens(
+        nll, documents, tokenizer, bos_token_id, system, f"{size} tokens", progress, breakdown
+    )
 
 
 def score_unigram(
     corpus: Corpus,
     documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
+    tokenizer: LosslessTokenizer,
     vocab_size: int,
     bos_token_id: int,
     breakdown: Breakdown | None = None,
@@ -227,19 +232,19 @@ def score_unigram(
     sizes = np.add.reduceat(corpus.sentence_bytes, corpus.document_offsets[:-1])[corpus.train]
     step = max(1, round(float(sizes.sum()) / UNIGRAM_BYTES))
     for number in corpus.train[::step].tolist():
-        counts += np.bincount(counter.encode(corpus.document_text(number)), minlength=vocab_size)
+        counts += np.bincount(tokenizer.encode(corpus.document_text(number)), minlength=vocab_size)
     table = torch.from_numpy(-np.log(counts / counts.sum()))
 
     def nll(ids: Tensor) -> Tensor:
         return table[ids[1:]]
 
-    return _score_tokens(nll, documents, counter, bos_token_id, "unigram", "none", lambda: None, breakdown)
+    return _score_tokens(nll, documents, tokenizer, bos_token_id, "unigram", "none", lambda: None, breakdown)
 
 
 def _score_tokens(
     nll: Callable[[Tensor], Tensor],
     documents: Sequence[HeldoutDocument],
-    counter: ByteCounter,
+    tokenizer: LosslessTokenizer,
     bos_token_id: int,
     system: str,
     context: str,
@@ -250,15 +255,16 @@ def _score_tokens(
     scored_documents = []
     for document in own_share(documents):
         # Apart, so that no token reaches from the context into the scored text: the bytes must match exactly.
-        before = [bos_token_id, *counter.encode(document.context_text)]
-        scored = counter.encode(document.scored_text)
+        before = [bos_token_id, *tokenizer.encode(document.context_text)]
+        scored = _scored_tokens(document, tokenizer)
         losses = nll(torch.tensor([*before, *scored]))
         nats = losses[len(before) - 1 :].double()
         if len(losses) != len(before) + len(scored) - 1 or not bool(torch.isfinite(nats).all()):
             raise CoverageError(
                 f"document {document.number}: {len(nats)} of {len(scored)} tokens were scored"
             )
-        covered = counter.bytes_of(scored, document.scored_text)
+        sizes = np.array(tokenizer.byte_sizes(scored, document.scored_text))
+        covered = int(sizes.sum())
         check_bytes(f"document {document.number} ({document.source})", covered, document.scored_bytes)
         row = DocumentScore(
             document=document.number,
@@ -271,11 +277,14 @@ def _score_tokens(
         )
         token_scores = None
         if breakdown:
-            sizes = np.array(counter.sizes_of(scored, document.scored_text))
             token_scores = TokenScores(nats.numpy(), sizes)
         scored_documents.append(_Scored(row, Counter(), token_scores))
         progress()
     return _summary(system, scored_documents, documents, context, breakdown)
+
+
+def _scored_tokens(document: HeldoutDocument, tokenizer: LosslessTokenizer) -> list[int]:
+    return tokenizer.encode(document.scored_text, begins=not document.context_text)
 
 
 @torch.no_grad()

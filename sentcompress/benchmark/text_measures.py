@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.measurements.quality import QualityScore
 from sentcompress.benchmark.measurements.text import BootstrapInterval, TextScore
 from sentcompress.registry import get_registry
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 from sentcompress.text.segmentation import checked_split
 
 RESAMPLES = 4000
@@ -98,18 +98,21 @@ def ends_in_loop(sample: Sequence[Hashable]) -> bool:
 
 
 def measure_texts(
-    texts: Sequence[str], counter: ByteCounter, judged: QualityScore | None = None
+    texts: Sequence[str], tokenizer: LosslessTokenizer, judged: QualityScore | None = None
 ) -> dict[str, Measure]:
     """All measures of one system's texts, by name; those with nothing to divide by are left out.
 
     Args:
         texts: one for each prompt.
-        counter: of the run's tokenizer, in whose tokens repetition is counted.
+        tokenizer: the run's; repetition is counted in its tokens.
         judged: the texts' score under a judge.
     """
     # Whole sentences in every run, whatever its own segmenter cuts.
     segmenter = get_registry().create("segmenter", "regex", {"preset": "sentence"})
-    text_words, tokens = [words(text) for text in texts], [counter.encode(text) for text in texts]
+    text_words, tokens = (
+        [words(text) for text in texts],
+        [tokenizer.encode(text, begins=False) for text in texts],
+    )
     lengths = [len(sample) for sample in text_words]
     sentences = [sum(bool(words(piece)) for piece in checked_split(text, segmenter)) for text in texts]
     found = {

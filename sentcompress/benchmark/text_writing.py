@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.models import Missing
 from sentcompress.benchmark.results import Sample
 from sentcompress.contracts.causal_lm import position_limit
@@ -18,6 +17,7 @@ from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import BenchSettings
 from sentcompress.text.corpus import Corpus
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
 
 Advance = Callable[[int], None]
 """Called with the number of prompts that were finished."""
@@ -36,7 +36,7 @@ class TextPrompt:
     reference: str
 
 
-def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) -> list[TextPrompt]:
+def text_prompts(corpus: Corpus, tokenizer: LosslessTokenizer, settings: BenchSettings) -> list[TextPrompt]:
     """Beginnings of held-out documents: as many whole sentences as make ``bench.prompt_tokens`` tokens or more.
 
     Documents that do not go on for ``bench.text_new_tokens`` tokens are left out.
@@ -55,10 +55,10 @@ def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) 
         stop = int(np.searchsorted(ends, ends[cut - 1] + 2 * settings.text_new_tokens)) + 1
         begin, cut, stop = (sentences.start + n for n in (0, cut, min(stop, len(ends))))
         text, rest = corpus.span_text(begin, cut), corpus.span_text(cut, stop)
-        if len(counter.encode(rest)) < settings.text_new_tokens:
+        if len(tokenizer.encode(rest, begins=False)) < settings.text_new_tokens:
             continue
-        reference = first_tokens(rest, counter, settings.text_new_tokens)
-        prompts.append(TextPrompt(text, len(counter.encode(text)), reference))
+        reference = first_tokens(rest, tokenizer, settings.text_new_tokens)
+        prompts.append(TextPrompt(text, len(tokenizer.encode(text)), reference))
         if len(prompts) == settings.text_prompts:
             break
     if not prompts:
@@ -69,10 +69,14 @@ def text_prompts(corpus: Corpus, counter: ByteCounter, settings: BenchSettings) 
     return prompts
 
 
-def first_tokens(text: str, counter: ByteCounter, count: int) -> str:
-    """The text's first ``count`` tokens, or all of it; a character they end in is kept whole."""
-    encoding = counter.backend.encode(text, add_special_tokens=False)
-    return text[: encoding.offsets[count - 1][1]] if len(encoding.ids) > count else text
+def first_tokens(text: str, tokenizer: LosslessTokenizer, count: int) -> str:
+    """The first ``count`` tokens of a text that continues another; a character they end in is kept whole."""
+    ids = tokenizer.encode(text, begins=False)
+    if len(ids) <= count:
+        return text
+    end = tokenizer.to_bytes(ids[:count])
+    whole = text[: len(end.decode("utf-8", "ignore"))]
+    return whole if len(whole.encode()) == len(end) else text[: len(whole) + 1]
 
 
 class TextWriter:
@@ -92,8 +96,8 @@ class TextWriter:
     def __init__(
         self, prompts: Sequence[str], tokenizer: Any, settings: BenchSettings, seed: int, bos_token_id: int
     ) -> None:
-        self.prompts, self.tokenizer, self.settings, self.seed = list(prompts), tokenizer, settings, seed
-        self.counter, self.bos = ByteCounter(tokenizer), bos_token_id
+        self.prompts, self.settings, self.seed = list(prompts), settings, seed
+        self.hf_tokenizer, self.tokenizer, self.bos = tokenizer, lossless(tokenizer), bos_token_id
         self.new_tokens = settings.text_new_tokens * 9 // 8 + 1
 
     def write(self, model: SentenceLM | PreTrainedModel, progress: Advance) -> list[str]:
@@ -104,7 +108,7 @@ class TextWriter:
 
     def by_sentences(self, model: SentenceLM, progress: Advance = lambda _: None) -> list[str]:
         """Continue with a sentence model."""
-        generator = SentenceGenerator(model, self.tokenizer)
+        generator = SentenceGenerator(model, self.hf_tokenizer)
 
         def write(prompts: list[str], seed: int) -> list[str]:
             drawn = GenerationSettings(
@@ -125,7 +129,7 @@ class TextWriter:
         Raises:
             Missing: prompt and text are longer than the model has positions for.
         """
-        longest = 1 + max(len(self.counter.encode(prompt)) for prompt in self.prompts) + self.new_tokens
+        longest = 1 + max(len(self.tokenizer.encode(prompt)) for prompt in self.prompts) + self.new_tokens
         if longest > position_limit(model.config):
             raise Missing(
                 f"prompt and text take {longest} tokens, but the model has {position_limit(model.config)} positions; "
@@ -148,28 +152,21 @@ class TextWriter:
             temperature=self.settings.text_temperature,
             top_k=0,
             top_p=self.settings.text_top_p,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, *(end for end in ends if end is not None)}),
-            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=sorted({self.hf_tokenizer.eos_token_id, *(end for end in ends if end is not None)}),
+            pad_token_id=self.hf_tokenizer.pad_token_id,
         )
 
     @torch.no_grad()
     def _write_tokens(self, model: PreTrainedModel, prompts: list[str], seed: int) -> list[str]:
-        rows = [[self.bos, *self.counter.encode(prompt)] for prompt in prompts]
+        rows = [[self.bos, *self.tokenizer.encode(prompt)] for prompt in prompts]
         width = max(len(row) for row in rows)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        ids = torch.full(mask.shape, self.tokenizer.pad_token_id)
+        ids = torch.full(mask.shape, self.hf_tokenizer.pad_token_id)
         ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-        texts = []
-        for row, new in zip(rows, output[:, width:].tolist(), strict=True):
-            before = self._decode(row[1:])
-            texts.append(self._decode([*row[1:], *new])[len(before) :])
-        return texts
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [self.tokenizer.decode(new) for new in output[:, width:].tolist()]
 
     def _in_batches(self, write: Callable[[list[str], int], list[str]], progress: Advance) -> list[str]:
         texts: list[str] = []
@@ -178,7 +175,7 @@ class TextWriter:
             written = write(block, self.seed + begin)
             # The last character may lack its other bytes.
             texts += [
-                first_tokens(text.rstrip("\ufffd"), self.counter, self.settings.text_new_tokens)
+                first_tokens(text.rstrip("\ufffd"), self.tokenizer, self.settings.text_new_tokens)
                 for text in written
             ]
             progress(len(block))

@@ -21,7 +21,8 @@ from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import pad_sentences
 from sentcompress.recipe.sections import CacheKind, HeadKind
-from sentcompress.text.segmentation import checked_split, sentences_to_ids
+from sentcompress.text.lossless_tokenizer import TextStream, lossless
+from sentcompress.text.segmentation import sentences_to_ids
 
 if TYPE_CHECKING:
     from sentcompress.generation.prefix import Prefix
@@ -33,9 +34,6 @@ BACKBONE_BATCH_SHARE = 0.5
 costs about the same for few as for many, and the other texts continue in the meantime."""
 COMPACTION_SHARE = 0.75
 """Share of unfinished texts below which the finished ones are dropped from the caches."""
-
-PROBE_SENTENCE = "The next sentence stands here."
-"""Appended to a prompt to see whether the segmenter splits behind it."""
 
 
 @dataclass
@@ -65,11 +63,13 @@ class _Text:
     sentences: list[list[int]]
     """Token ids of every complete sentence so far."""
     unfinished: list[int]
-    """Token ids of the prompt's unfinished last sentence."""
-    unfinished_text: str
-    """Its text, which the user already has."""
+    """Token ids of the prompt's last sentence: the model says where it ends."""
     result: Generation
+    stream: TextStream | None = None
+    """Decodes the new tokens."""
     new_sentences: int = 0
+    unread: bool = False
+    """Its last sentence was not read by the backbone."""
 
 
 class SentenceGenerator:
@@ -129,7 +129,7 @@ class SentenceGenerator:
         """Continue each prompt; results are in the order of the prompts.
 
         Args:
-            prompts: a list of texts, not a single one; an unfinished last sentence is completed first.
+            prompts: a list of texts, not a single one; the model first ends or completes the last sentence of each.
             settings: by default greedy with 128 new tokens.
             on_sentence: called with the prompt's index and each new piece of text as it is generated.
             prefix: text before every prompt, from :meth:`read_prefix`.
@@ -195,7 +195,7 @@ class SentenceGenerator:
             the prompt's index and the tokens of each new sentence, without its end mark.
         """
         texts = [
-            _Text(index, [list(ids) for ids in sentences], [], "", Generation(""))
+            _Text(index, [list(ids) for ids in sentences], [], Generation(""))
             for index, sentences in enumerate(contexts)
         ]
         for index, tokens, _ in self._run(texts, settings, prefix):
@@ -253,8 +253,10 @@ class SentenceGenerator:
             unfinished = sum(not text.result.finish_reason for text in texts)
             if waiting and (not writer.busy or len(waiting) >= BACKBONE_BATCH_SHARE * unfinished):
                 # The backbone has read the prompts already, but not the sentences generated since.
-                if unread := [row for row in waiting if texts[row].new_sentences]:
+                if unread := [row for row in waiting if texts[row].unread]:
                     cache.append(unread, self.encode([texts[row].sentences[-1] for row in unread]))
+                    for row in unread:
+                        texts[row].unread = False
                 stop = model.stop_logits(cache.hidden_states[waiting]).float().softmax(-1)[:, 1].tolist()
                 begun = [
                     row
@@ -280,23 +282,25 @@ class SentenceGenerator:
                     waiting.append(sentence.row)
 
     def _read(self, index: int, result: Generation, before: Prefix | None = None) -> _Text:
-        """Split a prompt into complete sentences and an unfinished one."""
+        """Split a prompt into sentences, the last of which may go on.
+
+        Whether it does cannot be seen: a line end or a quotation mark may follow, and belong to it.
+        """
         _require_tokenizer(self.tokenizer)
         text = (before.text if before else "") + checked_text(result.prompt, f"prompt {index + 1}")
         if not text.strip():
             raise InputError("the prompt is empty", fix="give some text to continue")
-        pieces = sentences_to_ids(text, self.segmenter, self.tokenizer)
-        sentences = [list(ids) for _, ids in pieces]
+        # A model writes a space together with the word behind it: it has to write the prompt's last ones again.
+        read = text.rstrip(" ")
+        sentences = [ids for _, ids in sentences_to_ids(read, self.segmenter, self.tokenizer)]
         unfinished: list[int] = []
-        unfinished_text = ""
-        can_finish = self.model.config.start_latent or len(pieces) > 1
-        if can_finish and not ends_in_sentence(text, self.segmenter):
-            unfinished_text, unfinished = pieces[-1][0], sentences.pop()
-            if len(unfinished) >= self.model.config.vae_config.max_sentence_tokens:
-                sentences.append(unfinished)  # no token fits in: the next one begins a new sentence
-                unfinished_text, unfinished = "", []
+        longest = self.model.config.vae_config.max_sentence_tokens
+        # Without a start latent nothing predicts the first sentence, and a sentence may be full already.
+        if (self.model.config.start_latent or len(sentences) > 1) and len(sentences[-1]) < longest:
+            unfinished = sentences.pop()
         self._require_room("the prompt", len(sentences))
-        return _Text(index, sentences, unfinished, unfinished_text, result)
+        stream = lossless(self.tokenizer).streamed(spaces=len(text) - len(read))
+        return _Text(index, sentences, unfinished, result, stream)
 
     def _require_room(self, what: str, sentences: int) -> None:
         room = self._max_slots() - 1
@@ -352,47 +356,27 @@ class SentenceGenerator:
 
     def _add(self, text: _Text, tokens: list[int], settings: GenerationSettings) -> str:
         """Add a finished sentence to a text; return what is new of it."""
-        result = text.result
-        result.token_ids += tokens[len(text.unfinished) :]
-        text.new_sentences += 1
+        result, begun = text.result, len(text.unfinished)
+        result.token_ids += tokens[begun:]
         text.sentences.append(tokens)
-        text.unfinished = []
+        text.unfinished, text.unread = [], True
         tokens_left = settings.max_new_tokens is None or len(result.token_ids) < settings.max_new_tokens
+        new = "" if text.stream is None else text.stream.add(tokens[begun:])
+        text.new_sentences += not begun or bool(new.strip())  # the prompt's last one may only have ended
         sentences_left = settings.max_new_sentences is None or text.new_sentences < settings.max_new_sentences
         if not (tokens_left and sentences_left):
             result.finish_reason = "length"
-        return self._new_text(text)
+        return self._new_text(text, new)
 
-    def _new_text(self, text: _Text) -> str:
-        """Text of the tokens so far that was not returned yet; an incomplete character is held back."""
+    def _new_text(self, text: _Text, new: str = "") -> str:
+        """Add new text to a result; an incomplete character is held back until the text is finished."""
         result = text.result
-        if self.tokenizer is None or not result.token_ids:
-            return ""
-        before: list[int] = []
-        if text.unfinished_text:
-            before = self.tokenizer(text.unfinished_text, add_special_tokens=False)["input_ids"]
-        new = self._decode([*before, *result.token_ids])[len(self._decode(before)) :]
-        if not result.finish_reason:
-            new = new.rstrip("\ufffd")
-        piece = new[len(result.text) :]
-        result.text = new
-        if piece:
-            result.sentences.append(piece)
-        return piece
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def ends_in_sentence(text: str, segmenter: Segmenter) -> bool:
-    """Whether the segmenter would split right behind ``text`` if another sentence followed."""
-    follow = PROBE_SENTENCE if text[-1:].isspace() else f" {PROBE_SENTENCE}"
-    end = 0
-    for piece in checked_split(text + follow, segmenter):
-        end += len(piece)
-        if end == len(text):
-            return True
-    return False
+        if result.finish_reason and text.stream is not None:
+            new += text.stream.add([], ends=True)
+        result.text += new
+        if new:
+            result.sentences.append(new)
+        return new
 
 
 def _require_tokenizer(tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ from sentcompress.generation.output_head import make_head
 from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.generation.settings import GenerationSettings
 from sentcompress.modeling.vae import SentenceVAE, pad_sentences
+from sentcompress.text.lossless_tokenizer import lossless
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def reconstruct(
     vae: SentenceVAE, tokenizer: Any, sentences: Sequence[Sequence[int]], batch_size: int = 64
 ) -> list[Reconstruction]:
     """Free-running greedy reconstruction of tokenized sentences (no special tokens), in their order."""
-    device = next(vae.parameters()).device
+    device, text = next(vae.parameters()).device, lossless(tokenizer)
     vae.eval()
     sampler, head = Sampler(GenerationSettings(), device), make_head(vae.output_weight, "auto")
     results: list[Reconstruction] = []
@@ -41,8 +42,8 @@ def reconstruct(
         for ids, new in zip(batch, (sentence.tokens for sentence in written), strict=True):
             results.append(
                 Reconstruction(
-                    reference=_decode(tokenizer, ids),
-                    hypothesis=_decode(tokenizer, new),
+                    reference=text.decode(ids),
+                    hypothesis=text.decode(new),
                     reference_ids=tuple(ids),
                     hypothesis_ids=tuple(new),
                 )
@@ -52,18 +53,15 @@ def reconstruct(
 
 def differences(tokenizer: Any, reconstruction: Reconstruction) -> list[Difference]:
     """What survived, as stretches of equal, lost and added tokens."""
+    text = lossless(tokenizer)
     reference, hypothesis = reconstruction.reference_ids, reconstruction.hypothesis_ids
     parts: list[Difference] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, reference, hypothesis, autojunk=False).get_opcodes():
         if tag == "equal":
-            parts.append(Difference("kept", _decode(tokenizer, reference[a:b])))
+            parts.append(Difference("kept", text.decode(reference[a:b])))
             continue
         if b > a:
-            parts.append(Difference("lost", _decode(tokenizer, reference[a:b])))
+            parts.append(Difference("lost", text.decode(reference[a:b])))
         if d > c:
-            parts.append(Difference("added", _decode(tokenizer, hypothesis[c:d])))
+            parts.append(Difference("added", text.decode(hypothesis[c:d])))
     return parts
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -97,7 +97,7 @@ def vae_config(
     shared = inspect.signature(SentenceVAEConfig).parameters.keys() & VAESpec.model_fields.keys()
     same = {name: getattr(recipe.vae, name) for name in shared - {"num_heads"}}
     return SentenceVAEConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=1 + max(tokenizer.get_vocab().values()),  # ids may have holes
         hidden_size=hidden_size,
         num_heads=heads,
         feedforward_size=round(recipe.vae.feedforward_multiple * hidden_size),

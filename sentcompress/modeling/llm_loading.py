@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.errors import (
+    DataError,
     InputError,
     ModelFolderError,
     OfflineError,
@@ -37,6 +38,7 @@ from sentcompress.errors import (
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
+from sentcompress.text.lossless_tokenizer import lossless
 
 SAFE = {"trust_remote_code": False}
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
@@ -426,7 +428,7 @@ def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
     """The LLM's tokenizer.
 
     Raises:
-        InputError: it has no end token.
+        InputError: it has no end token, or changes text.
     """
     tokenizer = _load(spec, TOKENIZER, AutoTokenizer.from_pretrained)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -439,6 +441,10 @@ def load_backbone_tokenizer(spec: BackboneSpec) -> Any:
             f"backbone.model: the tokenizer of '{spec.model}' has no end token",
             fix="set eos_token in its tokenizer_config.json to a token of its vocabulary",
         )
+    try:
+        lossless(tokenizer).check()
+    except DataError as error:
+        raise InputError(f"backbone.model: '{spec.model}': {error.message}", fix=error.fix) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # we check lengths ourselves; its warning would mislead

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from tokenizers import Tokenizer
-
 from sentcompress.contracts import Dataset, Segmenter
 from sentcompress.errors import InputError, SentCompressError, StorageError
 from sentcompress.files import file_digest, fsync
 from sentcompress.locks import open_lock_file, try_lock, wait_for_lock
 from sentcompress.packages import installed_version
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 
 FORMAT = 2
 """Raised whenever the files of a cache folder change their meaning."""
@@ -75,7 +74,9 @@ def digest(text: str | bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def corpus_key(dataset: Dataset, segmenter: Segmenter, backend: Tokenizer, heldout_documents: int) -> str:
+def corpus_key(
+    dataset: Dataset, segmenter: Segmenter, tokenizer: LosslessTokenizer, heldout_documents: int
+) -> str:
     """The name of a corpus' folder: a digest of everything that changes its content."""
     parts = {
         "format": FORMAT,
@@ -89,7 +90,7 @@ def corpus_key(dataset: Dataset, segmenter: Segmenter, backend: Tokenizer, heldo
             "state": digest(json.dumps(segmenter.state(), sort_keys=True)),
             "max_tokens": segmenter.max_tokens,
         },
-        "tokenizer": digest(backend.to_str()),
+        "tokenizer": digest(tokenizer.backend.to_str() + tokenizer.prefix),
     }
     return digest(json.dumps(parts, sort_keys=True))[:24]
 

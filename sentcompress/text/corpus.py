@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from sentcompress.contracts import Dataset, Document, Segmenter
-from sentcompress.errors import DataError, PluginError, SentCompressError
+from sentcompress.errors import PluginError, SentCompressError
 from sentcompress.registry import describe_component
 from sentcompress.text.cache import cache_root, corpus_key, open_cached
 from sentcompress.text.documents import DocumentFile, GrowingArray, growing_arrays
 from sentcompress.text.encoding import Encoded, choose_workers, encode_documents, token_dtype
 from sentcompress.text.heldout import choose_heldout, first_copies
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
 from sentcompress.text.progress import Bar, speaker
-from sentcompress.text.segmentation import plain_backend
 
 _ARRAYS = (
     "sentence_offsets",
@@ -50,14 +49,14 @@ class Corpus:
         sentence_bytes: ``[S]`` UTF-8 bytes of each sentence.
         document_offsets: ``[D + 1]`` into sentences.
         train, heldout: indexes of documents.
-        backend: the tokenizer's core (see ``plain_backend``).
+        tokenizer: it encoded the text.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], backend: Tokenizer) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], tokenizer: LosslessTokenizer) -> None:
         self.folder = folder
         self.meta = meta
         self.key: str = meta["key"]
-        self.backend = backend
+        self.tokenizer = tokenizer
         self.tokens = self._raw("tokens.bin", meta["dtype"])
         self._text = self._raw("text.bin", "uint8")
         self.sentence_offsets = self._array("sentence_offsets")
@@ -180,16 +179,16 @@ def build_corpus(
         PluginError: the segmenter or dataset failed, or the segmenter loses text or does not return.
         StorageError: the cache cannot be written.
     """
-    backend = plain_backend(tokenizer)
+    exact = lossless(tokenizer)
     wanted = int(getattr(dataset.options, "heldout_documents", 20))
-    key = corpus_key(dataset, segmenter, backend, wanted)
+    key = corpus_key(dataset, segmenter, exact, wanted)
     folder = (cache_dir or cache_root()) / "corpora" / key
     console = speaker(progress)
-    builder = _Builder(dataset, segmenter, tokenizer, backend, console)
+    builder = _Builder(dataset, segmenter, tokenizer, console)
     corpus = open_cached(
         folder,
         key,
-        lambda meta: Corpus(folder, meta, backend),
+        lambda meta: Corpus(folder, meta, exact),
         lambda empty: builder.fill(empty, wanted, workers),
         console.print,
     )
@@ -203,10 +202,8 @@ def build_corpus(
 class _Builder:
     """Builds a corpus' folder: the texts, the choice of held-out documents, the segmenter's state, the tokens."""
 
-    def __init__(
-        self, dataset: Dataset, segmenter: Segmenter, tokenizer: Any, backend: Tokenizer, console: Console
-    ) -> None:
-        self.dataset, self.segmenter, self.tokenizer, self.backend = dataset, segmenter, tokenizer, backend
+    def __init__(self, dataset: Dataset, segmenter: Segmenter, tokenizer: Any, console: Console) -> None:
+        self.dataset, self.segmenter, self.tokenizer = dataset, segmenter, tokenizer
         self.console = console
 
     def fill(self, folder: Path, wanted: int, workers: int | None) -> dict[str, Any]:
@@ -225,13 +222,14 @@ class _Builder:
         texts = None if learned else documents.texts(lambda index: index not in heldout)
         _prepare(self.segmenter, self.tokenizer, texts)
         workers = workers or choose_workers(documents.size)
-        dtype = token_dtype(self.backend)
+        exact = lossless(self.tokenizer)
+        dtype = token_dtype(exact.vocab_size)
         scored = first_copies(documents.hashes, heldout)
         results = encode_documents(
             documents.path,
             documents.spans,
             self.segmenter,
-            self.backend,
+            exact,
             dtype,
             workers,
             self.console.print,
@@ -303,7 +301,6 @@ class _Builder:
             scored: those of them that are scored.
         """
         too_long = done = 0
-        has_tokens = bytearray()
         with (
             Bar("tokenizing", documents.size, enabled=not self.console.quiet) as bar,
             (folder / "tokens.bin").open("wb") as tokens,
@@ -316,16 +313,10 @@ class _Builder:
                 part.tokens.tofile(tokens)
                 too_long += part.too_long
                 self._append(arrays, part, documents, done, written, heldout, scored)
-                has_tokens += (part.sentences > 0).astype(np.uint8).tobytes()
                 done += len(part.sentences)
                 written += int(part.lengths.sum())
                 bar.advance(int(part.byte_lengths.sum()))
-            counts = {name: arrays[name].length for name in ("train", "heldout")}
-        if not all(counts.values()):
-            raise DataError("too few documents have any tokens", fix="add documents that contain text")
-        # A document for which the tokenizer has no tokens has no sentences: it is left out like an empty one.
-        self.empty += has_tokens.count(0)
-        documents.write_sources(folder / "sources.json", map(bool, has_tokens))
+        documents.write_sources(folder / "sources.json")
         return too_long
 
     @staticmethod
@@ -339,21 +330,19 @@ class _Builder:
         scored: set[int],
     ) -> None:
         """Append the documents from number ``first`` on; ``tokens`` tokens were written before them."""
-        sentences, kept = part.sentences, np.flatnonzero(part.sentences)
+        numbers = range(first, first + len(part.sentences))
         before = arrays["sentence_bytes"].length
         arrays["sentence_offsets"].append(tokens + np.cumsum(part.lengths))
         arrays["sentence_bytes"].append(part.byte_lengths)
         # Sentences lie one after the other in their document, documents one after the other in the file.
         running = np.cumsum(part.byte_lengths) - part.byte_lengths
-        firsts = (np.cumsum(sentences) - sentences)[kept]
-        begins = np.array([documents.start(first + index) for index in kept.tolist()], dtype=np.int64)
-        arrays["sentence_starts"].append(running + np.repeat(begins - running[firsts], sentences[kept]))
-        number = arrays["document_offsets"].length - 1
-        arrays["document_offsets"].append(before + np.cumsum(sentences[kept]))
-        indexes = (first + kept).tolist()
-        train = [number + i for i, index in enumerate(indexes) if index not in heldout]
+        firsts = np.cumsum(part.sentences) - part.sentences
+        begins = np.array([documents.start(number) for number in numbers], dtype=np.int64)
+        arrays["sentence_starts"].append(running + np.repeat(begins - running[firsts], part.sentences))
+        arrays["document_offsets"].append(before + np.cumsum(part.sentences))
+        train = [number for number in numbers if number not in heldout]
         arrays["train"].append(np.array(train, dtype=np.int64))
-        test = [number + i for i, index in enumerate(indexes) if index in scored]
+        test = [number for number in numbers if number in scored]
         arrays["heldout"].append(np.array(test, dtype=np.int64))
 
 

@@ -84,13 +84,11 @@ class DocumentFile:
                     file.seek(self.start(index))
                     yield file.read(self.ends[index] - self.start(index)).decode("utf-8")
 
-    def write_sources(self, path: Path, wanted: Iterator[bool]) -> None:
-        """Write the sources of the wanted documents as a JSON list, and delete the working file."""
+    def write_sources(self, path: Path) -> None:
+        """Write the documents' sources as a JSON list, and delete the working file."""
         with path.open("w", encoding="ascii") as file:
             file.write("[")
-            for number, source in enumerate(
-                s for s, kept in zip(self.sources(), wanted, strict=True) if kept
-            ):
+            for number, source in enumerate(self.sources()):
                 file.write((", " if number else "") + json.dumps(source))
             file.write("]")
         self._sources.unlink()

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError, SentCompressError
 from sentcompress.text.documents import Span
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 from sentcompress.text.segmentation import Sentence, checked_split, in_batches, tokenize_pieces
 
 BATCH_BYTES = 256 << 10
@@ -53,10 +53,12 @@ class Encoded:
 class Encoder:
     """Splits documents of a text file into sentences and tokenizes them."""
 
-    def __init__(self, text_file: Path, segmenter: Segmenter, backend: Tokenizer, dtype: str) -> None:
+    def __init__(
+        self, text_file: Path, segmenter: Segmenter, tokenizer: LosslessTokenizer, dtype: str
+    ) -> None:
         self.text = np.memmap(text_file, dtype=np.uint8, mode="r")
         self.segmenter = segmenter
-        self.backend = backend
+        self.tokenizer = tokenizer
         self.dtype = dtype
 
     def __call__(self, spans: Sequence[Span]) -> Encoded:
@@ -75,7 +77,7 @@ class Encoder:
             except SentCompressError as error:
                 raise type(error)(f"{span.source}: {error.message}", fix=error.fix) from error.__cause__
             counts.append(len(lengths) - before)
-            if counts[-1] and size != span.stop - span.start:
+            if size != span.stop - span.start:
                 raise PluginError(
                     f"{span.source}: the sentences have {size} bytes, but the text has {span.stop - span.start}"
                 )
@@ -91,12 +93,12 @@ class Encoder:
         text = bytes(self.text[span.start : span.stop]).decode("utf-8")
         pieces = checked_split(text, self.segmenter)
         del text  # so that a large document is in memory only once
-        self._too_long += yield from tokenize_pieces(pieces, self.backend, self.segmenter.max_tokens)
+        self._too_long += yield from tokenize_pieces(pieces, self.tokenizer, self.segmenter.max_tokens)
 
 
-def token_dtype(backend: Tokenizer) -> str:
+def token_dtype(vocab_size: int) -> str:
     """The smallest integer type that holds every token."""
-    return "uint16" if max(backend.get_vocab(with_added_tokens=True).values()) < 1 << 16 else "uint32"
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def offsets(counts: np.ndarray) -> np.ndarray:
@@ -119,7 +121,7 @@ def encode_documents(
     text_file: Path,
     spans: Callable[[], Iterable[Span]],
     segmenter: Segmenter,
-    backend: Tokenizer,
+    tokenizer: LosslessTokenizer,
     dtype: str,
     workers: int,
     say: Callable[[str], None],
@@ -135,7 +137,7 @@ def encode_documents(
     if payload is not None:
         try:
             with closing(
-                _encode_in_workers(text_file, batches_of(spans()), payload, backend, dtype, workers)
+                _encode_in_workers(text_file, batches_of(spans()), payload, tokenizer, dtype, workers)
             ) as results:
                 for result in results:
                     yield result
@@ -147,7 +149,7 @@ def encode_documents(
             )
         except OSError as error:
             say(f"worker processes cannot be started ({error.strerror or error}); continuing without them")
-    encoder = Encoder(text_file, segmenter, backend, dtype)
+    encoder = Encoder(text_file, segmenter, tokenizer, dtype)
     for batch in islice(batches_of(spans()), done, None):
         yield encoder(batch)
 
@@ -167,13 +169,13 @@ def _encode_in_workers(
     text_file: Path,
     batches: Iterator[list[Span]],
     payload: bytes,
-    backend: Tokenizer,
+    tokenizer: LosslessTokenizer,
     dtype: str,
     workers: int,
 ) -> Generator[Encoded, None, None]:
     # New processes instead of forks: this one may have threads of torch, tokenizers or progress bars that hold locks.
     pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), _start_worker, (str(text_file), payload, backend.to_str(), dtype)
+        workers, get_context("spawn"), _start_worker, (str(text_file), payload, tokenizer, dtype)
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -210,13 +212,11 @@ _encoder: Encoder | None = None
 """The encoder of a worker process."""
 
 
-def _start_worker(text_file: str, payload: bytes, backend: str, dtype: str) -> None:
+def _start_worker(text_file: str, payload: bytes, tokenizer: LosslessTokenizer, dtype: str) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = Tokenizer.from_str(backend)
-    tokenizer.encode_special_tokens = True
     _encoder = Encoder(Path(text_file), pickle.loads(payload), tokenizer, dtype)
 
 

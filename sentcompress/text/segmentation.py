@@ -5,13 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
-
-from tokenizers import Tokenizer
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import DataError, PluginError
 from sentcompress.registry import describe_component
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
 from sentcompress.text.time_limit import VARIABLE, Overtime, TimeLimit, split_seconds
 
 T = TypeVar("T")
@@ -24,55 +22,20 @@ _BATCH_CHARACTERS = 1 << 18
 _MAX_PIECE = 1 << 16
 _CHARACTERS_PER_TOKEN = 64
 """More than in any real text. Longer pieces are cut before they are tokenized (see ``_MAX_PIECE``)."""
-_backends: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
-
-
-def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of a tokenizer's Rust core without truncation and padding.
-
-    In the copy, the name of a special token (``</s>``) is ordinary text; otherwise a document could put end marks
-    into its own sentences.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-
-    Raises:
-        DataError: the tokenizer has no Rust core, or is inconsistent.
-    """
-    source = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(source, Tokenizer):
-        raise DataError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer", fix="use a model that has a tokenizer.json"
-        )
-    size = len(tokenizer)
-    if tokenizer in _backends and _backends[tokenizer][0] == size:
-        return _backends[tokenizer][1]
-    try:
-        backend = Tokenizer.from_str(source.to_str())
-    except Exception as error:  # the library can build tokenizers that it cannot read
-        raise DataError(
-            f"the tokenizer is inconsistent: {error}",
-            fix="copy tokenizer.json again from the source of the model",
-        ) from error
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    _backends[tokenizer] = (size, backend)
-    return backend
 
 
 def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Sentence]:
     """Split a text into sentences of at most ``segmenter.max_tokens`` tokens and tokenize them.
 
     Returns:
-        ``(text, ids)`` of each sentence; joined, the texts equal ``text``. Empty if ``text`` has no tokens.
+        ``(text, ids)`` of each sentence; joined, the texts equal ``text``.
 
     Raises:
         PluginError: the segmenter failed, lost text, or did not return.
-        DataError: ``max_tokens`` is too small for a character of the text.
+        DataError: ``max_tokens`` is too small for a character of the text, or the tokenizer has no token for it.
     """
     pieces = checked_split(text, segmenter)
-    return list(tokenize_pieces(pieces, plain_backend(tokenizer), segmenter.max_tokens))
+    return list(tokenize_pieces(pieces, lossless(tokenizer), segmenter.max_tokens))
 
 
 def checked_split(text: str, segmenter: Segmenter, seconds: float | None = None) -> list[str]:
@@ -139,9 +102,9 @@ def _start(text: str) -> str:
 
 
 def tokenize_pieces(
-    pieces: Sequence[str], backend: Tokenizer, max_tokens: int
+    pieces: Sequence[str], tokenizer: LosslessTokenizer, max_tokens: int
 ) -> Generator[Sentence, None, int]:
-    """Tokenize pieces of text, splitting those of more than ``max_tokens`` tokens further.
+    """Tokenize the pieces of a whole text, splitting those of more than ``max_tokens`` tokens further.
 
     Yields:
         the sentences; only a few are in memory at once.
@@ -150,32 +113,18 @@ def tokenize_pieces(
         the number of pieces that were too long.
     """
     too_long = 0
-    last: Sentence | None = None
-    silent = ""
-    cut = _cut(pieces, max(_MAX_PIECE, max_tokens * _CHARACTERS_PER_TOKEN))
+    prefix, longest = tokenizer.prefix, max(_MAX_PIECE, max_tokens * _CHARACTERS_PER_TOKEN)
+    cut = _cut([prefix + pieces[0], *pieces[1:]] if pieces else [], longest)
     for batch in in_batches(cut, len, _BATCH_CHARACTERS):
-        for piece, encoding in zip(
-            batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
-        ):
-            ids = encoding.ids
+        for piece, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            parts = [(piece, ids)]
             if len(ids) > max_tokens:
                 too_long += 1
-                parts = _split_long(piece, ids, backend, max_tokens)
-            else:
-                parts = [(piece, ids)]
+                parts = _split_long(piece, ids, tokenizer, max_tokens)
             for part, part_ids in parts:
-                if part_ids:
-                    if last is not None:
-                        yield last
-                    last = (silent + part, part_ids)
-                    silent = ""
-                elif last is not None:
-                    # Text without tokens (some tokenizers drop spaces) stays with its neighbour.
-                    last = (last[0] + part, last[1])
-                else:
-                    silent += part
-    if last is not None:
-        yield last
+                text, prefix = part.removeprefix(prefix), ""
+                if text:
+                    yield text, part_ids
     return too_long
 
 
@@ -205,7 +154,7 @@ def _cut(pieces: Sequence[str], longest: int) -> Iterator[str]:
             start = stop
 
 
-def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) -> list[Sentence]:
+def _split_long(text: str, ids: list[int], tokenizer: LosslessTokenizer, max_tokens: int) -> list[Sentence]:
     """Cut a text with tokens ``ids`` into as few parts as possible, of about equal size."""
     per_token = len(text) / len(ids)
     parts: list[Sentence] = []
@@ -215,7 +164,7 @@ def _split_long(text: str, ids: list[int], backend: Tokenizer, max_tokens: int) 
         while True:
             cut = _best_cut(text, start, longest)
             # Only tokenizing a cut text shows how many tokens it has.
-            part = backend.encode_batch_fast([text[start:cut]], add_special_tokens=False)[0].ids
+            part = tokenizer.encode(text[start:cut], begins=False)
             if len(part) <= max_tokens:
                 break
             if cut - start == 1:

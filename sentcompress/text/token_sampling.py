@@ -59,7 +59,7 @@ def open_whole(corpus: Corpus, *, progress: bool = True) -> WholeTokens:
 
 
 def _fill(folder: Path, corpus: Corpus, progress: bool) -> dict[str, Any]:
-    dtype = token_dtype(corpus.backend)
+    dtype = token_dtype(corpus.tokenizer.vocab_size)
     counts = np.zeros(corpus.num_documents, dtype=np.int64)
     total = int(corpus.sentence_bytes.sum())
     with (
@@ -69,10 +69,9 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> dict[str, Any]:
         for batch in in_batches(_texts(corpus), lambda text: len(text[1]), _MAX_CHARACTERS, _BATCH_TEXTS):
             texts = [text for _, text in batch]
             # The tokenizer distributes them over its own threads.
-            encodings = corpus.backend.encode_batch_fast(texts, add_special_tokens=False)
-            for (document, _), encoding in zip(batch, encodings, strict=True):
-                np.array(encoding.ids, dtype=dtype).tofile(file)
-                counts[document] += len(encoding.ids)
+            for (document, _), ids in zip(batch, corpus.tokenizer.encode_batch(texts), strict=True):
+                np.array(ids, dtype=dtype).tofile(file)
+                counts[document] += len(ids)
             bar.advance(sum(len(text.encode("utf-8")) for text in texts))
     np.save(folder / "offsets.npy", offsets(counts))
     return {"dtype": dtype}
@@ -81,7 +80,7 @@ def _fill(folder: Path, corpus: Corpus, progress: bool) -> dict[str, Any]:
 def _texts(corpus: Corpus) -> Iterator[tuple[int, str]]:
     """All documents with their numbers; very long ones in several pieces."""
     for document in range(corpus.num_documents):
-        for text in _pieces(corpus.document_text(document)):
+        for text in _pieces(corpus.tokenizer.prefix + corpus.document_text(document)):
             yield document, text
 
 
@@ -208,13 +207,14 @@ class PassageTokenSampler:
     def _tokens(self, passage: Passage) -> tuple[list[int], list[int]]:
         corpus = self.passage_sampler.corpus
         document, start, stop, context = passage
-        encoding = corpus.backend.encode(corpus.span_text(start, stop), add_special_tokens=False)
-        ids = list(encoding.ids)
+        text = corpus.span_text(start, stop)
+        ids = corpus.tokenizer.encode(text, begins=start == corpus.document_offsets[document])
         targets = list(ids)
         if context:
-            carried = len(corpus.span_text(start, start + context))
+            carried = int(corpus.sentence_bytes[start : start + context].sum())
             # A token that begins in the context and ends after it is scored.
-            old = sum(end <= carried for _, end in encoding.offsets)
+            ends = np.cumsum(corpus.tokenizer.byte_sizes(ids, text))
+            old = int((ends <= carried).sum())
             targets[:old] = [IGNORED] * old
         if self.eos is not None and stop == corpus.document_offsets[document + 1]:
             ids.append(self.eos)

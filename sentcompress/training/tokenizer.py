@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -64,21 +63,3 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
-
-
-def byte_lengths(tokenizer: Any) -> list[int] | None:
-    """Number of bytes of each token (0 for special ones); None if the tokenizer is not byte-level."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    lengths = []
-    for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        if token_id in special or token is None:
-            lengths.append(0)
-        elif set(token) <= alphabet:
-            lengths.append(len(token))  # one character per byte, by construction
-        elif token_id in added:
-            lengths.append(len(token.encode()))
-        else:
-            return None
-    return lengths

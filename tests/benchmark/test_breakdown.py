@@ -10,8 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from sentcompress.benchmark import scoring, sentence_scoring
 from sentcompress.benchmark.breakdown import (
@@ -25,7 +23,7 @@ from sentcompress.benchmark.breakdown import (
     nats_per_byte,
 )
 from sentcompress.benchmark.drawing import svg
-from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents
+from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
 from sentcompress.benchmark.measurements.quality import BY_TITLES, Quality
 from sentcompress.benchmark.report import sections, tables
@@ -36,6 +34,7 @@ from sentcompress.cli import main
 from sentcompress.errors import CoverageError, InputError
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt, tiny_sentence_lm
+from sentcompress.text.lossless_tokenizer import lossless
 
 CAUSAL = CausalityReport(
     checks=[CausalityCheck(name="x", kind="future", attention="sdpa", max_delta=0, tolerance=0, passed=True)]
@@ -44,7 +43,7 @@ CAUSAL = CausalityReport(
 
 @pytest.fixture(scope="module")
 def counter(tokenizer):
-    return ByteCounter(tokenizer)
+    return lossless(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -152,39 +151,6 @@ def test_nats_of_a_token_without_bytes_are_not_lost():
     assert nats_per_byte(np.array([1.0, 4.0, 2.0]), np.array([0, 2, 0])).tolist() == [3.0, 4.0]
     with pytest.raises(CoverageError):
         nats_per_byte(np.array([1.0]), np.array([0]))
-
-
-# ---- bytes of tokens
-
-
-def test_bytes_of_each_token_of_a_byte_level_tokenizer(counter):
-    text = "naïve 中文 \U0001f600 </s>"
-    ids = counter.encode(text)
-    sizes = counter.sizes_of(ids, text)
-    assert len(sizes) == len(ids)
-    assert sum(sizes) == len(text.encode("utf-8"))
-    assert min(sizes) >= 1
-
-
-def test_bytes_of_each_token_of_other_tokenizers():
-    """As in Llama 2: spaces are written as marks, and characters out of vocabulary as one token a byte."""
-    vocab = {
-        token: i for i, token in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abn", "▁a"])
-    }
-    core = Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Replace(" ", "▁")
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    counter = ByteCounter(PreTrainedTokenizerFast(tokenizer_object=core))
-    text = "ab an 中b"
-    ids = counter.encode(text)
-    assert [core.id_to_token(i) for i in ids] == ["a", "b", "▁a", "n", "▁", "<0xE4>", "<0xB8>", "<0xAD>", "b"]
-    expected = [1, 1, 2, 1, 1, 1, 1, 1, 1]
-    assert counter.sizes_of(ids, text) == expected
-    # Cut where the tokenizer would not: " a" in two.
-    other = [*ids[:2], vocab["▁"], vocab["a"], *ids[3:]]
-    assert counter.sizes_of(other, text) == [1, 1, 1, 1, *expected[3:]]
-    with pytest.raises(CoverageError):
-        counter.sizes_of(ids[:-1], text)
 
 
 # ---- refusals

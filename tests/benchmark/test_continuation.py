@@ -11,12 +11,13 @@ import torch
 
 from sentcompress.benchmark.causality_checks import check_causality
 from sentcompress.benchmark.continuation import NOTHING, score_continuation
-from sentcompress.benchmark.heldout_text import ByteCounter, HeldoutDocument, heldout_documents, windows
+from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents, windows
 from sentcompress.benchmark.scoring import check_document, score_document, score_sentence_model
 from sentcompress.errors import InputError
 from sentcompress.recipe import BenchSettings, Recipe
 from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_sentence_lm
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.segmentation import sentences_to_ids
 
 TEXT = (
@@ -27,7 +28,7 @@ NO_START = {"name": "tiny", "graft": {"start_latent": False}}
 
 @pytest.fixture(scope="module")
 def counter(tokenizer):
-    return ByteCounter(tokenizer)
+    return lossless(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sentcompress.benchmark import text_measures as measures
-from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
 from sentcompress.benchmark.text_measures import interval, measure_texts, score_texts
+from sentcompress.text.lossless_tokenizer import lossless
 
 
 def test_words_are_in_lower_case_and_without_marks():
@@ -92,7 +92,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
 
 
 def test_one_prompt_has_no_interval(tokenizer):
-    measured = measure_texts(["The people of this nation."], ByteCounter(tokenizer))
+    measured = measure_texts(["The people of this nation."], lossless(tokenizer))
     score = score_texts("x", ["The people of this nation."], measured, measured, 0)
     assert score.measures["words"].value == 5
     assert score.measures["words"].low is None
@@ -127,7 +127,7 @@ def judged(texts: list[str], bits: list[float]) -> QualityScore:
 
 def test_all_measures_of_texts_made_by_hand(tokenizer):
     texts = ["The law is the law. So it is.", "Peace!"]
-    found = measure_texts(texts, ByteCounter(tokenizer), judged(texts, [29.0, 6.0]))
+    found = measure_texts(texts, lossless(tokenizer), judged(texts, [29.0, 6.0]))
     values = {name: measure.value for name, measure in found.items()}
     assert values["words"] == 4.5
     assert values["sentence_words"] == 3  # 9 words, 3 sentences
@@ -138,13 +138,13 @@ def test_all_measures_of_texts_made_by_hand(tokenizer):
 
 
 def test_texts_without_words_leave_measures_out_instead_of_dividing_by_zero(tokenizer):
-    found = measure_texts(["", "..."], ByteCounter(tokenizer))
+    found = measure_texts(["", "..."], lossless(tokenizer))
     assert found["words"].value == 0
     assert not {"distinct_1", "sentence_words"} & set(found)
 
 
 def test_differences_are_taken_prompt_by_prompt(tokenizer):
-    counter = ByteCounter(tokenizer)
+    counter = lossless(tokenizer)
     long = ["Peace and order. " * n for n in (1, 20, 3, 40)]
     longer = [text + "So be it. " for text in long]
     mine, theirs = measure_texts(longer, counter), measure_texts(long, counter)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sentcompress.contracts import Segmenter, SegmenterOptions
 from sentcompress.errors import DataError, PluginError
-from sentcompress.text.segmentation import checked_split, plain_backend, sentences_to_ids
+from sentcompress.text.lossless_tokenizer import lossless
+from sentcompress.text.segmentation import checked_split, sentences_to_ids
 
 
 class Stops(Segmenter):
@@ -91,7 +92,7 @@ def test_special_tokens_in_a_text_are_text(tokenizer: PreTrainedTokenizerFast) -
 def test_truncation_and_padding_of_the_tokenizer_do_not_matter(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "the people of this nation. order. " * 3
     before = sentences_to_ids(text, stops(), tokenizer)
-    other = PreTrainedTokenizerFast(tokenizer_object=plain_backend(tokenizer), pad_token="<pad>")
+    other = PreTrainedTokenizerFast(tokenizer_object=lossless(tokenizer).backend, pad_token="<pad>")
     other([text, "x"], truncation=True, max_length=2, padding="max_length")
     assert sentences_to_ids(text, stops(), other) == before
 
@@ -132,4 +133,4 @@ def test_hostile_text_takes_linear_time(tokenizer: PreTrainedTokenizerFast) -> N
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(DataError, match="not a fast tokenizer"):
-        plain_backend(object())
+        lossless(object())

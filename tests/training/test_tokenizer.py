@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sentcompress.registry import get_registry
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.training.inputs import load_inputs
-from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
+from sentcompress.training.tokenizer import train_tokenizer, training_texts
 
 
 @pytest.fixture
@@ -27,11 +28,12 @@ def test_special_tokens_are_those_of_opt(dataset):
 @pytest.mark.parametrize("text", ["The Union, 1862 …", "\x00 \ufffd 日本 🇺🇸\r\n", " </s> is text  "])
 def test_any_text_comes_back_and_its_bytes_are_counted(dataset, text):
     tokenizer = train_tokenizer(training_texts(dataset), 400)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    assert tokenizer.decode(ids) == text
-    sizes = byte_lengths(tokenizer)
-    assert sum(sizes[i] for i in ids) == len(text.encode())
-    assert sizes[:4] == [0, 0, 0, 0]
+    exact = lossless(tokenizer)
+    exact.check()
+    ids = exact.encode(text)
+    assert exact.decode(ids) == text
+    assert sum(exact.byte_sizes(ids, text)) == len(text.encode())
+    assert exact.token_sizes[:4].tolist() == [0, 0, 0, 0]
 
 
 def test_it_sees_the_training_documents_only(dataset, make_recipe):

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from sentcompress.backbones.opt import OPTBackbone
 from sentcompress.benchmark.causality_checks import check_causality
-from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
+from sentcompress.benchmark.heldout_text import heldout_documents
 from sentcompress.benchmark.scoring import score_sentence_model
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.pipeline import run_job
 from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.jobs.graft import GraftJob
 from sentcompress.training.loop import seed_everything
@@ -58,7 +59,7 @@ def score(model: SentenceLM, recipe: Recipe, text: Inputs, *, leaky: bool) -> di
     figures = score_sentence_model(
         model,
         heldout_documents(text.corpus, recipe.bench),
-        ByteCounter(text.tokenizer),
+        lossless(text.tokenizer),
         causality=as_causal,  # the leaky one would be refused: that it is scored all the same is the experiment
         context_sentences=recipe.graft.max_sentences,
     )

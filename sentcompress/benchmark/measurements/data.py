@@ -78,7 +78,7 @@ def measure_data(corpus: Corpus, recipe: Recipe, pad_token_id: int) -> DataRepor
 
     lengths = heldout_lengths(corpus)
     texts = [corpus.document_text(number) for number in corpus.heldout.tolist()]
-    uncut = sum(len(e.ids) for e in corpus.backend.encode_batch_fast(texts, add_special_tokens=False))
+    uncut = sum(map(len, map(corpus.tokenizer.encode, texts)))
     sentences = SentenceSampler(
         corpus, corpus.train, recipe.train_vae.sentences_per_batch, recipe.seed, pad_token_id
     )

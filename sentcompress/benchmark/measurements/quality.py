@@ -148,21 +148,22 @@ class Quality(Measurement[list[QualityScore]]):
     def measure(self, bench: Bench) -> list[QualityScore]:
         from sentcompress.benchmark import scoring
         from sentcompress.benchmark.breakdown import Breakdown
-        from sentcompress.benchmark.heldout_text import ByteCounter, heldout_documents
+        from sentcompress.benchmark.heldout_text import heldout_documents
         from sentcompress.benchmark.models import model_counts
         from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
+        from sentcompress.text.lossless_tokenizer import lossless
 
         models, settings = bench.models, bench.settings
         model = models.sentence_lm
         causality = bench.report(Causality)
         documents = heldout_documents(models.corpus, settings)
-        counter = ByteCounter(models.tokenizer)
-        breakdown = Breakdown(settings.by, documents, counter) if settings.by else None
+        tokenizer = lossless(models.tokenizer)
+        breakdown = Breakdown(settings.by, documents, tokenizer) if settings.by else None
         by_sentences: Callable[..., QualityScore] = partial(
             scoring.score_sentence_model,
             documents=documents,
-            counter=counter,
+            tokenizer=tokenizer,
             causality=causality,
             # Longer passages than it was trained on would measure something else.
             context_sentences=settings.context_sentences or bench.recipe.graft.max_sentences,
@@ -171,7 +172,7 @@ class Quality(Measurement[list[QualityScore]]):
         by_tokens: Callable[..., QualityScore] = partial(
             scoring.score_token_model,
             documents=documents,
-            counter=counter,
+            tokenizer=tokenizer,
             bos_token_id=models.bos_token_id,
             context_tokens=settings.context_tokens,
             breakdown=breakdown,
@@ -210,7 +211,7 @@ class Quality(Measurement[list[QualityScore]]):
             candidate = None  # free its memory before the next one is loaded
         vocab_size = model.config.vae_config.vocab_size
         unigram = scoring.score_unigram(
-            models.corpus, documents, counter, vocab_size, models.bos_token_id, breakdown
+            models.corpus, documents, tokenizer, vocab_size, models.bos_token_id, breakdown
         )
         note = "frequencies in the training documents, add-one smoothing"
         bench.row(self.name, unigram.system, unigram.figures(), (), note)

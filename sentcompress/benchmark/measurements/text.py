@@ -113,14 +113,14 @@ class GeneratedText(Measurement[TextReport | None]):
             self.judge = Judge(bench.settings.text_judge, bench.models.device)
 
     def measure(self, bench: Bench) -> TextReport:
-        from sentcompress.benchmark.heldout_text import ByteCounter
         from sentcompress.benchmark.text_measures import measure_texts, score_texts
         from sentcompress.benchmark.text_writing import TextWriter, text_prompts
+        from sentcompress.text.lossless_tokenizer import lossless
 
         require_causal(bench.report(Causality))
         models, settings, seed, judge = bench.models, bench.settings, bench.recipe.seed, self.judge
-        counter = ByteCounter(models.tokenizer)
-        prompts = text_prompts(models.corpus, counter, settings)
+        tokenizer = lossless(models.tokenizer)
+        prompts = text_prompts(models.corpus, tokenizer, settings)
         beginnings = [prompt.text for prompt in prompts]
         writer = TextWriter(beginnings, models.tokenizer, settings, seed, models.bos_token_id)
         baseline, as_it_came = BASELINES
@@ -148,7 +148,7 @@ class GeneratedText(Measurement[TextReport | None]):
                 if written is None:
                     continue
                 judged = judge.score(system, beginnings, written, partial(bar.advance, 1)) if judge else None
-            texts[system], measures[system] = written, measure_texts(written, counter, judged)
+            texts[system], measures[system] = written, measure_texts(written, tokenizer, judged)
         reference = measures.get(baseline)
         report = TextReport(
             prompts=beginnings,

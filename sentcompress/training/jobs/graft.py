@@ -18,6 +18,7 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.saved_models import load_vae
 from sentcompress.modeling.sentence_lm import predictions
 from sentcompress.recipe import BackboneSpec, Recipe
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
@@ -43,16 +44,17 @@ class GraftJob:
         tokenizer, corpus = self.text.tokenizer, self.text.corpus
         self.inputs = {"corpus": corpus.key, "vae": folder_digest(vae)}
         trained = load_vae(vae)
-        if trained.config.vocab_size != len(tokenizer):
+        vocab_size = lossless(tokenizer).vocab_size
+        if trained.config.vocab_size != vocab_size:
             raise InputError(
                 f"the SentenceVAE in '{vae}' was trained with a tokenizer of {trained.config.vocab_size} tokens, "
-                f"but the backbone {recipe.backbone.model} has {len(tokenizer)}",
+                f"but the backbone {recipe.backbone.model} has {vocab_size}",
                 fix=f"train one for it: sentcompress train-vae --backbone {recipe.backbone.model}",
             )
         backbone = wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
         self.model = graft(recipe, trained, backbone).train()
         if self.model.shortlist is not None:
-            counts = torch.from_numpy(corpus.train_counts(len(tokenizer)))
+            counts = torch.from_numpy(corpus.train_counts(vocab_size))
             self.model.shortlist.start(self.model.vae.output_weight, counts)
         self.width = self.model.backbone.hidden_size
         limit = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
@@ -86,7 +88,9 @@ class GraftJob:
                     fix="use a teacher with the backbone's tokenizer",
                 )
         start = self.model.vae.config.bos_token_id
-        return Teacher(load_causal_lm(spec), len(tokenizer), start, self.settings.teacher_share)
+        return Teacher(
+            load_causal_lm(spec), lossless(tokenizer).vocab_size, start, self.settings.teacher_share
+        )
 
     def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:
         return PassageSampler(

@@ -18,6 +18,7 @@ from sentcompress.modeling.llm_loading import load_causal_lm, shaped_config
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 from sentcompress.training.card import Card
@@ -25,7 +26,7 @@ from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import BASELINE, PRETRAIN
 from sentcompress.training.sharding import is_sharded
 from sentcompress.training.step import Part, StepOutput
-from sentcompress.training.tokenizer import byte_lengths, train_tokenizer, training_texts
+from sentcompress.training.tokenizer import train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
 SIMILAR = 0.9
@@ -145,8 +146,8 @@ class TokenLevelJob:
         return int(self.settings.eval_batches)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte (if the tokenizer is byte-level) and nats per token of held-out rows."""
-        sizes = byte_lengths(self.text.tokenizer)
+        """Bits per byte and nats per token of held-out rows."""
+        sizes = torch.from_numpy(lossless(self.text.tokenizer).token_sizes)
         device = next(model.parameters()).device
         nats, targets, size = 0.0, 0, 0
         for index in range(self.heldout_batches()):
@@ -154,9 +155,8 @@ class TokenLevelJob:
             _, nll = model(**{name: value.to(device) for name, value in batch.items()})
             nats += float(nll.double().sum())
             targets += len(nll)
-            if sizes is not None:
-                ids = batch["labels"][:, 1:]
-                size += int(torch.tensor(sizes)[ids[ids != IGNORED]].sum())
+            ids = batch["labels"][:, 1:]
+            size += int(sizes[ids[ids != IGNORED]].sum())
         figures = {"bits_per_byte": nats / math.log(2) / size} if size else {}
         return figures | {"nats_per_token": nats / max(1, targets)}
 
@@ -240,7 +240,7 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     adapter: Any = get_registry().get("backbone", recipe.backbone.name or "opt")
     from_tokenizer = {
         "model_type": adapter.model_types[0],
-        "vocab_size": len(tokenizer),
+        "vocab_size": lossless(tokenizer).vocab_size,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

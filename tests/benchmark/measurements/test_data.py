@@ -15,10 +15,7 @@ def test_figures_are_those_of_the_corpus(bench_models):
     assert heldout_lengths(corpus).tolist() == lengths
     assert report.mean_sentence_tokens == pytest.approx(sum(lengths) / len(lengths))
     assert sum(count for _, count in report.histogram) == len(lengths)
-    whole = sum(
-        len(corpus.backend.encode(corpus.document_text(d), add_special_tokens=False).ids)
-        for d in corpus.heldout
-    )
+    whole = sum(len(corpus.tokenizer.encode(corpus.document_text(d))) for d in corpus.heldout)
     assert report.cutting_overhead == pytest.approx(sum(lengths) / whole - 1)
     assert all(0 <= share < 1 for share in report.padding.values())
     assert list(

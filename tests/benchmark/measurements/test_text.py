@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from sentcompress.benchmark.heldout_text import ByteCounter
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.measurements.causality import Causality, CausalityCheck, CausalityReport
 from sentcompress.benchmark.measurements.text import DIFFERENCES_TITLE, HUMAN, GeneratedText
@@ -19,6 +18,7 @@ from sentcompress.benchmark.text_writing import TextWriter, first_tokens, text_p
 from sentcompress.errors import CausalityError, CoverageError, InputError
 from sentcompress.recipe import BenchSettings
 from sentcompress.testing import tiny_opt
+from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
 
 SETTINGS = BenchSettings(prompt_tokens=12, text_new_tokens=16, text_prompts=3)
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def counter(tokenizer):
-    return ByteCounter(tokenizer)
+    return lossless(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_uniform_judge_pays_log2_v_a_token(uniform_judge, tokenizer, counter, 
 def test_a_judge_whose_tokenizer_changes_the_text_is_refused(uniform_judge, monkeypatch):
     judge = Judge(uniform_judge, CPU)
     judge.load()
-    monkeypatch.setattr(ByteCounter, "encode", lambda _, text: [5] * len(text))
+    monkeypatch.setattr(LosslessTokenizer, "encode", lambda _, text, **_kwargs: [5] * len(text))
     with pytest.raises(CoverageError, match="do not spell"):
         judge.score("x", ["a"], ["b"])
 
