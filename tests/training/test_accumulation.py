@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sentcompress.distributed import processes
+from sentcompress.files import read_json
 from sentcompress.pipeline import run_recipe
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.text.prefetch import prefetch
@@ -20,6 +26,7 @@ from sentcompress.training.jobs.sentence_vae import VAEJob
 from sentcompress.training.jobs.token_level import BaselineJob, PretrainJob
 from sentcompress.training.loop import seed_everything
 from sentcompress.training.preparation import prepare
+from sentcompress.training.sharding import whole as whole_tensor
 from sentcompress.training.step import Stepper, StepResult, Window
 
 SIZE = 8
@@ -77,7 +84,7 @@ def step(job: Job, batches: Iterator[dict[str, Tensor]], weights: dict[str, Tens
     def keep(*_: Any) -> None:
         for name, parameter in job.model.named_parameters():
             if parameter.grad is not None:
-                gradient[name] = parameter.grad.clone()
+                gradient[name] = whole_tensor(parameter.grad).clone()
 
     prepared.optimizer.optimizer.register_step_pre_hook(keep)
     watch = LossWatch(job.settings)
@@ -100,13 +107,17 @@ def assert_alike(job: Job, whole: dict[str, Tensor], parts: list[dict[str, Tenso
     job.settings.gradient_accumulation = 1
     figures, gradient = step(job, iter([whole]), weights)
     job.settings.gradient_accumulation = len(parts)
-    cut, cut_gradient = step(job, iter(parts), weights)
-    assert cut == pytest.approx(figures, rel=2e-5)
-    assert cut_gradient.keys() == gradient.keys()
-    for name, expected in gradient.items():
-        # Biases of keys have no gradient but for rounding.
-        torch.testing.assert_close(cut_gradient[name], expected, rtol=1e-3, atol=2e-6, msg=name)
+    assert_same(step(job, iter(parts), weights), (figures, gradient))
     return figures
+
+
+def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    """The same figures and gradients."""
+    assert found[0] == pytest.approx(expected[0], rel=2e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        # Biases of keys have no gradient but for rounding.
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=2e-6, msg=name)
 
 
 def rows(batch: dict[str, Tensor], cuts: list[int]) -> list[dict[str, Tensor]]:
@@ -125,21 +136,25 @@ def test_pretraining(make_recipe, make_job):
     assert_alike(job, whole, rows(whole, [5, 1, 2]))
 
 
-@pytest.mark.parametrize("kl_floor", [0.0, 0.45])
-def test_the_sentence_vae(trained, monkeypatch, kl_floor):
-    """With a KL term; a floor holds for the mean over the step, which no micro-batch knows."""
+def vae_batch(folder: Path, kl_floor: float) -> tuple[VAEJob, dict[str, Tensor]]:
+    """A SentenceVAE with a KL term, and one batch of two of its sampler's."""
     settings = {"sentences_per_batch": SIZE, "kl_weight": 0.1, "kl_floor": kl_floor}
-    chosen = recipe(trained, train_vae=settings)
     seed_everything(0)
-    job = VAEJob(chosen)
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # no sampling: the draws would differ
+    job = VAEJob(recipe(folder, train_vae=settings))
     batches = [job.batch(index) for index in range(2)]
     length = max(batch["input_ids"].shape[1] for batch in batches)
     padded = [
         {name: torch.nn.functional.pad(value, (0, length - value.shape[1])) for name, value in one.items()}
         for one in batches
     ]
-    whole = {name: torch.cat([one[name] for one in padded]) for name in padded[0]}
+    return job, {name: torch.cat([one[name] for one in padded]) for name in padded[0]}
+
+
+@pytest.mark.parametrize("kl_floor", [0.0, 0.45])
+def test_the_sentence_vae(trained, monkeypatch, kl_floor):
+    """With a KL term; a floor holds for the mean over the step, which no micro-batch knows."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # no sampling: the draws would differ
+    job, whole = vae_batch(trained, kl_floor)
     if kl_floor:
         nats = job.model.kl_nats(**whole).mean(0)
         assert 0.1 < float((nats < kl_floor).float().mean()) < 0.9
@@ -149,20 +164,21 @@ def test_the_sentence_vae(trained, monkeypatch, kl_floor):
     assert_alike(job, whole, rows(whole, [3, 1, 12]))
 
 
+def graft_job(folder: Path, size: int, teacher: str | None = None) -> GraftJob:
+    settings = {"shortlist_rank": 4, "stop_weight": 3.0, "teacher": teacher, "start_latent": teacher is None}
+    seed_everything(0)
+    job = GraftJob(recipe(folder, graft=settings | {"passages_per_batch": size}), folder / "vae")
+    torch.nn.init.normal_(job.model.termination.weight, std=0.1)  # else all decisions are alike
+    return job
+
+
 @pytest.mark.parametrize("teacher", [None, "backbone"])
 def test_the_graft(trained, teacher):
     """Token loss, stop decisions and shortlist have counts of their own; with a teacher and without."""
-    settings = {"shortlist_rank": 4, "stop_weight": 3.0, "teacher": teacher, "start_latent": teacher is None}
-
-    def job(size: int) -> GraftJob:
-        seed_everything(0)
-        return GraftJob(recipe(trained, graft=settings | {"passages_per_batch": size}), trained / "vae")
-
-    large, small = job(SIZE), job(1)
-    torch.nn.init.normal_(large.model.termination.weight, std=0.1)  # else all decisions are alike
+    large, small = graft_job(trained, SIZE, teacher), graft_job(trained, 1, teacher)
     figures = assert_alike(large, large.batch(0), [small.batch(index) for index in range(SIZE)])
     assert {"nats_per_token", "shortlist_nats_per_token"} <= figures.keys()
-    half = job(SIZE // 2)
+    half = graft_job(trained, SIZE // 2, teacher)
     assert_alike(large, large.batch(0), [half.batch(index) for index in range(2)])
 
 
@@ -194,3 +210,45 @@ def test_the_baseline(trained):
 
     large, small = job(SIZE), job(1)
     assert_alike(large, large.batch(0), [small.batch(index) for index in range(SIZE)])
+
+
+def case(folder: Path, stage: str) -> tuple[Job, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A job, a large batch, and the same batch in parts of uneven size for two processes."""
+    if stage == "vae":
+        vae, whole = vae_batch(folder, 0.45)
+        return vae, whole, rows(whole, [9, 1, 4, 2])
+    large, small = graft_job(folder, SIZE), graft_job(folder, 1)
+    return large, large.batch(0), [small.batch(index) for index in range(SIZE)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "distributed"), [("vae", "ddp"), ("graft", "ddp"), ("graft", "fsdp")])
+def test_two_processes(trained, tmp_path, monkeypatch, stage, distributed):
+    """Their gradients are averaged, but the step's mean is over the targets of both."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    job, whole, _ = case(trained, stage)
+    alone = step(job, iter([whole]), {name: x.clone() for name, x in job.model.state_dict().items()})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, __file__, str(trained), str(tmp_path), stage, distributed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same((read_json(tmp_path / "figures.json"), load_file(tmp_path / "gradient.safetensors")), alone)
+
+
+def main(folder: Path, out: Path, stage: str, distributed: str) -> None:
+    """What each process of :func:`test_two_processes` does."""
+    torch.randn_like = torch.zeros_like
+    job, _, parts = case(folder, stage)
+    job.settings.distributed = distributed
+    job.settings.gradient_accumulation = len(parts) // 2
+    rank = processes().process_index
+    figures, gradient = step(job, iter(parts[rank::2]), dict(job.model.state_dict()))
+    if rank == 0:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in gradient.items()}, out / "gradient.safetensors"
+        )
+        (out / "figures.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
