@@ -14,7 +14,7 @@ from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAECon
 from sentcompress.modeling.llm_loading import SAFE, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
-from sentcompress.modeling.weight_checks import CANNOT, load_weights
+from sentcompress.modeling.weight_checks import CANNOT
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
@@ -53,14 +53,7 @@ def _load(folder: Path | str, cls: type, model_type: str, **arguments: Any) -> A
     read_config(folder, model_type)
     again = "the file may be cut short: copy the folder again, or take an earlier one under checkpoints/"
     try:
-        return load_weights(
-            cls.from_pretrained,  # type: ignore[attr-defined]
-            folder,
-            what=f"'{folder}'",
-            strict=True,
-            use_safetensors=True,
-            **arguments,
-        )
+        return cls.from_pretrained(folder, **arguments)  # type: ignore[attr-defined]
     except (PluginError, MemoryError):
         raise
     except ModelFolderError as error:

@@ -16,6 +16,7 @@ from sentcompress.modeling.configuration import SentenceLMConfig, check_plugins
 from sentcompress.modeling.losses import Teaching, TokenLoss, stop_loss
 from sentcompress.modeling.shortlist import Shortlist
 from sentcompress.modeling.vae import SentenceVAE
+from sentcompress.modeling.weight_checks import WholeWeights
 from sentcompress.registry import get_registry
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class SentenceLMOutput(ModelOutput):
     shortlist_loss: Tensor | None = None
 
 
-class SentenceLM(PreTrainedModel):
+class SentenceLM(WholeWeights, PreTrainedModel):
     """Sentence encoder, the LLM's own blocks over latents, termination layer and sentence decoder.
 
     A row of the backbone has ``N`` slots, each with the ``k`` latents of one sentence.

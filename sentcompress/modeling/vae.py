@@ -24,6 +24,7 @@ from sentcompress.modeling.losses import (
     floored_kl,
     kl_to_standard_normal,
 )
+from sentcompress.modeling.weight_checks import WholeWeights
 from sentcompress.registry import describe_component, get_registry
 
 
@@ -90,7 +91,7 @@ class GaussianHead(nn.Module):
         return latents + torch.randn_like(latents) * (0.5 * log_variance).exp(), log_variance
 
 
-class SentenceVAE(PreTrainedModel):
+class SentenceVAE(WholeWeights, PreTrainedModel):
     """Turns sentences into latents and latents into sentences."""
 
     config_class = SentenceVAEConfig

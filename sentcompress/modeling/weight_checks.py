@@ -110,6 +110,32 @@ def load_weights(
     return model.eval()
 
 
+class WholeWeights:
+    """For models of sentcompress: ``from_pretrained`` takes exactly the tensors of the model, or refuses the folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *arguments: Any, **named: Any) -> Any:
+        """As in transformers, but from safetensors only.
+
+        Raises:
+            ModelFolderError: see :func:`load_weights`.
+        """
+        load = super().from_pretrained  # type: ignore[misc]
+        if named.keys() & {
+            "output_loading_info",
+            "ignore_mismatched_sizes",
+        }:  # the caller looks at what was found
+            return load(folder, *arguments, **named)
+        named.setdefault("use_safetensors", True)
+        return load_weights(
+            lambda path, **more: load(path, *arguments, **more),
+            folder,
+            what=f"'{folder}'",
+            strict=True,
+            **named,
+        )
+
+
 @contextmanager
 def _silent() -> Iterator[list[str]]:
     """Keep what transformers logs from the terminal: it prints names from the file unescaped, and its advice does not
