@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,13 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sentcompress.cli import main
 from sentcompress.contracts import Segmenter, SegmenterOptions
 from sentcompress.errors import CoverageError, DataError
+from sentcompress.generation import GenerationSettings, SentenceGenerator
+from sentcompress.modeling.saved_models import load_sentence_lm
 from sentcompress.registry import get_registry
 from sentcompress.testing.texts import ordinary
 from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
@@ -74,9 +78,9 @@ def with_bytes(core: Tokenizer, **changes: Any) -> Tokenizer:
 
 def sentencepiece(step: Any, normalizer: Any = None, decoder: Any = None, fallback: bool = True) -> Tokenizer:
     core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.normalizer, core.pre_tokenizer = normalizer, step or pre_tokenizers.Metaspace(prepend_scheme="never")
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # no token spans two words
     core.train_from_iterator(TRAINED_ON, trainer(trainers.BpeTrainer))
-    core.pre_tokenizer, core.decoder = step, decoder or marked()
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, step, decoder or marked()
     return with_bytes(core) if fallback else core
 
 
@@ -373,3 +377,106 @@ def test_segmenters_that_use_the_tokenizer_cut_text_of_any_make() -> None:
         segmenter.prepare(made(name))
         for text in TEXTS[:-1]:
             assert "".join(s for s, _ in sentences_to_ids(text, segmenter, made(name))) == text
+
+
+# ---- from the tokenizer to the written text
+
+TOY = [
+    "The sun is up.",
+    " The bird sings.",
+    " We are glad.",
+    " The night comes.\n",
+    "The moon is up.\n",
+    "An owl calls.\n",
+]
+
+
+@pytest.fixture
+def toy_backbone(tmp_path: Path) -> Callable[[str], str]:
+    """An untrained Llama with a tokenizer of some make, in a folder."""
+
+    def save(name: str) -> str:
+        tokenizer = made(name)
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        config = LlamaConfig(vocab_size=lossless(tokenizer).vocab_size, **shape, **ids)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "backbone")
+        tokenizer.save_pretrained(tmp_path / "backbone")
+        return str(tmp_path / "backbone")
+
+    return save
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize("command", ["train-vae", "baseline"])
+def test_the_command_line_refuses_a_tokenizer_before_training(
+    command: str, toy_backbone: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = toy_backbone("lower case")
+    assert call(command, "quickstart", "--backbone", backbone, "--out", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"backbone.model: '{backbone}': the tokenizer changes text: 'A' comes back as 'a'" in said
+    assert "fix: use a model whose tokenizer keeps every character" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["SentencePiece BPE, space before the text, older make", "SentencePiece BPE, mark first", "holes"]
+)
+def test_a_model_that_knows_a_text_by_heart_writes_it_to_the_byte(
+    name: str, toy_backbone: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENTCOMPRESS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for number in range(18):
+        document = "".join((TOY * 5)[number % 6 : number % 6 + 13 + number // 6]).lstrip()
+        (tmp_path / "text" / f"{number}.txt").write_text(document, encoding="utf-8")
+    quick = {
+        "loss": "cross-entropy",
+        "learning_rate": 3e-3,
+        "eval_batches": 1,
+        "save_every": None,
+        "precision": "fp32",
+    }
+    recipe = {
+        "name": "toy",
+        "backbone": {"model": toy_backbone(name)},
+        "segmenter": {"name": "regex", "options": {"preset": "sentence", "max_tokens": 32}},
+        "fusion": {"name": "attention", "options": {"latents": 2}},
+        "vae": {"conditioning": "prefix", "dropout": 0.0},
+        "data": {"name": "text", "options": {"paths": [str(tmp_path / "text")], "heldout_documents": 1}},
+        "train_vae": {**quick, "steps": 150, "sentences_per_batch": 12, "eval_every": 150},
+        "graft": {**quick, "steps": 200, "passages_per_batch": 5, "max_sentences": 16, "eval_every": 200},
+        "baseline": {"learning_rate": 1e-3},
+    }
+    (tmp_path / "toy.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    for stage in ("train-vae", "graft", "baseline"):
+        assert call(stage, tmp_path / "toy.yaml", "--out", tmp_path / "out") == 0
+    generator = SentenceGenerator(load_sentence_lm(tmp_path / "out/graft").eval(), made(name))
+    text = "".join(TOY * 3)
+    wanted = GenerationSettings(max_new_tokens=30, stop_threshold=1)
+    # In sentences, between them, with and without the space or line end that follows.
+    ends = [
+        text.index(part, 40) + len(part)
+        for part in ("The bird", " glad.", " glad. ", "comes.", "comes.\n", "moon is")
+    ]
+    prompts = [text[:end] for end in ends]
+    for prompt, result in zip(prompts, generator.generate(prompts, wanted), strict=True):
+        assert len(result.text) > 40
+        assert text[len(prompt) :].startswith(result.text), prompt
+        assert "".join(generator.stream(prompt, wanted)) == result.text
+    assert call("bench", "quality", tmp_path / "out") == 0
+    quality = json.loads((tmp_path / "out/bench/results.json").read_text(encoding="utf-8"))["quality"]
+    for score in quality:
+        assert all(row["bytes"] == row["covered_bytes"] > 0 for row in score["documents"])
+    assert quality[0]["bits_per_byte"] < 0.3
