@@ -64,8 +64,10 @@ def expand_home(path: str) -> str:
     A shell leaves it alone in ``--out=~/x`` and in quotes; recipes know no shell.
 
     Raises:
-        InputError: the home folder is unknown.
+        InputError: the path is empty, which would mean the current folder, or the home folder is unknown.
     """
+    if not path.strip():
+        raise InputError(f"{path!r}: an empty path", fix="name a file or a folder; . is the current folder")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.lexists(path):
         raise InputError(

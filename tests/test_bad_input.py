@@ -17,6 +17,7 @@ from sentcompress.modeling import SentenceVAE
 from sentcompress.recipe import load_recipe
 from sentcompress.registry import Registry
 from sentcompress.testing import tiny_opt
+from sentcompress.text.cache import cache_root
 
 
 class Workshop:
@@ -186,6 +187,40 @@ def test_empty_corpus(shop, tmp_path, refused):
 
 def test_no_such_corpus(shop, tmp_path, refused):
     refused([*train(shop, tmp_path), "--data", tmp_path / "nothing"], "nothing", "no file")
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["train-vae", "--data", ...], "empty path"),
+        (["train-vae", "--out", ...], "--out"),
+        (["train-vae", "--backbone", ...], "backbone.model"),
+        (["train-vae", "--set", "data={name: text, options: {paths: ['...']}}"], "data.options.paths.0"),
+        (["train-vae", "--set", "data={name: hub, options: {path: '...'}}"], "data.options.path"),
+        (["graft", "--vae", ...], "--vae"),
+        (["graft", "--set", "graft.vae='...'"], "graft.vae"),
+        (["run", ...], "no recipe"),
+        (["generate", ..., "Hello."], "DIR"),
+        (["reconstruct", ..., "Hello."], "DIR"),
+        (["bench", "quality", ...], "DIR"),
+        (["bench", "compare", ..., ...], "A B"),
+        (["watch", ...], "DIR"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(refused, tmp_path, monkeypatch, arguments, option, blank):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Not meant.")
+    dry = ["--dry-run"] if arguments[0] in ("train-vae", "graft", "run") else []
+    given = [blank if part is ... else part.replace("...", blank) for part in arguments]
+    refused([*given, *dry], option)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_cache_variable_of_blanks_is_not_set(monkeypatch):
+    for value in ("", " "):
+        monkeypatch.setenv("SENTCOMPRESS_CACHE", value)
+        assert cache_root() == Path.home() / ".cache" / "sentcompress"
 
 
 def test_a_file_that_is_not_utf8(shop, tmp_path, refused):

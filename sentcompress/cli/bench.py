@@ -21,7 +21,7 @@ from sentcompress.cli.bench_common import (
     measure_random,
     require_only_folder,
 )
-from sentcompress.cli.common import BackboneOption, SetOption, console, examples, expanded
+from sentcompress.cli.common import BackboneOption, SetOption, console, examples, user_path
 from sentcompress.cli.options import FieldCommand, override, recipe_options
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ bench_sweep.add_to(commands)
 def compare(
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="A B ...", callback=expanded, help="Folders or results.json files."),
+        typer.Argument(metavar="A B ...", parser=user_path, help="Folders or results.json files."),
     ],
 ) -> None:
     """Put several results side by side."""
@@ -206,12 +206,12 @@ def scaling_law(
         list[Path],
         typer.Argument(
             metavar="FOLDER",
-            callback=expanded,
+            parser=user_path,
             help="Folders of finished runs, or of sweeps of them; a scaling-law.json adds the runs of an earlier law.",
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", callback=expanded, help="Where the results go.")
+        Path, typer.Option("--out", metavar="DIR", parser=user_path, help="Where the results go.")
     ],
 ) -> None:
     """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data baseline.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sentcompress.cli.common import console, expanded
+from sentcompress.cli.common import console, user_path
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
@@ -19,13 +19,13 @@ FolderArgument = Annotated[
     typer.Argument(
         metavar="DIR",
         help="Folder of a run (out/quickstart) or of a model (out/quickstart/graft).",
-        callback=expanded,
+        parser=user_path,
     ),
 ]
 OptionalFolder = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[DIR]", callback=expanded, help="Folder of a run or model; not needed with --init random."
+        metavar="[DIR]", parser=user_path, help="Folder of a run or model; not needed with --init random."
     ),
 ]
 InitOption = Annotated[
@@ -40,7 +40,7 @@ ResultsOption = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        callback=expanded,
+        parser=user_path,
         help="Where results go.",
         show_default="bench in the folder",
     ),

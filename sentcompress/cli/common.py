@@ -21,11 +21,14 @@ PLAIN_WIDTH = 200
 """Width of tables that go to a file or a pipe, where wrapping at 80 columns makes no sense."""
 
 
-def expanded(path: Any) -> Any:
-    """Callback of every option and argument that takes paths: ``~`` becomes the home folder."""
-    if isinstance(path, list | tuple):
-        return [expanded(one) for one in path]
-    return path if path is None else Path(expand_home(str(path)))
+def user_path(value: str | Path) -> Path:
+    """Parser of every option and argument that takes a path: ``~`` becomes the home folder; an empty path is refused."""
+    if not str(value).strip():
+        raise typer.BadParameter("the path is empty; . is the current folder")
+    return Path(expand_home(str(value)))
+
+
+user_path.__name__ = "path"  # help texts show it in capitals
 
 
 def finite(number: float | None) -> float | None:
@@ -49,7 +52,7 @@ SetOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of the run.", callback=expanded, show_default="out/NAME, with the recipe's name"
+        help="Folder of the run.", parser=user_path, show_default="out/NAME, with the recipe's name"
     ),
 ]
 BackboneOption = Annotated[

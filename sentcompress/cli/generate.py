@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.common import console, examples, expanded, quick_imports
+from sentcompress.cli.common import console, examples, quick_imports, user_path
 from sentcompress.cli.options import FieldCommand, model_options
 from sentcompress.files import checked_text, printable
 
@@ -27,7 +27,7 @@ def _default_settings() -> GenerationSettings:
 def generate(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", callback=expanded, help="Folder of a SentenceLM, such as OUT/graft."),
+        typer.Argument(metavar="DIR", parser=user_path, help="Folder of a SentenceLM, such as OUT/graft."),
     ],
     prompt: Annotated[
         str,
@@ -82,7 +82,7 @@ def _standard_input() -> str:
 
 def reconstruct(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", callback=expanded, help="Folder of a SentenceVAE or SentenceLM.")
+        Path, typer.Argument(metavar="DIR", parser=user_path, help="Folder of a SentenceVAE or SentenceLM.")
     ],
     sentence: Annotated[
         str, typer.Argument(metavar="SENTENCE", help="Text; it is split into sentences as in training.")

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, ge
 import typer
 from typer.core import TyperCommand
 
-from sentcompress.cli.common import expanded
+from sentcompress.cli.common import user_path
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -162,7 +162,7 @@ def _option(name: str, info: FieldInfo, default: Any, recipe_path: str | None = 
         f"--{'no-' if default is True else ''}{name.replace('_', '-')}",
         help=f"{text} [{limits}]" if limits else text,
         metavar=metavar,
-        callback=expanded if kind == Path | None else None,
+        parser=user_path if kind == Path | None else None,
         show_default=f"the recipe's {recipe_path}" if recipe_path else True,
     )
     return inspect.Parameter(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sentcompress.cli.common import console, examples, expanded
+from sentcompress.cli.common import console, examples, user_path
 from sentcompress.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def new(
     out: Annotated[
         Path | None,
         typer.Option(
-            callback=expanded, help="New or empty folder to write to.", show_default="sentcompress-NAME"
+            parser=user_path, help="New or empty folder to write to.", show_default="sentcompress-NAME"
         ),
     ] = None,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sentcompress.cli.common import RecipeArgument, console, examples, expanded
+from sentcompress.cli.common import RecipeArgument, console, examples, user_path
 
 
 def sweep(
@@ -30,7 +30,7 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option(
-            callback=expanded,
+            parser=user_path,
             help="Folder of the sweep, with a folder for each run.",
             show_default="out/RECIPE-sweep",
         ),

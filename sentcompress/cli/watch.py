@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sentcompress.cli.common import console, examples, expanded, finite
+from sentcompress.cli.common import console, examples, finite, user_path
 from sentcompress.files import printable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MAX_PLAIN_FIGURE = 1e9
 
 def watch(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", callback=expanded, help="Folder of a run, or of many runs.")
+        Path, typer.Argument(metavar="DIR", parser=user_path, help="Folder of a run, or of many runs.")
     ],
     interval: Annotated[
         float, typer.Option(min=0.2, max=86400.0, callback=finite, help="Seconds between updates.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from sentcompress.datasets._packed import without_packing
 from sentcompress.errors import DataError
@@ -30,9 +31,9 @@ SUFFIXES = {
 
 
 def not_blank(value: str) -> str:
-    """Raise ValueError for an empty path: it would stand for the current folder."""
+    """Refuse an empty path: it would mean the current folder."""
     if not value.strip():
-        raise ValueError("must not be empty (. is the current folder)")
+        raise PydanticCustomError("path", "must not be empty; . is the current folder")
     return value
 
 

@@ -178,8 +178,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe given as a path or as a shipped name."""
-    path = Path(expand_home(name))
-    if path.is_file():
+    if name.strip() and (path := Path(expand_home(name))).is_file():
         return path
     shipped = shipped_recipes()
     key = name.removeprefix("recipes/").removesuffix(".yaml")

@@ -48,7 +48,7 @@ def cache_root() -> Path:
     Raises:
         InputError: no folder can have this path.
     """
-    value = os.environ.get(VARIABLE)
+    value = os.environ.get(VARIABLE, "").strip()
     name = f"{VARIABLE}={value}" if value else f"~/.cache/sentcompress ({VARIABLE} is not set)"
     try:
         path = Path(value or "~/.cache/sentcompress").expanduser()
