@@ -8,7 +8,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from sentcompress.errors import InputError, OutOfMemoryError, RunError, SentCompressError, StorageError
+from sentcompress.errors import (
+    InputError,
+    OutOfMemoryError,
+    RunError,
+    SentCompressError,
+    StorageError,
+    is_out_of_memory,
+)
 from sentcompress.files import printable
 
 DEBUG_VARIABLE = "SENTCOMPRESS_DEBUG"
@@ -24,7 +31,6 @@ _PATH_FIXES = {
     errno.EACCES: "check the permissions of the file and of the folders above it",
 }
 """What is wrong with a path from the user, and its fix."""
-_OUT_OF_MEMORY_TEXTS = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def debugging() -> bool:
@@ -49,7 +55,7 @@ def explain(error: BaseException) -> SentCompressError:
     for link in _chain(error):
         if isinstance(link, SentCompressError):
             return link
-        if _is_out_of_memory(link):
+        if is_out_of_memory(link):
             return OutOfMemoryError(f"out of memory: {_first_line(link)}", fix=_LESS_MEMORY)
         if _is_disk_full(link):
             where = f": {link.filename}" if isinstance(link, OSError) and link.filename else ""
@@ -81,14 +87,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(link))
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name, since isinstance would need torch, whose import takes seconds.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from sentcompress.contracts.backbone import Backbone
 
+_MAPPINGS = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
 _POSITION_LIMITS = (
     "max_position_embeddings",
     "n_positions",
@@ -46,8 +47,8 @@ class CausalLMBackbone(Backbone):
 
     @classmethod
     def attention_implementations(cls, config: Any) -> tuple[str, ...]:
-        model = MODEL_MAPPING.get(type(config), None)
-        return ("sdpa", "eager") if getattr(model, "_supports_sdpa", True) else ("eager",)
+        models = [found for mapping in _MAPPINGS if (found := mapping.get(type(config), None)) is not None]
+        return ("sdpa", "eager") if all(getattr(m, "_supports_sdpa", True) for m in models) else ("eager",)
 
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, options: Any | None = None) -> CausalLMBackbone:
@@ -74,8 +75,8 @@ class CausalLMBackbone(Backbone):
     def blocks(self) -> nn.ModuleList:
         number = self.config.num_hidden_layers
         found = [m for m in self.decoder.children() if isinstance(m, nn.ModuleList) and len(m) == number]
-        if not found:
-            raise AttributeError(f"{type(self.decoder).__name__} has no ModuleList of {number} blocks")
+        if not found:  # not an AttributeError, which nn.Module would replace by its own
+            raise ValueError(f"{type(self.decoder).__name__} has no list of {number} blocks")
         return found[0]
 
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class CausalLMBackbone(Backbone):
 def position_limit(config: Any) -> int:
     """The maximum length in an LLM's configuration, whatever its family calls it."""
     limits = (getattr(config, name, None) for name in _POSITION_LIMITS)
-    return next((int(limit) for limit in limits if limit), UNLIMITED_POSITIONS)
+    return next((int(limit) for limit in limits if limit and limit > 0), UNLIMITED_POSITIONS)
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.causal_lm import position_limit
+from sentcompress.errors import is_out_of_memory
 
 MAX_POSITIONS = 8
 """Positions of the random input, if the LLM has as many."""
@@ -21,21 +22,30 @@ TOLERANCE = 1e-5
 """Largest difference allowed between equal states, relative to the largest state (at least 1)."""
 
 
+_FAILURES = {
+    "structure": "its parts are not where they are in other LLMs",
+    "equivalence": "its forward does not accept embeddings with a four-dimensional mask",
+}
+"""What it means if a check raises an exception."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """The result of one check.
 
     Attributes:
-        name: ``equivalence``, ``causality``, ``mask``, ``positions``, ``padding`` or ``cache``.
+        name: ``structure``, ``equivalence``, ``causality``, ``mask``, ``positions``, ``padding`` or ``cache``.
         delta: largest difference found; infinite if the forward failed.
         allowed: largest difference allowed.
         problem: what is wrong, a sentence; empty if the check passed.
+        cause: what was raised, if the check failed by an exception.
     """
 
     name: str
     delta: float
     allowed: float
     problem: str = ""
+    cause: Exception | None = None
 
     @property
     def passed(self) -> bool:
@@ -62,15 +72,19 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
     """Run a transformers causal LM on random tokens.
 
     Raises:
-        ValueError: its forward fails.
+        ValueError: its forward fails, whatever it raises.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocab = int(causal_lm.get_input_embeddings().weight.shape[0])
-    positions = min(MAX_POSITIONS, position_limit(causal_lm.config))
+    try:
+        table = causal_lm.get_input_embeddings().weight
+        vocab = int(table.shape[0])
+        positions = min(MAX_POSITIONS, position_limit(causal_lm.config))
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"its token embeddings cannot be found: {_short(error)}") from error
     cut = _cut(positions)
     ids = torch.randint(0, vocab, (2, positions), generator=generator)
     changed = torch.cat([ids[:, :cut], (ids[:, cut:] + 1) % vocab], 1)
-    device = causal_lm.get_input_embeddings().weight.device
+    device = table.device
     states = []
     was_training = causal_lm.training
     causal_lm.eval()
@@ -79,8 +93,12 @@ def reference_of(causal_lm: Any, seed: int = 0) -> Reference:
             output = causal_lm.base_model(
                 input_ids=given.to(device), attention_mask=torch.ones_like(given).to(device), use_cache=False
             )
+            if "last_hidden_state" not in output:
+                raise ValueError("its decoder cannot be taken from under its output head")
             states.append(output.last_hidden_state)
-    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # models raise anything
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"its own forward failed: {_short(error)}") from error
     finally:
         causal_lm.train(was_training)
@@ -114,7 +132,6 @@ class _Proof:
         self.cut = _cut(self.length)
         self.scale = max(1.0, float(reference.hidden_states.abs().max()))
         self.allowed = TOLERANCE * self.scale
-        self.embeddings = backbone.token_embeddings(reference.input_ids)
         self.causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
         self.positions = torch.arange(self.length, device=self.device)
 
@@ -124,6 +141,7 @@ class _Proof:
         if first.delta == float("inf"):
             return  # the forward fails, so all other checks would fail the same way
         for name, check in (
+            ("structure", self.structure),
             ("causality", self.causality),
             ("mask", self.mask),
             ("positions", self.packing),
@@ -135,13 +153,11 @@ class _Proof:
     def _try(self, name: str, check: Callable[[], tuple[float, float, str]]) -> Finding:
         try:
             delta, allowed, problem = check()
-        except Exception as error:  # a plugin's forward may raise anything
-            what = (
-                "does not accept embeddings with a four-dimensional mask"
-                if name == "equivalence"
-                else "failed"
-            )
-            return Finding(name, float("inf"), self.allowed, f"its forward {what}: {_short(error)}")
+        except Exception as error:  # models and plugins raise anything
+            if is_out_of_memory(error):
+                raise
+            what = _FAILURES.get(name, f"its forward failed in the check of its {name}")
+            return Finding(name, float("inf"), self.allowed, f"{what}: {_short(error)}", error)
         return Finding(name, delta, allowed, problem if not delta <= allowed else "")
 
     def _run(self, embeddings: Tensor, allowed: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Any]:
@@ -158,7 +174,27 @@ class _Proof:
             0
         ]
 
+    def structure(self) -> tuple[float, float, str]:
+        """What the rest of the package asks an adapter for."""
+        backbone = self.backbone
+        sizes = {
+            "hidden_size": backbone.hidden_size,
+            "num_heads": backbone.num_heads,
+            "max_positions": backbone.max_positions,
+            "num_hidden_layers": backbone.config.num_hidden_layers,
+            "vocab_size": backbone.config.vocab_size,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                return float("inf"), 0.0, f"its {name} is {size!r}, but a number of at least 1 is needed"
+        if not len(backbone.blocks):
+            return float("inf"), 0.0, "it has no blocks"
+        width = self.embeddings.shape[-1]
+        problem = f"its token embeddings have width {width}, but its hidden_size is {backbone.hidden_size}"
+        return abs(width - backbone.hidden_size), 0.0, problem
+
     def equivalence(self) -> tuple[float, float, str]:
+        self.embeddings = self.backbone.token_embeddings(self.reference.input_ids)
         if self.reference.leak > self.allowed:
             return (
                 self.reference.leak,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.proof import prove_backbone, reference_of
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, is_out_of_memory
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig, plugin_record
 from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder, copy_blocks
 from sentcompress.modeling.llm_loading import adapter_name
@@ -32,12 +32,18 @@ def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
     registry = get_registry()
     name = adapter_name(spec)
     options = registry.options("backbone", name, spec.options, "backbone.options")
+    cause: Exception | None = None
     try:
         reference = reference_of(causal_lm)
         backbone: Backbone = registry.get("backbone", name).from_causal_lm(causal_lm, options)  # type: ignore[attr-defined]
-        problems = [finding.problem for finding in prove_backbone(backbone, reference) if not finding.passed]
-    except (ValueError, AttributeError) as error:
-        problems = [str(error)]
+        failed = [finding for finding in prove_backbone(backbone, reference) if not finding.passed]
+        problems = [finding.problem for finding in failed]
+        cause = next((finding.cause for finding in failed if finding.cause), None)
+    except Exception as error:  # models and adapters raise anything
+        if is_out_of_memory(error):
+            raise
+        cause = error
+        problems = [str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"]
     if problems:
         package = registry.owner("backbone", name).package
         raise InputError(
@@ -45,7 +51,7 @@ def wrap_backbone(spec: BackboneSpec, causal_lm: PreTrainedModel) -> Backbone:
             f"adapter '{name}' of package '{package}':\n"
             + "\n".join(f"  - {problem}" for problem in problems),
             fix="use another LLM, or an adapter made for this one (docs/plugins-guide.md)",
-        )
+        ) from cause
     return backbone
 
 

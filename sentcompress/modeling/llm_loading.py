@@ -21,7 +21,6 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -35,14 +34,13 @@ from sentcompress.errors import (
     SentCompressError,
     did_you_mean,
 )
+from sentcompress.modeling.backbone_config import explain_build, refuse_unknown_code, shaped_config
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
 from sentcompress.text.lossless_tokenizer import lossless
 
 SAFE = {"trust_remote_code": False}
-FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
-"""Fields of a configuration that a recipe may not set."""
 TOKENIZER = "the tokenizer"
 FALLBACK_ADAPTER = "auto"
 """The adapter for model types that no other adapter serves."""
@@ -171,6 +169,14 @@ def _find_adapter(model: str, revision: str | None) -> str:
     return serves[-1] if serves else FALLBACK_ADAPTER
 
 
+def is_unproven(spec: BackboneSpec) -> bool:
+    """Whether no adapter is made for the type of a backbone, and its weights are at hand to prove that it is right."""
+    if adapter_name(spec) != FALLBACK_ADAPTER or spec.init != "pretrained":
+        return False
+    source = resolve_backbone(spec)
+    return source.gguf_file is not None or any(Path(source.path).glob("*.safetensors"))
+
+
 @cache
 def hub_answers() -> bool:
     """Whether the hub can be reached. If not, the loaders' retries would take most of a minute."""
@@ -222,6 +228,7 @@ def _load(spec: BackboneSpec, part: str, load: Any, **arguments: Any) -> Any:
         text = " ".join(str(error).split()) or type(error).__name__
         if "allocate memory" in text:
             raise
+        refuse_unknown_code(spec, text, error)
         if Path(source.path).is_dir():
             what = f"'{source.gguf_file}'" if source.gguf_file else f"'{source.path}': {part}"
             fix = "copy or download it again, or save the model with save_pretrained(folder)"
@@ -340,47 +347,6 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
     return config
 
 
-_MAX_SIZES = {
-    r"(layers|n_layer)$": 1_000,
-    r"(size|dim|heads|embeddings|n_embd|n_head|n_inner|n_positions)$": 1_000_000,
-}
-"""Largest values of configuration fields that are sizes, to catch typing errors before a model is built."""
-
-
-def shaped_config(base: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
-    """A transformers configuration with the fields that a recipe gives under ``where``.
-
-    Args:
-        base: the fields it has already, with ``model_type``.
-
-    Raises:
-        InputError: there is no such field, the tokenizer defines it, or a value does not fit.
-    """
-    rest = dict(base)
-    model_type = rest.pop("model_type")
-    known = AutoConfig.for_model(model_type).to_dict()
-    for name in fields:
-        if name in FROM_TOKENIZER:
-            raise InputError(f"{where}.{name}: is set by the tokenizer or adapter", fix="remove it")
-        if name not in known:
-            raise InputError(f"{where}.{name}: not a field of '{model_type}'.{did_you_mean(name, known)}")
-        most = next((most for pattern, most in _MAX_SIZES.items() if re.search(pattern, name)), None)
-        value = fields[name]
-        if most and value is not None and not (type(value) is int and 1 <= value <= most):
-            raise InputError(f"{where}.{name}: must be a number from 1 to {most:,}, not {value!r}")
-    try:
-        config = AutoConfig.for_model(model_type, **{**rest, **fields})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"{where}.num_attention_heads: {config.num_attention_heads} does not divide hidden_size "
-            f"{config.hidden_size}",
-            fix="set it to a divisor of hidden_size",
-        )
-    return config
-
-
 def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -> PreTrainedModel:
     """The LLM in fp32, pretrained or (``init: random``) with random weights.
 
@@ -391,7 +357,8 @@ def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -
     adapter: Any = get_registry().get("backbone", adapter_name(spec))
     attention = attn_implementation or adapter.attention_implementations(config)[0]
     if spec.init == "random":
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+        with explain_build(spec, config):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
     wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     if resolve_backbone(spec).gguf_file is None:
         return _load_weights(spec, use_safetensors=True, **wanted)

@@ -9,7 +9,12 @@ import torch
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.backbone import Backbone
-from sentcompress.modeling.llm_loading import adapter_name, load_backbone_config, load_backbone_tokenizer
+from sentcompress.modeling.backbone_config import explain_build
+from sentcompress.modeling.llm_loading import (
+    adapter_name,
+    load_backbone_config,
+    load_backbone_tokenizer,
+)
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 from sentcompress.text.corpus import Corpus, build_corpus
@@ -56,5 +61,5 @@ def backbone_shape(recipe: Recipe) -> Backbone:
     registry = get_registry()
     name = adapter_name(recipe.backbone)
     options = registry.options("backbone", name, recipe.backbone.options, "backbone.options")
-    with torch.device("meta"):
+    with explain_build(recipe.backbone, config), torch.device("meta"):
         return registry.get("backbone", name).from_config(config, options)  # type: ignore[attr-defined]

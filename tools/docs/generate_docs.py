@@ -91,6 +91,10 @@ def backbones_page() -> str:
     registry = get_registry()
     adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in registry.names("backbone")}
     tried = yaml.safe_load((ROOT / "tools" / "docs" / "auto_architectures.yaml").read_text(encoding="utf-8"))
+    every = yaml.safe_load((ROOT / "tools" / "docs" / "architectures.yaml").read_text(encoding="utf-8"))
+    reasons: dict[str, list[str]] = {}
+    for name, why in every["refused"].items():
+        reasons.setdefault(why, []).append(name)
     intro = (ROOT / "tools" / "docs" / "backbones.md").read_text(encoding="utf-8")
     parts = [NOTE, intro, "## Adapters and aliases\n", "| adapter | serves | aliases |\n|---|---|---|"]
     for name, adapter in adapters.items():
@@ -110,8 +114,23 @@ def backbones_page() -> str:
         "| type | why |\n|---|---|",
         *(f"| `{name}` | {_cell(case['why'])} |" for name, case in tried["refused"].items()),
         "",
+        "## Every type of transformers\n",
+        f"All causal LMs of transformers {every['transformers']}, built tiny with random weights "
+        "(`tools/docs/architectures.py`, tried again by `tests/backbones/test_architectures.py`). "
+        f"{len(every['accepted'])} are accepted and take a training step:\n",
+        _names(every["accepted"]) + ".\n",
+        f"{len(every['refused'])} are refused. A type fails at the first line that is true of it; the message "
+        "of the refusal says all that is wrong:\n",
+        "| why | types |\n|---|---|",
+        *(f"| {_cell(why)} | {_names(names)} |" for why, names in reasons.items()),
+        "",
+        f"Not tried, because their configurations could not be made small: {_names(every['not built'])}.\n",
     ]
     return "\n".join(parts)
+
+
+def _names(types: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in types)
 
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[str]:

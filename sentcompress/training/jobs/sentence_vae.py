@@ -15,8 +15,9 @@ from sentcompress.modeling.grafting import (
     freeze_embeddings,
     start_from_backbone,
     vae_config,
+    wrap_backbone,
 )
-from sentcompress.modeling.llm_loading import check_backbone_weights, load_causal_lm
+from sentcompress.modeling.llm_loading import check_backbone_weights, is_unproven, load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
@@ -60,6 +61,8 @@ class VAEJob:
         else:  # what the graft will need
             check_vocabulary(self.model.config.vocab_size, shape)
             check_backbone_weights(recipe.backbone)
+            if is_unproven(recipe.backbone):
+                wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone))
         if recipe.vae.freeze == "embeddings":
             freeze_embeddings(self.model)
         self.token_loss = TokenLoss(

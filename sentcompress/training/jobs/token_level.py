@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
+from sentcompress.modeling.backbone_config import shaped_config
 from sentcompress.modeling.device_map import blocks_of
-from sentcompress.modeling.llm_loading import load_causal_lm, shaped_config
+from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
