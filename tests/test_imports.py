@@ -22,7 +22,7 @@ _TABLE = {
     "locks": "",
     "table": "",
     "packages": "",
-    "contracts": "",
+    "contracts": "errors",
     "registry": "errors hookspecs packages contracts",
     "recipe": "errors files contracts registry",
     "distributed": "errors",
