@@ -11,12 +11,29 @@ CLAUSE, SENTENCE, LINE, BLANK = 1, 2, 3, 4
 """How strong a cut is; of the two around a short piece the weaker is given up."""
 
 LINE_ENDS = "\n\r\x0b\x0c\x85\u2028\u2029"
+"""The characters after which UAX #14 breaks a line in every case (``\r\n`` is one line end); all cut alike."""
 SPACE = r"\s\x1c-\x1f"  # what str.isspace calls white space
 WIDE = r"\p{Han}\p{Hiragana}\p{Katakana}\u3001-\u303f\uff01-\uff65"
 
+ANY_LINE_END = regex.compile(rf"\r\n|[{LINE_ENDS}]")
+LAST_LINE_END = regex.compile(rf"(?r)[{LINE_ENDS}]")
+
 _SPACES = regex.compile(rf"[{SPACE}]*+")
-_LAST_LINE_END = regex.compile(rf"(?r)[{LINE_ENDS}]")
 _WIDE_CHARACTER = regex.compile(rf"[{WIDE}]")
+
+
+def marks_of_all_scripts(besides: str) -> tuple[str, str]:
+    """Marks that end sentences, and those that end clauses, but for ``besides``, from Unicode's properties.
+
+    Sentence_Terminal has some marks whose use is that of a comma, and lacks those of Tibetan and Thai and the end of
+    a Hebrew verse. Terminal_Punctuation also has marks that stand between words, more of them beyond the first plane.
+    """
+    characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x1F000)]))
+    marks = regex.findall(r"\p{Terminal_Punctuation}", characters)
+    sentence = {mark for mark in marks if regex.match(r"\p{Sentence_Terminal}", mark)}
+    sentence = (sentence | set("།༎༏༐༑༔๚๛׃")) - set("၊꧈᭞᜵․")
+    clause = {mark for mark in marks if mark < "\U00010000"} - sentence - set("․፡༈᛫᛬᛭࡞")
+    return "".join(sorted(sentence.difference(besides))), "".join(sorted(clause.difference(besides)))
 
 
 def skip_spaces(text: str, position: int) -> int:
@@ -40,7 +57,7 @@ def settle(text: str, position: int) -> int:
         return end
     if end == position + 1:
         return end if text[position] in LINE_ENDS else position
-    last = _LAST_LINE_END.search(text, position, end)
+    last = LAST_LINE_END.search(text, position, end)
     return last.end() if last else position
 
 

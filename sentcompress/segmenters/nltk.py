@@ -10,15 +10,17 @@ from pydantic import Field
 
 from sentcompress.contracts import Segmenter, SegmenterOptions
 from sentcompress.errors import PluginError
-from sentcompress.segmenters._cuts import BLANK, CLAUSE, LINE, SENTENCE, pieces, settle
+from sentcompress.segmenters._cuts import BLANK, CLAUSE, LINE, LINE_ENDS, SENTENCE, pieces, settle
+from sentcompress.segmenters._rules import HARD_END
 
-_PARAGRAPH_END = regex.compile(r"(?:\r\n|[\n\r\u2028\u2029])[ \t]*+[\n\r\u2029]\s*+")
+_PARAGRAPH_END = regex.compile(rf"(?>\r\n|[{LINE_ENDS}])[ \t]*+[{LINE_ENDS}]\s*+")
+_AS_LINE_FEEDS = str.maketrans(dict.fromkeys(LINE_ENDS, "\n"))
 _BLOCK = 20_000
 """Punkt looks back to the last space at each mark: longer stretches are handed over in blocks."""
 
 
 class PunktSegmenter(Segmenter):
-    """Cuts where Punkt (Kiss and Strunk, 2006) finds sentences, and at blank lines."""
+    """Cuts where Punkt (Kiss and Strunk, 2006) finds sentences, at blank lines, and at the marks of other scripts."""
 
     class Options(SegmenterOptions):
         language: str = Field(default="english", pattern=r"^[a-z]+$")
@@ -44,7 +46,7 @@ class PunktSegmenter(Segmenter):
         elif documents is not None:
             trainer = self._punkt.PunktTrainer()
             for text in _first(documents, self.options.learn_chars):
-                trainer.train(text, finalize=False)
+                trainer.train(_with_line_feeds(text), finalize=False)
             trainer.finalize_training()
             self._parameters, self._ready = trainer.get_params(), True
         self._build()
@@ -91,11 +93,20 @@ class PunktSegmenter(Segmenter):
 
     def _cuts(self, text: str) -> Iterator[tuple[int, int]]:
         for start, end in _blocks(text):
-            for _, stop in self._tokenizer.span_tokenize(text[start:end]):
+            block = _with_line_feeds(text[start:end])
+            stops = [stop for _, stop in self._tokenizer.span_tokenize(block)]
+            # Punkt knows the marks of Latin, Greek and Cyrillic text only.
+            stops += (match.end() for match in HARD_END.finditer(block))
+            for stop in sorted(stops):
                 if start + stop < end:
                     yield settle(text, start + stop), SENTENCE
             if _PARAGRAPH_END.match(text, end):
                 yield settle(text, end), BLANK
+
+
+def _with_line_feeds(text: str) -> str:
+    """The text, of the same length, with the one line end that Punkt knows."""
+    return text.replace("\r\n", " \n").translate(_AS_LINE_FEEDS)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,8 @@ T = TypeVar("T")
 Sentence = tuple[str, list[int]]
 """A sentence's text and its tokens, without special tokens."""
 
-_STOPS = frozenset(".,;:!?)]}\"'»”’…—–、。，；：！？」』）\n")
+_LINE_ENDS = frozenset("\n\r\x0b\x0c\x85\u2028\u2029")
+_STOPS = _LINE_ENDS.union(".,;:!?)]}\"'»”’…—–、。，；：！？」』）؟،؛۔।॥။၊។።፣")
 _BATCH_CHARACTERS = 1 << 18
 """Characters to tokenize at once: the tokenizer's output takes a hundred bytes per token."""
 _MAX_PIECE = 1 << 16
@@ -203,7 +204,9 @@ def _best_cut(text: str, start: int, longest: int) -> int:
 
 def _ends_clause(text: str, cut: int) -> bool:
     before, after = text[cut - 1], text[cut]
-    return before in _STOPS and (after.isspace() or before == "\n" or not before.isascii())
+    if before == "\r" and after == "\n":
+        return False
+    return before in _STOPS and (after.isspace() or before in _LINE_ENDS or not before.isascii())
 
 
 def _before_space(text: str, cut: int) -> bool:

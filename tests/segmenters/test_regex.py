@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from sentcompress.segmenters.regex import RegexSegmenter
 
 PRESETS = ("sentence", "clause", "paper")
-MARKS = ".,!?;:\"'()[]{}<>*_~`-=#—–…“”‘’«»。，！？；：、「」 \t\n\r\x00\x0b\x1c\x85\u2028\u3000\ud800"
+MARKS = (
+    ".,!?;:\"'()[]{}<>*_~`-=#—–…“”‘’«»。，！？；：、「」။།;\u037e၊ \t\n\r\x00\x0b\x1c\x85\u2028\u3000\ud800"
+)
 WORDS = (
     "Mr.",
     "U.S.",
@@ -27,6 +29,10 @@ WORDS = (
     ":-)",
     "[12]",
     "http://a.b/",
+    "z. B. ",
+    "EE. UU.",
+    " am 3. ",
+    "είναι;",
 )
 NASTY = st.lists(st.sampled_from([*MARKS, *"aAIé中とを1😀✅🏽\u200d", *WORDS]), max_size=60).map("".join)
 ANY_TEXT = st.text(st.characters(), max_size=200)  # lone surrogates too
@@ -80,6 +86,11 @@ def test_white_space_stands_where_the_convention_wants_it(preset: str, text: str
             "\t\n",
             "你好。”他说",
             "\n```\n",
+            "z. B. ",
+            "αα; ",
+            "am 3. Ö",
+            "EE. ",
+            "။",
         ],
     ],
 )
