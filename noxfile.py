@@ -105,7 +105,7 @@ def run_suite(session: nox.Session) -> None:
 def evaluation(session: nox.Session) -> None:
     """The tests under lm-evaluation-harness, which ``dev`` leaves out for its size."""
     session.install(*CONSTRAINED, "-e", ".[dev,eval]")
-    session.run("pytest", "tests/benchmark/test_lm_eval.py", *session.posargs)
+    session.run("pytest", "-m", "", "tests/benchmark/test_lm_eval.py", *session.posargs)
 
 
 @nox.session
