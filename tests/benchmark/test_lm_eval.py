@@ -157,9 +157,7 @@ def test_options_that_the_harness_finds_wrong_too_late(changes, said, tmp_path, 
         check_options(argparse.Namespace(**{"model": "sentcompress", "limit": None, **given}))
 
 
-def test_the_harness_finds_the_model_by_its_entry_point_and_the_tasks_by_their_folder(capsys):
-    (entry,) = entry_points(group="lm_eval.models", name="sentcompress")
-    assert entry.value == "sentcompress.benchmark.lm_eval:SentenceHarnessLM"
+def test_the_folder_of_the_task_files_is_printed(capsys):
     with pytest.raises(SystemExit):
         main(["lm-eval", "--task-folder"])
     folder = Path(capsys.readouterr().out.strip())
