@@ -75,7 +75,7 @@ def load_weights(
                 raise
             raise ModelFolderError(
                 f"{what}: {CANNOT}: the parts of {_some(named)} in the files are incomplete or of different shapes",
-                fix=_fix([], []),
+                fix=_fix([], [], []),
             ) from error
     missing = sorted(found["missing_keys"])
     misshapen = [
@@ -86,13 +86,14 @@ def load_weights(
     if not (strict or missing):  # the missing tensors may be among the surplus ones, under other names
         separate = [name for name in surplus if _is_separate(model, name, multimodal)]
         surplus = [name for name in surplus if name not in separate]
+    untied = _untied(model)
     findings = [
         *_finding("missing", missing),
         *_finding("surplus, so another model was saved", surplus),
         *_finding("misshapen", misshapen),
         *_finding(
             "set equal to another by config.json, but the files give both, with different values",
-            _untied(model),
+            untied,
         ),
         *_finding("damaged by NaN or infinite values", _not_finite(model)),
     ]
@@ -100,7 +101,9 @@ def load_weights(
         raise ModelFolderError(
             f"{what}: {CANNOT}: they are not those of the {type(model).__name__} that the configuration describes:\n"
             + "\n".join(f"  - {finding}" for finding in findings),
-            fix="use a text-only LLM of that family" if multimodal and missing else _fix(missing, surplus),
+            fix="use a text-only LLM of that family"
+            if multimodal and missing
+            else _fix(missing, surplus, untied),
         )
     if separate:
         warnings.warn(
@@ -292,7 +295,7 @@ def _is_code(name: str, kind: str) -> bool:
     return not plain and name.endswith(("weight", "bias")) and not _OLD_BUFFERS.search(name)
 
 
-def _fix(missing: list[str], surplus: list[str]) -> str:
+def _fix(missing: list[str], surplus: list[str], untied: list[str]) -> str:
     for name in surplus:
         if "lora_" in name:
             return "merge the LoRA adapter into the model (merge_and_unload() of peft) and save it again"
@@ -302,6 +305,8 @@ def _fix(missing: list[str], surplus: list[str]) -> str:
                     f"the names begin with '{prefix}', which {wrapper} adds: save the model inside it, or remove the "
                     "prefix from the names"
                 )
+    if untied:
+        return "set tie_word_embeddings: false in config.json if the two were trained apart, or save the model again"
     if missing and all(name.startswith(("lm_head", "embed_out", "output")) for name in missing):
         return (
             "save the model with its output head (AutoModelForCausalLM); if the head is the embedding, set "

@@ -206,6 +206,26 @@ def test_a_tokenizer_larger_than_the_embeddings(refused, tokenizer, tmp_path):
     refused(tmp_path / "llm", f"tokenizer has {len(tokenizer)} tokens, but the LLM has embeddings for")
 
 
+def test_what_the_graft_would_refuse_is_refused_before_the_vae_is_trained(
+    workplace, tokenizer, tmp_path, capsys
+):
+    """The SentenceVAE itself takes nothing from the LLM here."""
+    write_llm(tmp_path / "small", shapes()[0][1], range(len(tokenizer) - 9), save=tokenizer)
+    write_llm(tmp_path / "torn", shapes()[0][1], tokenizer)
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"")
+    for llm, says in (("small", "the LLM has embeddings for"), ("torn", "is cut short or damaged")):
+        run(
+            "train-vae",
+            workplace / "recipe.yaml",
+            "--backbone",
+            tmp_path / llm,
+            "--out",
+            tmp_path / "out",
+            code=2,
+        )
+        assert says in capsys.readouterr().err
+
+
 def test_gguf_files_that_cannot_be_read(refused, tmp_path):
     pytest.importorskip("gguf")
     import gguf

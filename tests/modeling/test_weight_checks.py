@@ -195,7 +195,13 @@ def test_layers_that_draft_later_tokens_may_stand_behind_the_last(llm):
 
 
 def test_a_head_that_the_configuration_calls_tied_must_be_so(llm):
-    refused(llm(tie_word_embeddings=True), "both, with different values", HEAD, early=False)
+    spec = llm(tie_word_embeddings=True)
+    refused(spec, "both, with different values", HEAD, "tie_word_embeddings: false", early=False)
+    file = Path(spec.model) / "model.safetensors"
+    same = plus(lm_head__weight=load_file(file)["model.embed_tokens.weight"].clone())
+    save_file(same(load_file(file)), file, metadata={"format": "pt"})
+    model = load_causal_lm(spec)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ---- shapes and values
