@@ -22,7 +22,7 @@ PLAIN_WIDTH = 200
 
 
 def user_path(value: str | Path) -> Path:
-    """Parser of every option and argument that takes a path: ``~`` becomes the home folder; an empty path is refused."""
+    """Parser of all options and arguments that take a path: ``~`` becomes the home folder; an empty one is refused."""
     if not str(value).strip():
         raise typer.BadParameter("the path is empty; . is the current folder")
     return Path(expand_home(str(value)))

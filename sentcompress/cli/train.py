@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Callable
@@ -189,6 +190,8 @@ def data_section(path: str) -> dict[str, Any]:
     suffixes = tuple(suffix for kind in SUFFIXES.values() for suffix in kind)
     is_folder = path_of(path).is_dir() if path.strip() else False
     found = files_of(path, suffixes)
+    if not found and is_folder and files_of(lists := f"{glob.escape(path)}/**/*.json", suffixes):
+        return {"name": "jsonl", "options": {"paths": [lists]}}
     if not found:
         listed = ", ".join(f"*{suffix}" for suffix in suffixes)
         others = left_out(path_of(path), suffixes) if is_folder else ""

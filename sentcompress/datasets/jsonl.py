@@ -112,7 +112,7 @@ def _parsed(line: bytes, source: str) -> Any:
         raise DataError(f"{source}: not UTF-8 (byte {error.start} of the line)", fix=_FIX) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{source}: broken JSON: {error.msg} at character {error.pos + 1}", fix=_FIX
+            f"{source}: broken JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}", fix=_FIX
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: JSON that cannot be read: {error}", fix=_FIX) from None
