@@ -177,10 +177,17 @@ def run_recipe(
         held-out figures of each trained stage. The benchmark writes its results into its folder.
 
     Raises:
-        InputError: a stage's folder holds another run, or there is no such stage.
+        InputError: a stage's folder holds another run, there is no such stage, or the folder's name is not UTF-8.
         SentCompressError: as :func:`~sentcompress.training.loop.train` and
             :func:`~sentcompress.benchmark.runner.run_bench` say.
     """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:  # safetensors and tokenizers would fail after the training
+        raise InputError(
+            f"{out}: no model can be saved there, since the name of the folder is not UTF-8",
+            fix="choose another one",
+        ) from None
     main = processes().is_main_process
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)

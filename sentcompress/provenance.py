@@ -94,7 +94,9 @@ def commit(folder: Path | None = None) -> str:
 
 def command(argv: Sequence[str] | None = None) -> str:
     """The command line of this process (or ``argv``), as one would type it."""
-    program, *arguments = sys.argv if argv is None else argv
+    # A path that is not UTF-8 is recorded with escapes: JSON cannot hold it.
+    given = [a.encode("utf-8", "backslashreplace").decode() for a in (sys.argv if argv is None else argv)]
+    program, *arguments = given
     path = Path(program)
     if path.name == "__main__.py":
         return shlex.join(["python", "-m", path.parent.name, *arguments])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +47,7 @@ def generate(
     """Continue PROMPT with a grafted model; sentences appear as they are written."""
     from sentcompress.errors import InputError
 
-    text = _standard_input() if prompt == "-" else checked_text(prompt, "the prompt")
+    text = _standard_input() if prompt == "-" else _argument(prompt, "the prompt")
     if not text.strip():
         raise InputError("the prompt is empty", fix="give some text to continue")
 
@@ -63,6 +65,13 @@ def generate(
         typer.echo(shown(piece), nl=False)
         sys.stdout.flush()
     typer.echo()
+
+
+def _argument(text: str, what: str) -> str:
+    """Text from the command line. It is UTF-8 even where the locale knows ASCII only, as in many containers."""
+    with suppress(UnicodeError):
+        text = os.fsencode(text).decode()
+    return checked_text(text, what)
 
 
 def _standard_input() -> str:
@@ -94,7 +103,8 @@ def reconstruct(
     """
     from sentcompress.errors import InputError
 
-    if not checked_text(sentence, "the sentence").strip():
+    sentence = _argument(sentence, "the sentence")
+    if not sentence.strip():
         raise InputError("the sentence is empty", fix="give some text to reconstruct")
 
     from rich.table import Table

@@ -29,7 +29,7 @@ class GenerationSettings(DecodingOptions):
     """Maximum number of tokens per sentence; without it, the model's limit."""
     do_sample: bool = False
     """Sample tokens instead of taking the most likely one."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-6)
     """Divides the logits when sampling."""
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0 samples from all."""

@@ -388,7 +388,7 @@ class BenchSettings(DecodingOptions):
     """Held-out documents whose beginnings are the prompts of ``text``."""
     text_new_tokens: int = Field(default=128, ge=1)
     """Tokens that each system generates per prompt of ``text``."""
-    text_temperature: float = Field(default=1.0, gt=0)
+    text_temperature: float = Field(default=1.0, ge=1e-6)
     """Sampling temperature of ``text``."""
     text_top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling of ``text``: sample from the most likely tokens that add up to this probability."""

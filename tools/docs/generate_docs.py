@@ -32,6 +32,8 @@ def help_page() -> str:
         "# Command line\n",
         "Exit codes: 0 done; 1 the run failed; 2 bad usage, recipe or input; 3 a requested plugin is missing "
         "or broken; 75 stopped by SIGTERM, continue with `--resume`; 130 interrupted. Messages go to stderr; "
+        "a run continues when stderr cannot be written. If stdout cannot, the exit code is 1; a closed stdout "
+        "(`>&-`) drops the output. "
         "`--debug` anywhere on the line, or "
         "`SENTCOMPRESS_DEBUG=1`, adds the traceback. `sentcompress --install-completion` sets up completion "
         "in your shell.\n",
@@ -60,8 +62,9 @@ def recipes_page() -> str:
         NOTE,
         "# Recipes\n",
         "A recipe is one experiment: the parts, and the stages that train and measure them. Unknown keys are "
-        "refused; `--set graft.steps=100` changes any field; the resolved recipe is saved beside every "
-        "result. "
+        "refused, and so is a key that is there twice; numbers are written as in YAML 1.2 (`1e-4` is one); `~` at "
+        "the beginning of a path is the home folder; `--set graft.steps=100` changes any field; the resolved recipe "
+        "is saved beside every result. "
         "`sentcompress validate RECIPE` checks one, `sentcompress run RECIPE --dry-run` prints its plan.\n",
         "## Shipped recipes\n",
         "| recipe | what it is |\n|---|---|",
