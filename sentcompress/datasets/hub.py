@@ -103,7 +103,8 @@ class HubDataset(Dataset):
             )
         return DataError(
             f"dataset '{path}' of the hub cannot be read: {type(error).__name__}: {reason}",
-            fix="check data.options: path, name, split and revision",
+            fix="check data.options: path, name, split and revision"
+            + ("; files of a folder are also read by --data" if Path(path).is_dir() else ""),
         )
 
 

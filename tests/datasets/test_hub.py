@@ -43,6 +43,16 @@ def test_missing_split(repository: Path) -> None:
         list(hub(repository, split="nope", field="story").documents())
 
 
+def test_files_that_another_dataset_reads(repository: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl: a file") as caught:
+        list(hub(repository / "train.jsonl").documents())
+    assert "--data" in str(caught.value.fix)
+    (repository / "train.jsonl").rename(repository / "UPPER.JSONL")
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(hub(repository, field="story").documents())
+    assert "--data" in str(caught.value.fix)
+
+
 def test_code_in_a_repository_is_never_run(repository: Path) -> None:
     (repository / "train.jsonl").unlink()
     (repository / "repository.py").write_text("raise SystemExit('ran')", encoding="utf-8")
