@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import (
     BaseModel,
-    ModelWrapValidatorHandler,
     PrivateAttr,
     SerializationInfo,
     SerializerFunctionWrapHandler,
@@ -23,6 +22,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from sentcompress.benchmark.measurement import Measurement, measurements
 from sentcompress.errors import InputError, RunError

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-_GROUPED_MM = torch.ops.aten._grouped_mm.default
+_GROUPED_MM = "aten._grouped_mm.default"
+"""By name, since torch 2.6 does not have it."""
 _NEW_EMPTY = torch.ops.aten.new_empty.default
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,7 +35,7 @@ class FakeExecution(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten.index.Tensor:  # the number of rows depends on a mask's values
             args = (args[0], _masks_to_indices(args[1]))
-        if func is _GROUPED_MM:  # torch has this product of fake tensors in bf16 only
+        if str(func) == _GROUPED_MM:  # torch has this product of fake tensors in bf16 only
             args, kwargs, func = (args[0], (*args[0].shape[:-1], args[1].shape[-1])), {}, _NEW_EMPTY
         args, kwargs = tree_map(self._to_fake, (args, kwargs))
         with self.mode:
@@ -56,8 +57,8 @@ class FakeExecution(TorchDispatchMode):
 
 
 def _needs_values(x: Tensor) -> bool:
-    """Lengths, ids and masks of tokens or positions. Attention masks have more dimensions, and may be large."""
-    return not isinstance(x, FakeTensor) and not x.is_floating_point() and x.ndim <= 2
+    """Numbers, and lengths, ids and masks of tokens or positions. Attention masks have more dimensions."""
+    return not isinstance(x, FakeTensor) and x.ndim <= (0 if x.is_floating_point() else 2)
 
 
 def _masks_to_indices(indices: list[Tensor | None]) -> list[Tensor | None]:

@@ -60,6 +60,7 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         backbone = load_causal_lm(spec).eval()
+        backbone.tie_weights()  # which transformers 5.0 leaves undone on the meta device
         vae = vae_shape(recipe, config, int(config.hidden_size), int(config.num_attention_heads))
         model = SentenceLM(
             SentenceLMConfig(
