@@ -1,7 +1,8 @@
-"""Sessions: tests, lowest, evaluation, lint, typing, docs, plugins, wheel, fuzz, faults. ``nox`` runs the quick ones.
+"""Sessions: tests, lowest, newest, evaluation, lint, typing, docs, plugins, wheel, fuzz, faults.
 
-An interpreter that is not installed is reported as skipped, not failed. Every install takes its versions from
-constraints.txt, except ``lowest``, which takes the lowest versions that pyproject.toml promises to work.
+``nox`` runs the quick ones. An interpreter that is not installed is reported as skipped, not failed. Every install
+takes its versions from constraints.txt, except ``lowest``, which takes the lowest that pyproject.toml promises, and
+``newest``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 CONSTRAINED = ("-c", str(ROOT / "constraints.txt"))
 ENTRY = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?>=(?P<version>[0-9.]+)$")
-KEPT = {"torch"}
-"""Not lowered: its wheels are large and no older one is supported."""
 
 nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.error_on_missing_interpreters = False
@@ -28,7 +27,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 
 def lower_bounds(requirements: list[str]) -> dict[str, str]:
-    """Names and ``>=`` versions of direct requirements; our own extras and KEPT are left out."""
+    """Names and ``>=`` versions of direct requirements; our own extras are left out."""
     bounds: dict[str, str] = {}
     for requirement in requirements:
         if requirement.startswith("sentcompress["):
@@ -36,8 +35,7 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
         match = ENTRY.match(requirement)
         if not match:
             raise ValueError(f"pyproject.toml: '{requirement}' has no plain lower bound")
-        if match["name"] not in KEPT:
-            bounds[match["name"]] = match["version"]
+        bounds[match["name"]] = match["version"]
     return bounds
 
 
@@ -50,7 +48,7 @@ def lowest_constraints() -> str:
     )
     tools = {name.lower() for name in lower_bounds(extras["dev"])}
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in pinned if line.partition("==")[0].lower() in tools | KEPT]
+    kept = [line for line in pinned if line.partition("==")[0].lower() in tools]
     return "\n".join([*(f"{name}=={version}" for name, version in lowest.items()), *kept]) + "\n"
 
 
@@ -86,12 +84,19 @@ def tests(session: nox.Session) -> None:
     run_suite(session)
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
-    """The test suite with the lowest direct versions, on each supported Python."""
+    """The test suite with the lowest direct versions, on the lowest Python."""
     constraints = Path(session.create_tmp()) / "lowest.txt"
     constraints.write_text(lowest_constraints(), encoding="utf-8")
     session.install("-c", str(constraints), "-e", ".[dev]")
+    run_suite(session)
+
+
+@nox.session(python=PYTHONS[-1])
+def newest(session: nox.Session) -> None:
+    """The test suite with the newest versions of everything, on the newest Python."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
     run_suite(session)
 
 
