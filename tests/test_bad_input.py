@@ -388,7 +388,7 @@ def test_not_a_number_stops_the_run_and_names_the_step(shop, tmp_path, refused, 
 
     def poisoned(self, *arguments, **named):
         output = original(self, *arguments, **named)
-        output.loss = output.loss * float("nan")
+        output.token_loss = output.token_loss * float("nan")
         return output
 
     monkeypatch.setattr(SentenceVAE, "forward", poisoned)
