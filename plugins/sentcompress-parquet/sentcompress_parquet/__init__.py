@@ -1,4 +1,4 @@
-"""Registers the dataset ``parquet`` with sentcompress."""
+"""Registers the dataset ``parquet-rows`` with sentcompress."""
 
 import sentcompress
 
@@ -6,4 +6,4 @@ import sentcompress
 @sentcompress.hookimpl
 def register_datasets(register):
     # A string, so that the module is imported only when the dataset is used.
-    register("parquet", "sentcompress_parquet.dataset:ParquetDataset")
+    register("parquet-rows", "sentcompress_parquet.dataset:ParquetDataset")

@@ -14,7 +14,7 @@ def write(path, texts, column="text", type=None):
 
 
 def dataset(*paths, **options):
-    return get_registry().create("dataset", "parquet", {"paths": [str(p) for p in paths], **options})
+    return get_registry().create("dataset", "parquet-rows", {"paths": [str(p) for p in paths], **options})
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_it_fulfils_the_contract_of_a_dataset(check_plugin, folder):
-    check_plugin("dataset", "parquet", options={"paths": [str(folder)]})
+    check_plugin("dataset", "parquet-rows", options={"paths": [str(folder)]})
 
 
 def test_a_row_is_a_document(folder):
