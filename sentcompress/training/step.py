@@ -29,8 +29,8 @@ WARMUP_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Part:
-    """How much of a step a micro-batch is. A step is one large batch, whatever number of micro-batches it is cut into.
+class StepShare:
+    """How much of a step a micro-batch is. A step is one large batch, however many micro-batches it is split into.
 
     Attributes:
         own: what the means of the loss are taken over, counted in this micro-batch (``job.counts``).
@@ -40,7 +40,7 @@ class Part:
     own: dict[str, Tensor]
     total: dict[str, Tensor]
 
-    def share(self, name: str) -> Tensor:
+    def of(self, name: str) -> Tensor:
         """Scalar: the weight of this micro-batch's mean over ``name`` in the mean over the whole step."""
         return self.own[name] / self.total[name].clamp_min(1)
 
@@ -49,7 +49,7 @@ class Part:
 class StepOutput:
     """What a job computes from a micro-batch.
 
-    Each figure is this micro-batch's summand of the step's figure: every mean times its :meth:`Part.share`.
+    Each figure is this micro-batch's summand of the step's figure: every mean times its :meth:`StepShare.of`.
 
     Attributes:
         loss: scalar to minimize.
@@ -149,14 +149,14 @@ class Stepper:
         metrics: dict[str, Tensor] = {}
         tokens = positions = filled = 0
         micro_batches = [next(batches) for _ in range(settings.gradient_accumulation)]
-        parts = self._parts(micro_batches)
-        for batch, part in zip(micro_batches, parts, strict=True):
+        shares = self._shares(micro_batches)
+        for batch, share in zip(micro_batches, shares, strict=True):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            last = part is parts[-1]
+            last = share is shares[-1]
             # Gradients are exchanged once per step, with the last micro-batch.
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    output = self.job.loss(self.model, batch, part)
+                    output = self.job.loss(self.model, batch, share)
                 minimized = output.loss
                 if output.auxiliary_loss is not None:
                     minimized = minimized + output.auxiliary_loss
@@ -213,7 +213,7 @@ class Stepper:
             anomaly=anomaly,
         )
 
-    def _parts(self, batches: list[Batch]) -> list[Part]:
+    def _shares(self, batches: list[Batch]) -> list[StepShare]:
         """Count every micro-batch of the step before the first is computed. All processes must call this."""
         device = self.accelerator.device
         with torch.no_grad(), self.accelerator.autocast():
@@ -229,7 +229,7 @@ class Stepper:
             shaped = zip(counted[0].values(), flat.split(sizes), strict=True)
             return dict(zip(names, (part.view(value.shape) for value, part in shaped), strict=True))
 
-        return [Part(named(one), named(total)) for one in own]
+        return [StepShare(named(one), named(total)) for one in own]
 
     def _bad_batches(self, first: int, own: Tensor) -> str:
         """This process's micro-batches with a NaN or infinite loss; all of the step's where there are none."""

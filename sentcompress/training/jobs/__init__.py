@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sentcompress.recipe import TrainingSettings
 from sentcompress.training.card import Card
 from sentcompress.training.run_folder import Stage
-from sentcompress.training.step import Batch, Part, StepOutput
+from sentcompress.training.step import Batch, StepOutput, StepShare
 
 
 class Job(Protocol):
@@ -47,7 +47,7 @@ class Job(Protocol):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What the means of the loss are taken over, counted in a micro-batch on the CPU; summed over the step."""
 
-    def loss(self, model: nn.Module, batch: Batch, part: Part) -> StepOutput:
+    def loss(self, model: nn.Module, batch: Batch, share: StepShare) -> StepOutput:
         """Run ``model`` (``self.model`` or a wrapper: call it, not its methods) on a micro-batch of a step."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -23,7 +23,7 @@ from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import GRAFT
-from sentcompress.training.step import Part, StepOutput
+from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.teacher import Teacher
 from sentcompress.training.tuning import apply_tune, merged_state
 
@@ -122,7 +122,7 @@ class GraftJob:
             "decisions": sentences + found.ends.sum(),
         }
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], share: StepShare) -> StepOutput:
         output = model(
             **batch,
             token_loss=self.token_loss,
@@ -130,15 +130,15 @@ class GraftJob:
         )
         targets = output.targets.sum().clamp_min(1)
         nats = (output.sentence_nll.sum() + output.stop_nll.sum()) / targets
-        metrics = {"nats_per_token": nats * part.share("targets")}
+        metrics = {"nats_per_token": nats * share.of("targets")}
         shortlist_loss = output.shortlist_loss
         if shortlist_loss is not None:
-            shortlist_loss = shortlist_loss * part.share("tokens")
+            shortlist_loss = shortlist_loss * share.of("tokens")
             metrics["shortlist_nats_per_token"] = shortlist_loss
-        stop_loss = output.stop_loss * part.share("decisions")
+        stop_loss = output.stop_loss * share.of("decisions")
         # Encoder and decoder run their linear layers on real tokens only: all padding is in the backbone's batch.
         return StepOutput(
-            output.token_loss * part.share("targets") + self.settings.stop_weight * stop_loss,
+            output.token_loss * share.of("targets") + self.settings.stop_weight * stop_loss,
             tokens=int(batch["attention_mask"].sum()),
             metrics=metrics,
             mask=batch["passage_ids"] >= 0,

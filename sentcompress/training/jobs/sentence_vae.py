@@ -26,7 +26,7 @@ from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, backbone_shape, load_inputs
 from sentcompress.training.run_folder import VAE
 from sentcompress.training.sharding import gathered, whole_state
-from sentcompress.training.step import Part, StepOutput
+from sentcompress.training.step import StepOutput, StepShare
 
 RECONSTRUCTED = 64
 """Held-out sentences reconstructed free-running at each evaluation."""
@@ -90,10 +90,10 @@ class VAEJob:
             counts["kl_nats"] = nats.sum(0).cpu()
         return counts
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], share: StepShare) -> StepOutput:
         step_kl = None
-        if "kl_nats" in part.total:
-            step_kl = part.total["kl_nats"] / part.total["sentences"]
+        if "kl_nats" in share.total:
+            step_kl = share.total["kl_nats"] / share.total["sentences"]
         output = model(
             **batch,
             token_loss=self.token_loss,
@@ -103,9 +103,9 @@ class VAEJob:
             step_kl=step_kl,
         )
         nats = output.nll.sum() / output.targets.sum()
-        targets = part.share("targets")
+        targets = share.of("targets")
         return StepOutput(
-            output.token_loss * targets + output.kl_loss * part.share("sentences"),
+            output.token_loss * targets + output.kl_loss * share.of("sentences"),
             tokens=int(batch["attention_mask"].sum()),
             metrics={"nats_per_token": nats * targets},
         )

@@ -26,7 +26,7 @@ from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import BASELINE, PRETRAIN
 from sentcompress.training.sharding import is_sharded
-from sentcompress.training.step import Part, StepOutput
+from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.tokenizer import train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
@@ -133,14 +133,14 @@ class TokenLevelJob:
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"targets": (batch["labels"][:, 1:] != IGNORED).sum()}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], part: Part) -> StepOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], share: StepShare) -> StepOutput:
         losses, _ = model(**batch)
         loss = losses.mean() if len(losses) else losses.sum()
         mask = batch["attention_mask"]
         computed = [
             mask[rows, :length].flatten() for rows, length in rows_of_similar_length(mask, self.model.similar)
         ]
-        return StepOutput(loss * part.share("targets"), tokens=int(mask.sum()), mask=torch.cat(computed))
+        return StepOutput(loss * share.of("targets"), tokens=int(mask.sum()), mask=torch.cat(computed))
 
     def heldout_batches(self) -> int:
         """Number of held-out batches per evaluation."""
