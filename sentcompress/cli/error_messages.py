@@ -56,7 +56,7 @@ def explain(error: BaseException) -> SentCompressError:
         if isinstance(link, SentCompressError):
             return link
         if is_out_of_memory(link):
-            return OutOfMemoryError(f"out of memory: {_first_line(link)}", fix=_LESS_MEMORY)
+            return OutOfMemoryError(f"out of memory: {first_line(str(link))}", fix=_LESS_MEMORY)
         if _is_disk_full(link):
             where = f": {link.filename}" if isinstance(link, OSError) and link.filename else ""
             return StorageError(
@@ -75,7 +75,7 @@ def explain(error: BaseException) -> SentCompressError:
                 "a path starts with ~, but the home folder of that user is unknown", fix="write the full path"
             )
     return RunError(
-        f"{type(error).__name__}: {_first_line(error)}", fix="run again with --debug for the traceback"
+        f"{type(error).__name__}: {first_line(str(error))}", fix="run again with --debug for the traceback"
     )
 
 
@@ -106,5 +106,6 @@ def _is_no_home(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory")
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")
+def first_line(text: str) -> str:
+    """The first line of a message that is not blank."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "(no message)")

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from sentcompress.cli.common import examples
+from sentcompress.cli.error_messages import first_line
 from sentcompress.errors import InputError, OfflineError, SentCompressError, StorageError, did_you_mean
 from sentcompress.files import expand_home, read_json
 
@@ -138,13 +139,13 @@ def explain_refusal(error: Exception) -> SentCompressError | None:
         )
     if any(type(link).__name__ in _OFFLINE for link in chain):
         return OfflineError(
-            f"lm-eval: something must be downloaded, and the hub cannot be reached: {_first_line(text)}",
+            f"lm-eval: something must be downloaded, and the hub cannot be reached: {first_line(text)}",
             fix="run once with a network (and without HF_HUB_OFFLINE), which fills the cache; "
             "sentcompress_sotu_choice and sentcompress_heldout need no network",
         )
     if type(error).__name__ == "DatasetNotFoundError":
         return InputError(
-            f"lm-eval: {_first_line(text)}",
+            f"lm-eval: {first_line(text)}",
             fix="check the task's dataset_path; 'hf auth login' if it is gated",
         )
     if "YAMLError" in (kind.__name__ for kind in type(error).__mro__):
@@ -152,7 +153,7 @@ def explain_refusal(error: Exception) -> SentCompressError | None:
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(file.name == "samplers.py" for file in files):
         return InputError(
-            f"--num_fewshot: the task has too few examples for it ({_first_line(text)})",
+            f"--num_fewshot: the task has too few examples for it ({first_line(text)})",
             fix="lower --num_fewshot",
         )
     if not files or "lm_eval" not in files[-1].parts or not isinstance(error, _REFUSALS):
@@ -178,17 +179,13 @@ def _no_such_task(error: Exception, text: str) -> InputError:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes."""
+    """An error and its causes, also those that the harness hides with ``from None``."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
         seen.append(link)
         yield link
         link = link.__cause__ or link.__context__
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -31,7 +31,7 @@ def prepare() -> None:
             # Characters that the terminal cannot show must not end a run.
             stream.reconfigure(errors="replace")
             if stream is getattr(sys, f"__{name}__") and stream.fileno() == number:
-                setattr(sys, name, _rewrapped(stream, _Lossy if name == "stderr" else _Named))
+                setattr(sys, name, _rewrapped(stream, _Lossy if name == "stderr" else _FailsOnce))
 
 
 def _is_open(number: int) -> bool:
@@ -64,7 +64,7 @@ class _Lossy(io.FileIO):
             return len(data)
 
 
-class _Named(io.FileIO):
+class _FailsOnce(io.FileIO):
     """Fails once, with an error of its own: else it would read as that of a file which the command writes."""
 
     failed = False
