@@ -98,7 +98,7 @@ class SentenceHarnessLM(LM):
             self.model.to(getattr(torch, wanted.dtype))
         self.tokenizer = load_saved_tokenizer(folder)
         self.generator = SentenceGenerator(self.model, self.tokenizer)
-        self.counter = lossless(self.tokenizer)
+        self.lossless = lossless(self.tokenizer)
         context_sentences = wanted.context_sentences
         if context_sentences is None and (folder / "recipe.yaml").is_file():
             context_sentences = load_recipe(str(folder / "recipe.yaml")).graft.max_sentences
@@ -208,7 +208,7 @@ class SentenceHarnessLM(LM):
                 self.model,
                 self._sentences(context + continuation),
                 len(context.rstrip()),
-                self.counter,
+                self.lossless,
                 self.window,
             )
             found.append((-score.nats, score.greedy))
@@ -240,7 +240,7 @@ class SentenceHarnessLM(LM):
                     number, "the harness", list(ids), list(texts), whole=True, first_scored=0
                 )
                 tally = score_document(self.model, document, self.window)
-                nats = check_document(document, tally, self.counter).nats
+                nats = check_document(document, tally, self.lossless).nats
             found.append(-nats)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
@@ -275,7 +275,7 @@ class SentenceHarnessLM(LM):
         if sentences:
             yield from self.generator.stream(context, settings)
         elif self.model.config.start_latent:
-            stream = self.counter.streamed(begins=True)
+            stream = self.lossless.streamed(begins=True)
             for _, ids in self.generator.continue_sentences([[]], settings):
                 yield stream.add(ids)
             yield stream.add([], ends=True)
