@@ -75,14 +75,15 @@ class HubDataset(Dataset):
                 "dataset 'hub' needs the package datasets", fix="pip install 'sentcompress[data]'"
             ) from None
         options = self.options
-        if Path(options.path).is_file():
+        path = os.path.expanduser(options.path)
+        if Path(path).is_file():
             raise DataError(
-                f"{options.path}: a file; the dataset 'hub' reads a local folder, or a name on the hub",
-                fix=f"--data {options.path}, or data.name=parquet, csv, jsonl or text with data.options.paths",
+                f"{path}: a file, but the dataset 'hub' reads a local folder or a name on the hub",
+                fix=f"--data {path}, or data.name=parquet, csv, jsonl or text with data.options.paths",
             )
         try:
             return load_dataset(
-                os.path.expanduser(options.path),
+                path,
                 options.name,
                 split=options.split,
                 revision=options.revision,
