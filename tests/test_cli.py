@@ -301,7 +301,7 @@ def test_a_mixed_folder_says_what_is_left_out(
 
 def test_data_that_no_dataset_reads_is_named(tmp_path: Path):
     (tmp_path / "b.docx").touch()
-    with pytest.raises(InputError, match=r"it has 1 \*\.docx") as caught:
+    with pytest.raises(InputError, match=r"only 1 \*\.docx") as caught:
         train.data_section(str(tmp_path))
     (tmp_path / "a.json").write_text("[]")
     assert train.data_section(str(tmp_path)) == {

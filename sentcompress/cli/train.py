@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _ABOUT = ("readme", "license", "licence", "notice", "changelog")
-"""How the names of files begin that are about a corpus, not part of it."""
+"""Beginnings of the names of files that describe a corpus and are not part of it."""
 
 
 class StageCommand(NamedTuple):
@@ -196,8 +196,8 @@ def data_section(path: str) -> dict[str, Any]:
         listed = ", ".join(f"*{suffix}" for suffix in suffixes)
         others = left_out(path_of(path), suffixes) if is_folder else ""
         raise InputError(
-            f"--data {path}: no file there" + (f" that is read; it has {others}" if others else ""),
-            fix=f"give a file, a folder with such files in it as {listed}, or a glob; for a dataset of the hub, use "
+            f"--data {path}: no file there" + (f" that sentcompress reads, only {others}" if others else ""),
+            fix=f"give a file, a glob, or a folder with files such as {listed}; for a dataset of the hub, use "
             "--set data.name=hub --set data.options.path=NAME",
         )
     # A README beside a corpus does not make the corpus plain text.
@@ -226,7 +226,7 @@ def _is_of_kind(file: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _kind_of_content(path: Path) -> str:
-    """The dataset for a file whose name does not tell: what no other one knows is text, or refused as not text."""
+    """The dataset for a file whose name does not tell; ``text`` gets the unknown ones, and refuses what is not text."""
     from sentcompress.datasets._packed import read_pieces, start_of, without_packing
 
     start = start_of(path)

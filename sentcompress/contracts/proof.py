@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 _FAILURES = {
-    "structure": "its parts are not where they are in other LLMs",
+    "structure": "its modules are not laid out as in other LLMs",
     "equivalence": "its forward does not accept embeddings with a four-dimensional mask",
 }
 """What it means if a check raises an exception."""

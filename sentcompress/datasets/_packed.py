@@ -1,4 +1,4 @@
-"""Reads files a piece at a time, unpacking what is compressed; how is told by their first bytes, not by their names."""
+"""Reads plain and compressed files a piece at a time. The first bytes show the compression; names may be wrong."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _unpacked(file: IO[bytes], path: Path, shown: str) -> Iterator[bytes]:
     named = PACKINGS.get(path.suffix.lower())
     if start and named and not packing:
         raise DataError(
-            f"{shown}: damaged, or not {named}: it does not begin as such a file does",
+            f"{shown}: damaged, or not {named}: its first bytes are those of another format",
             fix=f"download or write it again; if it was never compressed, rename it without {path.suffix}",
         )
     if packing == "zstd":
@@ -127,7 +127,9 @@ def _unpacked(file: IO[bytes], path: Path, shown: str) -> Iterator[bytes]:
 
 
 def _packing(start: bytes) -> str | None:
-    if start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50:  # a frame to skip, which pzstd writes first
+    if (
+        start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50
+    ):  # a skippable frame, which pzstd writes first
         return "zstd"
     found = next((name for magic, name in _PACKED if start.startswith(magic)), None)
     # Text may begin with these three letters; in a packed file a level and a constant follow.
@@ -171,8 +173,8 @@ def _only_member(archive: zipfile.ZipFile, shown: str) -> IO[bytes]:
     members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         raise DataError(
-            f"{shown}: a zip archive of {len(members)} files, and only one of a single file is read",
-            fix="unpack it into a folder and name that; docx, odt and epub files must be converted to text",
+            f"{shown}: a zip archive of {len(members)} files, but only archives of a single file are read",
+            fix="unpack it into a folder and use that; docx, odt and epub files must be converted to text",
         )
     return archive.open(members[0])
 
@@ -186,7 +188,7 @@ def _refuse_what_is_not_text(start: bytes, shown: str) -> None:
         raise DataError(f"{shown}: {what}, not text", fix="read it with --data, or with data.name=parquet")
     if what is not None:
         verb = "unpack it into a folder" if "archive" in what or "packed" in what else "convert it to text"
-        raise DataError(f"{shown}: {what}, not text", fix=f"{verb}, and name that")
+        raise DataError(f"{shown}: {what}, not text", fix=f"{verb}, and use that")
     _refuse_other_encodings(start, shown)
 
 

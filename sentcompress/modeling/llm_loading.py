@@ -78,8 +78,8 @@ def resolve_backbone(spec: BackboneSpec) -> Source:
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise ModelFolderError(
-                    f"backbone.model: folder '{target}' holds a LoRA adapter, whose model is another one",
-                    fix="merge the two (merge_and_unload() of peft), save the result and use its folder",
+                    f"backbone.model: folder '{target}' holds a LoRA adapter, not a whole model",
+                    fix="merge it into its model (merge_and_unload() of peft), save the result and use that folder",
                 )
             inside = sorted(p.name for p in path.glob("*.gguf"))
             fix = (
@@ -267,14 +267,14 @@ def _configs(spec: BackboneSpec) -> tuple[Any, Any]:
             raise InputError(
                 f"backbone.model: the weights of '{spec.model}' are quantized ({method}); training needs them in "
                 "fp32, bf16 or fp16",
-                fix="use the model that it was made from; its card names it",
+                fix="use the unquantized model, which the model card names",
             )
         del whole.quantization_config
     return whole, _text_part(whole, spec)
 
 
 def _quantization(config: Any) -> str | None:
-    """How weights are stored if not as numbers: ``gptq``, ``awq``, ``bitsandbytes``, ``fp8``, ..."""
+    """How weights are quantized: ``gptq``, ``awq``, ``bitsandbytes``, ``fp8``, ..."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None

@@ -92,7 +92,7 @@ def load_weights(
         *_finding("surplus, so another model was saved", surplus),
         *_finding("misshapen", misshapen),
         *_finding(
-            "set equal to another by config.json, but the files give both, with different values",
+            "tied to another by config.json, but the files hold both, with different values",
             untied,
         ),
         *_finding("damaged by NaN or infinite values", _not_finite(model)),
@@ -248,7 +248,7 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 def _instead(folder: Path) -> str:
     """What a folder without weights that can be read holds."""
     if any(folder.glob("shard-*.safetensors")):
-        return "its weights are a checkpoint of several processes, which only those can read"
+        return "its weights are the checkpoint of several processes, which only training can read"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         return "its weights are pickles (.bin, .pt), which could run code and are never loaded; no model.safetensors"
     if files := sorted(path.name for path in folder.glob("*.gguf")):
@@ -266,8 +266,8 @@ def check_files(folder: Path, what: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise ModelFolderError(
-            f"{what}: {CANNOT}: the folder holds a LoRA adapter (adapter_config.json), whose model is another one",
-            fix="merge the two (merge_and_unload() of peft), save the result and use its folder",
+            f"{what}: {CANNOT}: the folder holds a LoRA adapter (adapter_config.json), not a whole model",
+            fix="merge it into its model (merge_and_unload() of peft), save the result and use that folder",
         )
     wrong = []
     for file in weight_files(folder, what):

@@ -1,4 +1,4 @@
-"""Reads untrusted YAML: plain values only, no key twice, and no larger than a recipe can be."""
+"""Reads untrusted YAML: plain values only, no duplicate keys, and no larger than a recipe can be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_yaml(text: str) -> Any:
     """The values of a YAML document, which cannot contain Python objects.
 
     Raises:
-        yaml.YAMLError: it is broken, has a key twice in one mapping, or is too large or too deep for a recipe.
+        yaml.YAMLError: it is broken, has a duplicate key, or is too large or too deep for a recipe.
         ValueError: a value is invalid, such as the date 2024-99-99.
     """
     if len(text) > MAX_CHARACTERS:
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
             known = first.setdefault((key.tag, key.value), key)
             if known is not key:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key.value}' is there twice, in line {known.start_mark.line + 1} and in line "
+                    problem=f"duplicate key '{key.value}' on lines {known.start_mark.line + 1} and "
                     f"{key.start_mark.line + 1}",
                     problem_mark=key.start_mark,
                 )

@@ -101,7 +101,7 @@ def _axis(text: str) -> Axis:
                 fix="close its brackets, or quote it",
             ) from None
         if repr(parsed) in seen:
-            raise RecipeError(f"--grid {text}: '{value}' is there twice", fix="leave one of the two out")
+            raise RecipeError(f"--grid {text}: '{value}' is given twice", fix="remove one of them")
         seen.append(repr(parsed))
     return Axis(field, tuple(values))
 

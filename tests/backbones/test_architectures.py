@@ -122,7 +122,7 @@ class TestWhatTheProofMakesOfExceptions:
     def test_parts_that_cannot_be_found(self, monkeypatch):
         opt = get_registry().get("backbone", "opt")
         monkeypatch.setattr(opt, "blocks", property(lambda _: [][0]))
-        with pytest.raises(InputError, match="its parts are not where they are in other LLMs: IndexError"):
+        with pytest.raises(InputError, match="its modules are not laid out as in other LLMs: IndexError"):
             wrap_backbone(BackboneSpec(name="opt", model="tiny"), tiny_opt())
 
     def test_the_models_own_forward(self):

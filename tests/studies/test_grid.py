@@ -45,7 +45,7 @@ def test_values_are_yaml():
         (["seed=1,,2"], [], "an empty value"),
         (["seed="], [], "an empty value"),
         (["fusion={name: a,b"], [], "'{name: a,b' is not valid YAML"),
-        (["seed=1,1"], [], "'1' is there twice"),
+        (["seed=1,1"], [], "'1' is given twice"),
         (["seed=1", "seed=2"], [], "seed: given twice"),
         (["fusion={name: mean}", "fusion.name=mean"], [], "one is a part of the other"),
         (["fusion={name: mean}"], ["fusion.options.latents=4"], "--grid fusion would override it"),
