@@ -32,11 +32,9 @@ def help_page() -> str:
         "# Command line\n",
         "Exit codes: 0 done; 1 the run failed; 2 bad usage, recipe or input; 3 a requested plugin is missing "
         "or broken; 75 stopped by SIGTERM, continue with `--resume`; 130 interrupted. Messages go to stderr; "
-        "a run continues when stderr cannot be written. If stdout cannot, the exit code is 1; a closed stdout "
-        "(`>&-`) drops the output. "
-        "`--debug` anywhere on the line, or "
-        "`SENTCOMPRESS_DEBUG=1`, adds the traceback. `sentcompress --install-completion` sets up completion "
-        "in your shell.\n",
+        "if stderr cannot be written, the run continues without them. If stdout cannot be written, the exit code is "
+        "1; a closed stdout (`>&-`) drops the output. `--debug` anywhere on the line, or `SENTCOMPRESS_DEBUG=1`, "
+        "adds the traceback. `sentcompress --install-completion` sets up completion in your shell.\n",
     ]
     for path in _command_paths(get_command(app), []):
         shown = CliRunner().invoke(app, [*path, "--help"], prog_name="sentcompress", terminal_width=WIDTH)
@@ -61,10 +59,10 @@ def recipes_page() -> str:
     parts = [
         NOTE,
         "# Recipes\n",
-        "A recipe is one experiment: the parts, and the stages that train and measure them. Unknown keys are "
-        "refused, and so is a key that is there twice; numbers are written as in YAML 1.2 (`1e-4` is one); `~` at "
-        "the beginning of a path is the home folder; `--set graft.steps=100` changes any field; the resolved recipe "
-        "is saved beside every result. "
+        "A recipe is one experiment: the parts, and the stages that train and measure them. Unknown and "
+        "duplicate keys are refused; numbers are those of YAML 1.2, so `1e-4` is one; `~` at the beginning of a path "
+        "is the home folder; `--set graft.steps=100` changes any field; the resolved recipe is saved beside every "
+        "result. "
         "`sentcompress validate RECIPE` checks one, `sentcompress run RECIPE --dry-run` prints its plan.\n",
         "## Shipped recipes\n",
         "| recipe | what it is |\n|---|---|",
@@ -119,11 +117,11 @@ def backbones_page() -> str:
         "",
         "## Every type of transformers\n",
         f"All causal LMs of transformers {every['transformers']}, built tiny with random weights "
-        "(`tools/docs/architectures.py`, tried again by `tests/backbones/test_architectures.py`). "
+        "(`tools/docs/architectures.py`, repeated by `tests/backbones/test_architectures.py`). "
         f"{len(every['accepted'])} are accepted and take a training step:\n",
         _names(every["accepted"]) + ".\n",
-        f"{len(every['refused'])} are refused. A type fails at the first line that is true of it; the message "
-        "of the refusal says all that is wrong:\n",
+        f"{len(every['refused'])} are refused. Each type is listed under the first reason that applies; the "
+        "message gives all of them:\n",
         "| why | types |\n|---|---|",
         *(f"| {_cell(why)} | {_names(names)} |" for why, names in reasons.items()),
         "",
