@@ -141,6 +141,7 @@ def tarred(data: bytes) -> bytes:
         (b"SQLite format 3\0", "an SQLite database", "convert"),
         (b"caf\xe9", "not UTF-8", "iconv"),
     ],
+    ids=["zip", "tar", "pdf", "office", "parquet", "pickle", "sqlite", "latin-1"],  # archives hold the time
 )
 def test_what_is_not_text_is_named(tmp_path: Path, content: bytes, said: str, fix: str) -> None:
     for kind, name in (("text", "a.txt"), ("jsonl", "a.jsonl"), ("csv", "a.csv")):
