@@ -119,7 +119,7 @@ class CheckOptions:
 
 
 def environment(options: CheckOptions) -> Iterator[Row]:
-    """Versions, and packages that must be carried to this machine."""
+    """Versions, and packages that this machine lacks."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     yield Row("packages", f"missing: {', '.join(missing)}" if missing else "all there", not missing)
     import torch
@@ -160,7 +160,7 @@ def tests(options: CheckOptions) -> Iterator[Row]:
 
 
 def causality(options: CheckOptions) -> Iterator[Row]:
-    """Later sentences change nothing before them, by not one bit, in fp32 and in bf16."""
+    """Later sentences leave everything before them unchanged, to the bit, in fp32 and in bf16."""
     import torch
 
     from sentcompress.benchmark.causality_checks import TOLERANCE, check_causality
@@ -171,7 +171,9 @@ def causality(options: CheckOptions) -> Iterator[Row]:
             # In bf16 the two best tokens are often a tie: "greedy" is the part for this.
             counted = [c for c in report.checks if dtype == torch.float32 or "greedy" not in c.name]
             failed = [f"{c.name} ({c.attention}): {c.max_delta:.2g}" for c in counted if not c.passed]
-            said = "; ".join(failed) or f"{len(counted)} checks, the future moved the past by 0"
+            said = (
+                "; ".join(failed) or f"{len(counted)} checks, the past changed by {report.future_delta:.2g}"
+            )
             figures = {"future_delta": report.future_delta, "checks": len(counted)}
             yield Row(f"{name}, {str(dtype).removeprefix('torch.')}", said, not failed, figures)
 
@@ -179,8 +181,8 @@ def causality(options: CheckOptions) -> Iterator[Row]:
 def greedy(options: CheckOptions) -> Iterator[Row]:
     """Cached, batched and compiled decoding in bf16 write the tokens of one prompt at a time without a cache.
 
-    Kernels differ by batch and shape, so rounding may decide between two tokens. That is no error where their logits in
-    fp32 are closer than twice the largest error that bf16 makes in any logit at this position.
+    Kernels differ by batch and shape, so rounding may decide between two tokens. That is a tie, not an error, if their
+    fp32 logits differ by less than twice the largest bf16 error of any logit at this position.
     """
     import torch
 
@@ -206,7 +208,7 @@ def greedy(options: CheckOptions) -> Iterator[Row]:
             rate = token_count(again) / (time.perf_counter() - began)
             figures = {"prompts": len(prompts), "same": same, "ties": ties, "different": wrong}
             figures["tokens_per_second"] = rate
-            said = f"{same} of {len(prompts)} the same, {ties} part at a tie in bf16, {wrong} differ; "
+            said = f"{same} of {len(prompts)} the same, {ties} differ at a tie in bf16, {wrong} differ otherwise; "
             said += f"{rate:,.0f} tokens/s"
             yield Row(f"{name}, {way}", said, not wrong, figures)
 
@@ -214,7 +216,7 @@ def greedy(options: CheckOptions) -> Iterator[Row]:
 def speed(options: CheckOptions) -> Iterator[Row]:
     """``bench speed`` of four shapes at batch 1, 8 and the largest whose cache fits.
 
-    Nothing is compiled: transformers' static cache would take minutes of it for each shape and batch size.
+    Nothing is compiled, since compiling transformers' static cache takes minutes for each shape and batch size.
     """
     shapes = {"opt-tiny": "opt-tiny"} if options.small else SHAPES
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
@@ -234,7 +236,7 @@ def speed(options: CheckOptions) -> Iterator[Row]:
                     command, capture_output=True, text=True, timeout=left, check=False, env=env
                 )
             except subprocess.TimeoutExpired:
-                yield Row(name, f"cut after {left:.0f} s", False)
+                yield Row(name, f"stopped after {left:.0f} s", False)
                 continue
             if done.returncode:
                 yield Row(name, last_line(done.stderr), False)
@@ -442,7 +444,7 @@ def supervise(name: str, options: CheckOptions, seconds: float) -> dict[str, Any
                 code = process.wait(timeout=max(1.0, seconds))
                 reason = f"exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
-                reason = f"cut after {seconds:.0f} s"
+                reason = f"stopped after {seconds:.0f} s"
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
