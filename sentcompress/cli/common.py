@@ -28,7 +28,7 @@ def user_path(value: str | Path) -> Path:
     return Path(expand_home(str(value)))
 
 
-user_path.__name__ = "path"  # help texts show it in capitals
+user_path.__name__ = "path"  # older versions of typer show it in help texts
 
 
 def finite(number: float | None) -> float | None:

@@ -162,9 +162,8 @@ def _find_adapter(model: str, revision: str | None) -> str:
     adapters: dict[str, Any] = {name: registry.get("backbone", name) for name in _usable()}
     serves = [n for n, cls in adapters.items() if model in {*cls.aliases, *cls.aliases.values()}]
     if not serves:
-        config = _config(
-            BackboneSpec(model=model, revision=revision, init="random")
-        )  # its type, without weights
+        # Only its type is needed: with init "random", quantized weights are not refused here.
+        config = _config(BackboneSpec(model=model, revision=revision, init="random"))
         serves = [n for n, cls in adapters.items() if config.model_type in cls.model_types]
     return serves[-1] if serves else FALLBACK_ADAPTER
 

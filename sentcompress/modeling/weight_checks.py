@@ -65,18 +65,7 @@ def load_weights(
     if Path(folder).is_dir() and "gguf_file" not in arguments:
         check_files(Path(folder), what)
     multimodal = "key_mapping" in arguments
-    with _silent() as said:
-        try:
-            model, found = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
-        except RuntimeError as error:
-            # Tensors that it could not merge, such as experts of a mixture, are named in its report only.
-            named = list(dict.fromkeys(name for line in said for name in _NOT_MERGED.findall(line)))
-            if not named:
-                raise
-            raise ModelFolderError(
-                f"{what}: {CANNOT}: the parts of {_some(named)} in the files are incomplete or of different shapes",
-                fix=_fix([], [], []),
-            ) from error
+    model, found = _load_and_report(load, folder, what, arguments)
     missing = sorted(found["missing_keys"])
     misshapen = [
         f"{name} is {list(stored)}, the model has {list(wanted)}"
@@ -113,6 +102,24 @@ def load_weights(
     return model.eval()
 
 
+def _load_and_report(
+    load: Callable[..., Any], folder: Path | str, what: str, arguments: dict[str, Any]
+) -> Any:
+    """The model, and transformers' report of missing, surplus and misshapen tensors."""
+    with _silent() as said:
+        try:
+            return load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+        except RuntimeError as error:
+            # Tensors that it could not merge, such as experts of a mixture, are named in its report only.
+            named = list(dict.fromkeys(name for line in said for name in _NOT_MERGED.findall(line)))
+            if not named:
+                raise
+            raise ModelFolderError(
+                f"{what}: {CANNOT}: the parts of {_some(named)} in the files are incomplete or of different shapes",
+                fix=_fix([], [], []),
+            ) from error
+
+
 class WholeWeights:
     """For models of sentcompress: ``from_pretrained`` takes exactly the tensors of the model, or refuses the folder."""
 
@@ -124,10 +131,8 @@ class WholeWeights:
             ModelFolderError: see :func:`load_weights`.
         """
         load = super().from_pretrained  # type: ignore[misc]
-        if named.keys() & {
-            "output_loading_info",
-            "ignore_mismatched_sizes",
-        }:  # the caller looks at what was found
+        if named.keys() & {"output_loading_info", "ignore_mismatched_sizes"}:
+            # The caller looks at the report.
             return load(folder, *arguments, **named)
         named.setdefault("use_safetensors", True)
         return load_weights(
@@ -203,9 +208,8 @@ def _untied(model: PreTrainedModel) -> list[str]:
 @torch.no_grad()
 def _not_finite(model: nn.Module) -> list[str]:
     found = []
-    saved = {
-        tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()
-    }  # tied ones once
+    # By address, so that tied tensors are looked at once.
+    saved = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}
     for name, tensor in saved.values():
         if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum()):
             continue  # a sum is finite only if all its terms are
