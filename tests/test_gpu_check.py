@@ -40,8 +40,8 @@ def test_a_part_that_is_cut_is_named_and_the_others_go_on(tmp_path):
     done, parts = check("--parts", "causality", "environment", "--seconds", "0.5", folder=tmp_path)
     assert done.returncode == 1
     assert [part["part"] for part in parts] == ["causality", "environment"]
-    assert all("cut after" in part["reason"] for part in parts)
-    assert "FAILED: cut after" in " ".join(done.stdout.split())
+    assert all("stopped after" in part["reason"] for part in parts)
+    assert "FAILED: stopped after" in " ".join(done.stdout.split())
 
 
 def test_only_a_tie_excuses_another_token():
