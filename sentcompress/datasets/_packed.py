@@ -22,6 +22,7 @@ PACKINGS = {
     ".gz": "gzip",
     ".bz2": "bzip2",
     ".xz": "xz",
+    ".lzma": "lzma",
     ".zst": "zstd",
     ".lz4": "lz4",
     ".zip": "zip",
@@ -30,11 +31,17 @@ _PACKED = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\0", "xz"),
+    (b"]\0\0", "lzma"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x04\x22\x4d\x18", "lz4"),
     (b"PK\x03\x04", "zip"),
 )
-_STREAMS: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
+_STREAMS: dict[str, Any] = {
+    "gzip": gzip.open,
+    "bzip2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+    "lzma": lzma.LZMAFile,
+}
 _NEVER_TEXT = (
     (b"PAR1", "a Parquet file"),
     (b"ARROW1", "an Arrow file"),
@@ -181,6 +188,10 @@ def _only_member(archive: zipfile.ZipFile, shown: str) -> IO[bytes]:
 
 def _refuse_what_is_not_text(start: bytes, shown: str) -> None:
     """Raise DataError for known formats that are not text, and for text in UTF-16 or UTF-32."""
+    if packing := _packing(start):
+        raise DataError(
+            f"{shown}: compressed twice; {packing} is inside", fix="unpack it once, and name what comes out"
+        )
     what = next((name for magic, name in _NEVER_TEXT if start.startswith(magic)), None)
     if what is None and start[257:262] == b"ustar":
         what = "a tar archive"

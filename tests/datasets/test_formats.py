@@ -60,6 +60,7 @@ PACK = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
+    ".lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
     # Two frames, as parallel writers make them, the border inside a line.
     ".zst": lambda data: zstandard.compress(data[:100]) + zstandard.compress(data[100:]),
     ".lz4": lz4,
@@ -140,6 +141,7 @@ def tarred(data: bytes) -> bytes:
         (b"\x80\x04\x95\x00", "a Python pickle", "convert"),
         (b"SQLite format 3\0", "an SQLite database", "convert"),
         (b"caf\xe9", "not UTF-8", "iconv"),
+        (gzip.compress(gzip.compress(b"x")), "compressed twice; gzip is inside", "unpack it once"),
     ],
     ids=["zip", "tar", "pdf", "office", "parquet", "pickle", "sqlite", "latin-1"],  # archives hold the time
 )
