@@ -87,6 +87,14 @@ REFUSED = {
         "name: x\nbench: {extra_metrics: [{name: a, name: b}]}\n",
         ["duplicate key 'name'"],
     ),
+    "a key twice, by an alias": (
+        "name: x\nvae: {&a dropout: 0.1, *a : 0.2}\n",
+        ["the key 'dropout' is there twice"],
+    ),
+    "a tag that does not fit": (
+        "name: x\ngraft: {steps: !!bool maybe}\n",
+        ["broken YAML: a value does not fit its tag"],
+    ),
     "two documents": ("name: x\n---\nname: y\n", ["r.yaml:2:1: broken YAML"]),
     "UTF-16": ("name: x\n".encode("utf-16"), ["not UTF-8", "save the recipe as UTF-8"]),
     "a NUL": ("name: \0\n", ["broken YAML", "#x0000"]),

@@ -62,8 +62,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
-            known = first.setdefault((key.tag, key.value), key)
-            if known is not key:
+            known = first.get((key.tag, key.value))
+            first[key.tag, key.value] = key
+            if known is not None:
                 raise yaml.MarkedYAMLError(
                     problem=f"duplicate key '{key.value}' on lines {known.start_mark.line + 1} and "
                     f"{key.start_mark.line + 1}",
@@ -74,7 +75,10 @@ class _Loader(yaml.SafeLoader):
     def construct_document(self, node: yaml.Node) -> Any:
         if _size(node, {}, set()) > MAX_VALUES:
             raise yaml.YAMLError(f"expands to over {MAX_VALUES:,} values")
-        return super().construct_document(node)
+        try:
+            return super().construct_document(node)
+        except (LookupError, AttributeError, TypeError) as error:  # PyYAML's own, for such as '!!bool maybe'
+            raise ValueError(f"a value does not fit its tag: {error}") from None
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
