@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,9 @@ class SentenceGenerator:
         Raises:
             InputError: a prompt is empty or not text, or has more sentences than the backbone has positions.
         """
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        # A mapping is what a tokenizer returns, as other models' generate() wants it; its names would be the prompts.
+        single = isinstance(prompts, str | bytes | Mapping) or getattr(prompts, "ndim", 1) == 0
+        if single or not isinstance(prompts, Iterable):
             raise InputError(
                 f"prompts must be a list of texts, not {type(prompts).__name__}",
                 fix='put a single prompt in a list: generate(["The sun is up."])',

@@ -74,6 +74,8 @@ def test_prompts_may_come_as_any_iterable_of_texts(generator):
         ("Hello", ["prompts must be a list of texts, not str", "generate(["]),
         (b"Hello", ["prompts must be a list of texts, not bytes"]),
         (None, ["prompts must be a list of texts, not NoneType"]),
+        ({"input_ids": [1]}, ["prompts must be a list of texts, not dict"]),
+        (np.array("Hello"), ["prompts must be a list of texts, not ndarray"]),
         ([""], ["the prompt is empty"]),
         (["Hello", None], ["prompt 2 must be text (str), not NoneType"]),
         ([b"Hello"], ["prompt 1 must be text (str), not bytes"]),
