@@ -89,7 +89,7 @@ REFUSED = {
     ),
     "a key twice, by an alias": (
         "name: x\nvae: {&a dropout: 0.1, *a : 0.2}\n",
-        ["the key 'dropout' is there twice"],
+        ["duplicate key 'dropout'"],
     ),
     "a tag that does not fit": (
         "name: x\ngraft: {steps: !!bool maybe}\n",

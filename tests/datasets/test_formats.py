@@ -143,7 +143,17 @@ def tarred(data: bytes) -> bytes:
         (b"caf\xe9", "not UTF-8", "iconv"),
         (gzip.compress(gzip.compress(b"x")), "compressed twice; gzip is inside", "unpack it once"),
     ],
-    ids=["zip", "tar", "pdf", "office", "parquet", "pickle", "sqlite", "latin-1"],  # archives hold the time
+    ids=[
+        "zip",
+        "tar",
+        "pdf",
+        "office",
+        "parquet",
+        "pickle",
+        "sqlite",
+        "latin-1",
+        "twice",
+    ],  # archives hold the time
 )
 def test_what_is_not_text_is_named(tmp_path: Path, content: bytes, said: str, fix: str) -> None:
     for kind, name in (("text", "a.txt"), ("jsonl", "a.jsonl"), ("csv", "a.csv")):
