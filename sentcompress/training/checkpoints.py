@@ -33,7 +33,7 @@ from sentcompress.files import (
     temporary_path,
     whole_folder,
 )
-from sentcompress.training.sharding import is_sharded, read_shards, shard_like
+from sentcompress.training.sharding import read_shards, shard_like
 
 if TYPE_CHECKING:
     from sentcompress.training.preparation import WeightAverage
@@ -322,11 +322,10 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """All of them by ``group/name``, not copied. All processes must call this.
 
-        If the model is sharded, each process gets its own shards and its own random state. Otherwise the first process
-        gets the random states of all.
+        If the model is sharded, each process gets its own shards. The random states of all go to every process.
         """
         random_states = grouped(str(self.rank), random_tensors())
-        if self.world > 1 and not is_sharded(self.model):
+        if self.world > 1:
             gathered = gather_object([random_states])
             random_states = {name: value for states in gathered for name, value in states.items()}
         tensors = grouped("weights", model_tensors(self.model))
