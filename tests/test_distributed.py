@@ -22,6 +22,7 @@ from sentcompress.distributed import check_environment
 from sentcompress.errors import InputError
 from sentcompress.training.checkpoints import SHARDS
 from sentcompress.training.monitor import read_metrics
+from sentcompress.training.sharding import read_shards
 
 STEPS = 50
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -145,6 +146,9 @@ def test_a_sharded_run_is_the_same_and_any_number_of_processes_continues_it(tmp_
             held = [path.stat().st_size for path in (saved / SHARDS).iterdir()]
             assert len(held) == processes
             assert max(held) < 2 * min(held)
+            state = read_shards(saved / SHARDS, {})
+            random = {name.split("/")[1] for name in state if name.startswith("random/")}
+            assert random == set(map(str, range(processes)))  # dropout goes on in each
 
     # Two processes that shard the model continue a run of one.
     back_to(40, alone)
