@@ -91,8 +91,9 @@ def explain_build(spec: BackboneSpec, config: Any) -> Iterator[None]:
         if isinstance(error, SentCompressError) or is_out_of_memory(error):
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
+        changed = f" with backbone.config={spec.config}" if spec.config else ""
         raise InputError(
-            f"backbone.model: '{spec.model}' (type '{config.model_type}') cannot be built from its configuration: "
-            f"{text[:300]}",
-            fix="correct its config.json, or use another LLM",
+            f"backbone.model: '{spec.model}' (type '{config.model_type}') cannot be built from its configuration"
+            f"{changed}: {text[:300]}",
+            fix="correct backbone.config" if changed else "correct its config.json, or use another LLM",
         ) from error
