@@ -185,10 +185,15 @@ class Broken:
 
 
 def is_write(event: str, arguments: tuple[object, ...]) -> bool:
-    """Whether an audit event is something opened for writing, a folder made, or a renaming."""
+    """Whether an audit event is something opened for writing, a folder made, or a renaming.
+
+    A stream of its own over a descriptor that is open already (a number in place of a path) writes nothing.
+    """
     if event != "open":
         return event in ("os.rename", "os.mkdir")
     path, _, flags = arguments
+    if isinstance(path, int):
+        return False
     return isinstance(flags, int) and bool(flags & WRITING) and not str(path).startswith("/dev/")
 
 
