@@ -52,7 +52,7 @@ def report(error: BaseException) -> int:
 
 def explain(error: BaseException) -> SentCompressError:
     """Turn any error into one that the user can act on, from its type, its text and its causes."""
-    for link in _chain(error):
+    for link in causes(error):
         if isinstance(link, SentCompressError):
             return link
         if is_out_of_memory(link):
@@ -79,14 +79,18 @@ def explain(error: BaseException) -> SentCompressError:
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes."""
+def causes(error: BaseException, *, hidden: bool = False) -> Iterator[BaseException]:
+    """An error and its causes.
+
+    Args:
+        hidden: also those hidden by ``from None``.
+    """
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        link = link.__cause__ or (None if link.__suppress_context__ and not hidden else link.__context__)
 
 
 def _is_disk_full(error: BaseException) -> bool:

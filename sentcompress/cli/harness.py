@@ -8,14 +8,14 @@ import math
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sentcompress.cli.common import examples
-from sentcompress.cli.error_messages import first_line
+from sentcompress.cli.error_messages import causes, first_line
 from sentcompress.errors import InputError, OfflineError, SentCompressError, StorageError, did_you_mean
 from sentcompress.files import expand_home, read_json
 
@@ -128,7 +128,7 @@ def _require_writable(option: str, folder: Path) -> None:
 
 def explain_refusal(error: Exception) -> SentCompressError | None:
     """What a user can do about an error of the harness; None if it is none of the harness's own."""
-    chain = list(_chain(error))
+    chain = list(causes(error, hidden=True))  # the harness hides some
     if any(isinstance(link, SentCompressError) for link in chain):
         return None
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -176,16 +176,6 @@ def _no_such_task(error: Exception, text: str) -> InputError:
         f"--tasks: no task is called {', '.join(names)}.{near}",
         fix="'sentcompress lm-eval ls tasks' lists them",
     )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes, also those that the harness hides with ``from None``."""
-    seen: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in seen:
-        seen.append(link)
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def add_to(app: typer.Typer) -> None:
