@@ -71,6 +71,7 @@ class LosslessTokenizer:
         backend: the tokenizer's core. It puts nothing before a text, and neither truncates nor pads.
         prefix: what the tokenizer puts before a text: a space or nothing.
         vocab_size: the largest id plus one; there may be fewer tokens.
+        token_sizes: ``[vocab_size]`` bytes of each token behind other text.
 
     Raises:
         DataError: the tokenizer is inconsistent.
@@ -108,7 +109,7 @@ class LosslessTokenizer:
             if token in special and len(name) > 1:
                 self._bytes[token] = b""
         self._byte_tokens = {text: token for token, text in enumerate(self._bytes) if len(text) == 1}
-        self._sizes = np.array(list(map(len, self._bytes)), dtype=np.int64)
+        self.token_sizes = np.array(list(map(len, self._bytes)), dtype=np.int64)
         self._kept: dict[str, bool] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,12 +156,12 @@ class LosslessTokenizer:
         for word in _WORDS.findall(text):
             for kept, characters in groupby(word, self._keeps):
                 run = "".join(characters)
-                ids = self._direct(run) if kept else []
                 if not kept:
-                    ids = self._in_bytes(run)
-                elif not self._are(ids, run):
-                    ids = [token for character in run for token in self._direct(character)]
-                found += ids
+                    found += self._in_bytes(run)
+                elif self._are(ids := self._direct(run), run):
+                    found += ids
+                else:
+                    found += [token for character in run for token in self._direct(character)]
         return found
 
     def _keeps(self, character: str) -> bool:
@@ -170,12 +171,11 @@ class LosslessTokenizer:
         return self._kept[character]
 
     def _in_bytes(self, text: str) -> list[int]:
-        wanted = text.encode("utf-8")
-        ids = [self._byte_tokens.get(wanted[i : i + 1]) for i in range(len(wanted))]
-        if None in ids:
-            missing = next(c for c in text if not self._has_bytes(c))
-            raise DataError(f"the tokenizer has no token for {_named(missing)}", fix=_FIX)
-        return [token for token in ids if token is not None]
+        for character in text:
+            if not self._has_bytes(character):
+                what = f"{character!r} (U+{ord(character):04X})"
+                raise DataError(f"the tokenizer has no token for {what}", fix=_FIX)
+        return [self._byte_tokens[bytes([byte])] for byte in text.encode("utf-8")]
 
     def _has_bytes(self, character: str) -> bool:
         return all(bytes([byte]) in self._byte_tokens for byte in character.encode("utf-8"))
@@ -193,8 +193,7 @@ class LosslessTokenizer:
         Args:
             begins: they begin a text.
         """
-        text = self.to_bytes(ids).decode("utf-8", "replace")
-        return text.removeprefix(self.prefix) if begins else text
+        return self.streamed(begins=begins).add(ids, ends=True)
 
     def streamed(self, *, begins: bool = False, spaces: int = 0) -> TextStream:
         """Decodes tokens as they come.
@@ -205,11 +204,6 @@ class LosslessTokenizer:
         """
         return TextStream(self, spaces + (len(self.prefix) if begins else 0))
 
-    @property
-    def token_sizes(self) -> np.ndarray:
-        """``[vocab_size]`` bytes of each token behind other text."""
-        return self._sizes
-
     def byte_sizes(self, ids: Sequence[int], text: str) -> list[int]:
         """How many bytes of ``text`` each of its tokens stands for.
 
@@ -217,7 +211,7 @@ class LosslessTokenizer:
             CoverageError: the tokens are not those of the text.
         """
         spelt, wanted = self.to_bytes(ids), text.encode("utf-8")
-        sizes = self._sizes[list(ids)].tolist()
+        sizes = self.token_sizes[list(ids)].tolist()
         if spelt != wanted and self.prefix and spelt == self.prefix.encode() + wanted:
             first = next(n for n, size in enumerate(sizes) if size)
             sizes[first] -= len(self.prefix)
@@ -343,7 +337,3 @@ def _unknown(model: dict[str, Any], names: dict[str, int]) -> int | None:
     if (token := model.get("unk_id")) is not None:  # Unigram
         return int(token)
     return names.get(model.get("unk_token") or "")
-
-
-def _named(character: str) -> str:
-    return f"{character!r} (U+{ord(character):04X})"
