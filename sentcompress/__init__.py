@@ -16,11 +16,13 @@ if TYPE_CHECKING:
         DatasetOptions,
         Document,
         Fusion,
+        Memory,
         Metric,
         Options,
         Reconstruction,
         Segmenter,
         SegmenterOptions,
+        Tokens,
     )
     from sentcompress.hookspecs import hookimpl
     from sentcompress.modeling import SentenceLM, SentenceLMConfig, SentenceVAE, SentenceVAEConfig
@@ -34,11 +36,13 @@ _CONTRACTS = (
     "DatasetOptions",
     "Document",
     "Fusion",
+    "Memory",
     "Metric",
     "Options",
     "Reconstruction",
     "Segmenter",
     "SegmenterOptions",
+    "Tokens",
 )
 _EXPORTS = dict.fromkeys(_CONTRACTS, "sentcompress.contracts") | {
     "hookimpl": "sentcompress.hookspecs",
@@ -55,6 +59,7 @@ __all__ = [
     "DatasetOptions",
     "Document",
     "Fusion",
+    "Memory",
     "Metric",
     "Options",
     "Reconstruction",
@@ -64,6 +69,7 @@ __all__ = [
     "SentenceLMConfig",
     "SentenceVAE",
     "SentenceVAEConfig",
+    "Tokens",
     "__version__",
     "hookimpl",
 ]

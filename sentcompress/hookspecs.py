@@ -37,3 +37,8 @@ def register_datasets(register: Register) -> None:
 @hookspec
 def register_metrics(register: Register) -> None:
     """Add figures that ``bench quality`` reports: ``register(name, type[Metric])``."""
+
+
+@hookspec
+def register_memories(register: Register) -> None:
+    """Add what a pretrained LLM's tokens attend to: ``register(name, type[Memory])``."""

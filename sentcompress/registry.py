@@ -27,6 +27,7 @@ KINDS = {
     "backbone": "backbones",
     "dataset": "datasets",
     "metric": "metrics",
+    "memory": "memories",
 }
 """Each kind of component, and the name of its hook and of the package of its built-ins."""
 

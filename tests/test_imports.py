@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sentcompress"
 
 ANY = "*"
 """A part whose name is put together when the program runs."""
-BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics")
+BUILT_INS = ("segmenters", "fusions", "backbones", "datasets", "metrics", "memories")
 _TABLE = {
     "errors": "",
     "hookspecs": "",
@@ -31,6 +31,7 @@ _TABLE = {
     "backbones": "errors hookspecs contracts",
     "datasets": "errors hookspecs contracts registry",
     "metrics": "hookspecs contracts",
+    "memories": "hookspecs contracts",
     "text": "errors files locks packages contracts registry",
     "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",

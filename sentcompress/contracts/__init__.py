@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from sentcompress.contracts.backbone import Backbone
     from sentcompress.contracts.causal_lm import CausalLMBackbone
     from sentcompress.contracts.fusion import Fusion
+    from sentcompress.contracts.memory import Memory, Tokens
 
 _NEED_TORCH = {
     "Fusion": "sentcompress.contracts.fusion",
     "Backbone": "sentcompress.contracts.backbone",
     "CausalLMBackbone": "sentcompress.contracts.causal_lm",
+    "Memory": "sentcompress.contracts.memory",
+    "Tokens": "sentcompress.contracts.memory",
 }
 
 __all__ = [
@@ -37,11 +40,13 @@ __all__ = [
     "DatasetOptions",
     "Document",
     "Fusion",
+    "Memory",
     "Metric",
     "Options",
     "Reconstruction",
     "Segmenter",
     "SegmenterOptions",
+    "Tokens",
     "UserInput",
 ]
 

@@ -1,0 +1,21 @@
+"""The last sentences as they are, and the first tokens of the text."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from sentcompress.contracts import Memory, Options, Tokens
+
+
+class Window(Memory):
+    """Keep attention sinks (the first tokens, arXiv 2309.17453) and the last sentences."""
+
+    class Options(Options):
+        recent_sentences: int = Field(default=8, ge=0)
+        """Sentences before the one being written that are kept whole."""
+        sinks: int = Field(default=4, ge=0)
+        """First tokens of the text that are always kept; LLMs attend to them whatever they say."""
+
+    def keep(self, tokens: Tokens) -> Tensor:
+        return (tokens.age <= self.options.recent_sentences) | (tokens.position < self.options.sinks)
