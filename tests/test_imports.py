@@ -35,16 +35,18 @@ _TABLE = {
     "text": "errors files locks packages contracts registry",
     "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",
+    "sentence_memory": "errors files contracts registry text modeling",
     "provenance": "errors packages registry recipe modeling",
-    "training": "errors files locks contracts registry recipe distributed text modeling generation provenance",
+    "training": "errors files locks contracts registry recipe distributed text modeling generation "
+    "sentence_memory provenance",
     "estimate": "errors table contracts registry recipe modeling generation training",
-    "benchmark": "errors files table contracts registry recipe distributed text modeling generation provenance "
-    "training estimate",
+    "benchmark": "errors files table contracts registry recipe distributed text modeling generation "
+    "sentence_memory provenance training estimate",
     "pipeline": "errors files recipe distributed training benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
-    "testing": "errors contracts registry recipe text modeling",
-    "cli": "errors files table packages registry recipe distributed datasets text modeling generation training "
-    "estimate benchmark pipeline studies",
+    "testing": "errors contracts registry recipe text modeling sentence_memory",
+    "cli": "errors files table packages registry recipe distributed datasets text modeling generation "
+    "sentence_memory training estimate benchmark pipeline studies",
     "__main__": "cli",
 }
 """What each part of the package imports besides itself, from the ground floor up: no more, and no less."""

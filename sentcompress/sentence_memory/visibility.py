@@ -1,0 +1,252 @@
+"""Attention of many tokens in one pass, each seeing only what its memory has: for prompts, scoring and training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sentcompress.contracts import Tokens
+from sentcompress.sentence_memory.policy import Policy
+
+QUERIES = 256
+"""Queries that are computed at once: masks and scores are ``[heads, this, tokens]``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the tokens that a pass attends to, each field ``[B, T]`` int64.
+
+    Attributes:
+        ids: token ids.
+        position: tokens of the text before it; -1 for padding, which nothing sees.
+        sentence: number of its sentence in its text, from 0.
+        offset: tokens of its sentence before it.
+        behind: tokens of its sentence after it, as far as it is known.
+        text: number of its text in the row, where several are packed into one.
+    """
+
+    ids: Tensor
+    position: Tensor
+    sentence: Tensor
+    offset: Tensor
+    behind: Tensor
+    text: Tensor
+
+    @classmethod
+    def of(
+        cls, ids: Tensor, sentence: Tensor, valid: Tensor | None = None, text: Tensor | None = None
+    ) -> Layout:
+        """The layout of texts whose sentences are known.
+
+        Args:
+            ids: ``[B, T]``.
+            sentence: ``[B, T]`` numbers of sentences, which do not fall within a text.
+            valid: ``[B, T]`` bool, False at padding.
+            text: ``[B, T]`` numbers of packed texts; None if each row is one.
+        """
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.bool()
+        text = torch.zeros_like(ids) if text is None else text
+        same_text = valid[:, :, None] & valid[:, None, :] & (text[:, :, None] == text[:, None, :])
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
+        same_sentence = same_text & (sentence[:, :, None] == sentence[:, None, :])
+        position = (same_text & earlier).sum(-1).masked_fill(~valid, -1)
+        return cls(
+            ids=ids,
+            position=position,
+            sentence=sentence,
+            offset=(same_sentence & earlier).sum(-1),
+            behind=(same_sentence & earlier.T).sum(-1),
+            text=text,
+        )
+
+    def columns(self, start: int, stop: int) -> Layout:
+        """The layout of some of the tokens."""
+        return Layout(*(getattr(self, name)[:, start:stop] for name in self.__dataclass_fields__))
+
+
+def seen(policy: Policy, queries: Layout, tokens: Layout, first: int) -> tuple[Tensor, Tensor]:
+    """What each query attends to without recalling, and what it may recall.
+
+    Args:
+        queries: ``[B, Q]``, which are tokens ``first``, ``first + 1``, ... of ``tokens``.
+        tokens: ``[B, T]``.
+
+    Returns:
+        bool ``[B, Q, T]``, twice. A query always sees itself, even at padding.
+    """
+    columns = torch.arange(tokens.ids.shape[1], device=tokens.ids.device)
+    own = first + torch.arange(queries.ids.shape[1], device=tokens.ids.device)
+    causal = columns[None, :] <= own[:, None]
+    real = causal & (tokens.position[:, None, :] >= 0) & (queries.text[:, :, None] == tokens.text[:, None, :])
+    age = queries.sentence[:, :, None] - tokens.sentence[:, None, :]
+    fields = (tokens.ids, tokens.position, tokens.offset, tokens.behind)
+    ids, position, offset, behind = (field[:, None, :] for field in fields)
+    kept = policy.keep(Tokens(ids=ids, position=position, age=age, offset=offset, behind=behind))
+    older = real & (age > 0)
+    return (real & (kept | (age == 0))) | (columns[None, :] == own[:, None]), older & ~kept
+
+
+def best_of_each(scores: Tensor, groups: Tensor, number: int) -> Tensor:
+    """The largest score in each group.
+
+    Args:
+        scores: ``[B, heads, Q, T]``.
+        groups: ``[B, T]`` int64, below ``number``.
+
+    Returns:
+        ``[B, heads, Q, number]``; minus infinity for a group without members.
+    """
+    best = scores.new_full((*scores.shape[:3], number), -math.inf)
+    return best.scatter_reduce_(3, groups[:, None, None, :].expand_as(scores), scores, "amax")
+
+
+def chosen(scores: Tensor, number: int) -> Tensor:
+    """The best groups of each query that have a score at all: bool, like ``scores`` ``[..., groups]``."""
+    best = scores.topk(min(number, scores.shape[-1]), -1)
+    found = best.values > -math.inf
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best.indices, found)
+
+
+@torch.no_grad()
+def recalled(
+    policy: Policy,
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    may: Tensor,
+    groups: Tensor,
+    number: int,
+) -> Tensor:
+    """Which tokens each query recalls: those of the sentences that answer it best.
+
+    Args:
+        query: ``[B, kv heads, G, Q, D]``; the G heads that share keys recall the same.
+        key: ``[B, kv heads, T, D]``.
+        index: ``[B, kv heads, T, C]``.
+        may: bool ``[B, Q, T]``.
+        groups: ``[B, T]`` int64, numbers of sentences, below ``number``.
+
+    Returns:
+        bool ``[B, kv heads, Q, T]``.
+    """
+    batch, heads, shared, queries, size = query.shape
+    rows = query.reshape(batch, heads, shared * queries, size)
+
+    def best(scores: Tensor, allowed: Tensor) -> Tensor:
+        scores = scores.view(batch, heads, shared, queries, -1).amax(2).float()
+        return best_of_each(scores.masked_fill_(~allowed, -math.inf), groups, number)
+
+    allowed = may[:, None]
+    picked = groups[:, None, None, :].expand(batch, heads, queries, -1)
+    if policy.candidates > policy.recall:
+        found = chosen(best(policy.scores(rows, index), allowed), policy.candidates)
+        allowed = allowed & found.gather(3, picked)
+        sentences = chosen(best(rows @ key.transpose(-1, -2), allowed), policy.recall)
+    else:
+        sentences = chosen(best(policy.scores(rows, index), allowed), policy.recall)
+    return sentences.gather(3, picked) & allowed
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention under a mask of each key-value head.
+
+    Args:
+        query: ``[B, kv heads, G, Q, D]``.
+        key, value: ``[B, kv heads, T, D]``.
+        mask: bool ``[B, kv heads or 1, Q, T]``.
+        softcap: of the scores, as in Gemma 2.
+        sinks: learned logits of the heads that take attention away, as in GPT-OSS.
+
+    Returns:
+        ``[B, kv heads, G, Q, D]``.
+    """
+    batch, heads, shared, queries, size = query.shape
+    rows = query.reshape(batch, heads, shared * queries, size)
+    mask = mask if shared == 1 else mask.repeat(1, 1, shared, 1)
+    if softcap is None and sinks is None:
+        out = functional.scaled_dot_product_attention(
+            rows, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
+        )
+    else:
+        scores = rows @ key.transpose(-1, -2) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if sinks is not None:
+            extra = sinks.view(1, heads, shared, 1).expand(batch, -1, -1, queries)
+            scores = torch.cat([scores, extra.reshape(batch, heads, -1, 1).to(scores.dtype)], -1)
+        weights = torch.softmax(scores.float(), -1).to(value.dtype)[..., : key.shape[2]]
+        out = functional.dropout(weights, dropout) @ value
+    return out.view(batch, heads, shared, queries, -1)
+
+
+def attend_in_one_pass(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    policy: Policy,
+    scaling: float,
+    sliding_window: int | None = None,
+    stored: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attention of the last Q of T tokens, each with its memory in effect. Gradients flow through all but the choice.
+
+    Args:
+        query: ``[B, heads, Q, D]``, of the last Q tokens.
+        key, value: ``[B, kv heads, T, D]``.
+        layout: of the T tokens.
+        sliding_window: nothing further back is seen, where the LLM has such a window.
+        stored: keys and values as slow storage returns them, where they differ from ``key`` and ``value``; what is
+            recalled comes from there.
+        options: of :func:`attend`.
+
+    Returns:
+        ``[B, heads, Q, D]``.
+    """
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]
+    rows = query.view(batch, groups, heads // groups, length, -1)
+    past = key.shape[2] - length
+    lossy = stored is not None
+    store_key, store_value = stored if stored is not None else (key, value)
+    sentence = layout.sentence + (layout.text * (int(layout.sentence.max()) + 1))
+    number = int(sentence.max()) + 1
+    with torch.no_grad():
+        index = policy.index(key) if policy.recall else None
+    parts = []
+    for start in range(0, length, QUERIES):
+        stop = min(length, start + QUERIES)
+        end = past + stop  # nothing after the last query is visible
+        tokens, block = layout.columns(0, end), layout.columns(past + start, end)
+        kept, may = seen(policy, block, tokens, past + start)
+        if sliding_window is not None:
+            near = block.position[:, :, None] - tokens.position[:, None, :] < sliding_window
+            kept, may = kept & near, may & near
+        queries, mask = rows[:, :, :, start:stop], kept[:, None]
+        keys, values = key[:, :, :end], value[:, :, :end]
+        if index is not None and bool(may.any()):
+            stored_keys, stored_values = store_key[:, :, :end], store_value[:, :, :end]
+            more = recalled(policy, queries, stored_keys, index[:, :, :end], may, sentence[:, :end], number)
+            if lossy:
+                keys, values = torch.cat([keys, stored_keys], 2), torch.cat([values, stored_values], 2)
+                mask = torch.cat([mask.expand(-1, groups, -1, -1), more], 3)
+            else:
+                mask = mask | more
+        parts.append(attend(queries, keys, values, mask, scaling, **options))
+    return torch.cat(parts, 3).reshape(batch, heads, length, -1)
