@@ -1,0 +1,222 @@
+"""Where the keys and values of older sentences lie: host memory, 8 bits, or a memory-mapped file."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sentcompress.errors import InputError, StorageError, did_you_mean
+
+KINDS = ("host", "int8", "file")
+_FIRST = 256
+"""Fewest tokens that a storage has room for; it grows by a quarter, so that little is copied and little is empty."""
+
+
+class SlowStorage:
+    """Keys and values of one block of an LLM that no longer lie in its cache, in host memory with the same dtype.
+
+    Rows (texts of a batch) may have different lengths. Tokens lie one behind the other, each with all rows and heads
+    and its key beside its value: what is read for a token is one contiguous piece.
+
+    Args:
+        rows: texts of the batch.
+        folder: where the file of :class:`FileStorage` lies.
+
+    Heads, sizes, dtype and device are those of the first tokens.
+    """
+
+    def __init__(self, rows: int, folder: str | Path | None = None) -> None:
+        self.rows = rows
+        self.lengths = [0] * rows
+        self._folder = folder
+        self._parts: list[Tensor] = []
+        """``[capacity, rows, heads, C]`` each, zeros where a row is shorter: a masked token must stay finite."""
+        self._empty_key = torch.empty(0)
+        """``[heads, 0, D]``: the size of keys, their dtype and their device."""
+
+    def append(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store the next tokens of one row.
+
+        Args:
+            keys: ``[heads, L, D]``.
+            values: ``[heads, L, D]``; their size may differ from that of the keys.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        start = self.lengths[row]
+        stop = start + keys.shape[1]
+        encoded = self._encode(keys.transpose(0, 1), values.transpose(0, 1))
+        if not self._parts:
+            self._empty_key = keys[:, :0].detach().clone()
+            self._parts = [self._grown(None, part, max(_FIRST, stop)) for part in encoded]
+        elif stop > (capacity := len(self._parts[0])):
+            capacity = max(stop, capacity + capacity // 4)
+            self._parts = [
+                self._grown(old, part, capacity) for old, part in zip(self._parts, encoded, strict=True)
+            ]
+        for part, new in zip(self._parts, encoded, strict=True):
+            part[start:stop, row].copy_(new)
+        self.lengths[row] = stop
+
+    def length(self, row: int) -> int:
+        """Tokens of one row."""
+        return self.lengths[row]
+
+    def gather(self, rows: Tensor, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Single tokens, as a step of decoding recalls them.
+
+        Args:
+            rows, heads, tokens: int64 ``[n]`` each.
+
+        Returns:
+            Keys ``[n, D]`` and values ``[n, D]`` with the dtype and on the device of the cache.
+        """
+        count = self._empty_key.shape[0]
+        flat = torch.add(torch.add(heads, rows, alpha=count), tokens, alpha=self.rows * count).cpu()
+        return self._decode([self._select(part.flatten(0, 2), flat) for part in self._parts])
+
+    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[rows, heads, T, D]`` of the tokens ``start`` to ``stop``, zeros where a row is shorter."""
+        stop = max(self.lengths) if stop is None else stop
+        keys, values = self._decode([part[start:stop] for part in self._parts])
+        return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of host memory or of the file, with the room to grow."""
+        return sum(part.nbytes for part in self._parts)
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.lengths = [0] * self.rows
+        self._parts = []
+
+    def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """What is stored of keys and values ``[L, heads, D]``: tensors ``[L, heads, C]``."""
+        return [torch.cat([keys.detach(), values.detach()], -1)]
+
+    def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[..., D]`` of stored tensors ``[..., C]``."""
+        both = parts[0].to(self._empty_key.device, non_blocking=True)
+        size = self._empty_key.shape[-1]
+        return both[..., :size], both[..., size:]
+
+    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+        """``old`` with room for ``capacity`` tokens of the size of ``like [L, heads, C]``."""
+        new = torch.zeros(
+            (capacity, self.rows, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pinned, device="cpu"
+        )
+        if old is not None:
+            new[: len(old)] = old
+        return new
+
+    def _select(self, part: Tensor, flat: Tensor) -> Tensor:
+        if not self._pinned:
+            return part.index_select(0, flat)
+        pinned = torch.empty((len(flat), part.shape[1]), dtype=part.dtype, pin_memory=True)
+        return torch.index_select(part, 0, flat, out=pinned)
+
+    @property
+    def _pinned(self) -> bool:
+        return self._empty_key.is_cuda
+
+
+class Int8Storage(SlowStorage):
+    """Keys and values in 8 bits, symmetric around 0, with an fp16 scale for each token, head, and key or value.
+
+    The largest error is half a 127th of the largest number of a token's key (or value) in one head.
+    """
+
+    def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        codes, scales = [], []
+        for full in (keys, values):
+            full = full.detach().float()
+            # The rounded scale is used, so its rounding adds no error; a zero scale would divide 0 by 0.
+            scale = (full.abs().amax(-1, keepdim=True) / 127).clamp(2**-24, 65504).half()
+            codes.append((full / scale).round_().clamp_(-127, 127).to(torch.int8))
+            scales.append(scale)
+        return [torch.cat(codes, -1), torch.cat(scales, -1)]
+
+    def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        device, dtype, size = self._empty_key.device, self._empty_key.dtype, self._empty_key.shape[-1]
+        codes, scales = (part.to(device, non_blocking=True) for part in parts)
+        # In float, since an fp16 product of a large scale would overflow and bf16 has 8 bits itself.
+        keys = (codes[..., :size] * scales[..., :1].float()).to(dtype)
+        return keys, (codes[..., size:] * scales[..., 1:].float()).to(dtype)
+
+
+class FileStorage(SlowStorage):
+    """Keys and values in a memory-mapped file: they take page cache, which the system frees when it needs memory.
+
+    The file has no name in its folder where the system allows it (Linux, macOS), so nobody else can change or truncate
+    it, and it disappears with the memory even if the process is killed. The default folder is the system's temporary
+    one; where that lies in memory (tmpfs), name a folder on a disk.
+    """
+
+    def __init__(self, rows: int, folder: str | Path | None = None) -> None:
+        super().__init__(rows, folder or tempfile.gettempdir())
+        self._file: Any = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._file = None
+
+    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+        shape = (capacity, self.rows, *like.shape[1:])
+        needed = torch.Size(shape).numel() * like.dtype.itemsize
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="sentence-memory-")  # noqa: SIM115
+            _reserve(self._file.fileno(), needed)
+            mapped = mmap.mmap(self._file.fileno(), needed)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StorageError(
+                f"{self._folder}: "
+                + ("the disk is full" if full else f"cannot hold a file: {error.strerror or error}")
+                + f"; the sentence memory needs a file of {needed / 2**20:.1f} MiB for each block of the LLM",
+                fix="free some space, or name another folder"
+                if full
+                else "name a folder that you may write to",
+            ) from error
+        return torch.frombuffer(mapped, dtype=like.dtype).view(shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make a file ``size`` bytes long, and take the space now: a full disk would kill the process at a later write."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    start = os.fstat(descriptor).st_size
+    os.lseek(descriptor, start, os.SEEK_SET)
+    while start < size:
+        start += os.write(descriptor, bytes(min(size - start, 2**20)))
+
+
+def make_storage(kind: str, rows: int, folder: str | Path | None = None) -> SlowStorage:
+    """The storage of one block.
+
+    Args:
+        kind: ``host`` (host memory, same dtype, pinned for CUDA), ``int8`` (host memory, 8 bits) or ``file``.
+        rows: texts of the batch.
+        folder: where the file lies; only for ``file``.
+
+    Raises:
+        InputError: an unknown kind, or a folder for a kind that has none.
+    """
+    if kind not in KINDS:
+        raise InputError(
+            f"storage={kind!r} is unknown.{did_you_mean(kind, KINDS)}", fix=f"one of {', '.join(KINDS)}"
+        )
+    if folder is not None and kind != "file":
+        raise InputError(f"storage={kind!r} has no folder, but {folder} is given", fix="use storage='file'")
+    return {"host": SlowStorage, "int8": Int8Storage, "file": FileStorage}[kind](rows, folder)
