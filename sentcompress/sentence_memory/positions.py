@@ -44,7 +44,7 @@ def moved_position(token: Tensor, offset: Tensor, moves: Tensor, limit: int, sin
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions that an LLM was made for, or None if its configuration names no number."""
+    """Positions that an LLM was made for, or None if its configuration does not say."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
