@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from sentcompress.hookspecs import hookimpl
     from sentcompress.modeling import SentenceLM, SentenceLMConfig, SentenceVAE, SentenceVAEConfig
+    from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _EXPORTS = dict.fromkeys(_CONTRACTS, "sentcompress.contracts") | {
     "hookimpl": "sentcompress.hookspecs",
     "SentenceLM": "sentcompress.modeling",
     "SentenceLMConfig": "sentcompress.modeling",
+    "SentenceMemory": "sentcompress.sentence_memory.sentence_cache",
     "SentenceVAE": "sentcompress.modeling",
     "SentenceVAEConfig": "sentcompress.modeling",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "SegmenterOptions",
     "SentenceLM",
     "SentenceLMConfig",
+    "SentenceMemory",
     "SentenceVAE",
     "SentenceVAEConfig",
     "Tokens",

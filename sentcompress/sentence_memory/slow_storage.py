@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class SlowStorage:
         """``[capacity, rows, heads, C]`` each, zeros where a row is shorter: a masked token must stay finite."""
         self._empty_key = torch.empty(0)
         """``[heads, 0, D]``: the size of keys, their dtype and their device."""
+
+    is_lossy: ClassVar[bool] = False
+    """What is read differs from what was stored."""
+
+    def as_stored(self, full: Tensor) -> Tensor:
+        """What would be read of keys or values ``[..., D]`` if they were stored."""
+        return full
 
     def append(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Store the next tokens of one row.
@@ -136,14 +143,22 @@ class Int8Storage(SlowStorage):
     The largest error is half a 127th of the largest number of a token's key (or value) in one head.
     """
 
+    is_lossy = True
+
+    def as_stored(self, full: Tensor) -> Tensor:
+        codes, scale = self._quantized(full)
+        return (codes * scale.float()).to(full.dtype)
+
+    @staticmethod
+    def _quantized(full: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[..., D]`` and scales ``[..., 1]``."""
+        full = full.detach().float()
+        # The rounded scale is used, so its rounding adds no error; a zero scale would divide 0 by 0.
+        scale = (full.abs().amax(-1, keepdim=True) / 127).clamp(2**-24, 65504).half()
+        return (full / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
     def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
-        codes, scales = [], []
-        for full in (keys, values):
-            full = full.detach().float()
-            # The rounded scale is used, so its rounding adds no error; a zero scale would divide 0 by 0.
-            scale = (full.abs().amax(-1, keepdim=True) / 127).clamp(2**-24, 65504).half()
-            codes.append((full / scale).round_().clamp_(-127, 127).to(torch.int8))
-            scales.append(scale)
+        codes, scales = zip(self._quantized(keys), self._quantized(values), strict=True)
         return [torch.cat(codes, -1), torch.cat(scales, -1)]
 
     def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

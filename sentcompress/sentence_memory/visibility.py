@@ -202,6 +202,7 @@ def attend_in_one_pass(
     policy: Policy,
     scaling: float,
     sliding_window: int | None = None,
+    index: Tensor | None = None,
     stored: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
@@ -212,6 +213,7 @@ def attend_in_one_pass(
         key, value: ``[B, kv heads, T, D]``.
         layout: of the T tokens.
         sliding_window: nothing further back is seen, where the LLM has such a window.
+        index: of the keys, ``[B, kv heads, T, C]``; None computes it.
         stored: keys and values as slow storage returns them, where they differ from ``key`` and ``value``; what is
             recalled comes from there.
         options: of :func:`attend`.
@@ -227,8 +229,9 @@ def attend_in_one_pass(
     store_key, store_value = stored if stored is not None else (key, value)
     sentence = layout.sentence + (layout.text * (int(layout.sentence.max()) + 1))
     number = int(sentence.max()) + 1
-    with torch.no_grad():
-        index = policy.index(key) if policy.recall else None
+    if index is None and policy.recall:
+        with torch.no_grad():
+            index = policy.index(key)
     parts = []
     for start in range(0, length, QUERIES):
         stop = min(length, start + QUERIES)

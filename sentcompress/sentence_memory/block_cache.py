@@ -1,0 +1,271 @@
+"""The cache of one block: kept tokens, recalled tokens, the index, and slow storage behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import CacheLayerMixin
+
+from sentcompress.sentence_memory.attention import expect_queries
+from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.slow_storage import SlowStorage
+from sentcompress.sentence_memory.token_table import SLOTS, Plan, Stored
+from sentcompress.sentence_memory.visibility import attend, attend_in_one_pass, best_of_each, chosen
+
+
+class BlockCache(CacheLayerMixin):
+    """What one block of the LLM attends to.
+
+    ``keys`` and ``values`` are ``[B, kv heads, R + N, D]``: R slots of kept tokens, the same for all heads, and N slots
+    of recalled tokens, which each head fills by itself and keeps until it needs the room.
+
+    Args:
+        planned: returns the plan of the current call.
+        storage: makes the slow storage, once rows, heads and dtype are known.
+    """
+
+    def __init__(
+        self, policy: Policy, planned: Callable[[], Plan], storage: Callable[[Tensor, Tensor], SlowStorage]
+    ) -> None:
+        super().__init__()
+        self.keys: Any = None
+        self.values: Any = None
+        self.policy, self._planned, self._make_storage = policy, planned, storage
+        self.storage: Any = None
+        """:class:`SlowStorage` of a policy that recalls."""
+        self.index: Any = None
+        """Of the stored tokens, ``[B, kv heads, capacity, C]``."""
+        self.held: Any = None
+        """Number of the stored token in each of the N slots, ``[B, kv heads, N]``; -1 in a free one."""
+        self._kept_slots = 0
+
+    # ---- what transformers asks for
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, _ = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
+        self.held = torch.full((batch, heads, 0), -1, device=self.device)
+        self._kept_slots = 0
+        if self.policy.recall:
+            self.storage = self._make_storage(key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Announce the attention of this block; the new tokens are taken then, since recalling needs the queries."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        expect_queries(self)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("the cache knows it")
+
+    get_max_length = get_seq_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def reset(self) -> None:
+        if self.storage is not None:
+            self.storage.reset()
+        self.keys = self.values = self.index = self.held = self.storage = None
+        self.is_initialized = False
+
+    @torch.no_grad()
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Take new tokens and attend.
+
+        Args:
+            query: ``[B, heads, Q, D]``.
+            key, value: of the same tokens, ``[B, kv heads, Q, D]``.
+
+        Returns:
+            ``[B, heads, Q, D]``.
+        """
+        plan = self._planned().on(query.device)
+        call = self._attend_many if plan.new_slots is None else self._attend_one
+        return call(query, key, value, plan, **options)
+
+    # ---- one new token in each row
+
+    def _attend_one(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        sliding_window: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        for row, slots in plan.leaving:
+            self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
+        self._grow(plan.slots.shape[1], self.held.shape[2])
+        assert plan.new_slots is not None
+        place = plan.new_slots.view(-1, 1, 1, 1)
+        self.keys.scatter_(2, place.expand_as(key), key)
+        self.values.scatter_(2, place.expand_as(value), value)
+        batch, heads, groups = *query.shape[:2], key.shape[1]
+        rows = query.view(batch, groups, heads // groups, 1, -1)
+        mask = plan.seen
+        if sliding_window is not None:
+            mask = mask & (plan.position - plan.slots < sliding_window)[:, None]
+        if plan.stored is not None:
+            may = plan.stored.missing
+            if sliding_window is not None:
+                may = may & (plan.position - plan.stored.position < sliding_window)
+            recalled = self._recall(rows[:, :, :, 0], plan.stored, may)
+            mask = torch.cat([mask.expand(-1, groups, -1), recalled], 2)
+        out = attend(
+            rows,
+            self.keys[:, :, : mask.shape[2]],
+            self.values[:, :, : mask.shape[2]],
+            mask[:, :, None],
+            **options,
+        )
+        return out.reshape(batch, heads, 1, -1)
+
+    def _recall(self, query: Tensor, stored: Stored, may: Tensor) -> Tensor:
+        """Bring what the new token recalls into the cache.
+
+        Args:
+            query: ``[B, kv heads, G, D]``.
+            may: bool ``[B, n]``.
+
+        Returns:
+            which of the N slots it attends to: bool ``[B, kv heads, N]``.
+        """
+        length = may.shape[1]
+        sentence = stored.sentence[:, None].expand(-1, query.shape[1], -1)
+        scores = self.policy.scores(query, self.index[:, :, :length]).amax(2).float()
+        scores = scores.masked_fill_(~may[:, None], -math.inf)
+
+        def best(scores: Tensor, number: int) -> Tensor:
+            each = best_of_each(scores[:, :, None], stored.sentence, stored.sentences)[:, :, 0]
+            return chosen(each, number).gather(2, sentence) & may[:, None]
+
+        if self.policy.candidates > self.policy.recall:
+            rows, heads, tokens = best(scores, self.policy.candidates).nonzero(as_tuple=True)
+            keys = self.storage.gather(rows, heads, tokens)[0]
+            exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
+            scores = torch.full_like(scores, -math.inf)
+            scores[rows, heads, tokens] = exact
+        wanted = best(scores, self.policy.recall)
+        return self._fetch(wanted)
+
+    def _fetch(self, wanted: Tensor) -> Tensor:
+        """Bring stored tokens into the N slots where they are not there yet.
+
+        Args:
+            wanted: bool ``[B, kv heads, n]``.
+
+        Returns:
+            which slots hold one of them: bool ``[B, kv heads, N]``.
+        """
+        number = wanted.shape[2]
+        load = functional.pad(wanted, (0, 1))  # the last column stands for a free slot
+        place = torch.where(self.held < 0, number, self.held)
+        serves = load.gather(2, place)
+        load.scatter_(2, place, False)
+        rows, heads, tokens = load[:, :, :number].nonzero(as_tuple=True)
+        if not len(rows):
+            return serves
+        needed = load.sum(2)
+        lacking = int((needed - (~serves).sum(2)).max())
+        if lacking > 0:
+            self._grow(self._kept_slots, self.held.shape[2] + -(-lacking // SLOTS) * SLOTS)
+            serves = functional.pad(serves, (0, self.held.shape[2] - serves.shape[2]))
+        # The i-th token of a head goes into the i-th of its slots that do not serve.
+        order = serves.to(torch.int8).argsort(dim=2, stable=True)
+        first = needed.flatten().cumsum(0) - needed.flatten()
+        rank = torch.arange(len(rows), device=rows.device) - first[rows * needed.shape[1] + heads]
+        slots = order[rows, heads, rank]
+        keys, values = self.storage.gather(rows, heads, tokens)
+        self.keys[rows, heads, self._kept_slots + slots] = keys
+        self.values[rows, heads, self._kept_slots + slots] = values
+        self.held[rows, heads, slots] = tokens
+        serves[rows, heads, slots] = True
+        return serves
+
+    def _store(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store tokens of a row, ``[kv heads, L, D]``, and index them."""
+        start = self.storage.length(row)
+        self.storage.append(row, keys, values)
+        index = self.policy.index(keys[None])[0]
+        stop = start + index.shape[1]
+        if self.index is None:
+            self.index = index.new_zeros(len(self.keys), index.shape[0], 0, index.shape[2])
+        if stop > self.index.shape[2]:
+            more = max(stop - self.index.shape[2], self.index.shape[2] // 16, SLOTS)
+            self.index = functional.pad(self.index, (0, 0, 0, more))
+        self.index[row, :, start:stop] = index
+
+    def _grow(self, kept: int, recalled: int) -> None:
+        """Make room for so many slots."""
+        if kept == self._kept_slots and recalled == self.held.shape[2]:
+            return
+
+        def grown(tensor: Tensor) -> Tensor:
+            old = self._kept_slots
+            parts = functional.pad(tensor[:, :, :old], (0, 0, 0, kept - old)), tensor[:, :, old:]
+            return torch.cat([parts[0], functional.pad(parts[1], (0, 0, 0, recalled - parts[1].shape[2]))], 2)
+
+        self.keys, self.values = grown(self.keys), grown(self.values)
+        self.held = functional.pad(self.held, (0, recalled - self.held.shape[2]), value=-1)
+        self._kept_slots = kept
+
+    # ---- many new tokens
+
+    def _attend_many(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, **options: Any) -> Tensor:
+        assert plan.layout is not None
+        assert plan.columns is not None
+        keys = self._with_past(self.keys, key, plan)
+        values = self._with_past(self.values, value, plan)
+        index = self.policy.index(keys) if self.policy.recall else None
+        stored = self._stored(keys, values, index, plan) if self.storage is not None else None
+        out = attend_in_one_pass(
+            query, keys, values, plan.layout, self.policy, index=index, stored=stored, **options
+        )
+        for row, columns in plan.leaving:
+            self._store(row, keys[row].index_select(1, columns), values[row].index_select(1, columns))
+        place = plan.columns[:, None, :, None]
+        self.keys = keys.gather(2, place.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        self.values = values.gather(2, place.expand(-1, values.shape[1], -1, values.shape[3]))
+        self.held = self.held[:, :, :0]
+        self._kept_slots = place.shape[2]
+        return out
+
+    def _with_past(self, cached: Tensor, new: Tensor, plan: Plan) -> Tensor:
+        """Keys or values of all tokens of the plan's layout; zeros for those that are not in the cache."""
+        if not plan.past:
+            return new
+        past = new.new_zeros(*new.shape[:2], plan.past, new.shape[3])
+        for row, (slots, tokens) in enumerate(plan.before):
+            past[row, :, tokens] = cached[row, :, slots]
+        return torch.cat([past, new], 2)
+
+    def _stored(
+        self, keys: Tensor, values: Tensor, index: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor] | None:
+        """What recalling all tokens would give, where that differs; else what was stored is filled in.
+
+        Args:
+            keys, values, index: of all tokens of the plan's layout.
+        """
+        recalled = None
+        if self.storage.is_lossy:
+            recalled = self.storage.as_stored(keys), self.storage.as_stored(values)
+        if any(map(len, plan.stored_before)):
+            assert index is not None
+            old = self.storage.read()
+            for row, tokens in enumerate(plan.stored_before):
+                for full, part in zip(recalled or (keys, values), old, strict=True):
+                    full[row, :, tokens] = part[row, :, : len(tokens)]
+                index[row, :, tokens] = self.index[row, :, : len(tokens)]
+        return recalled

@@ -1,0 +1,279 @@
+"""SentenceMemory: a cache of transformers that keeps an LLM's past sentence by sentence."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from sentcompress.contracts import Segmenter
+from sentcompress.contracts.causal_lm import position_limit
+from sentcompress.errors import InputError
+from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.attention import attention_configs, memory_attention
+from sentcompress.sentence_memory.block_cache import BlockCache
+from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
+from sentcompress.sentence_memory.token_table import Plan, TokenTable
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class SentenceMemory(Cache):
+    """What an LLM attends to: recent sentences as they are, older ones as the memory has them.
+
+    An ordinary cache for the ordinary ``generate`` of transformers::
+
+        memory = sentcompress.SentenceMemory(model, tokenizer, recent_sentences=8, recall=4)
+        model.generate(**inputs, past_key_values=memory)
+
+    The LLM itself does not change: without the memory it attends as ever.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        memory: names of memories, joined by ``+``; ``sentcompress plugins`` lists them.
+        segmenter: cuts text into sentences; a registered name or a prepared one.
+        max_sentence_tokens: longest sentence; a longer one is cut.
+        storage: where older sentences are stored: ``host`` (memory of the CPU), ``int8`` (there, in 8 bits), ``file``.
+        folder: of the file.
+        options: of the memories, such as ``recent_sentences`` and ``recall``.
+
+    Raises:
+        InputError: a memory, an option or the segmenter is unknown, or the LLM cannot be used with a memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        memory: str = "window+recall",
+        *,
+        segmenter: str | Segmenter = "regex",
+        max_sentence_tokens: int = 64,
+        storage: str = "host",
+        folder: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.policy = Policy.parse(memory, options)
+        cutter: Any = segmenter
+        if isinstance(segmenter, str):
+            cutter = get_registry().create("segmenter", segmenter)
+            cutter.prepare(tokenizer)
+        if max_sentence_tokens < 1:
+            raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
+        model = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
+        _attach(model)
+        self.model = model
+        self._table = TokenTable(self.policy, BoundaryFinder(cutter, tokenizer, max_sentence_tokens))
+        self._storage = storage, folder
+        make_storage(storage, 1, folder)  # refuses what it does not know
+        self._seen = 0
+        self._plan: Plan | None = None
+        self._call: AbstractContextManager[None] | None = None
+        blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(
+            layers=[BlockCache(self.policy, self._planned, self._new_storage) for _ in range(blocks)]
+        )
+
+    # ---- what transformers asks for
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read in earlier calls, padding included, whether they are still there or not."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._seen + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._seen
+
+    def reset(self) -> None:
+        """Forget everything, for another text."""
+        self._table.rows, self._plan, self._call, self._seen = [], None, None, 0
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise InputError(
+            "a sentence memory cannot be used for beam search: the beams would share one text",
+            fix="use num_beams=1, with do_sample=True for variety",
+        )
+
+    def crop(self, *_: Any) -> None:
+        raise InputError(
+            "a sentence memory cannot take back tokens, as assisted decoding asks of it",
+            fix="leave out assistant_model and prompt_lookup_num_tokens",
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise InputError(
+            "a sentence memory cannot be repeated for several outputs",
+            fix="repeat the prompt in the batch",
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise InputError("a sentence memory cannot drop rows of its batch", fix="use a memory for each batch")
+
+    # ---- its size
+
+    def device_bytes(self) -> int:
+        """Bytes of everything that lies with the LLM: kept and recalled tokens, and the index."""
+        tensors = (t for layer in self.layers for t in (layer.keys, layer.values, layer.index, layer.held))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def storage_bytes(self) -> int:
+        """Bytes in slow storage."""
+        return sum(layer.storage.bytes for layer in self.layers if layer.storage is not None)
+
+    def full_bytes(self) -> int:
+        """Bytes that a cache of all tokens read so far would hold."""
+        per_token = sum(
+            (layer.keys.shape[1] * layer.keys.shape[3] + layer.values.shape[1] * layer.values.shape[3])
+            * layer.keys.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+        )
+        return per_token * self._seen * len(self._table.rows)
+
+    # ---- a call of the LLM
+
+    def begin_call(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Take the tokens of a call before the LLM computes. Called by a hook of the LLM.
+
+        Args:
+            input_ids: ``[B, Q]``.
+            attention_mask: ``[B, tokens so far + Q]`` or None.
+
+        Raises:
+            InputError: these tokens cannot follow those read so far.
+        """
+        if self._call is not None:
+            self._call = None
+            raise InputError(
+                "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
+            )
+        if input_ids is None:
+            raise InputError(
+                "a sentence memory needs to see the tokens", fix="give input_ids, not inputs_embeds"
+            )
+        rows, length = input_ids.shape
+        if self._table.rows and len(self._table.rows) != rows:
+            raise InputError(
+                f"the memory holds a batch of {len(self._table.rows)}, but got one of {rows}",
+                fix="call memory.reset(), or use a new memory",
+            )
+        if not length:
+            raise InputError("there are no tokens to read", fix="give a prompt that is not empty")
+        valid = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            if attention_mask.shape != (rows, self._seen + length):
+                raise InputError(
+                    f"the attention mask has the shape {list(attention_mask.shape)}, but "
+                    f"{[rows, self._seen + length]} is needed",
+                    fix="give the mask of all tokens read so far and the new ones, with two dimensions",
+                )
+            valid = attention_mask[:, -length:]
+        limit = position_limit(self.model.config)
+        if self._seen + length > limit:
+            raise InputError(
+                f"{self._seen + length} tokens, but the LLM has {limit} positions",
+                fix="give it a shorter text",
+            )
+        self._plan = self._table.read(input_ids.tolist(), valid.bool().tolist())
+        self._call = memory_attention(self.model)
+        self._call.__enter__()
+
+    def end_call(self, *, complete: bool) -> None:
+        """Called by a hook when the LLM has computed, or has failed."""
+        if self._call is None:
+            return
+        self._call.__exit__(None, None, None)
+        if complete and self._plan is not None:
+            self._seen += self._plan.position.shape[1]
+            self._call = None
+
+    def check_prompt(self, input_ids: Tensor) -> None:
+        """Refuse a prompt that does not begin with what was read.
+
+        Args:
+            input_ids: ``[B, T]``, all tokens of the prompt.
+
+        Raises:
+            InputError: it is another text.
+        """
+        for number, row in enumerate(self._table.rows[: len(input_ids)]):
+            given = input_ids[number].tolist()
+            known = row.ids
+            if not _follows(given, known):
+                raise InputError(
+                    f"the memory holds another text than prompt {number + 1} begins with",
+                    fix="call memory.reset() before a new text, or use a new memory",
+                )
+
+    def _planned(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def _new_storage(self, keys: Tensor, values: Tensor) -> SlowStorage:
+        kind, folder = self._storage
+        return make_storage(kind, len(keys), folder)
+
+
+def _follows(given: Sequence[int], known: Sequence[int]) -> bool:
+    """Whether ``known``, which has no padding, is the beginning of ``given`` but for padding."""
+    at = 0
+    for token in given:
+        if at == len(known):
+            return True
+        if token == known[at]:
+            at += 1
+        elif at:
+            return False
+    return at == len(known)
+
+
+def _attach(model: PreTrainedModel) -> None:
+    """Add hooks to an LLM, once, that tell a memory which tokens it reads."""
+    if model in _attached:
+        return
+    if not getattr(model, "_supports_attention_backend", False) or not attention_configs(model):
+        raise InputError(
+            f"{type(model).__name__} does not compute attention through the attention interface of transformers",
+            fix="use another LLM: Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-2 and most others do",
+        )
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        memory = kwargs.get("past_key_values")
+        if isinstance(memory, SentenceMemory):
+            if memory.model is not model:
+                raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            memory.begin_call(ids, kwargs.get("attention_mask"))
+
+    def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        memory = kwargs.get("past_key_values")
+        if isinstance(memory, SentenceMemory):
+            memory.end_call(complete=output is not None)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def checked(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        memory = kwargs.get("past_key_values")
+        if isinstance(memory, SentenceMemory) and kwargs.get("is_first_iteration", False):
+            memory.check_prompt(input_ids)
+        return prepare(input_ids, *args, **kwargs)
+
+    model.prepare_inputs_for_generation = checked
+    _attached.add(model)

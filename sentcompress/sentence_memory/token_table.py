@@ -1,0 +1,299 @@
+"""Which tokens of a batch are kept, where, and which are stored: the same for all blocks of an LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sentcompress.contracts import Tokens
+from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.visibility import Layout
+
+SLOTS = 32
+"""The cache grows by this many tokens at a time."""
+
+
+class Row:
+    """One text of a batch.
+
+    Attributes:
+        ids: all its token ids.
+        starts: numbers of the tokens that begin a sentence.
+        slots: the token in each slot of the cache; -1 in a free one.
+        stored: numbers of the tokens in slow storage, in its order: whole sentences.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.starts: list[int] = []
+        self.slots = np.full(0, -1)
+        self.stored: list[int] = []
+        self._stored_sentences: set[int] = set()
+
+    def append(self, token: int, finder: BoundaryFinder) -> bool:
+        """Add a token; whether it begins a sentence."""
+        begins = not self.starts or finder.begins(self.ids[self.starts[-1] :], token)
+        if begins:
+            self.starts.append(len(self.ids))
+        self.ids.append(token)
+        return begins
+
+    def sentences(self, tokens: np.ndarray) -> np.ndarray:
+        """Numbers of the sentences that tokens are in."""
+        return np.searchsorted(self.starts, tokens, side="right") - 1
+
+    def layout(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of :class:`Layout` for some tokens."""
+        sentence = self.sentences(tokens)
+        starts = np.asarray(self.starts, dtype=np.int64)
+        ends = np.append(starts[1:], len(self.ids))
+        return {
+            "ids": np.asarray(self.ids, dtype=np.int64)[tokens],
+            "position": tokens,
+            "sentence": sentence,
+            "offset": tokens - starts[sentence],
+            "behind": ends[sentence] - 1 - tokens,
+        }
+
+    def dropped(self, tokens: np.ndarray, policy: Policy) -> np.ndarray:
+        """Which of these tokens a policy does not keep now: bool."""
+        fields = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in self.layout(tokens).items()}
+        age = len(self.starts) - 1 - fields.pop("sentence")
+        kept = policy.keep(Tokens(age=age, **fields)) | (age == 0)
+        return ~kept.expand(len(tokens)).numpy()
+
+    def store(self, dropped: np.ndarray) -> np.ndarray:
+        """The tokens that have to be stored when these are dropped: their whole sentences, in order."""
+        new = [s for s in np.unique(self.sentences(dropped)).tolist() if s not in self._stored_sentences]
+        self._stored_sentences.update(new)
+        ends = [*self.starts[1:], len(self.ids)]
+        tokens = [token for s in new for token in range(self.starts[s], ends[s])]
+        self.stored += tokens
+        return np.asarray(tokens, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The stored tokens of all rows, ``[B, n]``.
+
+    Attributes:
+        sentence: numbers of their sentences; those of a row are numbered from 0 as they were stored.
+        missing: bool, the tokens that are not in the cache anyway (and are no padding).
+        position: tokens of the text before each.
+        sentences: numbers of sentences are below this.
+    """
+
+    sentence: Tensor
+    missing: Tensor
+    position: Tensor
+    sentences: int
+
+
+@dataclass
+class Plan:
+    """What one call of the LLM does to the cache of each block. Tensors lie on the CPU until a block asks for them.
+
+    Attributes:
+        leaving: rows and their tokens that are stored, in order: the slots where they are (one token), or their columns
+            in the layout (several tokens).
+        slots: ``[B, R]`` tokens in the slots after the call; -1 in a free one.
+        position: ``[B, Q]`` of the new tokens; -1 for padding.
+        stored: after ``leaving`` left; None if nothing is stored.
+        new_slots: one token: its slot, ``[B]``; None if there are several.
+        layout: several tokens: ``past`` columns of earlier ones (a row's come first, then padding), then the new ones.
+        before: several tokens: for each row the slots that were in use before, and the tokens in them.
+        stored_before: several tokens: for each row the tokens that were stored before.
+        columns: several tokens: the column of the token in each slot, ``[B, R]``; 0 for a free one.
+    """
+
+    leaving: list[tuple[int, Tensor]]
+    slots: Tensor
+    position: Tensor
+    stored: Stored | None
+    new_slots: Tensor | None = None
+    layout: Layout | None = None
+    past: int = 0
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stored_before: list[Tensor] = field(default_factory=list)
+    columns: Tensor | None = None
+    _moved: dict[torch.device, Plan] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Plan:
+        """The plan with its tensors on a device."""
+        if device.type == "cpu":
+            return self
+        if device not in self._moved:
+            self._moved[device] = Plan(**{name: _to(getattr(self, name), device) for name in _FIELDS})
+        return self._moved[device]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Slots that hold a token: bool ``[B, 1, R]``."""
+        return (self.slots >= 0)[:, None]
+
+
+_FIELDS = tuple(name for name in Plan.__dataclass_fields__ if not name.startswith("_"))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    if isinstance(value, Layout | Stored):
+        return type(value)(**{name: _to(part, device) for name, part in vars(value).items()})
+    return value
+
+
+class TokenTable:
+    """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does."""
+
+    def __init__(self, policy: Policy, finder: BoundaryFinder) -> None:
+        self.policy, self.finder = policy, finder
+        self.rows: list[Row] = []
+        self._stored: Stored | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the cache."""
+        return max((len(row.slots) for row in self.rows), default=0)
+
+    def read(self, ids: list[list[int]], valid: list[list[bool]]) -> Plan:
+        """Take the next tokens of each row, ``[B, Q]``; where ``valid`` is false there is padding."""
+        one = bool(self.rows) and all(len(row) == 1 and row[0] for row in valid)
+        if not self.rows:
+            self.rows = [Row() for _ in ids]
+        return self._read_one([row[0] for row in ids]) if one else self._read_many(ids, valid)
+
+    def _read_one(self, ids: list[int]) -> Plan:
+        leaving, new_slots = [], []
+        changed = False
+        for number, (row, token) in enumerate(zip(self.rows, ids, strict=True)):
+            if row.append(token, self.finder):
+                changed = True
+                used = np.flatnonzero(row.slots >= 0)
+                used = used[row.dropped(row.slots[used], self.policy)]
+                dropped = row.slots[used]
+                if self.policy.recall and len(dropped):
+                    tokens = row.store(dropped)
+                    if len(tokens):
+                        place = {token: slot for slot, token in enumerate(row.slots.tolist())}
+                        leaving.append((number, torch.tensor([place[t] for t in tokens.tolist()])))
+                row.slots[used] = -1
+            new_slots.append(self._free_slot(row))
+            row.slots[new_slots[-1]] = len(row.ids) - 1
+        if changed:
+            self._stored = self._stored_now()
+        return Plan(
+            leaving=leaving,
+            slots=self._slots(),
+            position=torch.tensor([[len(row.ids) - 1] for row in self.rows]),
+            new_slots=torch.tensor(new_slots),
+            stored=self._stored,
+        )
+
+    def _free_slot(self, row: Row) -> int:
+        free = np.flatnonzero(row.slots < 0)
+        if not len(free):
+            row.slots = np.append(row.slots, np.full(SLOTS, -1))
+            return len(row.slots) - SLOTS
+        return int(free[0])
+
+    def _read_many(self, ids: list[list[int]], valid: list[list[bool]]) -> Plan:
+        past = max(len(row.ids) for row in self.rows)
+        before = []
+        stored_before = [torch.tensor(row.stored, dtype=torch.long) for row in self.rows]
+        columns = []
+        for row, new, real in zip(self.rows, ids, valid, strict=True):
+            used = np.flatnonzero(row.slots >= 0)
+            before.append((torch.from_numpy(used), torch.from_numpy(row.slots[used])))
+            place = [*range(len(row.ids)), *[-1] * (past - len(row.ids))]
+            for token, is_real in zip(new, real, strict=True):
+                place.append(len(row.ids) if is_real else -1)
+                if is_real:
+                    row.append(token, self.finder)
+            columns.append(np.asarray(place, dtype=np.int64))
+        layout = self._layout(columns)
+        leaving = []
+        for number, (row, where, (_, held)) in enumerate(zip(self.rows, columns, before, strict=True)):
+            there = np.union1d(held.numpy(), where[past:][where[past:] >= 0])
+            dropped = row.dropped(there, self.policy) if len(there) else np.zeros(0, bool)
+            if self.policy.recall and dropped.any():
+                tokens = row.store(there[dropped])
+                column = {token: c for c, token in enumerate(where.tolist()) if token >= 0}
+                leaving.append((number, torch.tensor([column[t] for t in tokens.tolist()], dtype=torch.long)))
+            kept = there[~dropped]
+            row.slots = np.full(-(-(len(kept) + 1) // SLOTS) * SLOTS, -1)
+            row.slots[: len(kept)] = kept
+        slots = self._slots()
+        self._stored = self._stored_now()
+        return Plan(
+            leaving=leaving,
+            slots=slots,
+            position=layout.position[:, past:],
+            stored=self._stored,
+            layout=layout,
+            past=past,
+            before=before,
+            stored_before=stored_before,
+            columns=self._columns(slots, columns),
+        )
+
+    @staticmethod
+    def _columns(slots: Tensor, columns: list[np.ndarray]) -> Tensor:
+        """Where the tokens in the slots stand in a layout with these tokens in its columns."""
+        found = torch.zeros_like(slots)
+        for row, (held, where) in enumerate(zip(slots, columns, strict=True)):
+            used = held >= 0
+            column = np.zeros(int(where.max(initial=-1)) + 1, dtype=np.int64)
+            column[where[where >= 0]] = np.flatnonzero(where >= 0)
+            found[row, used] = torch.from_numpy(column)[held[used]]
+        return found
+
+    def _layout(self, columns: list[np.ndarray]) -> Layout:
+        fields: dict[str, list[np.ndarray]] = {}
+        for row, where in zip(self.rows, columns, strict=True):
+            real = where >= 0
+            values = row.layout(where[real])
+            for name in ("ids", "position", "sentence", "offset", "behind"):
+                column = np.full(len(where), -1 if name == "position" else 0)
+                column[real] = values[name]
+                fields.setdefault(name, []).append(column)
+        tensors = {name: torch.from_numpy(np.stack(values)) for name, values in fields.items()}
+        return Layout(**tensors, text=torch.zeros_like(tensors["ids"]))
+
+    def _slots(self) -> Tensor:
+        slots = np.full((len(self.rows), self.capacity), -1)
+        for number, row in enumerate(self.rows):
+            slots[number, : len(row.slots)] = row.slots
+        return torch.from_numpy(slots)
+
+    def _stored_now(self) -> Stored | None:
+        length = max(len(row.stored) for row in self.rows)
+        if not length:
+            return None
+        sentence = np.zeros((len(self.rows), length), dtype=np.int64)
+        missing = np.zeros((len(self.rows), length), dtype=bool)
+        position = np.zeros((len(self.rows), length), dtype=np.int64)
+        for number, row in enumerate(self.rows):
+            if not row.stored:
+                continue
+            tokens = np.asarray(row.stored)
+            count = len(tokens)
+            sentence[number, :count] = np.unique(row.sentences(tokens), return_inverse=True)[1]
+            missing[number, :count] = ~np.isin(tokens, row.slots)
+            position[number, :count] = tokens
+        return Stored(
+            sentence=torch.from_numpy(sentence),
+            missing=torch.from_numpy(missing),
+            position=torch.from_numpy(position),
+            sentences=int(sentence.max()) + 1,
+        )
