@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from sentcompress.contracts.backbone import Backbone
     from sentcompress.contracts.causal_lm import CausalLMBackbone
     from sentcompress.contracts.fusion import Fusion
-    from sentcompress.contracts.memory import Memory, Tokens
+    from sentcompress.contracts.memory_policy import Memory, Tokens
 
 _NEED_TORCH = {
     "Fusion": "sentcompress.contracts.fusion",
     "Backbone": "sentcompress.contracts.backbone",
     "CausalLMBackbone": "sentcompress.contracts.causal_lm",
-    "Memory": "sentcompress.contracts.memory",
-    "Tokens": "sentcompress.contracts.memory",
+    "Memory": "sentcompress.contracts.memory_policy",
+    "Tokens": "sentcompress.contracts.memory_policy",
 }
 
 __all__ = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from sentcompress.contracts import Memory, Options
+from sentcompress.contracts import Memory
+from sentcompress.contracts import Options as BaseOptions
 
 
 class Recall(Memory):
     """Store older sentences; for each token, recall those whose keys answer its query best."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         recall: int = Field(default=4, ge=1)
         """Sentences that each token recalls, in each block and key-value head."""
 

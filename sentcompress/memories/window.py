@@ -5,13 +5,14 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from sentcompress.contracts import Memory, Options, Tokens
+from sentcompress.contracts import Memory, Tokens
+from sentcompress.contracts import Options as BaseOptions
 
 
 class Window(Memory):
     """Keep attention sinks (the first tokens, arXiv 2309.17453) and the last sentences."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         recent_sentences: int = Field(default=8, ge=0)
         """Sentences before the one being written that are kept whole."""
         sinks: int = Field(default=4, ge=0)

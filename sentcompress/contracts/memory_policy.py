@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class Memory(Component):
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
+    tokenizer: Any = None
+    """The LLM's tokenizer, set by :meth:`prepare`."""
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Prepare for an LLM, such as by looking up token ids. Called once, before anything else."""
+        self.tokenizer = tokenizer
 
     def keep(self, tokens: Tokens) -> Tensor:
         """Which tokens of earlier sentences stay in the cache, whatever is asked later; none unless overridden.
