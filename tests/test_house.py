@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sentcompress"
-BUILT_INS = {"segmenters", "fusions", "backbones", "datasets", "metrics"}
+BUILT_INS = {"segmenters", "fusions", "backbones", "datasets", "metrics", "memories"}
 """Their files are in the keys of the token cache: they stay as they are."""
 SHORTEST, LONGEST = 60, 450
 ATTRIBUTES = 12

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sentcompress.testing.datasets import check_dataset
     from sentcompress.testing.fusions import check_fusion
     from sentcompress.testing.metrics import check_metric
+    from sentcompress.testing.policies import check_memory
     from sentcompress.testing.segmenters import check_segmenter
     from sentcompress.testing.texts import tiny_tokenizer
     from sentcompress.testing.tiny import OPT_TWINS, tiny_opt, tiny_passages, tiny_sentence_lm, tiny_vae
@@ -24,6 +25,7 @@ _MODULES = {
     "check_backbone": "backbones",
     "check_dataset": "datasets",
     "check_fusion": "fusions",
+    "check_memory": "policies",
     "check_metric": "metrics",
     "check_plugin": "checks",
     "check_segmenter": "segmenters",
@@ -40,6 +42,7 @@ __all__ = [
     "check_backbone",
     "check_dataset",
     "check_fusion",
+    "check_memory",
     "check_metric",
     "check_plugin",
     "check_segmenter",

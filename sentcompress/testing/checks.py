@@ -88,7 +88,7 @@ def check_plugin(kind: str, name: str, options: dict[str, Any] | None = None, **
     """Run ``check_<kind>`` on the registered component ``name``, which is found as in a recipe.
 
     Args:
-        kind: ``segmenter``, ``fusion``, ``backbone``, ``dataset`` or ``metric``.
+        kind: ``segmenter``, ``fusion``, ``backbone``, ``dataset``, ``metric`` or ``memory``.
         options: as under ``options:`` in a recipe.
         settings: arguments of the check, such as ``hidden_size=64`` for a fusion or ``causal_lm=model`` for a backbone.
 
@@ -105,5 +105,5 @@ def check_plugin(kind: str, name: str, options: dict[str, Any] | None = None, **
         )
     component = get_registry().get(kind, name)
     # Imported late, since some checks need torch.
-    check = getattr(import_module(f"sentcompress.testing.{KINDS[kind]}"), f"check_{kind}")
+    check = getattr(import_module("sentcompress.testing"), f"check_{kind}")
     check(component, options=options, **settings)
