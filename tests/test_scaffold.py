@@ -146,6 +146,10 @@ def test_the_commands_it_prints_are_right(site: Path, tmp_path: Path, kind: str,
     pip, pytest_, recipe = map(shlex.split, capsys.readouterr().out.strip().splitlines()[-3:])
     assert pip == ["pip", "install", "-e", f"{package}[test]"]
     assert pytest_ == ["pytest", str(package)]
+    if kind == "memory":  # it needs no training
+        assert recipe[:3] == ["sentcompress", "generate", "opt-tiny"]
+        assert recipe[4:] == ["--memory", "window+later-memory"]
+        return
     assert recipe[:4] == ["sentcompress", "run", "quickstart", "--set"]
     assert shlex.join(recipe[3:]) in (package / "README.md").read_text()
 
@@ -195,7 +199,7 @@ def test_names_that_are_taken(site: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_kind_with_a_typo():
     with pytest.raises(InputError, match=r"no such kind of plugin\. Did you mean 'segmenter'\?") as caught:
         planned("verses", "segmentor")
-    assert "segmenter, fusion, backbone, dataset, metric" in caught.value.fix
+    assert "segmenter, fusion, backbone, dataset, metric, memory" in caught.value.fix
 
 
 def test_nothing_is_overwritten(tmp_path: Path):

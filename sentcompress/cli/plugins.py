@@ -82,7 +82,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a com
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the component in recipes.")],
     kind: Annotated[
-        str, typer.Option(metavar="KIND", help="One of segmenter, fusion, backbone, dataset, metric.")
+        str, typer.Option(metavar="KIND", help="One of segmenter, fusion, backbone, dataset, metric, memory.")
     ],
     out: Annotated[
         Path | None,

@@ -11,15 +11,13 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 from sentcompress import __version__
 from sentcompress.errors import InputError, did_you_mean
 from sentcompress.files import storage_errors
 from sentcompress.packages import installed_version
-
-if TYPE_CHECKING:
-    from sentcompress.registry import Registry
+from sentcompress.registry import KINDS as FOLDERS
+from sentcompress.registry import Registry
 
 PREFIX = "sentcompress-"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -35,6 +33,8 @@ class Kind:
     field: str
     value: str
     dependencies: tuple[str, ...] = ()
+    command: str = ""
+    """What to run first, if that is not a recipe."""
 
 
 KINDS = {
@@ -43,6 +43,13 @@ KINDS = {
     "backbone": Kind("StableLM as a backbone", "backbone", "{name: $name, model: stablelm-3b}"),
     "dataset": Kind("A folder of Markdown files", "data", "{name: $name, options: {folder: notes}}"),
     "metric": Kind("Share of words reconstructed", "bench.extra_metrics", "[{name: $name}]"),
+    "memory": Kind(
+        "The first tokens of every older sentence",
+        "memory",
+        "{name: window+$name}",
+        ("torch",),
+        'sentcompress generate opt-tiny "The state of the Union is" --memory window+$name',
+    ),
 }
 
 
@@ -55,7 +62,7 @@ class Scaffold:
     files: dict[str, str]
     """Contents by path in the package's folder."""
     command: str
-    """A command that runs a recipe with the new component."""
+    """A command that uses the new component."""
 
     @property
     def package(self) -> str:
@@ -80,13 +87,15 @@ def plan(name: str, kind: str, registry: Registry) -> Scaffold:
     of_kind = KINDS[kind]
     value = Template(of_kind.value).substitute(name=name)
     command = f"sentcompress run quickstart --set '{of_kind.field}={value}'"
+    if of_kind.command:
+        command = Template(of_kind.command).substitute(name=name)
     texts = {
         "package": PREFIX + name,
         "name": name,
         "kind": kind,
         "module": module,
         "class_name": _class_name(name, kind),
-        "hook": f"register_{kind}s",
+        "hook": f"register_{FOLDERS[kind]}",
         "description": f"{of_kind.summary}: a {kind} for sentcompress",
         "python": _own_python(),
         "dependencies": ", ".join(f'"{d}"' for d in (_own_versions(), *of_kind.dependencies)),
