@@ -222,7 +222,14 @@ def test_the_guides_test_passes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("segmenter", "semicolon"), ("fusion", "max"), ("metric", "length-ratio")]
+    ("kind", "name"),
+    [
+        ("segmenter", "semicolon"),
+        ("fusion", "max"),
+        ("metric", "length-ratio"),
+        ("memory", "ends"),
+        ("memory", "cosine"),
+    ],
 )
 def test_the_guides_components_pass_the_kit(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
@@ -278,6 +285,18 @@ def test_the_guides_dataset_reads(registry: Registry, tmp_path: Path):
 def test_the_guides_metric_computes(registry: Registry):
     pair = sentcompress.Reconstruction("abcd", "ab", (1, 2), (1,))
     assert registry.create("metric", "length-ratio").compute([pair]) == {"characters": 0.5}
+
+
+def test_the_guides_memory_keeps_both_ends(registry: Registry):
+    place = torch.arange(5)
+    tokens = sentcompress.Tokens(place, place, torch.full_like(place, 9), place, place.flip(0))
+    assert registry.create("memory", "ends", {"ends": 2}).keep(tokens).tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_guides_backbone_passes_the_kit(registry: Registry):
