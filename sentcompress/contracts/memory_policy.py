@@ -19,7 +19,8 @@ class Tokens:
     Attributes:
         ids: token ids.
         position: tokens of the text before it; 0 is the first token.
-        age: sentences between its own and the one that is being written; 1 is the sentence before.
+        age: sentences between its own and the one that is being written; 1 is the sentence before. Where many tokens
+            are read at once, lower ages may be asked about too, and position -1; their answers are not used.
         offset: tokens of its sentence before it; 0 is the first of its sentence.
         behind: tokens of its sentence after it; 0 is the last of its sentence.
     """

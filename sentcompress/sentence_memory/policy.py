@@ -70,6 +70,11 @@ class Policy:
             )
         return cls(parts)
 
+    def prepare(self, tokenizer: Any) -> None:
+        """As :meth:`sentcompress.Memory.prepare`."""
+        for part in self.parts.values():
+            part.prepare(tokenizer)
+
     @property
     def options(self) -> dict[str, Any]:
         """All options with their values: :meth:`parse` builds the same policy from them."""

@@ -64,6 +64,7 @@ class SentenceMemory(Cache):
         **options: Any,
     ) -> None:
         self.policy = Policy.parse(memory, options)
+        self.policy.prepare(tokenizer)
         cutter: Any = segmenter
         if isinstance(segmenter, str):
             cutter = get_registry().create("segmenter", segmenter)

@@ -154,6 +154,7 @@ def _keep(subject: Subject, memory: Memory, build: Callable[[], Memory], vocabul
     )
     same(batch[0, 0], kept, "in a batch of texts", itself)
     _kept(subject, memory, _each(tokens, lambda part: part[:0]), " (no token)")
+    _kept(subject, memory, _each(tokens, lambda part: part, age=1 - tokens.age), " with ages of 0 and less")
 
     ages = _each(tokens, lambda part: part, age=torch.tensor(_AGES)[:, None])
     by_age = _kept(subject, memory, ages, f" with ages up to {_AGES[-1]:,}")
