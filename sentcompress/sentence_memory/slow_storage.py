@@ -39,6 +39,8 @@ class SlowStorage:
         self._folder = folder
         self._parts: list[Tensor] = []
         """``[capacity, rows, heads, C]`` each, zeros where a row is shorter: a masked token must stay finite."""
+        self._shared: list[Tensor] = []
+        """``[tokens, 1, heads, C]`` each: the same first tokens of all rows, which are only read."""
         self._empty_key = torch.empty(0)
         """``[heads, 0, D]``: the size of keys, their dtype and their device."""
 
@@ -59,7 +61,7 @@ class SlowStorage:
         Raises:
             StorageError: the disk is full.
         """
-        start = self.lengths[row]
+        start = self.lengths[row] - self._shared_length
         stop = start + keys.shape[1]
         encoded = self._encode(keys.transpose(0, 1), values.transpose(0, 1))
         if not self._parts:
@@ -72,7 +74,7 @@ class SlowStorage:
             ]
         for part, new in zip(self._parts, encoded, strict=True):
             part[start:stop, row].copy_(new)
-        self.lengths[row] = stop
+        self.lengths[row] += keys.shape[1]
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
@@ -87,25 +89,62 @@ class SlowStorage:
         Returns:
             Keys ``[n, D]`` and values ``[n, D]`` with the dtype and on the device of the cache.
         """
-        count = self._empty_key.shape[0]
-        flat = torch.add(torch.add(heads, rows, alpha=count), tokens, alpha=self.rows * count).cpu()
-        return self._decode([self._select(part.flatten(0, 2), flat) for part in self._parts])
+        count, shared = self._empty_key.shape[0], self._shared_length
+        step = self.rows * count
+        flat = torch.add(torch.add(heads, rows, alpha=count), tokens, alpha=step).cpu()
+        if not shared:
+            return self._decode([self._select(part, flat) for part in self._parts])
+        own = (tokens >= shared).cpu()
+        flat = torch.where(own, flat - shared * step, torch.add(heads, tokens, alpha=count).cpu())
+        first = [self._select(part, flat.masked_fill(own, 0)) for part in self._shared]
+        if self._parts:
+            more = [self._select(part, flat.masked_fill(~own, 0)) for part in self._parts]
+            first = [torch.where(own[:, None], *pair) for pair in zip(more, first, strict=True)]
+        return self._decode(first)
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values ``[rows, heads, T, D]`` of the tokens ``start`` to ``stop``, zeros where a row is shorter."""
         stop = max(self.lengths) if stop is None else stop
-        keys, values = self._decode([part[start:stop] for part in self._parts])
+        keys, values = self._decode([part[start:stop] for part in self._all_parts()])
         return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+
+    def stored(self) -> list[Tensor]:
+        """Everything as it is stored, ``[tokens, rows, heads, C]`` each; another storage of this kind can share it."""
+        return [part[: max(self.lengths)] for part in self._all_parts()]
+
+    def share(self, stored: Sequence[Tensor], like: Tensor) -> None:
+        """Begin each row with the same tokens, which stay where they are.
+
+        Args:
+            stored: of one row, from :meth:`stored`.
+            like: keys ``[heads, any, D]`` with the dtype and device of the cache.
+        """
+        self._shared, self._empty_key = list(stored), like[:, :0]
+        self.lengths = [self._shared_length] * self.rows
+
+    def to(self, device: torch.device) -> None:
+        """Return what is read on another device."""
+        self._empty_key = self._empty_key.to(device)
+
+    @property
+    def _shared_length(self) -> int:
+        return len(self._shared[0]) if self._shared else 0
+
+    def _all_parts(self) -> list[Tensor]:
+        if not self._shared:
+            return self._parts
+        shared = [part.expand(-1, self.rows, -1, -1) for part in self._shared]
+        return [torch.cat(pair) for pair in zip(shared, self._parts, strict=True)] if self._parts else shared
 
     @property
     def bytes(self) -> int:
-        """Bytes of host memory or of the file, with the room to grow."""
-        return sum(part.nbytes for part in self._parts)
+        """Bytes of host memory or of the file, with the room to grow; what rows share counts once."""
+        return sum(part.nbytes for part in (*self._shared, *self._parts))
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.lengths = [0] * self.rows
-        self._parts = []
+        self._parts, self._shared = [], []
 
     def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """What is stored of keys and values ``[L, heads, D]``: tensors ``[L, heads, C]``."""
@@ -127,6 +166,7 @@ class SlowStorage:
         return new
 
     def _select(self, part: Tensor, flat: Tensor) -> Tensor:
+        part = part.flatten(0, 2)
         if not self._pinned:
             return part.index_select(0, flat)
         pinned = torch.empty((len(flat), part.shape[1]), dtype=part.dtype, pin_memory=True)

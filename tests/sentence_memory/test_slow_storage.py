@@ -123,3 +123,31 @@ def test_bad_choices_are_named(tmp_path: Path):
         make_storage("int8", 1, tmp_path)
     with pytest.raises(StorageError, match="missing: cannot hold a file: No such file"):
         make_storage("file", 1, tmp_path / "missing").append(0, torch.ones(1, 1, 2), torch.ones(1, 1, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_share_their_beginning(kind: str):
+    """Without a copy, and each row goes on by itself; the tokens are those of a storage that holds them all."""
+    first, keys, values = filled(kind, (300,))
+    both, whole = make_storage(kind, 2), make_storage(kind, 2)
+    both.share(first.stored(), keys[0])
+    assert both.bytes < first.bytes
+    for row, more in enumerate((5, 320)):
+        new = torch.randn(HEADS, more, KEY), torch.randn(HEADS, more, VALUE)
+        whole.append(row, keys[0], values[0])
+        found = both.gather(torch.tensor([row]), torch.tensor([1]), torch.tensor([299]))
+        torch.testing.assert_close(found[0][0], keys[0][1, 299], atol=0.03, rtol=0)
+        for storage in (both, whole):
+            storage.append(row, *new)
+    first.append(0, keys[0], values[0])  # the other one goes on too
+    assert both.lengths == whole.lengths == [305, 620]
+    where = (
+        torch.tensor([0, 0, 1, 1, 1]),
+        torch.tensor([0, 2, 1, 1, 0]),
+        torch.tensor([299, 304, 0, 300, 619]),
+    )
+    for a, b in zip(both.gather(*where) + both.read(), whole.gather(*where) + whole.read(), strict=True):
+        assert torch.equal(a, b)
+    again = make_storage(kind, 1)
+    again.share([part[:, 1:] for part in both.stored()], keys[0])
+    assert torch.equal(again.read()[1][0], whole.read()[1][1])
