@@ -49,6 +49,9 @@ class BlockCache(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, _ = key_states.shape
+        if self.keys is not None:  # a prefix, which was loaded before anyone knew where this block lies
+            self._move(key_states.device)
+            return
         self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
         self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
         self.held = torch.full((batch, heads, 0), -1, device=self.device)
@@ -77,6 +80,37 @@ class BlockCache(CacheLayerMixin):
             self.storage.reset()
         self.keys = self.values = self.index = self.held = self.storage = None
         self.is_initialized = False
+
+    # ---- a prefix
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything of a batch of one but what was recalled, which later tokens recall again."""
+        state = {name: getattr(self, name)[:, :, : self._kept_slots] for name in ("keys", "values")}
+        if self.storage is not None and self.storage.length(0):
+            state["index"] = self.index[:, :, : self.storage.length(0)]
+            state.update({f"stored.{number}": part for number, part in enumerate(self.storage.stored())})
+        return state
+
+    def load_state(self, state: dict[str, Tensor], rows: int) -> None:
+        """Begin each of ``rows`` rows with what :meth:`state` returned; stored tokens stay where they are."""
+        self.keys, self.values, index = (
+            None if (tensor := state.get(name)) is None else tensor.expand(rows, -1, -1, -1).clone()
+            for name in ("keys", "values", "index")
+        )
+        self.index, self._kept_slots = index, self.keys.shape[2]
+        self.held = torch.full((*self.keys.shape[:2], 0), -1, device=self.keys.device)
+        if self.policy.recall:
+            self.storage = self._make_storage(self.keys, self.values)
+            if stored := [state[name] for name in sorted(state) if name.startswith("stored.")]:
+                self.storage.share(stored, self.keys[0])
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("keys", "values", "index", "held"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device))
+        if self.storage is not None:
+            self.storage.to(device)
+        self.is_initialized = True
 
     @torch.no_grad()
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -22,6 +22,13 @@ from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
+from sentcompress.sentence_memory.stored_prefix import (
+    Prefix,
+    fingerprints,
+    read_prefix,
+    shapes_of,
+    write_prefix,
+)
 from sentcompress.sentence_memory.token_table import Plan, TokenTable
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -124,6 +131,118 @@ class SentenceMemory(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         raise InputError("a sentence memory cannot drop rows of its batch", fix="use a memory for each batch")
 
+    # ---- a prefix: a text that was read once, for many prompts
+
+    def save(self, folder: str | Path) -> None:
+        """Save what was read, for :meth:`load` in any process.
+
+        Args:
+            folder: new, empty, or with an older prefix, which is replaced.
+
+        Raises:
+            InputError: nothing was read, or several texts; or the folder holds something else.
+            StorageError: the folder cannot be written.
+        """
+        tensors, finder = self._state(), self._table.finder
+        found = get_registry().find("segmenter", type(finder.segmenter))
+        prefix = Prefix(
+            **fingerprints(self.model, finder.tokenizer),
+            memory=self.policy.name,
+            options=self.policy.options,
+            max_sentence_tokens=finder.max_tokens,
+            segmenter=found[0] if found else None,
+            segmenter_options=finder.segmenter.options.model_dump(mode="json"),
+            segmenter_state=finder.segmenter.state(),
+            storage=self._storage[0],
+            positions=self._seen,
+            shapes=shapes_of(tensors),
+        )
+        write_prefix(folder, prefix, tensors)
+
+    @classmethod
+    def load(
+        cls,
+        prefix: str | Path,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        rows: int = 1,
+        segmenter: Segmenter | None = None,
+        folder: str | Path | None = None,
+    ) -> SentenceMemory:
+        """A memory that has read a text already. Slow storage is memory-mapped: processes share its pages.
+
+        Args:
+            prefix: the folder that :meth:`save` has written.
+            rows: prompts of a batch, which all begin with this text.
+            segmenter: prepared; needed if the one that read the text is not registered.
+            folder: of the file, with ``storage="file"``.
+
+        Raises:
+            InputError: there is no prefix, it is damaged, or another LLM, dtype, tokenizer or version has written it.
+        """
+        saved, tensors = read_prefix(prefix, model, tokenizer)
+        cutter = segmenter
+        if cutter is None:
+            if saved.segmenter is None:
+                raise InputError(
+                    f"{prefix}: the segmenter of this prefix is not registered", fix="give it: segmenter=..."
+                )
+            cutter = get_registry().create("segmenter", saved.segmenter, saved.segmenter_options)
+            cutter.prepare(tokenizer)
+            cutter.load_state(saved.segmenter_state)
+        memory = cls(
+            model,
+            tokenizer,
+            saved.memory,
+            segmenter=cutter,
+            max_sentence_tokens=saved.max_sentence_tokens,
+            storage=saved.storage,
+            folder=folder,
+            **saved.options,
+        )
+        return memory._restored(tensors, rows, saved.positions)
+
+    def copy(self, rows: int = 1) -> SentenceMemory:
+        """A memory of its own that has read the same text. What was stored so far is shared, not copied.
+
+        Args:
+            rows: prompts of a batch, which all begin with this text.
+
+        Raises:
+            InputError: nothing was read, or several texts.
+        """
+        finder, (storage, folder) = self._table.finder, self._storage
+        other = type(self)(
+            self.model,
+            finder.tokenizer,
+            self.policy.name,
+            segmenter=finder.segmenter,
+            max_sentence_tokens=finder.max_tokens,
+            storage=storage,
+            folder=folder,
+            **self.policy.options,
+        )
+        return other._restored(self._state(), rows, self._seen)
+
+    def _state(self) -> dict[str, Tensor]:
+        if len(self._table.rows) != 1:
+            raise InputError(
+                f"a prefix is one text, but this memory holds {len(self._table.rows)}",
+                fix="read the text in a batch of one",
+            )
+        blocks = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.state().items()}
+        return {**self._table.state(), **blocks}
+
+    def _restored(self, tensors: dict[str, Tensor], rows: int, seen: int) -> SentenceMemory:
+        self._table.load_state(tensors, rows)
+        for number, layer in enumerate(self.layers):
+            start = f"{number}."
+            own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+            layer.load_state(own, rows)
+        self._seen = seen
+        return self
+
     # ---- its size
 
     def device_bytes(self) -> int:
@@ -141,7 +260,7 @@ class SentenceMemory(Cache):
             (layer.keys.shape[1] * layer.keys.shape[3] + layer.values.shape[1] * layer.values.shape[3])
             * layer.keys.element_size()
             for layer in self.layers
-            if layer.is_initialized
+            if layer.keys is not None
         )
         return per_token * self._seen * len(self._table.rows)
 

@@ -19,6 +19,10 @@ SLOTS = 32
 """The cache grows by this many tokens at a time."""
 
 
+ROW = ("ids", "starts", "slots", "stored")
+"""What a :class:`Row` is made of."""
+
+
 class Row:
     """One text of a batch.
 
@@ -160,6 +164,20 @@ class TokenTable:
         self.policy, self.finder = policy, finder
         self.rows: list[Row] = []
         self._stored: Stored | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The only row, as int64 tensors."""
+        row = self.rows[0]
+        return {name: torch.tensor(np.asarray(getattr(row, name)).astype(np.int64)) for name in ROW}
+
+    def load_state(self, state: dict[str, Tensor], rows: int) -> None:
+        """Begin each of ``rows`` rows with what :meth:`state` returned."""
+        self.rows = [Row() for _ in range(rows)]
+        for row in self.rows:
+            row.ids, row.starts, row.stored = (state[name].tolist() for name in ("ids", "starts", "stored"))
+            row.slots = state["slots"].numpy().copy()
+            row._stored_sentences = set(row.sentences(np.asarray(row.stored, dtype=np.int64)).tolist())
+        self._stored = self._stored_now()
 
     @property
     def capacity(self) -> int:
