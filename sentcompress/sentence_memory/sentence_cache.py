@@ -17,6 +17,7 @@ from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
 from sentcompress.sentence_memory.attention import attention_configs, memory_attention
 from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
@@ -52,6 +53,7 @@ class SentenceMemory(Cache):
         max_sentence_tokens: longest sentence; a longer one is cut.
         storage: where older sentences are stored: ``host`` (memory of the CPU), ``int8`` (there, in 8 bits), ``file``.
         folder: of the file.
+        prove: check once for each LLM, on a few random tokens, that it attends through the memory and nothing else.
         options: of the memories, such as ``recent_sentences`` and ``recall``.
 
     Raises:
@@ -68,6 +70,7 @@ class SentenceMemory(Cache):
         max_sentence_tokens: int = 64,
         storage: str = "host",
         folder: str | Path | None = None,
+        prove: bool = True,
         **options: Any,
     ) -> None:
         self.policy = Policy.parse(memory, options)
@@ -80,6 +83,9 @@ class SentenceMemory(Cache):
             raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
         model = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
         _attach(model)
+        if prove:
+            cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
+            check_attachment(model, functools.partial(SentenceMemory, model, Words(), **cut))
         self.model = model
         self._table = TokenTable(self.policy, BoundaryFinder(cutter, tokenizer, max_sentence_tokens))
         self._storage = storage, folder
