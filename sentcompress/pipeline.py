@@ -25,10 +25,12 @@ from sentcompress.training.run_folder import (
     BASELINE,
     COMPLETE,
     GRAFT,
+    MEMORY,
     PRETRAIN,
     VAE,
     Stage,
     StageFolder,
+    baseline_stage,
     stage_record,
 )
 
@@ -90,6 +92,22 @@ class Run:
                 fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
             )
 
+    def check_memory(self, stages: Sequence[str]) -> None:
+        """Refuse a memory that cannot be trained, before anything is read.
+
+        Raises:
+            InputError: the recipe names none, or an option that it has not.
+        """
+        if MEMORY.name not in stages:
+            return
+        if self.recipe.memory is None:
+            raise InputError(
+                "the recipe has no 'memory' section", fix="add one, or name a memory: --memory window+recall"
+            )
+        from sentcompress.training.jobs.memory_training import drawn_ranges
+
+        drawn_ranges(self.recipe.memory)
+
 
 @dataclass(frozen=True)
 class TrainingStage:
@@ -106,6 +124,10 @@ class TrainingStage:
     wanted: Callable[[Recipe], bool]
     job: Callable[[Run], Job]
     inputs: Callable[[Run], dict[str, str]] = lambda _: {}
+
+    def of(self, recipe: Recipe) -> Stage:
+        """The stage in a recipe."""
+        return baseline_stage(recipe) if self.stage == BASELINE else self.stage
 
 
 def _pretrain(run: Run) -> Job:
@@ -132,7 +154,18 @@ def _baseline(run: Run) -> Job:
     return BaselineJob(run.recipe, run.text)
 
 
+def _memory(run: Run) -> Job:
+    from sentcompress.training.jobs.memory_training import MemoryJob
+
+    return MemoryJob(run.recipe, run.text)
+
+
 def _grafts(recipe: Recipe) -> bool:
+    return recipe.pretrain is None and recipe.memory is None
+
+
+def _compares(recipe: Recipe) -> bool:
+    """Whether the recipe trains a model that has a baseline."""
     return recipe.pretrain is None
 
 
@@ -142,7 +175,8 @@ STAGES = {
         TrainingStage(PRETRAIN, lambda recipe: recipe.pretrain is not None, _pretrain),
         TrainingStage(VAE, lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
         TrainingStage(GRAFT, _grafts, _graft, Run.graft_inputs),
-        TrainingStage(BASELINE, lambda recipe: _grafts(recipe) and recipe.baseline.enabled, _baseline),
+        TrainingStage(MEMORY, lambda recipe: _compares(recipe) and recipe.memory is not None, _memory),
+        TrainingStage(BASELINE, lambda recipe: _compares(recipe) and recipe.baseline.enabled, _baseline),
     )
 }
 """The training stages, in order."""
@@ -153,7 +187,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     names = [name for name, entry in STAGES.items() if entry.wanted(recipe)]
     if recipe.graft.teacher == BASELINE.name:
         names.sort(key=lambda name: name == GRAFT.name)  # the baseline teaches the graft, so it comes first
-    measured = _grafts(recipe) and recipe.bench.metrics
+    measured = _compares(recipe) and recipe.bench.metrics
     return [*names, BENCH] if measured else names
 
 
@@ -193,6 +227,7 @@ def run_recipe(
     run = Run(recipe, out)
     chosen = _checked(stages) if stages is not None else stages_of(recipe)
     run.check_graft(chosen)
+    run.check_memory(chosen)
     results: dict[str, dict[str, float]] = {}
     skipped = []
     for name in chosen:
@@ -242,7 +277,7 @@ def check_folder(recipe: Recipe, out: Path) -> None:
     """
     for name in stages_of(recipe):
         if name != BENCH:
-            stage = STAGES[name].stage
+            stage = STAGES[name].of(recipe)
             folder = StageFolder(out / name, stage, stage_record(stage, recipe, {}))
             folder.check(resume=True, overwrite=False, partial=True)
 
@@ -260,7 +295,7 @@ def _run_stage(
 ) -> tuple[bool, dict[str, float]]:
     """Whether a stage was done already, and its held-out figures."""
     main = processes().is_main_process
-    stage, recipe = entry.stage, run.recipe
+    stage, recipe = entry.of(run.recipe), run.recipe
     folder = StageFolder(run.out / stage.name, stage, stage_record(stage, recipe, {}))
     # A first look, so that a folder is refused before the job is built. It needs no lock.
     if main and folder.interrupted:

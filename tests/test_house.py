@@ -24,7 +24,7 @@ SHORT = {
 }
 """Files that may be short, each with its reason."""
 MEASUREMENTS = sorted(path.stem for path in (PACKAGE / "benchmark/measurements").glob("[!_]*.py"))
-STAGES = {"pretrain", "vae", "graft", "baseline"}
+STAGES = {"pretrain", "vae", "graft", "memory", "baseline"}
 
 
 def package_files() -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""``sentcompress train-vae``, ``graft`` and ``baseline``: one stage each. Also how a command gets its recipe."""
+"""Commands of one stage each: ``train-vae``, ``graft``, ``train-memory``, ``baseline``. How a command gets a recipe."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ class StageCommand(NamedTuple):
     examples: tuple[str, ...]
     options: dict[str, str] = {}
     """Further options, and the recipe fields they set."""
+    recipe: str = "quickstart"
+    """Name of the recipe, unless one is given."""
 
     def function(self) -> Callable[..., None]:
         """The function of the command."""
 
         def command(
-            recipe: RecipeArgument = "quickstart",
+            recipe: RecipeArgument = self.recipe,
             backbone: BackboneOption = None,
             revision: RevisionOption = None,
             data: DataOption = None,
@@ -80,7 +82,8 @@ COMMANDS = (
     StageCommand(
         "graft",
         "graft",
-        "Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft.",
+        "Graft a SentenceVAE onto an LLM and fine-tune both. Writes OUT/graft.\n\n"
+        "To keep the LLM whole and fine-tune it for a sentence memory: sentcompress train-memory.",
         (
             "sentcompress graft --out out/quickstart",
             "sentcompress graft --backbone opt-1.3b --vae out/paper-vae-2048-h1/vae --set graft.tune=lora",
@@ -89,10 +92,23 @@ COMMANDS = (
         {"vae": "graft.vae"},
     ),
     StageCommand(
+        "train-memory",
+        "memory",
+        "Fine-tune an LLM with a sentence memory in effect. Writes OUT/memory, an ordinary causal LM.\n\n"
+        "The number of recent and recalled sentences is drawn anew for each batch, so one model serves all settings.",
+        (
+            "sentcompress train-memory --backbone smollm2-135m --out out/memory",
+            "sentcompress train-memory --data 'corpus/*.jsonl' --memory window+entries --set memory.steps=100",
+            "sentcompress baseline memory --out out/memory",
+        ),
+        {"memory": "memory.name"},
+        "memory",
+    ),
+    StageCommand(
         "baseline",
         "baseline",
         "Fine-tune the LLM token by token, for comparison. Writes OUT/baseline.\n\n"
-        "It reads the same passages as the graft, for the same number of steps.",
+        "It reads the same passages as the graft or memory of the recipe, for the same number of steps.",
         (
             "sentcompress baseline --out out/quickstart",
             "sentcompress baseline paper/sllm-125m-h1 --data corpus.jsonl --set baseline.learning_rate=1e-5",

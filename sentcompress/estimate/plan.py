@@ -9,7 +9,7 @@ import torch
 from sentcompress.estimate.shapes import count_weights, vae_shape
 from sentcompress.estimate.training_memory import training_bytes, weight_bytes
 from sentcompress.modeling import SentenceVAE
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import MemorySettings, Recipe
 from sentcompress.table import GIB
 from sentcompress.training.inputs import backbone_shape
 
@@ -70,6 +70,8 @@ def plan(recipe: Recipe) -> str:
                 UNTOUCHED,
             ]
         )
+    if recipe.memory is not None:
+        return _memory_plan(recipe, recipe.memory)
     parts = count(recipe)
     vae, graft = recipe.train_vae, recipe.graft
     sentences, passages = _sentences(recipe), _passages(recipe)
@@ -101,6 +103,25 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _memory_plan(recipe: Recipe, memory: MemorySettings) -> str:
+    """The plan of a recipe that fine-tunes an LLM for a memory."""
+    passages = _passages(recipe)
+    most = passages * memory.max_sentences
+    drawn = ", ".join(f"{name} {least} to {most}" for name, (least, most) in (memory.draw or {}).items())
+    return "\n".join(
+        [
+            _title(recipe),
+            f"  backbone blocks    {_millions(count_weights(backbone_shape(recipe)))} (tune: {memory.tune})",
+            f"  memory             {memory.name}" + (f", drawn: {drawn}" if drawn else ""),
+            f"                     {memory.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
+            f"{most * TOKENS_PER_SENTENCE:,} tokens at {TOKENS_PER_SENTENCE} per sentence",
+            f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
+            f"  bench              {', '.join(recipe.bench.metrics) or 'nothing'}",
+            UNTOUCHED,
+        ]
+    )
+
+
 def token_budget(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage of a grafting recipe trains on at most, by the stage's name."""
     tokens = {} if recipe.graft.vae else {"vae": _sentences(recipe) * TOKENS_PER_SENTENCE}
@@ -114,8 +135,8 @@ def _sentences(recipe: Recipe) -> int:
 
 
 def _passages(recipe: Recipe) -> int:
-    graft = recipe.graft
-    return graft.steps * graft.gradient_accumulation * graft.passages_per_batch
+    settings = recipe.passages
+    return settings.steps * settings.gradient_accumulation * settings.passages_per_batch
 
 
 def _title(recipe: Recipe) -> str:

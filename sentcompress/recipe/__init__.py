@@ -21,6 +21,8 @@ from sentcompress.recipe.sections import (
     ComponentSpec,
     GraftSettings,
     LoraSettings,
+    MemorySettings,
+    PassageSettings,
     PretrainSettings,
     Section,
     TrainingSettings,
@@ -37,6 +39,8 @@ __all__ = [
     "ComponentSpec",
     "GraftSettings",
     "LoraSettings",
+    "MemorySettings",
+    "PassageSettings",
     "PretrainSettings",
     "Recipe",
     "Section",
@@ -74,6 +78,8 @@ class Recipe(Section):
     """The corpus."""
     pretrain: PretrainSettings | None = None
     """Trains a backbone from scratch instead of the other stages."""
+    memory: MemorySettings | None = None
+    """Fine-tunes the backbone for a sentence memory instead of grafting it."""
     train_vae: TrainVAESettings = TrainVAESettings()
     """First stage."""
     graft: GraftSettings = GraftSettings()
@@ -123,6 +129,8 @@ class Recipe(Section):
                 registry.owner(kind, spec.name)  # defaults are valid; loading the class would import torch
             else:
                 registry.options(kind, spec.name, spec.options, where)
+        for part in self.memory.name.split("+") if self.memory else ():
+            registry.owner("memory", part)  # options are checked when the stage begins
         for i, spec in enumerate(self.bench.extra_metrics):
             registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
         if self.graft.teacher == "backbone" and self.backbone.init == "random":
@@ -130,19 +138,26 @@ class Recipe(Section):
                 "graft.teacher: the backbone has random weights, so there is nothing to learn from it",
                 fix="set graft.teacher=baseline",
             )
-        if self.graft.overlap_sentences >= self.graft.max_sentences:
+        section, passages = "memory" if self.memory else "graft", self.passages
+        if passages.overlap_sentences >= passages.max_sentences:
             raise RecipeError(
-                f"graft.overlap_sentences: {self.graft.overlap_sentences} must be below graft.max_sentences "
-                f"({self.graft.max_sentences})",
+                f"{section}.overlap_sentences: {passages.overlap_sentences} must be below {section}.max_sentences "
+                f"({passages.max_sentences})",
                 fix="lower the first or raise the second",
             )
+
+    @property
+    def passages(self) -> PassageSettings:
+        """Settings of the stage whose passages the baseline reads."""
+        return self.memory or self.graft
 
     def values(self) -> dict[str, Any]:
         """All fields as JSON values, under the names that results and run folders record them by.
 
-        A renamed field keeps its old name there, so that older results and runs still match.
+        A renamed field keeps its old name there, and a section that came later is left out where there is none, so that
+        older results and runs still match.
         """
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(mode="json", by_alias=True, exclude=None if self.memory else {"memory"})
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""

@@ -261,11 +261,9 @@ class TuneSettings(Section):
     """Adapters for ``tune: lora``."""
 
 
-class GraftSettings(TrainingSettings, TuneSettings):
-    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+class PassageSettings(TrainingSettings):
+    """Training on passages: consecutive sentences of a document."""
 
-    vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
-    """Folder of a trained SentenceVAE; null uses the one from this run."""
     passages_per_batch: int = Field(default=8, ge=1)
     """Passages per micro-batch (the paper: 1)."""
     max_sentences: int = Field(default=64, ge=2)
@@ -273,6 +271,13 @@ class GraftSettings(TrainingSettings, TuneSettings):
     overlap_sentences: int = Field(default=1, ge=1)
     """Sentences that a passage repeats from the one before it as context, without scoring them again. Without one, the
     first sentence of a passage could not be predicted."""
+
+
+class GraftSettings(PassageSettings, TuneSettings):
+    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+
+    vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
+    """Folder of a trained SentenceVAE; null uses the one from this run."""
     loss: Literal["focal", "cross-entropy"] = "focal"
     """Loss of tokens and stop decisions."""
     focal_gamma: float = Field(default=2.0, ge=0)
@@ -301,15 +306,47 @@ class GraftSettings(TrainingSettings, TuneSettings):
         return self
 
 
-class BaselineSettings(TuneSettings):
-    """The baseline: the same LLM, fine-tuned token by token on the graft's passages for the same number of steps.
+class MemorySettings(PassageSettings, TuneSettings):
+    """Fine-tuning of an LLM, token by token, with a sentence memory in effect; its backbone is not grafted.
 
-    All its weights are trained by default, whatever ``graft.tune`` is: the fair comparison is with the strongest
-    baseline.
+    One model then serves all settings of the memory that were drawn in training.
+    """
+
+    name: str = "window+recall"
+    """The memory: registered names, combined by ``+``; ``sentcompress plugins`` lists them."""
+    options: dict[str, Any] = {}
+    """Its options, of all combined memories together. They are saved with the model as its defaults."""
+    draw: dict[str, tuple[int, int]] | None = None
+    """Options drawn anew for each micro-batch, with the least and the most, such as ``{recall: [1, 8]}``. Null draws
+    ``recent_sentences``, ``entries`` and ``recall`` from 1 to 8, where the memory has them; ``{}`` draws none."""
+    tune: Literal["full", "lora", "frozen", "last-n"] = "lora"
+    """What to train of the backbone: all weights, low-rank adapters (merged when it is saved), or the last blocks."""
+    passages_per_batch: int = Field(default=1, ge=1)
+    """Passages per micro-batch."""
+    max_sentences: int = Field(default=96, ge=2)
+    """Sentences per passage: enough that many of them are older than what the memory keeps whole."""
+    forward_kl: float = Field(default=0.1, ge=0)
+    """Weight of the KL divergence from the LLM before training, under full attention, to the one in training."""
+    reverse_kl: float = Field(default=0.1, ge=0)
+    """Weight of the KL divergence from the LLM in training to the one before training, under full attention."""
+
+    @model_validator(mode="after")
+    def _ranges_are_in_order(self) -> Self:
+        for name, (least, most) in (self.draw or {}).items():
+            if not 0 <= least <= most:
+                raise ValueError(f"draw.{name}: [{least}, {most}] is not a range: write [least, most]")
+        return self
+
+
+class BaselineSettings(TuneSettings):
+    """The baseline: the same LLM, fine-tuned token by token on the same passages for the same number of steps.
+
+    They are the graft's, or the memory's if the recipe has a section ``memory``. All its weights are trained by
+    default, whatever they train: the fair comparison is with the strongest baseline.
     """
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate; null uses the graft's."""
+    """Peak learning rate; null uses that of ``graft`` or ``memory``."""
     enabled: bool = True
     """Train a baseline; without one, reports say so."""
 

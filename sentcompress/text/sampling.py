@@ -296,7 +296,7 @@ class PassageSampler:
             ends = stop == int(self.corpus.document_offsets[document + 1])
             last += [False] * (stop - start - 1) + [ends]
         input_ids, attention_mask = pad(sentences, self.pad_token_id)
-        rows = _first_fit([len(row) for row in positions], self.row_width)
+        rows = first_fit([len(row) for row in positions], self.row_width)
         width = max(sum(len(positions[passage]) for passage in row) for row in rows)
         sentence_index = np.full((len(rows), width), PADDING, dtype=np.int64)
         passage_ids = np.full_like(sentence_index, PADDING)
@@ -334,7 +334,7 @@ def _cut_passages(
     return np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
 
 
-def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Pack items into rows of at most ``width``: the longest first, each into the first row that has room."""
     rows: list[list[int]] = []
     room: list[int] = []

@@ -18,7 +18,7 @@ from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
 from sentcompress.files import read_json, storage_errors, write_atomically
 from sentcompress.locks import hold_lock
-from sentcompress.recipe import Recipe, by_dotted_name
+from sentcompress.recipe import MemorySettings, PassageSettings, Recipe, by_dotted_name
 from sentcompress.training.monitor import read_heartbeat
 
 RUN = "run.json"
@@ -48,9 +48,15 @@ PRETRAIN = Stage("pretrain", "pretrain", (*_CORPUS, "pretrain"))
 VAE = Stage("vae", "train_vae", (*_CORPUS, "fusion", "vae", "train_vae"))
 GRAFT = Stage("graft", "graft", (*_CORPUS, "graft"))
 BASELINE = Stage("baseline", "graft", (*_CORPUS, "graft", "baseline"))
+MEMORY = Stage("memory", "memory", (*_CORPUS, "memory"))
+MEMORY_BASELINE = Stage(BASELINE.name, MEMORY.section, (*_CORPUS, "memory", "baseline"))
+"""The baseline of a recipe that trains a memory: it reads the memory's passages."""
 
-GRAFT_ONLY = ("teacher", "teacher_share", "shortlist_rank")
-"""Fields of the recipe section ``graft`` that do not affect the baseline."""
+NOT_OF_THE_BASELINE = {
+    GRAFT.section: ("teacher", "teacher_share", "shortlist_rank"),
+    MEMORY.section: tuple(MemorySettings.model_fields.keys() - PassageSettings.model_fields.keys()),
+}
+"""Fields of these recipe sections that do not affect the baseline, which reads their passages."""
 NOT_COMPARED = (
     "log_every",
     "eval_every",
@@ -74,17 +80,27 @@ ACCUMULATION, MICRO_BATCHES = "gradient_accumulation", "micro_batches_a_step"
 def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a stage is made from, by dotted name: the recipe fields it depends on, and its inputs."""
     values = recipe.values()
-    record = by_dotted_name({name: values[name] for name in stage.depends_on})
+    record = by_dotted_name({name: values.get(name) for name in stage.depends_on})
     for name in NOT_COMPARED:
         record.pop(f"{stage.section}.{name}", None)
     accumulation, micro_batches = _batch_fields(stage)
     if accumulation in record:
         # Three processes with one micro-batch each take the same steps as one process with three.
         record[micro_batches] = record.pop(accumulation) * process_count()
-    if stage == BASELINE:
-        for name in GRAFT_ONLY:
-            del record[f"graft.{name}"]
+    if stage.name == BASELINE.name:
+        others = {f"{stage.section}.{name}" for name in NOT_OF_THE_BASELINE[stage.section]}
+        # A field such as options may have fields of its own.
+        record = {name: value for name, value in record.items() if not _within(name, others)}
     return record | {f"inputs.{name}": digest for name, digest in inputs.items()}
+
+
+def _within(name: str, fields: set[str]) -> bool:
+    return name in fields or any(name.startswith(f"{field}.") for field in fields)
+
+
+def baseline_stage(recipe: Recipe) -> Stage:
+    """The baseline of a recipe: it reads the passages of the graft, or of the memory."""
+    return BASELINE if recipe.memory is None else MEMORY_BASELINE
 
 
 def _batch_fields(stage: Stage) -> tuple[str, str]:

@@ -39,20 +39,7 @@ class Teacher:
                 f"graft.teacher: it has {len(self.weight)} tokens, but the backbone's tokenizer has {vocab_size}",
                 fix="use a teacher with the backbone's own tokenizer",
             )
-        self._check_head()
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.arange(8, device=self.weight.device)[None] % len(self.weight)
-        states = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = self.lm(input_ids=ids, use_cache=False).logits[..., : len(self.weight)]
-        difference = float((logits - states @ self.weight.t()).abs().max())
-        if difference > TOLERANCE * max(1.0, float(logits.abs().max())):
-            raise InputError(
-                f"graft.teacher: the logits of {self.lm.config.model_type} are not its last hidden states times "
-                f"its output head (soft-capped, scaled or with a bias: they differ by {difference:.2g})",
-                fix="graft without a teacher",
-            )
+        check_output_head(lm, "graft.teacher", "graft without a teacher")
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> Teaching:
@@ -90,3 +77,26 @@ class Teacher:
         for rows, states in hidden_states_by_length(self.lm, ids, mask.long()):
             found |= {row: states[i, : len(texts[row])] for i, row in enumerate(rows.tolist())}
         return torch.cat([found[row] for row in range(len(texts))])
+
+
+@torch.no_grad()
+def check_output_head(lm: PreTrainedModel, where: str, fix: str = "use another backbone") -> None:
+    """Refuse an LLM whose logits are more than the product of its last hidden states and its output head.
+
+    Args:
+        where: the recipe field or section, for the message.
+    """
+    training = lm.training
+    lm.eval()
+    weight = lm.get_output_embeddings().weight
+    ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = lm(input_ids=ids, use_cache=False).logits
+    lm.train(training)
+    difference = float((logits - states @ weight.t()).abs().max())
+    if difference > TOLERANCE * max(1.0, float(logits.abs().max())):
+        raise InputError(
+            f"{where}: the logits of {lm.config.model_type} are not its last hidden states times its output head "
+            f"(soft-capped, scaled or with a bias: they differ by {difference:.2g})",
+            fix=fix,
+        )

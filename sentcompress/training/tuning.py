@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,6 +107,22 @@ def _expert_stacks(blocks: nn.ModuleList) -> Iterator[tuple[str, nn.Parameter]]:
         for field, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, _ConvNd):
                 yield f"{name}.{field}", parameter
+
+
+@contextmanager
+def without_adapters(lm: nn.Module) -> Iterator[None]:
+    """For a block in which an LLM with adapters is what it was before, without dropout."""
+    adapters: list[Any] = [module for module in lm.modules() if hasattr(module, "get_delta_weight")]
+    training = lm.training
+    lm.eval()
+    for adapter in adapters:
+        adapter.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enable_adapters(True)
+        lm.train(training)
 
 
 def unreached_weights(blocks: Iterable[nn.Module]) -> str:

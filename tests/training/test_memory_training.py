@@ -135,7 +135,7 @@ def test_the_teacher_is_the_llm_before_training(tune):
     recipe = build_recipe({"name": "x", "memory": {"tune": tune, "draw": {}}}, [], "test")
     assert recipe.memory is not None
     apply_tune(lm, lm.model.decoder.layers, recipe.memory, "memory")
-    model = MemoryLM(lm, recipe.memory).train()
+    model = MemoryLM(lm, recipe.memory, None).train()
     learning = {name for name, value in model.named_parameters() if value.requires_grad}
     ids = torch.randint(4, 500, (1, 20))
     batch = {

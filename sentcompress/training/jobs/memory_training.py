@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,14 +47,15 @@ class MemoryLM(nn.Module):
     Args:
         lm: with adapters or without.
         settings: its memory and the weights of the loss.
+        tokenizer: the LLM's, for the memory.
     """
 
     supports_gradient_checkpointing = False  # transformers drops the cache, which is the memory, there
 
-    def __init__(self, lm: PreTrainedModel, settings: MemorySettings) -> None:
+    def __init__(self, lm: PreTrainedModel, settings: MemorySettings, tokenizer: Any) -> None:
         super().__init__()
-        self.lm = lm
-        self.settings = settings
+        self.lm, self.settings, self.tokenizer = lm, settings, tokenizer
+        self.policies: dict[tuple[int, ...] | None, Policy] = {}
         self.names = sorted(drawn_ranges(settings))
         self.divergences = Divergences(settings.forward_kl, settings.reverse_kl)
         self.has_teacher = bool(settings.forward_kl or settings.reverse_kl)
@@ -82,8 +84,7 @@ class MemoryLM(nn.Module):
             summed loss (a scalar), NLL ``[targets]``, and divergences from the teacher ``[2, targets]`` (without
             targets if there is none), in nats; only the loss has gradients.
         """
-        values = {} if drawn is None else dict(zip(self.names, drawn.tolist(), strict=True))
-        policy = Policy.parse(self.settings.name, self.settings.options | values)
+        policy = self.policy(None if drawn is None else tuple(drawn.tolist()))
         layout = Layout.of(input_ids, sentences, attention_mask, texts)
         following = labels[:, 1:]
         kept = following != IGNORED
@@ -96,6 +97,15 @@ class MemoryLM(nn.Module):
             loss, nll = TokenLoss(gamma=0.0)(states, weight, targets)
             return loss.sum(), nll, nll.new_empty(2, 0)
         return self.divergences(states, weight, targets, *taught)
+
+    def policy(self, drawn: tuple[int, ...] | None) -> Policy:
+        """The memory with these values of the drawn options, or with its own."""
+        if drawn not in self.policies:
+            values = dict(zip(self.names, drawn or (), strict=False))
+            policy = Policy.parse(self.settings.name, self.settings.options | values)
+            policy.prepare(self.tokenizer)
+            self.policies[drawn] = policy
+        return self.policies[drawn]
 
     @torch.no_grad()
     def _taught(self, layout: Layout, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +230,7 @@ class MemoryJob(TokenLevelJob):
         lm = load_causal_lm(recipe.backbone).train()
         check_output_head(lm, "memory")
         apply_tune(lm, blocks_of(lm), self.settings, "memory")
-        self.model = MemoryLM(lm, self.settings)
+        self.model = MemoryLM(lm, self.settings, self.text.tokenizer)
         self.width = int(lm.config.hidden_size)
         finder = BoundaryFinder(self.text.segmenter, self.text.tokenizer, MAX_SENTENCE_TOKENS)
         packs = "position_ids" in signature(lm.base_model.forward).parameters

@@ -24,7 +24,7 @@ from sentcompress.text.sampling import PassageSampler
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler, TokenSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
-from sentcompress.training.run_folder import BASELINE, PRETRAIN
+from sentcompress.training.run_folder import PRETRAIN, Stage, baseline_stage
 from sentcompress.training.sharding import is_sharded
 from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.tokenizer import train_tokenizer, training_texts
@@ -121,7 +121,7 @@ def rows_of_similar_length(attention_mask: Tensor, similar: float = SIMILAR) -> 
 class TokenLevelJob:
     """Loss, held-out figures and saving of both token-level trainings."""
 
-    model: TokenLM
+    model: Any
     text: Inputs
     settings: Any
     _train: Any
@@ -153,7 +153,7 @@ class TokenLevelJob:
         nats, targets, size = 0.0, 0, 0
         for index in range(self.heldout_batches()):
             batch = self._heldout.batch(index)
-            _, nll = model(**{name: value.to(device) for name, value in batch.items()})
+            nll = model(**{name: value.to(device) for name, value in batch.items()})[1]
             nats += float(nll.double().sum())
             targets += len(nll)
             ids = batch["labels"][:, 1:]
@@ -257,15 +257,14 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
 
 
 class BaselineJob(TokenLevelJob):
-    """The baseline: the backbone fine-tuned token by token on the graft's passages, in its order, for as many steps."""
-
-    stage = BASELINE
-    batch_fields = ("graft.passages_per_batch", "graft.max_sentences")
+    """The baseline: the backbone fine-tuned token by token on the passages of the graft (or memory), in its order."""
 
     def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:
         self.recipe = recipe
-        rate = recipe.baseline.learning_rate or recipe.graft.learning_rate
-        self.settings = recipe.graft.model_copy(update={"learning_rate": rate})
+        self.stage = baseline_stage(recipe)
+        self.batch_fields = passage_fields(self.stage)
+        rate = recipe.baseline.learning_rate or recipe.passages.learning_rate
+        self.settings = recipe.passages.model_copy(update={"learning_rate": rate})
         self.text = text or load_inputs(recipe)
         self.inputs = {"corpus": self.text.corpus.key}
         lm = load_causal_lm(recipe.backbone).train()
@@ -276,30 +275,14 @@ class BaselineJob(TokenLevelJob):
         apply_tune(lm, blocks_of(lm), recipe.baseline, "baseline")
         self.model = TokenLM(lm)
         self.width = int(lm.config.hidden_size)
-        self._train = self._sampler(self.text.corpus.train, shuffle=True)
-        self._heldout = self._sampler(self.text.corpus.heldout, shuffle=False)
-
-    def _sampler(self, documents: Any, *, shuffle: bool) -> PassageTokenSampler:
-        tokenizer, graft = self.text.tokenizer, self.settings
-        passages = PassageSampler(
-            self.text.corpus,
-            documents,
-            graft.passages_per_batch,
-            graft.max_sentences,
-            graft.overlap_sentences,
-            self.recipe.seed,
-            tokenizer.pad_token_id,
-            shuffle=shuffle,
-        )
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        longest = position_limit(self.model.lm.config)
-        return PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
+        self._train, self._heldout = passage_samplers(recipe, self.text, lm.config)
 
     def card(self) -> Card:
+        compared = "SentenceLM" if self.recipe.memory is None else "LLM trained with a sentence memory"
         return Card(
             title=f"{self.recipe.backbone.model}, fine-tuned token by token",
-            summary=f"The equal-data baseline of a SentenceLM: {self.recipe.backbone.model} ({self.parameters}) "
-            "fine-tuned on the same passages for the same number of steps. The SentenceLM is compared with it.",
+            summary=f"The equal-data baseline of a {compared}: {self.recipe.backbone.model} ({self.parameters}) "
+            "fine-tuned on the same passages for the same number of steps.",
             data=self.text.describe(),
             heldout="On held-out passages, each without the text before it in its document; "
             "use `sentcompress bench quality` to compare models.",
@@ -308,3 +291,35 @@ class BaselineJob(TokenLevelJob):
             "model = AutoModelForCausalLM.from_pretrained('{folder}')",
             tags=("token-level-baseline",),
         )
+
+
+def passage_fields(stage: Stage) -> tuple[str, ...]:
+    """Recipe fields that shrink a micro-batch of passages."""
+    return f"{stage.section}.passages_per_batch", f"{stage.section}.max_sentences"
+
+
+def passage_samplers(recipe: Recipe, text: Inputs, config: Any) -> list[PassageTokenSampler]:
+    """The passages of a recipe as tokens, of the training documents and of the held-out ones.
+
+    Args:
+        config: of the LLM that reads them.
+    """
+    tokenizer, settings = text.tokenizer, recipe.passages
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    samplers = []
+    for documents, shuffle in ((text.corpus.train, True), (text.corpus.heldout, False)):
+        passages = PassageSampler(
+            text.corpus,
+            documents,
+            settings.passages_per_batch,
+            settings.max_sentences,
+            settings.overlap_sentences,
+            recipe.seed,
+            tokenizer.pad_token_id,
+            shuffle=shuffle,
+        )
+        longest = position_limit(config)
+        samplers.append(
+            PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
+        )
+    return samplers
