@@ -289,7 +289,7 @@ def test_the_guides_metric_computes(registry: Registry):
 
 def test_the_guides_memory_keeps_both_ends(registry: Registry):
     place = torch.arange(5)
-    tokens = sentcompress.Tokens(place, place, torch.full_like(place, 9), place, place.flip(0))
+    tokens = sentcompress.Tokens(place, place, torch.full_like(place, 9), place, place.flip(0), place)
     assert registry.create("memory", "ends", {"ends": 2}).keep(tokens).tolist() == [
         True,
         True,

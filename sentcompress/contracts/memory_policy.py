@@ -23,6 +23,7 @@ class Tokens:
             are read at once, lower ages may be asked about too, and position -1; their answers are not used.
         offset: tokens of its sentence before it; 0 is the first of its sentence.
         behind: tokens of its sentence after it; 0 is the last of its sentence.
+        distance: tokens from the beginning of its sentence to the one that is being written.
     """
 
     ids: Tensor
@@ -30,6 +31,7 @@ class Tokens:
     age: Tensor
     offset: Tensor
     behind: Tensor
+    distance: Tensor
 
 
 class Memory(Component):

@@ -15,8 +15,12 @@ class Window(Memory):
     class Options(BaseOptions):
         recent_sentences: int = Field(default=8, ge=0)
         """Sentences before the one being written that are kept whole."""
+        recent_tokens: int | None = Field(default=None, ge=0)
+        """Keep as many whole sentences as fit into this many tokens instead."""
         sinks: int = Field(default=4, ge=0)
         """First tokens of the text that are always kept; LLMs attend to them whatever they say."""
 
     def keep(self, tokens: Tokens) -> Tensor:
-        return (tokens.age <= self.options.recent_sentences) | (tokens.position < self.options.sinks)
+        limit = self.options.recent_tokens
+        near = tokens.age <= self.options.recent_sentences if limit is None else tokens.distance <= limit
+        return near | (tokens.position < self.options.sinks)

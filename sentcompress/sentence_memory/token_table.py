@@ -69,7 +69,8 @@ class Row:
         """Which of these tokens a policy does not keep now: bool."""
         fields = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in self.layout(tokens).items()}
         age = len(self.starts) - 1 - fields.pop("sentence")
-        kept = policy.keep(Tokens(age=age, **fields)) | (age == 0)
+        distance = self.starts[-1] - fields["position"] + fields["offset"]
+        kept = policy.keep(Tokens(age=age, distance=distance, **fields)) | (age == 0)
         return ~kept.expand(len(tokens)).numpy()
 
     def store(self, dropped: np.ndarray) -> np.ndarray:

@@ -86,7 +86,9 @@ def seen(policy: Policy, queries: Layout, tokens: Layout, first: int) -> tuple[T
     age = queries.sentence[:, :, None] - tokens.sentence[:, None, :]
     fields = (tokens.ids, tokens.position, tokens.offset, tokens.behind)
     ids, position, offset, behind = (field[:, None, :] for field in fields)
-    kept = policy.keep(Tokens(ids=ids, position=position, age=age, offset=offset, behind=behind))
+    start = (queries.position - queries.offset)[:, :, None]
+    about = Tokens(ids, position, age, offset, behind, distance=start - position + offset)
+    kept = policy.keep(about)
     older = real & (age > 0)
     return (real & (kept | (age == 0))) | (columns[None, :] == own[:, None]), older & ~kept
 

@@ -94,6 +94,7 @@ def _text(vocabulary: int, sentences: int) -> Tokens:
         age=torch.cat([torch.full((n,), sentences - number) for number, n in enumerate(lengths)]),
         offset=offset,
         behind=torch.cat([torch.arange(n - 1, -1, -1) for n in lengths]),
+        distance=len(offset) - torch.arange(len(offset)) + offset,
     )
 
 
