@@ -201,7 +201,7 @@ def test_no_such_corpus(shop, tmp_path, refused):
         (["graft", "--vae", ...], "--vae"),
         (["graft", "--set", "graft.vae='...'"], "graft.vae"),
         (["run", ...], "no recipe"),
-        (["generate", ..., "Hello."], "DIR"),
+        (["generate", ..., "Hello."], "MODEL"),
         (["reconstruct", ..., "Hello."], "DIR"),
         (["bench", "quality", ...], "DIR"),
         (["bench", "compare", ..., ...], "A B"),
@@ -282,7 +282,8 @@ def test_a_misspelt_alias(shop, tmp_path, refused):
 
 def test_a_folder_that_is_not_ours(tmp_path, shop, refused):
     refused(["generate", tmp_path, "Hello."], str(tmp_path), "config.json")
-    refused(["generate", shop.backbone, "Hello."], "type 'opt'", "SentenceLM")
+    refused(["reconstruct", shop.backbone, "Hello."], "type 'opt'", "sentcompress model")
+    refused(["generate", tmp_path / "run" / "graf", "Hello."], "no folder", "graf")
     refused(["generate", shop.run, "Hello."], "graft", "vae")
     refused(["generate", shop.run / "vae", "Hello."], "sentence-vae", "SentenceLM")
 
@@ -333,6 +334,34 @@ def test_empty_and_overlong_prompts(shop, refused):
     refused(["generate", shop.run / "graft", "The people met here. " * 300], "context holds", "shorten")
     refused(["generate", shop.run / "graft", "Hello.", "--temperature", "0"], "temperature")
     refused(["reconstruct", shop.run / "vae", ""], "empty")
+
+
+def test_options_of_a_sentence_lm_and_of_an_llm(shop, refused):
+    lm, llm = shop.run / "graft", shop.backbone
+    refused(["generate", lm, "Hello.", "--memory", "window"], "--memory is for an LLM", "leave it out")
+    refused(
+        ["generate", lm, "Hello.", "--memory-option", "recall=2"], "--memory is for an LLM", "leave it out"
+    )
+    refused(["generate", lm, "Hello.", "--dtype", "bf16"], "--dtype is for an LLM", "--quantize")
+    refused(["generate", llm, "Hello.", "--quantize", "decoder"], "--quantize is for a SentenceLM", "--dtype")
+    refused(["generate", llm, "Hello.", "--stop-threshold", "1"], "--stop-threshold is for a SentenceLM")
+    refused(["generate", llm, "Hello.", "--dtype", "int3"], "'int3'", "fp32, bf16, fp16")
+
+
+def test_memories_that_cannot_be(shop, refused):
+    llm = shop.backbone
+    memory = ["generate", llm, "Hello.", "--memory"]
+    refused([*memory, "windw"], "no memory is called 'windw'. Did you mean 'window'?", code=3)
+    refused([*memory, "window+"], "not a list of different memories", "window+recall")
+    refused([*memory, "window", "--memory-option", "recall=2"], "no option 'recall'", "recent_sentences")
+    refused([*memory, "window", "--memory-option", "sinks=-1"], "window.sinks", "greater than or equal to 0")
+    refused([*memory, "window", "--memory-option", "sinks"], "'sinks' is not an option", "recall=8")
+    refused([*memory, "window", "--memory-option", "model=x"], "'model=x' is not an option")
+    refused(
+        ["generate", llm, "Hello.", "--memory-option", "sinks=1"], "needs a memory", "--memory window+recall"
+    )
+    refused([*memory, "window", "--memory-option", "storage=tape"], "tape", "int8")
+    refused(["generate", llm, "The people met here. " * 300, "--memory", "window"], "positions", "shorten")
 
 
 # Runs

@@ -7,13 +7,14 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from sentcompress.cli.common import console, examples, quick_imports, user_path
 from sentcompress.cli.options import FieldCommand, model_options
-from sentcompress.files import checked_text, printable
+from sentcompress.errors import InputError, ModelFolderError
+from sentcompress.files import checked_text, printable, read_json
 
 if TYPE_CHECKING:
     from sentcompress.generation import GenerationSettings
@@ -27,26 +28,46 @@ def _default_settings() -> GenerationSettings:
 
 @model_options(_default_settings)
 def generate(
-    folder: Annotated[
+    model: Annotated[
         Path,
-        typer.Argument(metavar="DIR", parser=user_path, help="Folder of a SentenceLM, such as OUT/graft."),
+        typer.Argument(
+            metavar="MODEL",
+            parser=user_path,
+            help="Folder of a SentenceLM, such as OUT/graft; or an LLM: alias (opt-tiny), hub name, folder, GGUF file.",
+        ),
     ],
     prompt: Annotated[
         str,
         typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input, as UTF-8."),
     ],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What an LLM attends to, such as window+recall; 'sentcompress plugins' lists memories.",
+            show_default="the one it was trained with, or all tokens",
+        ),
+    ] = None,
+    memory_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Option of the memory, such as recall=8, or of where it is stored: storage=int8; repeatable.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Data type of an LLM's weights: fp32, bf16 or fp16.")
+    ] = "fp32",
     quantize: Annotated[
         str,
         typer.Option(
             metavar="PARTS",
-            help="Round the weights of encoder, backbone, decoder (comma-separated) to 8 bits.",
+            help="Round the weights of a SentenceLM's encoder, backbone, decoder (comma-separated) to 8 bits.",
         ),
     ] = "",
     **settings: Any,
 ) -> None:
-    """Continue PROMPT with a grafted model; sentences appear as they are written."""
-    from sentcompress.errors import InputError
-
+    """Continue PROMPT with a SentenceLM, or with an LLM and a sentence memory; text appears as it is written."""
     text = _standard_input() if prompt == "-" else _argument(prompt, "the prompt")
     if not text.strip():
         raise InputError("the prompt is empty", fix="give some text to continue")
@@ -57,14 +78,111 @@ def generate(
         from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 
     asked = GenerationSettings.checked(settings)
+    if _is_llm(model):
+        if quantize:
+            _refuse("--quantize", "a SentenceLM", "--dtype bf16 halves the bytes of an LLM's weights")
+        _write_with_llm(str(model), text, memory, memory_option or [], dtype, asked)
+        return
+    if memory is not None or memory_option:
+        _refuse(
+            "--memory",
+            "an LLM",
+            f"leave it out: '{model}' holds a SentenceLM, which reads whole sentences anyway",
+        )
+    if dtype != "fp32":
+        _refuse("--dtype", "an LLM", "--quantize makes a SentenceLM smaller")
     parts = [part.strip() for part in quantize.split(",") if part.strip()]
-    generator = SentenceGenerator(quantized(load_sentence_lm(folder), parts), load_saved_tokenizer(folder))
-    shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
-    typer.echo(shown(text), nl=False)
+    generator = SentenceGenerator(quantized(load_sentence_lm(model), parts), load_saved_tokenizer(model))
+    _show(text)
     for piece in generator.stream(text, asked):
-        typer.echo(shown(piece), nl=False)
-        sys.stdout.flush()
+        _show(piece)
     typer.echo()
+
+
+def _show(text: str) -> None:
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)  # a file gets the text as it is
+    sys.stdout.flush()
+
+
+def _refuse(option: str, what: str, fix: str) -> NoReturn:
+    raise InputError(f"{option} is for {what}", fix=fix)
+
+
+def _is_llm(model: Path) -> bool:
+    """Whether it is an LLM as it is, not a model of sentcompress, going by the model type in its folder.
+
+    Raises:
+        ModelFolderError: a path to a folder that does not exist.
+    """
+    if model.is_dir():
+        config = read_json(model / "config.json")
+        if not isinstance(config, dict):
+            return any(model.glob("*.gguf"))
+        return config.get("model_type") not in ("sentence-lm", "sentence-vae")
+    within = len(model.parts) > 2 or (len(model.parts) == 2 and model.parent.is_dir())
+    if within and model.suffix != ".gguf":
+        raise ModelFolderError(
+            f"no folder '{model}'", fix="give the folder of a model, or an LLM: an alias or a hub name"
+        )
+    return True
+
+
+def _write_with_llm(
+    name: str, prompt: str, memory: str | None, options: list[str], dtype: str, settings: GenerationSettings
+) -> None:
+    """Continue a prompt with an LLM, and say on stderr what its memory held."""
+    with quick_imports():
+        import torch
+
+        from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
+        from sentcompress.recipe import BackboneSpec
+        from sentcompress.sentence_memory.llm_text import write_text
+        from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in types:
+        raise InputError(f"--dtype: there is no type '{dtype}'", fix=f"use {', '.join(types)}")
+    arguments = settings.for_llm()
+    changes = dict(map(_memory_option, options))
+    trained = (Path(name) / SETTINGS).is_file()
+    if changes and not trained and memory is None:
+        raise InputError("--memory-option needs a memory", fix="add --memory window+recall")
+    spec = BackboneSpec(model=name)
+    tokenizer = load_backbone_tokenizer(spec)
+    llm = load_causal_lm(spec).eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
+    held: SentenceMemory | None = None
+    if trained:
+        held = SentenceMemory.from_folder(name, llm, tokenizer, memory, **changes)
+    elif memory is not None:
+        held = SentenceMemory(llm, tokenizer, memory, **changes)
+    _show(prompt)
+    write_text(llm, tokenizer, prompt, _show, memory=held, **arguments)
+    typer.echo()
+    if held is not None:
+        here, stored, full = (
+            f"{size / 2**20:.1f} MiB"
+            for size in (held.device_bytes(), held.storage_bytes(), held.full_bytes())
+        )
+        slow = f", and {stored} in slow storage" if held.storage_bytes() else ""
+        typer.echo(
+            f"The memory {held.policy.name} holds {here}{slow}. A cache of all tokens would hold {full}.",
+            err=True,
+        )
+
+
+def _memory_option(text: str) -> tuple[str, Any]:
+    """``recall=8`` as a name and a value."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("memory", "folder", "model", "tokenizer"):
+        raise InputError(
+            f"--memory-option: '{text}' is not an option of a memory", fix="write it as recall=8"
+        )
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
 
 
 def _argument(text: str, what: str) -> str:
@@ -76,8 +194,6 @@ def _argument(text: str, what: str) -> str:
 
 def _standard_input() -> str:
     """All of standard input, as UTF-8 whatever the locale says: so are the files that a model is trained on."""
-    from sentcompress.errors import InputError
-
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     try:
@@ -101,8 +217,6 @@ def reconstruct(
 
     [-lost-] is in the original only, {+added+} in the reconstruction only.
     """
-    from sentcompress.errors import InputError
-
     sentence = _argument(sentence, "the sentence")
     if not sentence.strip():
         raise InputError("the sentence is empty", fix="give some text to reconstruct")
@@ -147,6 +261,8 @@ def add_to(app: typer.Typer) -> None:
             'sentcompress generate out/quickstart/graft "My fellow citizens," --do-sample --top-p 0.9 --seed 1',
             'sentcompress generate out/quickstart/graft "The state of the Union is" --cache int8 --quantize decoder',
             "cat speech.txt | sentcompress generate out/quickstart/graft -",
+            'sentcompress generate opt-tiny "The state of the Union is" --memory window+recall',
+            'sentcompress generate opt-tiny "My fellow citizens," --memory window --memory-option recent_sentences=4',
         ),
     )(generate)
     app.command(

@@ -15,6 +15,10 @@ from sentcompress.errors import InputError
 from sentcompress.recipe.sections import DecodingOptions
 from sentcompress.registry import describe_validation_error
 
+LLM_LIMITS = ("max_new_tokens", "do_sample", "repetition_penalty", "seed")
+LLM_SAMPLING = ("temperature", "top_k", "top_p")
+"""Settings that transformers' ``generate`` has too; these only with ``do_sample``."""
+
 
 class GenerationSettings(DecodingOptions):
     """Sampling and stopping; greedy unless ``do_sample``. The decoding options are in the recipe's sections too."""
@@ -52,6 +56,24 @@ class GenerationSettings(DecodingOptions):
         if self.compile and not self.use_cache:
             raise ValueError("compile needs the cache: leave use_cache true, or compile false")
         return self
+
+    def for_llm(self) -> dict[str, Any]:
+        """These settings as arguments of transformers' ``generate``, for an LLM that writes token by token.
+
+        Raises:
+            InputError: one of them is only for a SentenceLM.
+        """
+        changed = self.model_dump(exclude_defaults=True)
+        if only := sorted(set(changed) - {*LLM_LIMITS, *LLM_SAMPLING}):
+            option = f"--{only[0].replace('_', '-')}"
+            raise InputError(
+                f"{option} is for a SentenceLM, not for an LLM that writes token by token",
+                fix=f"leave out {option}, or give the folder of a SentenceLM, such as OUT/graft",
+            )
+        arguments = {name: getattr(self, name) for name in LLM_LIMITS}
+        if self.do_sample:
+            arguments |= {name: getattr(self, name) for name in LLM_SAMPLING}
+        return arguments
 
     @classmethod
     def given(cls, settings: GenerationSettings | None) -> GenerationSettings:

@@ -15,7 +15,8 @@ from transformers import Cache, PreTrainedModel
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, ModelFolderError
+from sentcompress.files import read_json
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
 from sentcompress.sentence_memory.attention import attention_configs, memory_attention
@@ -32,6 +33,8 @@ from sentcompress.sentence_memory.stored_prefix import (
 )
 from sentcompress.sentence_memory.token_table import Plan, TokenTable
 
+SETTINGS = "memory.json"
+"""File beside an LLM that was trained with a memory: the memory, its options, and the segmenter."""
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -97,6 +100,46 @@ class SentenceMemory(Cache):
         super().__init__(
             layers=[BlockCache(self.policy, self._planned, self._new_storage) for _ in range(blocks)]
         )
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        memory: str | None = None,
+        **changes: Any,
+    ) -> SentenceMemory:
+        """The memory that an LLM was trained with, as ``memory.json`` in its folder says.
+
+        Args:
+            memory: another memory than that one; then its options are not used either.
+            changes: other arguments and options than those of the file.
+
+        Raises:
+            ModelFolderError: the folder has no such file, or it is damaged.
+        """
+        file = Path(folder) / SETTINGS
+        if not file.is_file():
+            raise ModelFolderError(
+                f"'{folder}' has no {SETTINGS}: its LLM was not trained with a memory",
+                fix="name a memory: SentenceMemory(model, tokenizer, 'window+recall')",
+            )
+        settings = read_json(file)
+        try:
+            if not isinstance(settings, dict):
+                raise ValueError("not a JSON object")
+            trained, options, spec = settings["memory"], settings["options"], settings["segmenter"]
+            segmenter: Any = get_registry().create("segmenter", spec["name"], spec["options"])
+            segmenter.load_state(spec["state"])
+            segmenter.prepare(tokenizer, None)
+            known = {"segmenter": segmenter, "max_sentence_tokens": int(settings["max_sentence_tokens"])}
+            known |= options if memory is None else {}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"{file}: damaged: {type(error).__name__}: {error}", fix="copy or train the model again"
+            ) from None
+        return cls(model, tokenizer, memory or trained, **known | changes)
 
     # ---- what transformers asks for
 
