@@ -7,6 +7,7 @@ function below hands them to the cache that was updated last in its thread.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -78,10 +79,15 @@ AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
 AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 
+_configs: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
+
+
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """The configurations that the attention modules of an LLM read, each once."""
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return list(found.values())
+    """The configurations that the modules of an LLM read, each once."""
+    if model not in _configs:  # looking for them takes longer than a small LLM's step
+        found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        _configs[model] = list(found.values())
+    return _configs[model]
 
 
 @contextmanager
