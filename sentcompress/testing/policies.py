@@ -157,7 +157,8 @@ def _keep(subject: Subject, memory: Memory, build: Callable[[], Memory], vocabul
     _kept(subject, memory, _each(tokens, lambda part: part[:0]), " (no token)")
     _kept(subject, memory, _each(tokens, lambda part: part, age=1 - tokens.age), " with ages of 0 and less")
 
-    ages = _each(tokens, lambda part: part, age=torch.tensor(_AGES)[:, None])
+    age = torch.tensor(_AGES)[:, None]
+    ages = _each(tokens, lambda part: part, age=age, distance=tokens.distance + 9 * (age - 1))
     by_age = _kept(subject, memory, ages, f" with ages up to {_AGES[-1]:,}")
     back = (by_age[1:] & ~by_age[:-1]).nonzero()
     if len(back):

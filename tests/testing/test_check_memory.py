@@ -93,6 +93,11 @@ class Returns(Right):
         return tokens.age % 8 < 4
 
 
+class Far(Right):
+    def keep(self, tokens: Tokens) -> Any:
+        return (tokens.distance <= 50) | (tokens.distance > 1_000)
+
+
 class Table(Right):
     def keep(self, tokens: Tokens) -> Any:
         return torch.ones(200, dtype=torch.bool)[tokens.age]
@@ -212,6 +217,7 @@ WRONG: dict[type, str] = {
     Seeded: r"(keeps|drops) token \d+ of .*, but not by a new instance",
     Counts: r"keeps token \d+ of .*, but not the second time",
     Returns: r"drops token 0 of a sentence of 7, .* at age 7, but keeps it at age 8; a token that was dropped cannot",
+    Far: r"drops token \d+ of a sentence of .* at age \d+, but keeps it at age",
     Table: r"keep for \[18, \d+\] tokens with ages up to 100,000 raised IndexError: .*\(test_check_memory.py:\d+\)",
     InPlace: r"changes its input tokens.age; it must work on copies",
     Loops: r"keep for \[2, 1, \d+\] tokens \(two texts\) raised (ValueError|RuntimeError)",

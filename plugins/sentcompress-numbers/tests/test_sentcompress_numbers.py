@@ -17,7 +17,8 @@ def kept(memory, text, age=1):
     """The tokens of one sentence that are kept, as text."""
     ids = torch.tensor(tiny_tokenizer()(text)["input_ids"])
     place = torch.arange(len(ids))
-    tokens = Tokens(ids, place, torch.full_like(ids, age), place, place.flip(0))
+    older = torch.full_like(ids, age)
+    tokens = Tokens(ids, place, age=older, offset=place, behind=place.flip(0), distance=older * len(ids))
     return [tiny_tokenizer().decode([i]) for i in ids[memory.keep(tokens)].tolist()]
 
 
