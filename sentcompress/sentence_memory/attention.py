@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.errors import RunError
 from sentcompress.sentence_memory.policy import Policy
-from sentcompress.sentence_memory.visibility import Layout, attend_in_one_pass
+from sentcompress.sentence_memory.visibility import Layout, Masks, attend_in_one_pass
 
 IMPLEMENTATION = "sentence_memory"
 """Name of the attention function in transformers."""
@@ -107,9 +107,9 @@ def memory_attention(model: PreTrainedModel) -> Iterator[None]:
 class OnePassLayer(CacheLayerMixin):
     """A block's part of :class:`OnePassMemory`."""
 
-    def __init__(self, layout: Layout, policy: Policy) -> None:
+    def __init__(self, layout: Layout, policy: Policy, masks: Masks) -> None:
         super().__init__()
-        self.layout, self.policy = layout, policy
+        self.layout, self.policy, self.masks = layout, policy, masks
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
@@ -118,7 +118,7 @@ class OnePassLayer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return attend_in_one_pass(query, key, value, self.layout, self.policy, **options)
+        return attend_in_one_pass(query, key, value, self.layout, self.policy, masks=self.masks, **options)
 
     def get_seq_length(self) -> int:
         return 0
@@ -144,4 +144,5 @@ class OnePassMemory(Cache):
     """
 
     def __init__(self, layout: Layout, policy: Policy, blocks: int) -> None:
-        super().__init__(layers=[OnePassLayer(layout, policy) for _ in range(blocks)])
+        masks: Masks = {}  # the same in all blocks
+        super().__init__(layers=[OnePassLayer(layout, policy, masks) for _ in range(blocks)])

@@ -15,6 +15,8 @@ from sentcompress.sentence_memory.policy import Policy
 
 QUERIES = 256
 """Queries that are computed at once: masks and scores are ``[heads, this, tokens]``."""
+Masks = dict[tuple[int, int | None], tuple[Tensor, Tensor, bool]]
+"""By first query and sliding window: what is kept, what may be recalled, and whether anything may."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def attend_in_one_pass(
     sliding_window: int | None = None,
     index: Tensor | None = None,
     stored: tuple[Tensor, Tensor] | None = None,
+    masks: Masks | None = None,
     **options: Any,
 ) -> Tensor:
     """Attention of the last Q of T tokens, each with its memory in effect. Gradients flow through all but the choice.
@@ -218,12 +221,14 @@ def attend_in_one_pass(
         index: of the keys, ``[B, kv heads, T, C]``; None computes it.
         stored: keys and values as slow storage returns them, where they differ from ``key`` and ``value``; what is
             recalled comes from there.
+        masks: of the blocks before with the same layout and memory; filled here.
         options: of :func:`attend`.
 
     Returns:
         ``[B, heads, Q, D]``.
     """
     batch, heads, length, _ = query.shape
+    masks = {} if masks is None else masks
     groups = key.shape[1]
     rows = query.view(batch, groups, heads // groups, length, -1)
     past = key.shape[2] - length
@@ -238,14 +243,17 @@ def attend_in_one_pass(
     for start in range(0, length, QUERIES):
         stop = min(length, start + QUERIES)
         end = past + stop  # nothing after the last query is visible
-        tokens, block = layout.columns(0, end), layout.columns(past + start, end)
-        kept, may = seen(policy, block, tokens, past + start)
-        if sliding_window is not None:
-            near = block.position[:, :, None] - tokens.position[:, None, :] < sliding_window
-            kept, may = kept & near, may & near
+        if (start, sliding_window) not in masks:
+            tokens, block = layout.columns(0, end), layout.columns(past + start, end)
+            kept, may = seen(policy, block, tokens, past + start)
+            if sliding_window is not None:
+                near = block.position[:, :, None] - tokens.position[:, None, :] < sliding_window
+                kept, may = kept & near, may & near
+            masks[start, sliding_window] = kept, may, bool(may.any())
+        kept, may, may_recall = masks[start, sliding_window]
         queries, mask = rows[:, :, :, start:stop], kept[:, None]
         keys, values = key[:, :, :end], value[:, :, :end]
-        if index is not None and bool(may.any()):
+        if index is not None and may_recall:
             stored_keys, stored_values = store_key[:, :, :end], store_value[:, :, :end]
             more = recalled(policy, queries, stored_keys, index[:, :, :end], may, sentence[:, :end], number)
             if lossy:

@@ -112,7 +112,10 @@ class MemoryLM(nn.Module):
         """The teacher's last hidden states ``[targets, H]`` and its output head."""
         teacher = self._copy[0].to(layout.ids.device) if self._copy else self.lm
         with nullcontext() if self._copy else without_adapters(self.lm):
-            states = hidden_states(teacher, layout, everything())
+            if layout.text.any():
+                states = hidden_states(teacher, layout, everything())
+            else:  # padding is on the right, where nothing sees it: the causal mask, which is fast, is enough
+                states = teacher.base_model(input_ids=layout.ids, use_cache=False).last_hidden_state
         return states[:, :-1][kept], teacher.get_output_embeddings().weight
 
 
