@@ -322,6 +322,21 @@ def test_the_map_names_every_package():
     assert [name for name in named if f"`{name}`" not in page] == []
 
 
+def test_the_code_about_memories_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """On the LLM that comes with the package, in place of one from the hub."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```python\n(.+?)^```$", page, re.M | re.S))
+    hub, own = "HuggingFaceTB/SmolLM2-135M", str(ROOT / "sentcompress" / "pretrained" / "opt-tiny")
+    assert code.count(hub) == 1
+    names: dict = {}
+    exec(compile(code.replace(hub, own), "memory.md", "exec"), names)
+    assert names["logits"].shape[:2] == (1, 7)
+    printed = capsys.readouterr().out
+    assert printed.count("The state of the Union is") == 3
+    assert "We met here. The people" in printed
+
+
 # Files shown
 
 
