@@ -23,6 +23,7 @@ from sentcompress.recipe import MemorySettings, Recipe
 from sentcompress.sentence_memory.attention import OnePassMemory, memory_attention
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.sentence_cache import SETTINGS
 from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.text.sampling import Batch, first_fit, pad
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler
@@ -34,8 +35,6 @@ from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.teacher import check_output_head
 from sentcompress.training.tuning import apply_tune, without_adapters
 
-SETTINGS = "memory.json"
-"""File beside the model: the memory it was trained with, its options, and the segmenter."""
 DRAWN = {"recent_sentences": (1, 8), "entries": (1, 8), "recall": (1, 8)}
 """What ``memory.draw: null`` draws, where the memory has these options."""
 MAX_SENTENCE_TOKENS = 64
