@@ -142,19 +142,20 @@ class BlockCache(CacheLayerMixin):
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._grow(plan.slots.shape[1], self.held.shape[2])
         assert plan.new_slots is not None
-        place = plan.new_slots.view(-1, 1, 1, 1)
-        self.keys.scatter_(2, place.expand_as(key), key)
-        self.values.scatter_(2, place.expand_as(value), value)
+        for row, slot in enumerate(plan.new_slots):
+            self.keys[row, :, slot] = key[row, :, 0]
+            self.values[row, :, slot] = value[row, :, 0]
         batch, heads, groups = *query.shape[:2], key.shape[1]
         rows = query.view(batch, groups, heads // groups, 1, -1)
         mask = plan.seen
         if sliding_window is not None:
             mask = mask & (plan.position - plan.slots < sliding_window)[:, None]
         if plan.stored is not None:
-            may = plan.stored.missing
+            out_of_reach = plan.stored.out_of_reach
             if sliding_window is not None:
-                may = may & (plan.position - plan.stored.position < sliding_window)
-            recalled = self._recall(rows[:, :, :, 0], plan.stored, may)
+                far = plan.position - plan.stored.position >= sliding_window
+                out_of_reach = out_of_reach.masked_fill(far, -math.inf)
+            recalled = self._recall(rows[:, :, :, 0], plan.stored, out_of_reach)
             mask = torch.cat([mask.expand(-1, groups, -1), recalled], 2)
         out = attend(
             rows,
@@ -165,24 +166,24 @@ class BlockCache(CacheLayerMixin):
         )
         return out.reshape(batch, heads, 1, -1)
 
-    def _recall(self, query: Tensor, stored: Stored, may: Tensor) -> Tensor:
+    def _recall(self, query: Tensor, stored: Stored, out_of_reach: Tensor) -> Tensor:
         """Bring what the new token recalls into the cache.
 
         Args:
             query: ``[B, kv heads, G, D]``.
-            may: bool ``[B, n]``.
+            out_of_reach: ``[B, n]``, added to scores: minus infinity for a token that cannot be recalled, else 0.
 
         Returns:
             which of the N slots it attends to: bool ``[B, kv heads, N]``.
         """
-        length = may.shape[1]
+        length = out_of_reach.shape[1]
         sentence = stored.sentence[:, None].expand(-1, query.shape[1], -1)
-        scores = self.policy.scores(query, self.index[:, :, :length]).amax(2).float()
-        scores = scores.masked_fill_(~may[:, None], -math.inf)
+        # With the room to grow, so that products need no copy of the index.
+        scores = self.policy.scores(query, self.index)[..., :length].amax(2).float() + out_of_reach[:, None]
 
         def best(scores: Tensor, number: int) -> Tensor:
             each = best_of_each(scores[:, :, None], stored.sentence, stored.sentences)[:, :, 0]
-            return chosen(each, number).gather(2, sentence) & may[:, None]
+            return chosen(each, number).gather(2, sentence) & (scores > -math.inf)
 
         if self.policy.candidates > self.policy.recall:
             rows, heads, tokens = best(scores, self.policy.candidates).nonzero(as_tuple=True)

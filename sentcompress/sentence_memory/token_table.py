@@ -89,13 +89,13 @@ class Stored:
 
     Attributes:
         sentence: numbers of their sentences; those of a row are numbered from 0 as they were stored.
-        missing: bool, the tokens that are not in the cache anyway (and are no padding).
+        out_of_reach: fp32, minus infinity for padding and for tokens that are in the cache anyway, 0 for all others.
         position: tokens of the text before each.
         sentences: numbers of sentences are below this.
     """
 
     sentence: Tensor
-    missing: Tensor
+    out_of_reach: Tensor
     position: Tensor
     sentences: int
 
@@ -110,7 +110,7 @@ class Plan:
         slots: ``[B, R]`` tokens in the slots after the call; -1 in a free one.
         position: ``[B, Q]`` of the new tokens; -1 for padding.
         stored: after ``leaving`` left; None if nothing is stored.
-        new_slots: one token: its slot, ``[B]``; None if there are several.
+        new_slots: one token: its slot in each row; None if there are several.
         layout: several tokens: ``past`` columns of earlier ones (a row's come first, then padding), then the new ones.
         before: several tokens: for each row the slots that were in use before, and the tokens in them.
         stored_before: several tokens: for each row the tokens that were stored before.
@@ -121,7 +121,7 @@ class Plan:
     slots: Tensor
     position: Tensor
     stored: Stored | None
-    new_slots: Tensor | None = None
+    new_slots: list[int] | None = None
     layout: Layout | None = None
     past: int = 0
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -215,7 +215,7 @@ class TokenTable:
             leaving=leaving,
             slots=self._slots(),
             position=torch.tensor([[len(row.ids) - 1] for row in self.rows]),
-            new_slots=torch.tensor(new_slots),
+            new_slots=new_slots,
             stored=self._stored,
         )
 
@@ -300,7 +300,7 @@ class TokenTable:
         if not length:
             return None
         sentence = np.zeros((len(self.rows), length), dtype=np.int64)
-        missing = np.zeros((len(self.rows), length), dtype=bool)
+        out_of_reach = np.full((len(self.rows), length), -np.inf, dtype=np.float32)
         position = np.zeros((len(self.rows), length), dtype=np.int64)
         for number, row in enumerate(self.rows):
             if not row.stored:
@@ -308,11 +308,11 @@ class TokenTable:
             tokens = np.asarray(row.stored)
             count = len(tokens)
             sentence[number, :count] = np.unique(row.sentences(tokens), return_inverse=True)[1]
-            missing[number, :count] = ~np.isin(tokens, row.slots)
+            out_of_reach[number, :count][~np.isin(tokens, row.slots)] = 0
             position[number, :count] = tokens
         return Stored(
             sentence=torch.from_numpy(sentence),
-            missing=torch.from_numpy(missing),
+            out_of_reach=torch.from_numpy(out_of_reach),
             position=torch.from_numpy(position),
             sentences=int(sentence.max()) + 1,
         )

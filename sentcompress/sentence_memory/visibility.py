@@ -180,7 +180,7 @@ def attend(
     """
     batch, heads, shared, queries, size = query.shape
     rows = query.reshape(batch, heads, shared * queries, size)
-    mask = mask if shared == 1 else mask.repeat(1, 1, shared, 1)
+    mask = mask.expand(-1, -1, shared, -1) if queries == 1 else mask.repeat(1, 1, shared, 1)
     if softcap is None and sinks is None:
         out = functional.scaled_dot_product_attention(
             rows, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
