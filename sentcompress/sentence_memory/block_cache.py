@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.sentence_memory.attention import expect_queries
 from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.positions import Rotation
 from sentcompress.sentence_memory.slow_storage import SlowStorage
 from sentcompress.sentence_memory.token_table import SLOTS, Plan, Stored
 from sentcompress.sentence_memory.visibility import attend, attend_in_one_pass, best_of_each, chosen
@@ -27,14 +29,20 @@ class BlockCache(CacheLayerMixin):
     Args:
         planned: returns the plan of the current call.
         storage: makes the slow storage, once rows, heads and dtype are known.
+        rotation: how keys turn when positions are re-indexed.
     """
 
     def __init__(
-        self, policy: Policy, planned: Callable[[], Plan], storage: Callable[[Tensor, Tensor], SlowStorage]
+        self,
+        policy: Policy,
+        planned: Callable[[], Plan],
+        storage: Callable[[Tensor, Tensor], SlowStorage],
+        rotation: Rotation | None = None,
     ) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
+        self._rotation = rotation or Rotation(None)
         self.policy, self._planned, self._make_storage = policy, planned, storage
         self.storage: Any = None
         """:class:`SlowStorage` of a policy that recalls."""
@@ -47,14 +55,13 @@ class BlockCache(CacheLayerMixin):
     # ---- what transformers asks for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, _ = key_states.shape
         if self.keys is not None:  # a prefix, which was loaded before anyone knew where this block lies
             self._move(key_states.device)
             return
         self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
         self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
-        self.held = torch.full((batch, heads, 0), -1, device=self.device)
+        self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
         self._kept_slots = 0
         if self.policy.recall:
             self.storage = self._make_storage(key_states, value_states)
@@ -62,6 +69,7 @@ class BlockCache(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Announce the attention of this block; the new tokens are taken then, since recalling needs the queries."""
+        self._planned()  # refuses an LLM that has not announced its tokens
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         expect_queries(self)
@@ -138,8 +146,13 @@ class BlockCache(CacheLayerMixin):
         sliding_window: int | None = None,
         **options: Any,
     ) -> Tensor:
+        if plan.slot_moves is not None:
+            kept = slice(0, self._kept_slots)
+            self.keys[:, :, kept] = self._rotation.rotate(self.keys[:, :, kept], plan.slot_moves)
+            self.held[plan.moved] = -1
         for row, slots in plan.leaving:
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
+        self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
         assert plan.new_slots is not None
         for row, slot in enumerate(plan.new_slots):
@@ -187,18 +200,38 @@ class BlockCache(CacheLayerMixin):
 
         if self.policy.candidates > self.policy.recall:
             rows, heads, tokens = best(scores, self.policy.candidates).nonzero(as_tuple=True)
-            keys = self.storage.gather(rows, heads, tokens)[0]
+            keys = self._gather(rows, heads, tokens, stored.delta)[0]
             exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
             scores = torch.full_like(scores, -math.inf)
             scores[rows, heads, tokens] = exact
         wanted = best(scores, self.policy.recall)
-        return self._fetch(wanted)
+        return self._fetch(wanted, stored.delta)
 
-    def _fetch(self, wanted: Tensor) -> Tensor:
+    def _gather(
+        self, rows: Tensor, heads: Tensor, tokens: Tensor, delta: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Stored keys and values ``[n, D]``, where they stand now."""
+        keys, values = self.storage.gather(rows, heads, tokens)
+        if delta is not None:
+            keys = self._rotation.rotate(keys[None, None], delta[rows, tokens][None])[0, 0]
+        return keys, values
+
+    def _index_moved(self, plan: Plan) -> None:
+        """Index stored keys anew in rows whose positions have moved."""
+        if plan.stored is None or plan.stored.delta is None:
+            return
+        for row in plan.moved:
+            stop = self.storage.length(row)
+            keys = self.storage.read(0, stop)[0][row : row + 1]
+            index = self.policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
+            self.index[row, :, :stop] = index[0]
+
+    def _fetch(self, wanted: Tensor, delta: Tensor | None) -> Tensor:
         """Bring stored tokens into the N slots where they are not there yet.
 
         Args:
             wanted: bool ``[B, kv heads, n]``.
+            delta: how far they have moved since they were stored, ``[B, n]``.
 
         Returns:
             which slots hold one of them: bool ``[B, kv heads, N]``.
@@ -221,7 +254,7 @@ class BlockCache(CacheLayerMixin):
         first = needed.flatten().cumsum(0) - needed.flatten()
         rank = torch.arange(len(rows), device=rows.device) - first[rows * needed.shape[1] + heads]
         slots = order[rows, heads, rank]
-        keys, values = self.storage.gather(rows, heads, tokens)
+        keys, values = self._gather(rows, heads, tokens, delta)
         self.keys[rows, heads, self._kept_slots + slots] = keys
         self.values[rows, heads, self._kept_slots + slots] = values
         self.held[rows, heads, slots] = tokens
@@ -264,17 +297,51 @@ class BlockCache(CacheLayerMixin):
         values = self._with_past(self.values, value, plan)
         index = self.policy.index(keys) if self.policy.recall else None
         stored = self._stored(keys, values, index, plan) if self.storage is not None else None
-        out = attend_in_one_pass(
-            query, keys, values, plan.layout, self.policy, index=index, stored=stored, **options
-        )
+        parts = []
+        turned = keys
+        for start, stop, turned, own_index, own_stored in self._spans(keys, index, stored, plan):
+            end = plan.past + stop
+            out = attend_in_one_pass(
+                query[:, :, start:stop],
+                turned,
+                values[:, :, :end],
+                plan.layout.columns(0, end),
+                self.policy,
+                index=own_index,
+                stored=own_stored,
+                **options,
+            )
+            parts.append(out)
+        keys = turned
         for row, columns in plan.leaving:
             self._store(row, keys[row].index_select(1, columns), values[row].index_select(1, columns))
+        self._index_moved(plan)
         place = plan.columns[:, None, :, None]
         self.keys = keys.gather(2, place.expand(-1, keys.shape[1], -1, keys.shape[3]))
         self.values = values.gather(2, place.expand(-1, values.shape[1], -1, values.shape[3]))
         self.held = self.held[:, :, :0]
         self._kept_slots = place.shape[2]
-        return out
+        return torch.cat(parts, 2)
+
+    def _spans(
+        self, keys: Tensor, index: Tensor | None, stored: tuple[Tensor, Tensor] | None, plan: Plan
+    ) -> Iterator[tuple[int, int, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]]:
+        """New tokens between which positions do not move, with keys, index and stored pair as those tokens see them."""
+        if not plan.spans:
+            yield 0, keys.shape[2] - plan.past, keys, index, stored
+        for start, stop, delta in plan.spans:
+            end = plan.past + stop
+            turned = self._rotation.rotate(keys[:, :, :end], delta)
+            own = None
+            if stored is not None:
+                own = self._rotation.rotate(stored[0][:, :, :end], delta), stored[1][:, :, :end]
+            yield (
+                start,
+                stop,
+                turned,
+                self.policy.index((own or (turned,))[0]) if self.policy.recall else None,
+                own,
+            )
 
     def _with_past(self, cached: Tensor, new: Tensor, plan: Plan) -> Tensor:
         """Keys or values of all tokens of the plan's layout; zeros for those that are not in the cache."""
@@ -299,6 +366,9 @@ class BlockCache(CacheLayerMixin):
         if any(map(len, plan.stored_before)):
             assert index is not None
             old = self.storage.read()
+            if plan.stored_moves:
+                moves = pad_sequence(plan.stored_moves, batch_first=True)
+                old = self._rotation.rotate(old[0], moves), old[1]
             for row, tokens in enumerate(plan.stored_before):
                 for full, part in zip(recalled or (keys, values), old, strict=True):
                     full[row, :, tokens] = part[row, :, : len(tokens)]

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 
 
@@ -43,18 +45,37 @@ def moved_position(token: Tensor, offset: Tensor, moves: Tensor, limit: int, sin
     return torch.where((token < sinks) | (moves == 0), token, moved)
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions that an LLM was made for, or None if its configuration does not say."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+def rotary_limit(model: PreTrainedModel) -> int:
+    """Positions within which an LLM's own keys keep their frequencies."""
+    config = model.config.get_text_config(decoder=True)
+    limit = position_limit(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    if limit and rope.get("rope_type", rope.get("type")) == "longrope":
-        # Beyond, the LLM itself uses other frequencies, for keys that it has rotated already too.
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        limit = min(limit, original or limit)
+    if rope.get("rope_type") == "longrope":
+        # Beyond, the LLM itself changes the frequencies, of keys that it has rotated already too.
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     return limit
+
+
+@dataclass(frozen=True)
+class Reindexing:
+    """Positions of a text that may be longer than the LLM's limit.
+
+    Attributes:
+        limit: all positions are below.
+        sinks: first tokens of the text, which never move.
+    """
+
+    limit: int
+    sinks: int
+
+    def moves(self, token: int) -> int:
+        """How often positions have moved down when a token of the text is read."""
+        return int(moves_before(torch.tensor(token), self.limit))
+
+    def positions(self, tokens: np.ndarray, offsets: np.ndarray, moves: int) -> np.ndarray:
+        """Where earlier tokens stand after some moves, as :func:`moved_position`."""
+        token, offset = torch.from_numpy(tokens), torch.from_numpy(offsets)
+        return moved_position(token, offset, torch.tensor(moves), self.limit, self.sinks).numpy()
 
 
 @dataclass(frozen=True)
@@ -185,3 +206,30 @@ def _error(rotation: Rotation, start: Tensor, delta: Tensor, wanted: Tensor) -> 
     if rotated.shape != wanted.shape:
         return float("inf")
     return float((rotated.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def reindex(
+    model: PreTrainedModel, positions: str, max_positions: int | None, sinks: int, max_sentence_tokens: int
+) -> tuple[Reindexing | None, list[Rotation]]:
+    """What ``positions`` and ``max_positions`` of a memory ask for, with the rotation of each block.
+
+    Raises:
+        InputError: they are wrong, or the LLM's positions cannot be re-indexed.
+    """
+    if positions not in ("original", "reindexed"):
+        raise InputError(f"positions={positions!r} is unknown", fix="use 'original' or 'reindexed'")
+    if positions == "original":
+        if max_positions is not None:
+            raise InputError("max_positions is only for positions='reindexed'", fix="leave it out")
+        return None, []
+    largest, smallest = rotary_limit(model), 4 * (sinks + max_sentence_tokens)
+    limit = largest if max_positions is None else max_positions
+    if not smallest <= limit <= largest:
+        raise InputError(
+            f"positions cannot be re-indexed at {limit:,}: the LLM has {largest:,}, and sentences of "
+            f"{max_sentence_tokens} tokens with {sinks} sinks need {smallest:,}",
+            fix=f"set max_positions to {smallest:,} to {largest:,}"
+            if smallest <= largest
+            else "lower max_sentence_tokens",
+        )
+    return Reindexing(limit, sinks), find_rotations(model, limit)

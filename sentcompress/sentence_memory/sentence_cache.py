@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sentcompress.sentence_memory.attention import attention_configs, memory_att
 from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
 from sentcompress.sentence_memory.stored_prefix import (
     Prefix,
@@ -56,6 +58,9 @@ class SentenceMemory(Cache):
         max_sentence_tokens: longest sentence; a longer one is cut.
         storage: where older sentences are stored: ``host`` (memory of the CPU), ``int8`` (there, in 8 bits), ``file``.
         folder: of the file.
+        positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
+            positions move down by half of the limit whenever they reach it.
+        max_positions: re-index at fewer positions than the LLM has.
         prove: check once for each LLM, on a few random tokens, that it attends through the memory and nothing else.
         options: of the memories, such as ``recent_sentences`` and ``recall``.
 
@@ -73,6 +78,8 @@ class SentenceMemory(Cache):
         max_sentence_tokens: int = 64,
         storage: str = "host",
         folder: str | Path | None = None,
+        positions: str = "original",
+        max_positions: int | None = None,
         prove: bool = True,
         **options: Any,
     ) -> None:
@@ -90,7 +97,11 @@ class SentenceMemory(Cache):
             cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
             check_attachment(model, functools.partial(SentenceMemory, model, Words(), **cut))
         self.model = model
-        self._table = TokenTable(self.policy, BoundaryFinder(cutter, tokenizer, max_sentence_tokens))
+        reindexing, rotations = reindex(
+            model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
+        )
+        finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
+        self._table = TokenTable(self.policy, finder, reindexing)
         self._storage = storage, folder
         make_storage(storage, 1, folder)  # refuses what it does not know
         self._seen = 0
@@ -98,7 +109,10 @@ class SentenceMemory(Cache):
         self._call: AbstractContextManager[None] | None = None
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(
-            layers=[BlockCache(self.policy, self._planned, self._new_storage) for _ in range(blocks)]
+            layers=[
+                BlockCache(self.policy, self._planned, self._new_storage, rotation)
+                for _, rotation in zip_longest(range(blocks), rotations)
+            ]
         )
 
     @classmethod
@@ -203,7 +217,8 @@ class SentenceMemory(Cache):
             segmenter_options=finder.segmenter.options.model_dump(mode="json"),
             segmenter_state=finder.segmenter.state(),
             storage=self._storage[0],
-            positions=self._seen,
+            tokens=self._seen,
+            max_positions=None if (reindexing := self._table.reindexing) is None else reindexing.limit,
             shapes=shapes_of(tensors),
         )
         write_prefix(folder, prefix, tensors)
@@ -238,8 +253,8 @@ class SentenceMemory(Cache):
                     f"{prefix}: the segmenter of this prefix is not registered", fix="give it: segmenter=..."
                 )
             cutter = get_registry().create("segmenter", saved.segmenter, saved.segmenter_options)
-            cutter.prepare(tokenizer)
             cutter.load_state(saved.segmenter_state)
+            cutter.prepare(tokenizer)
         memory = cls(
             model,
             tokenizer,
@@ -248,9 +263,11 @@ class SentenceMemory(Cache):
             max_sentence_tokens=saved.max_sentence_tokens,
             storage=saved.storage,
             folder=folder,
+            positions="original" if saved.max_positions is None else "reindexed",
+            max_positions=saved.max_positions,
             **saved.options,
         )
-        return memory._restored(tensors, rows, saved.positions)
+        return memory._restored(tensors, rows, saved.tokens)
 
     def copy(self, rows: int = 1) -> SentenceMemory:
         """A memory of its own that has read the same text. What was stored so far is shared, not copied.
@@ -262,6 +279,7 @@ class SentenceMemory(Cache):
             InputError: nothing was read, or several texts.
         """
         finder, (storage, folder) = self._table.finder, self._storage
+        limit = None if (reindexing := self._table.reindexing) is None else reindexing.limit
         other = type(self)(
             self.model,
             finder.tokenizer,
@@ -270,6 +288,9 @@ class SentenceMemory(Cache):
             max_sentence_tokens=finder.max_tokens,
             storage=storage,
             folder=folder,
+            positions="original" if limit is None else "reindexed",
+            max_positions=limit,
+            prove=False,
             **self.policy.options,
         )
         return other._restored(self._state(), rows, self._seen)
@@ -352,14 +373,21 @@ class SentenceMemory(Cache):
                 )
             valid = attention_mask[:, -length:]
         limit = position_limit(self.model.config)
-        if self._seen + length > limit:
+        if self._table.reindexing is None and self._seen + length > limit:
             raise InputError(
                 f"{self._seen + length} tokens, but the LLM has {limit} positions",
-                fix="give it a shorter text",
+                fix="give it a shorter text, or use positions='reindexed'",
             )
         self._plan = self._table.read(input_ids.tolist(), valid.bool().tolist())
         self._call = memory_attention(self.model)
         self._call.__enter__()
+
+    def new_positions(self) -> Tensor | None:
+        """Positions of the tokens of this call, ``[B, Q]``, if they are re-indexed."""
+        if self._table.reindexing is None:
+            return None
+        tokens = self._planned().position.clamp_min(0)
+        return effective_position(tokens, self._table.reindexing.limit).to(self.model.device)
 
     def end_call(self, *, complete: bool) -> None:
         """Called by a hook when the LLM has computed, or has failed."""
@@ -389,7 +417,11 @@ class SentenceMemory(Cache):
                 )
 
     def _planned(self) -> Plan:
-        assert self._plan is not None
+        if self._plan is None or self._call is None:
+            raise InputError(
+                "this LLM is not the one that the memory was made for",
+                fix="make one for this LLM: SentenceMemory(model, tokenizer)",
+            )
         return self._plan
 
     def _new_storage(self, keys: Tensor, values: Tensor) -> SlowStorage:
@@ -427,6 +459,8 @@ def _attach(model: PreTrainedModel) -> None:
                 raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
             ids = kwargs.get("input_ids", args[0] if args else None)
             memory.begin_call(ids, kwargs.get("attention_mask"))
+            if (positions := memory.new_positions()) is not None:
+                kwargs["position_ids"] = positions
 
     def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory = kwargs.get("past_key_values")

@@ -44,8 +44,10 @@ class Prefix(BaseModel):
     segmenter_options: dict[str, Any]
     segmenter_state: dict[str, Any]
     storage: str
-    positions: int
+    tokens: int
     """Tokens read, padding included."""
+    max_positions: int | None
+    """Where positions are re-indexed; None if they are the tokens' own."""
     shapes: dict[str, list[int]]
     """Of all tensors."""
 

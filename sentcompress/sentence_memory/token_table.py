@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sentcompress.contracts import Tokens
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.positions import (
+    Reindexing,
+    effective_position,
+    moved_position,
+    moves_before,
+)
 from sentcompress.sentence_memory.visibility import Layout
 
 SLOTS = 32
 """The cache grows by this many tokens at a time."""
 
 
-ROW = ("ids", "starts", "slots", "stored")
+ROW = ("ids", "starts", "slots", "stored", "stored_at")
 """What a :class:`Row` is made of."""
 
 
@@ -31,13 +39,18 @@ class Row:
         starts: numbers of the tokens that begin a sentence.
         slots: the token in each slot of the cache; -1 in a free one.
         stored: numbers of the tokens in slow storage, in its order: whole sentences.
+        stored_at: their positions when they were stored, which their keys are rotated to.
+        moves: how often positions have moved down.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reindexing: Reindexing | None = None) -> None:
         self.ids: list[int] = []
         self.starts: list[int] = []
         self.slots = np.full(0, -1)
         self.stored: list[int] = []
+        self.stored_at: list[int] = []
+        self.moves = 0
+        self._reindexing = reindexing
         self._stored_sentences: set[int] = set()
 
     def append(self, token: int, finder: BoundaryFinder) -> bool:
@@ -46,7 +59,17 @@ class Row:
         if begins:
             self.starts.append(len(self.ids))
         self.ids.append(token)
+        if self._reindexing is not None:
+            self.moves = self._reindexing.moves(len(self.ids) - 1)
         return begins
+
+    def positions(self, tokens: np.ndarray, moves: int | None = None) -> np.ndarray:
+        """Positions that keys of tokens are rotated to, now or after another number of moves."""
+        moves = self.moves if moves is None else moves
+        if self._reindexing is None or not moves:
+            return tokens
+        offsets = tokens - np.asarray(self.starts, dtype=np.int64)[self.sentences(tokens)]
+        return self._reindexing.positions(tokens, offsets, moves)
 
     def sentences(self, tokens: np.ndarray) -> np.ndarray:
         """Numbers of the sentences that tokens are in."""
@@ -80,7 +103,9 @@ class Row:
         ends = [*self.starts[1:], len(self.ids)]
         tokens = [token for s in new for token in range(self.starts[s], ends[s])]
         self.stored += tokens
-        return np.asarray(tokens, dtype=np.int64)
+        new_tokens = np.asarray(tokens, dtype=np.int64)
+        self.stored_at += self.positions(new_tokens).tolist()
+        return new_tokens
 
 
 @dataclass(frozen=True)
@@ -92,12 +117,14 @@ class Stored:
         out_of_reach: fp32, minus infinity for padding and for tokens that are in the cache anyway, 0 for all others.
         position: tokens of the text before each.
         sentences: numbers of sentences are below this.
+        delta: how far each has to move from where it was stored; None if none has.
     """
 
     sentence: Tensor
     out_of_reach: Tensor
     position: Tensor
     sentences: int
+    delta: Tensor | None = None
 
 
 @dataclass
@@ -115,6 +142,12 @@ class Plan:
         before: several tokens: for each row the slots that were in use before, and the tokens in them.
         stored_before: several tokens: for each row the tokens that were stored before.
         columns: several tokens: the column of the token in each slot, ``[B, R]``; 0 for a free one.
+        moved: rows whose positions move down in this call.
+        slot_moves: one token: how far the token in each slot moves, ``[B, R]``; None if none moves.
+        stored_moves: several tokens: how far each stored token has to move to where it stood before the call, for each
+            row; empty if none has to.
+        spans: several tokens, if a row moves: begin and end of new tokens for which positions do not move, and how far
+            each token of the layout up to that end moves for them, ``[B, past + end]``; the last is for all tokens.
     """
 
     leaving: list[tuple[int, Tensor]]
@@ -127,6 +160,10 @@ class Plan:
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stored_before: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None
+    moved: list[int] = field(default_factory=list)
+    slot_moves: Tensor | None = None
+    stored_moves: list[Tensor] = field(default_factory=list)
+    spans: list[tuple[int, int, Tensor]] = field(default_factory=list)
     _moved: dict[torch.device, Plan] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Plan:
@@ -161,8 +198,8 @@ def _to(value: Any, device: torch.device) -> Any:
 class TokenTable:
     """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does."""
 
-    def __init__(self, policy: Policy, finder: BoundaryFinder) -> None:
-        self.policy, self.finder = policy, finder
+    def __init__(self, policy: Policy, finder: BoundaryFinder, reindexing: Reindexing | None = None) -> None:
+        self.policy, self.finder, self.reindexing = policy, finder, reindexing
         self.rows: list[Row] = []
         self._stored: Stored | None = None
 
@@ -173,10 +210,13 @@ class TokenTable:
 
     def load_state(self, state: dict[str, Tensor], rows: int) -> None:
         """Begin each of ``rows`` rows with what :meth:`state` returned."""
-        self.rows = [Row() for _ in range(rows)]
+        self.rows = [Row(self.reindexing) for _ in range(rows)]
         for row in self.rows:
-            row.ids, row.starts, row.stored = (state[name].tolist() for name in ("ids", "starts", "stored"))
+            for name in ROW:
+                setattr(row, name, state[name].tolist())
             row.slots = state["slots"].numpy().copy()
+            if self.reindexing is not None and row.ids:
+                row.moves = self.reindexing.moves(len(row.ids) - 1)
             row._stored_sentences = set(row.sentences(np.asarray(row.stored, dtype=np.int64)).tolist())
         self._stored = self._stored_now()
 
@@ -189,14 +229,26 @@ class TokenTable:
         """Take the next tokens of each row, ``[B, Q]``; where ``valid`` is false there is padding."""
         one = bool(self.rows) and all(len(row) == 1 and row[0] for row in valid)
         if not self.rows:
-            self.rows = [Row() for _ in ids]
+            self.rows = [Row(self.reindexing) for _ in ids]
         return self._read_one([row[0] for row in ids]) if one else self._read_many(ids, valid)
 
     def _read_one(self, ids: list[int]) -> Plan:
         leaving, new_slots = [], []
         changed = False
+        moved: list[int] = []
+        slot_moves: Tensor | None = None
         for number, (row, token) in enumerate(zip(self.rows, ids, strict=True)):
-            if row.append(token, self.finder):
+            moves = row.moves
+            begins = row.append(token, self.finder)
+            if row.moves > moves:
+                changed = True
+                moved.append(number)
+                if slot_moves is None:
+                    slot_moves = torch.zeros(len(ids), self.capacity, dtype=torch.long)
+                used = np.flatnonzero(row.slots >= 0)
+                held = row.slots[used]
+                slot_moves[number, used] = torch.from_numpy(row.positions(held) - row.positions(held, moves))
+            if begins:
                 changed = True
                 used = np.flatnonzero(row.slots >= 0)
                 used = used[row.dropped(row.slots[used], self.policy)]
@@ -217,6 +269,8 @@ class TokenTable:
             position=torch.tensor([[len(row.ids) - 1] for row in self.rows]),
             new_slots=new_slots,
             stored=self._stored,
+            moved=moved,
+            slot_moves=slot_moves,
         )
 
     def _free_slot(self, row: Row) -> int:
@@ -229,6 +283,8 @@ class TokenTable:
     def _read_many(self, ids: list[list[int]], valid: list[list[bool]]) -> Plan:
         past = max(len(row.ids) for row in self.rows)
         before = []
+        old_moves = [row.moves for row in self.rows]
+        stored_moves = self._stored_moves()
         stored_before = [torch.tensor(row.stored, dtype=torch.long) for row in self.rows]
         columns = []
         for row, new, real in zip(self.rows, ids, valid, strict=True):
@@ -254,7 +310,11 @@ class TokenTable:
             row.slots[: len(kept)] = kept
         slots = self._slots()
         self._stored = self._stored_now()
+        moved = [n for n, (row, old) in enumerate(zip(self.rows, old_moves, strict=True)) if row.moves > old]
         return Plan(
+            moved=moved,
+            stored_moves=stored_moves,
+            spans=self._spans(layout, past, old_moves) if moved else [],
             leaving=leaving,
             slots=slots,
             position=layout.position[:, past:],
@@ -265,6 +325,43 @@ class TokenTable:
             stored_before=stored_before,
             columns=self._columns(slots, columns),
         )
+
+    def _stored_moves(self) -> list[Tensor]:
+        """How far the stored tokens of each row have to move to where they stand now; empty if none has to."""
+        moves = [
+            torch.from_numpy(
+                row.positions(np.asarray(row.stored, dtype=np.int64))
+                - np.asarray(row.stored_at, dtype=np.int64)
+            )
+            for row in self.rows
+        ]
+        return moves if any(bool(row.any()) for row in moves) else []
+
+    def _spans(self, layout: Layout, past: int, old_moves: list[int]) -> list[tuple[int, int, Tensor]]:
+        """:attr:`Plan.spans`. Earlier tokens stand where they stood before the call, new ones where they were read."""
+        assert self.reindexing is not None
+        new, limit = layout.position[:, past:], self.reindexing.limit
+        moves = moves_before(new, limit).cummax(1).values  # padding moves nothing
+        moves = torch.maximum(moves, torch.tensor(old_moves)[:, None])
+        ends = (moves.diff() > 0).any(0).nonzero().flatten() + 1
+        bounds = [0, *ends.tolist(), moves.shape[1]]
+        first = layout.position.clone()
+        first[:, past:] = effective_position(new, limit)
+        for number, old in enumerate(old_moves):
+            first[number, :past] = self._positions(layout, number, past, torch.tensor(old))
+        spans = []
+        for start, stop in pairwise(bounds):
+            now = torch.stack(
+                [self._positions(layout, n, past + stop, row[stop - 1]) for n, row in enumerate(moves)]
+            )
+            spans.append((start, stop, now - first[:, : past + stop]))
+        return spans
+
+    def _positions(self, layout: Layout, row: int, stop: int, moves: Tensor) -> Tensor:
+        """Where the first tokens of a row of a layout stand after some moves."""
+        assert self.reindexing is not None
+        token, offset = layout.position[row, :stop], layout.offset[row, :stop]
+        return moved_position(token, offset, moves, self.reindexing.limit, self.reindexing.sinks)
 
     @staticmethod
     def _columns(slots: Tensor, columns: list[np.ndarray]) -> Tensor:
@@ -315,4 +412,5 @@ class TokenTable:
             out_of_reach=torch.from_numpy(out_of_reach),
             position=torch.from_numpy(position),
             sentences=int(sentence.max()) + 1,
+            delta=pad_sequence(moves, batch_first=True) if (moves := self._stored_moves()) else None,
         )

@@ -17,7 +17,7 @@ from sentcompress.sentence_memory.positions import (
     find_rotations,
     moved_position,
     moves_before,
-    position_limit,
+    rotary_limit,
 )
 
 LIMIT = 64
@@ -98,7 +98,7 @@ def keys_at(model: PreTrainedModel, positions: Tensor) -> list[Tensor]:
 def test_rotated_keys_are_those_of_the_other_positions(name: str, settings: dict[str, Any]):
     """Of tokens that attend to each other: distances stay, so what blocks read stays, and only the rotation differs."""
     model = tiny(name, settings)
-    limit = position_limit(model)
+    limit = rotary_limit(model)
     assert limit == (32 if "original_max_position_embeddings" in settings else LIMIT)
     rotations = find_rotations(model, limit)
     low, high = torch.arange(8), torch.arange(limit - 8, limit)

@@ -127,7 +127,7 @@ def test_what_does_not_belong_is_refused(model: PreTrainedModel, tokenizer: Any,
     header = json.loads((saved / "prefix.json").read_text())
     for change, message in (
         ({"version": 2}, "format version 2, but this sentcompress reads 1"),
-        ({"positions": "many"}, "damaged: prefix.json: positions: "),
+        ({"tokens": "many"}, "damaged: prefix.json: tokens: "),
         ({"shapes": {}}, "damaged: prefix.safetensors has other tensors than prefix.json says"),
     ):
         folder = tmp_path / "changed"
