@@ -89,6 +89,7 @@ class SentenceMemory(Cache):
         if isinstance(segmenter, str):
             cutter = get_registry().create("segmenter", segmenter)
             cutter.prepare(tokenizer)
+        _check_tokenizer(model, tokenizer)
         if max_sentence_tokens < 1:
             raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
         model = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
@@ -442,6 +443,16 @@ def _follows(given: Sequence[int], known: Sequence[int]) -> bool:
     return at == len(known)
 
 
+def _check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse the tokenizer of an LLM with more tokens. Raises InputError."""
+    known = len(model.get_input_embeddings().weight)
+    if hasattr(tokenizer, "__len__") and len(tokenizer) > known:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens, but the LLM knows {known:,}",
+            fix="give the tokenizer that belongs to this LLM",
+        )
+
+
 def _attach(model: PreTrainedModel) -> None:
     """Add hooks to an LLM, once, that tell a memory which tokens it reads."""
     if model in _attached:
@@ -450,6 +461,11 @@ def _attach(model: PreTrainedModel) -> None:
         raise InputError(
             f"{type(model).__name__} does not compute attention through the attention interface of transformers",
             fix="use another LLM: Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-2 and most others do",
+        )
+    if getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
+        raise InputError(
+            f"{type(model).__name__} attends in chunks of its text, which a memory does not know",
+            fix="use another LLM",
         )
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
