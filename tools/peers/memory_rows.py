@@ -1,0 +1,69 @@
+"""Bits per byte and needles found with sentence memories, on the tasks that tools/peers/kvpress_rows.py runs.
+
+    python tools/peers/memory_rows.py out/peers --memory window+recall recent_sentences=8 recall=4
+
+Each ``--memory`` gives names joined by ``+``, and options. The memory is in effect from the first token, as while
+writing, and does not know the question when it reads. Device bytes are measured when a text has been read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress_rows import read_tasks
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sentcompress.benchmark.needles import EncodedTask, answered
+from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+
+
+def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[str]) -> dict[str, Any]:
+    """What one memory makes of all tasks."""
+    name, *settings = words
+    options = {key: json.loads(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    nats = size = needles = found = most = 0
+    for task in tasks:
+        memory = SentenceMemory(model, tokenizer, name, **options)
+        if task["kind"] == "text":
+            ids, scored = torch.cat([task["context"], task["scored"]]), task["scored"]
+            with torch.no_grad():
+                out = model(ids[None], past_key_values=memory, logits_to_keep=len(scored) + 1)
+            nats += float(F.cross_entropy(out.logits[0, :-1].float(), scored, reduction="sum"))
+            size += task["bytes"]
+        else:
+            ids = torch.cat([task["context"], task["question"], task["answer"]]).tolist()
+            answer = slice(len(ids) - len(task["answer"]), len(ids))
+            found += answered(model, EncodedTask(ids, [answer]), memory)[0]
+            needles += 1
+        most = max(most, memory.device_bytes())
+    row: dict[str, Any] = {"memory": name, **options, "most_bytes": most, "dtype": str(model.dtype)}
+    if size:
+        row |= {"bits_per_byte": round(nats / math.log(2) / size, 4), "bytes": size}
+    return row | ({"needles": needles, "found": found} if needles else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="written by export_tasks.py")
+    parser.add_argument("--memory", nargs="+", action="append", required=True, metavar="WORD")
+    parser.add_argument("--tasks", type=Path, help="default: FOLDER/tasks.jsonl")
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    folder = arguments.folder / "model"
+    tasks = read_tasks(arguments.tasks or arguments.folder / "tasks.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for words in arguments.memory:
+        print(json.dumps(row_of(model, tokenizer, tasks, words)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
