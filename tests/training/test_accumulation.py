@@ -22,6 +22,7 @@ from sentcompress.text.prefetch import prefetch
 from sentcompress.training.anomalies import LossWatch
 from sentcompress.training.jobs import Job
 from sentcompress.training.jobs.graft import GraftJob
+from sentcompress.training.jobs.memory_training import MemoryJob
 from sentcompress.training.jobs.sentence_vae import VAEJob
 from sentcompress.training.jobs.token_level import BaselineJob, PretrainJob
 from sentcompress.training.loop import seed_everything
@@ -212,19 +213,43 @@ def test_the_baseline(trained):
     assert_alike(large, large.batch(0), [small.batch(index) for index in range(SIZE)])
 
 
+def memory_job(folder: Path, size: int, tune: str) -> MemoryJob:
+    settings = PLAIN | {"max_sentences": 8, "passages_per_batch": size, "tune": tune, "draw": {}}
+    seed_everything(0)
+    job = MemoryJob(recipe(folder, memory=settings | {"options": {"recent_sentences": 1, "recall": 2}}))
+    for name, parameter in job.model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # else the adapters change nothing
+    return job
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_memory(trained, tune):
+    large, small = memory_job(trained, SIZE, tune), memory_job(trained, 1, tune)
+    figures = assert_alike(large, large.batch(0), [small.batch(index) for index in range(SIZE)])
+    assert {"nats_per_token", "forward_kl", "reverse_kl"} <= figures.keys()
+    assert (figures["forward_kl"] > 1e-3) == (tune == "lora")
+
+
 def case(folder: Path, stage: str) -> tuple[Job, dict[str, Tensor], list[dict[str, Tensor]]]:
     """A job, a large batch, and the same batch in parts of uneven size for two processes."""
     if stage == "vae":
         vae, whole = vae_batch(folder, 0.45)
         return vae, whole, rows(whole, [9, 1, 4, 2])
-    large, small = graft_job(folder, SIZE), graft_job(folder, 1)
+    if stage == "graft":
+        large, small = graft_job(folder, SIZE), graft_job(folder, 1)
+    else:
+        large, small = memory_job(folder, SIZE, stage), memory_job(folder, 1, stage)
     return large, large.batch(0), [small.batch(index) for index in range(SIZE)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "distributed"), [("vae", "ddp"), ("graft", "ddp"), ("graft", "fsdp")])
+@pytest.mark.parametrize(
+    ("stage", "distributed"),
+    [("vae", "ddp"), *((stage, kind) for stage in ("graft", "lora", "full") for kind in ("ddp", "fsdp"))],
+)
 def test_two_processes(trained, tmp_path, monkeypatch, stage, distributed):
-    """Their gradients are averaged, but the step's mean is over the targets of both."""
+    """Gradients are averaged, but the mean is over the targets of both. ``lora`` and ``full`` train a memory."""
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     job, whole, _ = case(trained, stage)
     alone = step(job, iter([whole]), {name: x.clone() for name, x in job.model.state_dict().items()})

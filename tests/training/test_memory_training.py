@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sentcompress import SentenceMemory
 from sentcompress import pipeline as stages
 from sentcompress.cli import main
 from sentcompress.errors import InputError, RecipeError
@@ -21,6 +22,7 @@ from sentcompress.testing.tiny import tiny_opt
 from sentcompress.text.sampling import Batch
 from sentcompress.training.jobs.memory_training import MemoryJob, MemoryLM
 from sentcompress.training.jobs.token_level import IGNORED, BaselineJob
+from sentcompress.training.preparation import prepare
 from sentcompress.training.tuning import apply_tune, without_adapters
 
 
@@ -188,9 +190,11 @@ def test_the_stage_and_its_baseline(tmp_path, backbone):
     assert records[0]["tokens"] == records[1]["tokens"]
     saved = read_json(tmp_path / "memory" / "memory.json")
     assert saved["memory"] == "window+recall"
-    assert saved["options"] == {"recent_sentences": 8, "sinks": 4, "recall": 4}
-    assert saved["segmenter"]["options"]["preset"] == "clause"
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict()
+    assert saved["options"].items() >= {"recent_sentences": 8, "sinks": 4, "recall": 4}.items()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    own = SentenceMemory.from_folder(tmp_path / "memory", model, AutoTokenizer.from_pretrained(backbone))
+    assert own.policy.options == saved["options"]
+    trained = model.state_dict()
     before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
     assert trained.keys() == before.keys()
     assert any(not value.equal(before[name]) for name, value in trained.items())
@@ -238,12 +242,13 @@ def test_it_resumes_bit_by_bit(tmp_path, backbone, monkeypatch, tune):
         ({"draw": {"recall": [0, 2]}}, r"recall\.recall: Input should be greater than or equal to 1"),
         ({"options": {"sink": 1}}, r"has no option 'sink'"),
         ({"tune": "frozen"}, r"memory\.tune: frozen leaves no trainable parameters"),
+        ({"gradient_checkpointing": True}, r"memory\.gradient_checkpointing: MemoryLM does not support it"),
         ({"name": "window+window"}, r"is not a list of different memories"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(backbone, memory, message):
     with pytest.raises(InputError, match=message):
-        MemoryJob(recipe_of(backbone, **memory))
+        prepare(MemoryJob(recipe_of(backbone, **memory)), None, print)
 
 
 def test_a_range_that_is_none_is_refused(backbone):
