@@ -1,4 +1,4 @@
-"""The one training loop: token-level pretraining, SentenceVAE, graft and baseline are jobs of it."""
+"""The one training loop: token-level pretraining, SentenceVAE, graft, memory and baseline are jobs of it."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def rows_of_similar_length(attention_mask: Tensor, similar: float = SIMILAR) -> 
 
 
 class TokenLevelJob:
-    """Loss, held-out figures and saving of both token-level trainings."""
+    """Loss, held-out figures and saving of the token-level trainings."""
 
     model: Any
     text: Inputs
