@@ -146,10 +146,10 @@ class BlockCache(CacheLayerMixin):
         sliding_window: int | None = None,
         **options: Any,
     ) -> Tensor:
-        if plan.slot_moves is not None:
+        if plan.moves is not None and plan.moves.slots is not None:
             kept = slice(0, self._kept_slots)
-            self.keys[:, :, kept] = self._rotation.rotate(self.keys[:, :, kept], plan.slot_moves)
-            self.held[plan.moved] = -1
+            self.keys[:, :, kept] = self._rotation.rotate(self.keys[:, :, kept], plan.moves.slots)
+            self.held[plan.moves.rows] = -1
         for row, slots in plan.leaving:
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._index_moved(plan)
@@ -218,9 +218,9 @@ class BlockCache(CacheLayerMixin):
 
     def _index_moved(self, plan: Plan) -> None:
         """Index stored keys anew in rows whose positions have moved."""
-        if plan.stored is None or plan.stored.delta is None:
+        if plan.moves is None or plan.stored is None or plan.stored.delta is None:
             return
-        for row in plan.moved:
+        for row in plan.moves.rows:
             stop = self.storage.length(row)
             keys = self.storage.read(0, stop)[0][row : row + 1]
             index = self.policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
@@ -327,9 +327,10 @@ class BlockCache(CacheLayerMixin):
         self, keys: Tensor, index: Tensor | None, stored: tuple[Tensor, Tensor] | None, plan: Plan
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]]:
         """New tokens between which positions do not move, with keys, index and stored pair as those tokens see them."""
-        if not plan.spans:
+        spans = plan.moves.spans if plan.moves is not None else []
+        if not spans:
             yield 0, keys.shape[2] - plan.past, keys, index, stored
-        for start, stop, delta in plan.spans:
+        for start, stop, delta in spans:
             end = plan.past + stop
             turned = self._rotation.rotate(keys[:, :, :end], delta)
             own = None
@@ -366,8 +367,8 @@ class BlockCache(CacheLayerMixin):
         if any(map(len, plan.stored_before)):
             assert index is not None
             old = self.storage.read()
-            if plan.stored_moves:
-                moves = pad_sequence(plan.stored_moves, batch_first=True)
+            if plan.moves is not None and plan.moves.stored:
+                moves = pad_sequence(plan.moves.stored, batch_first=True)
                 old = self._rotation.rotate(old[0], moves), old[1]
             for row, tokens in enumerate(plan.stored_before):
                 for full, part in zip(recalled or (keys, values), old, strict=True):

@@ -26,13 +26,7 @@ from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
-from sentcompress.sentence_memory.stored_prefix import (
-    Prefix,
-    fingerprints,
-    read_prefix,
-    shapes_of,
-    write_prefix,
-)
+from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import Plan, TokenTable
 
 SETTINGS = "memory.json"
@@ -208,21 +202,7 @@ class SentenceMemory(Cache):
             StorageError: the folder cannot be written.
         """
         tensors, finder = self._state(), self._table.finder
-        found = get_registry().find("segmenter", type(finder.segmenter))
-        prefix = Prefix(
-            **fingerprints(self.model, finder.tokenizer),
-            memory=self.policy.name,
-            options=self.policy.options,
-            max_sentence_tokens=finder.max_tokens,
-            segmenter=found[0] if found else None,
-            segmenter_options=finder.segmenter.options.model_dump(mode="json"),
-            segmenter_state=finder.segmenter.state(),
-            storage=self._storage[0],
-            tokens=self._seen,
-            max_positions=None if (reindexing := self._table.reindexing) is None else reindexing.limit,
-            shapes=shapes_of(tensors),
-        )
-        write_prefix(folder, prefix, tensors)
+        write_prefix(folder, self.model, finder, self._arguments, self._seen, tensors)
 
     @classmethod
     def load(
@@ -247,27 +227,11 @@ class SentenceMemory(Cache):
             InputError: there is no prefix, it is damaged, or another LLM, dtype, tokenizer or version has written it.
         """
         saved, tensors = read_prefix(prefix, model, tokenizer)
-        cutter = segmenter
-        if cutter is None:
-            if saved.segmenter is None:
-                raise InputError(
-                    f"{prefix}: the segmenter of this prefix is not registered", fix="give it: segmenter=..."
-                )
-            cutter = get_registry().create("segmenter", saved.segmenter, saved.segmenter_options)
-            cutter.load_state(saved.segmenter_state)
-            cutter.prepare(tokenizer)
-        memory = cls(
-            model,
-            tokenizer,
-            saved.memory,
-            segmenter=cutter,
-            max_sentence_tokens=saved.max_sentence_tokens,
-            storage=saved.storage,
-            folder=folder,
-            positions="original" if saved.max_positions is None else "reindexed",
-            max_positions=saved.max_positions,
-            **saved.options,
-        )
+        arguments: dict[str, Any] = {
+            "segmenter": segmenter or saved.make_segmenter(tokenizer),
+            "folder": folder,
+        }
+        memory = cls(model, tokenizer, **saved.arguments, **arguments)
         return memory._restored(tensors, rows, saved.tokens)
 
     def copy(self, rows: int = 1) -> SentenceMemory:
@@ -279,22 +243,27 @@ class SentenceMemory(Cache):
         Raises:
             InputError: nothing was read, or several texts.
         """
-        finder, (storage, folder) = self._table.finder, self._storage
-        limit = None if (reindexing := self._table.reindexing) is None else reindexing.limit
-        other = type(self)(
-            self.model,
-            finder.tokenizer,
-            self.policy.name,
-            segmenter=finder.segmenter,
-            max_sentence_tokens=finder.max_tokens,
-            storage=storage,
-            folder=folder,
-            positions="original" if limit is None else "reindexed",
-            max_positions=limit,
-            prove=False,
-            **self.policy.options,
-        )
+        finder = self._table.finder
+        arguments: dict[str, Any] = {
+            "segmenter": finder.segmenter,
+            "folder": self._storage[1],
+            "prove": False,
+        }
+        other = type(self)(self.model, finder.tokenizer, **self._arguments, **arguments)
         return other._restored(self._state(), rows, self._seen)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """What a memory like this one is made with, as JSON values; but for the segmenter."""
+        reindexing = self._table.reindexing
+        return {
+            "memory": self.policy.name,
+            "max_sentence_tokens": self._table.finder.max_tokens,
+            "storage": self._storage[0],
+            "positions": "original" if reindexing is None else "reindexed",
+            "max_positions": None if reindexing is None else reindexing.limit,
+            **self.policy.options,
+        }
 
     def _state(self) -> dict[str, Tensor]:
         if len(self._table.rows) != 1:

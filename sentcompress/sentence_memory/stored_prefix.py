@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 from sentcompress.files import read_json, whole_folder
+from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.boundaries import BoundaryFinder
 
 _HEADER, _TENSORS = "prefix.json", "prefix.safetensors"
 _FORMAT, _VERSION = "sentcompress sentence memory", 1
@@ -37,19 +40,30 @@ class Prefix(BaseModel):
     weights: str
     dtype: str
     tokenizer: str
-    memory: str
-    options: dict[str, Any]
-    max_sentence_tokens: int
+    arguments: dict[str, Any]
+    """Of the memory, but for the segmenter."""
     segmenter: str | None
+    """Its name; None if it is not registered."""
     segmenter_options: dict[str, Any]
     segmenter_state: dict[str, Any]
-    storage: str
     tokens: int
     """Tokens read, padding included."""
-    max_positions: int | None
-    """Where positions are re-indexed; None if they are the tokens' own."""
     shapes: dict[str, list[int]]
     """Of all tensors."""
+
+    def make_segmenter(self, tokenizer: Any) -> Segmenter:
+        """The segmenter that read the text.
+
+        Raises:
+            InputError: it is not registered.
+            PluginError: its plugin is missing.
+        """
+        if self.segmenter is None:
+            raise InputError("the segmenter of this prefix is not registered", fix="give it: segmenter=...")
+        segmenter: Segmenter = get_registry().create("segmenter", self.segmenter, self.segmenter_options)
+        segmenter.load_state(self.segmenter_state)
+        segmenter.prepare(tokenizer)
+        return segmenter
 
 
 def fingerprints(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
@@ -82,18 +96,35 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def write_prefix(folder: str | Path, prefix: Prefix, tensors: dict[str, Tensor]) -> None:
+def write_prefix(
+    folder: str | Path,
+    model: PreTrainedModel,
+    finder: BoundaryFinder,
+    arguments: dict[str, Any],
+    tokens: int,
+    tensors: dict[str, Tensor],
+) -> None:
     """Write a prefix, completely or not at all; an older prefix there is replaced.
 
     Raises:
         InputError: the folder holds something else.
         StorageError: it cannot be written.
     """
-    folder = Path(folder)
+    folder, segmenter = Path(folder), finder.segmenter
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (folder / _HEADER).is_file())
     ):
         raise InputError(f"{folder}: is not a saved prefix; left unchanged", fix="choose another folder")
+    registered = get_registry().find("segmenter", type(segmenter))
+    prefix = Prefix(
+        **fingerprints(model, finder.tokenizer),
+        arguments=arguments,
+        segmenter=registered[0] if registered else None,
+        segmenter_options=segmenter.options.model_dump(mode="json"),
+        segmenter_state=segmenter.state(),
+        tokens=tokens,
+        shapes=_shapes(tensors),
+    )
     with whole_folder(folder) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / _TENSORS)
         (temporary / _HEADER).write_text(prefix.model_dump_json(indent=1), encoding="utf-8")
@@ -143,12 +174,12 @@ def read_prefix(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(folder, f"{_TENSORS}: {error}") from None
-    if shapes_of(tensors) != prefix.shapes:
+    if _shapes(tensors) != prefix.shapes:
         raise _damaged(folder, f"{_TENSORS} has other tensors than {_HEADER} says")
     return prefix, tensors
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     """The shape of each tensor."""
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 

@@ -127,6 +127,25 @@ class Stored:
     delta: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Moves:
+    """How re-indexed positions move in a call.
+
+    Attributes:
+        rows: those whose positions move down in it.
+        slots: one token: how far the token in each slot moves, ``[B, R]``; None if none moves.
+        stored: several tokens: how far the stored tokens of each row have to move to where they stood before the call;
+            empty if none has to.
+        spans: several tokens, if a row moves: begin and end of new tokens between which positions do not move, and how
+            far each token of the layout up to that end moves for them, ``[B, past + end]``; the last is for all tokens.
+    """
+
+    rows: list[int]
+    slots: Tensor | None = None
+    stored: list[Tensor] = field(default_factory=list)
+    spans: list[tuple[int, int, Tensor]] = field(default_factory=list)
+
+
 @dataclass
 class Plan:
     """What one call of the LLM does to the cache of each block. Tensors lie on the CPU until a block asks for them.
@@ -142,12 +161,7 @@ class Plan:
         before: several tokens: for each row the slots that were in use before, and the tokens in them.
         stored_before: several tokens: for each row the tokens that were stored before.
         columns: several tokens: the column of the token in each slot, ``[B, R]``; 0 for a free one.
-        moved: rows whose positions move down in this call.
-        slot_moves: one token: how far the token in each slot moves, ``[B, R]``; None if none moves.
-        stored_moves: several tokens: how far each stored token has to move to where it stood before the call, for each
-            row; empty if none has to.
-        spans: several tokens, if a row moves: begin and end of new tokens for which positions do not move, and how far
-            each token of the layout up to that end moves for them, ``[B, past + end]``; the last is for all tokens.
+        moves: how re-indexed positions move in this call; None if none does.
     """
 
     leaving: list[tuple[int, Tensor]]
@@ -160,10 +174,7 @@ class Plan:
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stored_before: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None
-    moved: list[int] = field(default_factory=list)
-    slot_moves: Tensor | None = None
-    stored_moves: list[Tensor] = field(default_factory=list)
-    spans: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    moves: Moves | None = None
     _moved: dict[torch.device, Plan] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Plan:
@@ -190,7 +201,7 @@ def _to(value: Any, device: torch.device) -> Any:
         return [_to(item, device) for item in value]
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
-    if isinstance(value, Layout | Stored):
+    if isinstance(value, Layout | Stored | Moves):
         return type(value)(**{name: _to(part, device) for name, part in vars(value).items()})
     return value
 
@@ -269,8 +280,7 @@ class TokenTable:
             position=torch.tensor([[len(row.ids) - 1] for row in self.rows]),
             new_slots=new_slots,
             stored=self._stored,
-            moved=moved,
-            slot_moves=slot_moves,
+            moves=Moves(moved, slots=slot_moves) if moved else None,
         )
 
     def _free_slot(self, row: Row) -> int:
@@ -311,10 +321,9 @@ class TokenTable:
         slots = self._slots()
         self._stored = self._stored_now()
         moved = [n for n, (row, old) in enumerate(zip(self.rows, old_moves, strict=True)) if row.moves > old]
+        spans = self._spans(layout, past, old_moves) if moved else []
         return Plan(
-            moved=moved,
-            stored_moves=stored_moves,
-            spans=self._spans(layout, past, old_moves) if moved else [],
+            moves=Moves(moved, stored=stored_moves, spans=spans) if moved or stored_moves else None,
             leaving=leaving,
             slots=slots,
             position=layout.position[:, past:],
@@ -338,7 +347,7 @@ class TokenTable:
         return moves if any(bool(row.any()) for row in moves) else []
 
     def _spans(self, layout: Layout, past: int, old_moves: list[int]) -> list[tuple[int, int, Tensor]]:
-        """:attr:`Plan.spans`. Earlier tokens stand where they stood before the call, new ones where they were read."""
+        """:attr:`Moves.spans`. Earlier tokens stand where they stood before the call, new ones where they were read."""
         assert self.reindexing is not None
         new, limit = layout.position[:, past:], self.reindexing.limit
         moves = moves_before(new, limit).cummax(1).values  # padding moves nothing
