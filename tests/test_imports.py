@@ -35,7 +35,7 @@ _TABLE = {
     "text": "errors files locks packages contracts registry",
     "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",
-    "sentence_memory": "errors files contracts registry text modeling",
+    "sentence_memory": "errors files contracts registry text",
     "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance",
@@ -44,7 +44,7 @@ _TABLE = {
     "sentence_memory provenance training estimate",
     "pipeline": "errors files recipe distributed training benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
-    "testing": "errors contracts registry recipe text modeling sentence_memory",
+    "testing": "errors contracts registry recipe text modeling",
     "cli": "errors files table packages registry recipe distributed datasets text modeling generation "
     "sentence_memory training estimate benchmark pipeline studies",
     "__main__": "cli",

@@ -50,6 +50,8 @@ class BlockCache(CacheLayerMixin):
         """Of the stored tokens, ``[B, kv heads, capacity, C]``."""
         self.held: Any = None
         """Number of the stored token in each of the N slots, ``[B, kv heads, N]``; -1 in a free one."""
+        self.attended: Any = None
+        """Slots that the last token attended to, where it came alone: bool ``[B, kv heads or 1, slots]``."""
         self._kept_slots = 0
 
     # ---- what transformers asks for
@@ -86,7 +88,7 @@ class BlockCache(CacheLayerMixin):
     def reset(self) -> None:
         if self.storage is not None:
             self.storage.reset()
-        self.keys = self.values = self.index = self.held = self.storage = None
+        self.keys = self.values = self.index = self.held = self.storage = self.attended = None
         self.is_initialized = False
 
     # ---- a prefix

@@ -304,6 +304,17 @@ class SentenceMemory(Cache):
         )
         return per_token * self._seen * len(self._table.rows)
 
+    def attended_share(self) -> float:
+        """Share of the tokens read so far that the last one attended to, a mean of blocks, heads and texts.
+
+        NaN if the last one did not come alone.
+        """
+        if any(layer.attended is None for layer in self.layers):
+            return float("nan")
+        lengths = torch.tensor([len(row.ids) for row in self._table.rows])
+        shares = [(layer.attended.sum(2).float().mean(1).cpu() / lengths).mean() for layer in self.layers]
+        return float(torch.stack(shares).mean())
+
     # ---- a call of the LLM
 
     def begin_call(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 
 import pytest
@@ -212,6 +213,24 @@ class TestSize:
             sizes.append(cache.device_bytes())
         assert max(sizes) <= 1.5 * min(sizes)
         assert sizes[-1] < 0.3 * cache.full_bytes()
+
+    def test_a_window_by_tokens_or_share(self, model, ids):
+        long = ids.repeat(1, 4)
+        for options, least, most in (({"recent_tokens": 60}, 60, 90), ({"recent_share": 0.5}, 180, 230)):
+            cache = memory(model, "window", **options)
+            in_parts(model, long, cache, [380])
+            seen = cache.attended_share() * 400
+            assert least - 9 - 4 <= seen <= most, options
+        with pytest.raises(InputError, match="exclude each other"):
+            memory(model, "window", recent_tokens=5, recent_share=0.1)
+
+    def test_what_the_last_token_attended_to(self, model, ids):
+        cache = memory(model, "window", recent_sentences=99)
+        in_parts(model, ids, cache, [99])
+        assert cache.attended_share() == 1
+        whole = memory(model)
+        in_parts(model, ids, whole, [])
+        assert math.isnan(whole.attended_share())
 
     def test_sentences_without_an_end_are_cut(self, model):
         words = torch.tensor([tokenizer().encode("on and " * 200)])
