@@ -172,6 +172,7 @@ class BlockCache(CacheLayerMixin):
                 out_of_reach = out_of_reach.masked_fill(far, -math.inf)
             recalled = self._recall(rows[:, :, :, 0], plan.stored, out_of_reach)
             mask = torch.cat([mask.expand(-1, groups, -1), recalled], 2)
+        self.attended = mask
         out = attend(
             rows,
             self.keys[:, :, : mask.shape[2]],
@@ -293,6 +294,7 @@ class BlockCache(CacheLayerMixin):
     # ---- many new tokens
 
     def _attend_many(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, **options: Any) -> Tensor:
+        self.attended = None
         assert plan.layout is not None
         assert plan.columns is not None
         keys = self._with_past(self.keys, key, plan)

@@ -20,6 +20,7 @@ class BoundaryFinder:
 
     Args:
         segmenter: prepared.
+        tokenizer: of the LLM.
         max_tokens: longest sentence; a longer one is cut.
     """
 
@@ -33,8 +34,11 @@ class BoundaryFinder:
     def begins(self, sentence: list[int], token: int) -> bool:
         """Whether a token begins a new sentence.
 
+        The segmenter is slow, so it is asked only after a mark, unless it cuts between plain words too.
+
         Args:
             sentence: token ids of the sentence so far.
+            token: the one that follows.
         """
         if not sentence:
             return False

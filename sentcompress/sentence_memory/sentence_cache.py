@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from sentcompress.contracts import Segmenter
@@ -19,8 +17,9 @@ from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError, ModelFolderError
 from sentcompress.files import read_json
 from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.attachment import attach, check_tokenizer, follows
 from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
-from sentcompress.sentence_memory.attention import attention_configs, memory_attention
+from sentcompress.sentence_memory.attention import memory_attention
 from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
@@ -31,7 +30,6 @@ from sentcompress.sentence_memory.token_table import Plan, TokenTable
 
 SETTINGS = "memory.json"
 """File beside an LLM that was trained with a memory: the memory, its options, and the segmenter."""
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class SentenceMemory(Cache):
@@ -83,11 +81,11 @@ class SentenceMemory(Cache):
         if isinstance(segmenter, str):
             cutter = get_registry().create("segmenter", segmenter)
             cutter.prepare(tokenizer)
-        _check_tokenizer(model, tokenizer)
+        check_tokenizer(model, tokenizer)
         if max_sentence_tokens < 1:
             raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
         model = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
-        _attach(model)
+        attach(model)
         if prove:
             cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
             check_attachment(model, functools.partial(SentenceMemory, model, Words(), **cut))
@@ -328,7 +326,6 @@ class SentenceMemory(Cache):
             InputError: these tokens cannot follow those read so far.
         """
         if self._call is not None:
-            self._call = None
             raise InputError(
                 "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
             )
@@ -391,7 +388,7 @@ class SentenceMemory(Cache):
         for number, row in enumerate(self._table.rows[: len(input_ids)]):
             given = input_ids[number].tolist()
             known = row.ids
-            if not _follows(given, known):
+            if not follows(given, known):
                 raise InputError(
                     f"the memory holds another text than prompt {number + 1} begins with",
                     fix="call memory.reset() before a new text, or use a new memory",
@@ -408,71 +405,3 @@ class SentenceMemory(Cache):
     def _new_storage(self, keys: Tensor, values: Tensor) -> SlowStorage:
         kind, folder = self._storage
         return make_storage(kind, len(keys), folder)
-
-
-def _follows(given: Sequence[int], known: Sequence[int]) -> bool:
-    """Whether ``known``, which has no padding, is the beginning of ``given`` but for padding."""
-    at = 0
-    for token in given:
-        if at == len(known):
-            return True
-        if token == known[at]:
-            at += 1
-        elif at:
-            return False
-    return at == len(known)
-
-
-def _check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse the tokenizer of an LLM with more tokens. Raises InputError."""
-    known = len(model.get_input_embeddings().weight)
-    if hasattr(tokenizer, "__len__") and len(tokenizer) > known:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the LLM knows {known:,}",
-            fix="give the tokenizer that belongs to this LLM",
-        )
-
-
-def _attach(model: PreTrainedModel) -> None:
-    """Add hooks to an LLM, once, that tell a memory which tokens it reads."""
-    if model in _attached:
-        return
-    if not getattr(model, "_supports_attention_backend", False) or not attention_configs(model):
-        raise InputError(
-            f"{type(model).__name__} does not compute attention through the attention interface of transformers",
-            fix="use another LLM: Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-2 and most others do",
-        )
-    if getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
-        raise InputError(
-            f"{type(model).__name__} attends in chunks of its text, which a memory does not know",
-            fix="use another LLM",
-        )
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, SentenceMemory):
-            if memory.model is not model:
-                raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            memory.begin_call(ids, kwargs.get("attention_mask"))
-            if (positions := memory.new_positions()) is not None:
-                kwargs["position_ids"] = positions
-
-    def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, SentenceMemory):
-            memory.end_call(complete=output is not None)
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
-    prepare = model.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def checked(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, SentenceMemory) and kwargs.get("is_first_iteration", False):
-            memory.check_prompt(input_ids)
-        return prepare(input_ids, *args, **kwargs)
-
-    model.prepare_inputs_for_generation = checked
-    _attached.add(model)

@@ -123,7 +123,7 @@ def test_a_trained_memory_is_used_unless_another_is_named(trained: Path, llm: Pa
 def test_the_folder_of_a_trained_memory_in_python(trained: Path, llm: Path, tokenizer: Any):
     model = AutoModelForCausalLM.from_pretrained(trained)
     memory = sentcompress.SentenceMemory.from_folder(trained, model, tokenizer)
-    assert memory.policy.options == {"recent_sentences": 1, "recent_tokens": None, "sinks": 2}
+    assert memory.policy.options.items() >= {"recent_sentences": 1, "sinks": 2}.items()
     changed = sentcompress.SentenceMemory.from_folder(trained, model, tokenizer, sinks=0)
     assert changed.policy.options["sinks"] == 0
     with pytest.raises(ModelFolderError, match=r"has no memory\.json: its LLM was not trained with a memory"):
