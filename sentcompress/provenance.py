@@ -121,6 +121,7 @@ def plugin_packages(recipe: Recipe) -> dict[str, str]:
         ("backbone", backbone),
         ("dataset", recipe.data.name),
         *(("metric", metric.name) for metric in recipe.bench.extra_metrics),
+        *(("memory", name.strip()) for name in (recipe.memory.name.split("+") if recipe.memory else ())),
     ]
     claims = [registry.claims(kind, name) for kind, name in components if name]
     owners = [claim[0].plugin for claim in claims if len(claim) == 1]

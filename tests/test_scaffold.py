@@ -146,18 +146,22 @@ def test_the_commands_it_prints_are_right(site: Path, tmp_path: Path, kind: str,
     pip, pytest_, recipe = map(shlex.split, capsys.readouterr().out.strip().splitlines()[-3:])
     assert pip == ["pip", "install", "-e", f"{package}[test]"]
     assert pytest_ == ["pytest", str(package)]
+    setting = recipe[4]
     if kind == "memory":  # it needs no training
         assert recipe[:3] == ["sentcompress", "generate", "opt-tiny"]
         assert recipe[4:] == ["--memory", "window+later-memory"]
-        return
-    assert recipe[:4] == ["sentcompress", "run", "quickstart", "--set"]
-    assert shlex.join(recipe[3:]) in (package / "README.md").read_text()
+        setting = "memory={name: window+later-memory}"
+    else:
+        assert recipe[:4] == ["sentcompress", "run", "quickstart", "--set"]
+    readme = (package / "README.md").read_text()
+    assert shlex.join(recipe[4:]) in readme
+    assert setting.partition("=")[2].strip("{}[]") in readme
 
     monkeypatch.delenv("SENTCOMPRESS_PLUGINS", raising=False)
     monkeypatch.syspath_prepend(str(site))
     fresh = Registry()
     monkeypatch.setattr("sentcompress.recipe.get_registry", lambda: fresh)
-    assert load_recipe("quickstart", [recipe[4].replace("later", "first")])
+    assert load_recipe("quickstart", [setting.replace("later", "first")])
 
 
 # What is refused

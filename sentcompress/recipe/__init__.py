@@ -130,7 +130,7 @@ class Recipe(Section):
             else:
                 registry.options(kind, spec.name, spec.options, where)
         for part in self.memory.name.split("+") if self.memory else ():
-            registry.owner("memory", part)  # options are checked when the stage begins
+            registry.owner("memory", part.strip())  # options are checked when the stage begins
         for i, spec in enumerate(self.bench.extra_metrics):
             registry.options("metric", spec.name, spec.options, f"bench.extra_metrics.{i}.options")
         if self.graft.teacher == "backbone" and self.backbone.init == "random":

@@ -262,6 +262,7 @@ def test_options_width_and_the_random_numbers_of_the_caller() -> None:
     torch.manual_seed(3)
     check_memory(Right, {"recent": 0}, head_size=16)
     check_plugin("memory", "window", {"recent_sentences": 0, "sinks": 0})
+    check_plugin("memory", "window", {"recent_tokens": 30})
     assert torch.equal(torch.randn(4), expected)
     with pytest.raises(
         CheckFailed, match=r"refuses the options of this check: options.entries: .* \(got 0\)"

@@ -163,3 +163,12 @@ def test_results_and_model_cards_name_the_packages_of_plugins(install: Install) 
     assert "sentcompress-lines 1.2" in honesty.line()
     assert provenance(recipe)["sentcompress-lines"] == "1.2"
     assert plugin_packages(Recipe.model_validate({"name": "ours"})) == {}
+    install(
+        "sentcompress-all",
+        "from sentcompress.hookspecs import hookimpl\n"
+        "@hookimpl\n"
+        "def register_memories(register):\n"
+        "    register('my-window', 'sentcompress.memories.window:Window')\n",
+    )
+    recipe = Recipe.model_validate({"name": "mine", "memory": {"name": "recall+my-window"}})
+    assert plugin_packages(recipe) == {"sentcompress-all": "1.2"}
