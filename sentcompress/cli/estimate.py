@@ -56,15 +56,16 @@ def estimate(
     from sentcompress.table import as_rich
 
     resolved = resolve(recipe, set_, backbone=backbone)
-    if resolved.pretrain is not None and devices is not None:
+    trains = "an LLM for a sentence memory" if resolved.memory is not None else ""
+    trains = "an LLM from scratch" if resolved.pretrain is not None else trains
+    if trains and devices is not None:
         raise InputError(
-            f"--devices is for training a SentenceVAE, a graft and its baseline; recipe '{recipe}' trains an LLM from "
-            "scratch",
+            f"--devices is for training a SentenceVAE, a graft and its baseline; recipe '{recipe}' trains {trains}",
             fix="give a recipe that grafts an LLM; 'sentcompress run RECIPE --dry-run' counts the tokens of this one",
         )
-    if resolved.pretrain is not None:
+    if trains:
         raise InputError(
-            f"recipe '{recipe}' trains an LLM from scratch, so there is no sentence model to compare with it",
+            f"recipe '{recipe}' trains {trains}, so there is no sentence model to compare with it",
             fix="give a recipe that grafts an LLM",
         )
     if price is not None and devices is None:

@@ -153,11 +153,15 @@ def build_grid(recipe: str, overrides: Sequence[str], axes: Sequence[Axis]) -> l
     points = check_each([(point_name(labels, values), values) for values in combinations], resolve)
     _refuse_duplicates(points)
     first = points[0].recipe
-    if first.pretrain is not None:
-        raise RecipeError(
-            f"{recipe}: it pretrains a backbone, and a sweep compares grafted models",
-            fix="give a recipe without a pretrain section",
-        )
+    for section, trains in (
+        (first.pretrain, "pretrains a backbone"),
+        (first.memory, "trains an LLM for a memory"),
+    ):
+        if section is not None:
+            raise RecipeError(
+                f"{recipe}: it {trains}, and a sweep compares grafted models",
+                fix="give a recipe that grafts an LLM",
+            )
     if not first.bench.metrics:
         raise RecipeError(
             f"{recipe}: bench.metrics is empty, so the runs could not be compared",

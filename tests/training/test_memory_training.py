@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MptConfig, MptForCausalLM
 
 from sentcompress import SentenceMemory
 from sentcompress import pipeline as stages
@@ -18,9 +19,11 @@ from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest, read_json
 from sentcompress.pipeline import run_recipe, stages_of
 from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.sentence_memory.policy import Policy
+from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.testing.tiny import tiny_opt
 from sentcompress.text.sampling import Batch
-from sentcompress.training.jobs.memory_training import MemoryJob, MemoryLM
+from sentcompress.training.jobs.memory_training import MemoryJob, MemoryLM, everything, hidden_states
 from sentcompress.training.jobs.token_level import IGNORED, BaselineJob
 from sentcompress.training.preparation import prepare
 from sentcompress.training.tuning import apply_tune, without_adapters
@@ -129,6 +132,34 @@ def test_what_is_forgotten_costs_the_teacher_nothing(backbone):
         _, _, divergences = job.model.train()(**job.batch(0))
     assert divergences.min() > -1e-5
     assert divergences.max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "opt", "gpt2", "gpt_neox", "phi", "mistral"])
+def test_families_read_packed_rows(kind):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind not in ("opt", "gpt2"):
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2}
+    if kind == "opt":
+        sizes |= {"word_embed_proj_dim": 32, "ffn_dim": 64}
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, pad_token_id=1)).eval()
+    assert "position_ids" in signature(lm.base_model.forward).parameters
+    for parameter in lm.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)  # else all tokens are alike
+    ids, lengths = torch.randint(4, 99, (1, 30)), (17, 13)
+    number = torch.tensor([0] * 17 + [1] * 13)[None]
+    sentence = torch.cat([torch.arange(length) // 4 for length in lengths])[None]
+    packed = Layout.of(ids, sentence, text=number)
+    short = Policy.parse("window+recall", {"recent_sentences": 0, "sinks": 0, "recall": 1})
+    with torch.no_grad():
+        for policy in (everything(), short):
+            together = hidden_states(lm, packed, policy).split(lengths, 1)
+            for i, (text, part) in enumerate(zip(ids.split(lengths, 1), together, strict=True)):
+                alone = hidden_states(lm, Layout.of(text, sentence.split(lengths, 1)[i]), policy)
+                torch.testing.assert_close(part, alone, atol=1e-4, rtol=1e-4)
+                full = lm.base_model(input_ids=text, use_cache=False).last_hidden_state
+                assert torch.allclose(part, full, atol=1e-4) == (policy is not short)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full", "last-n"])
@@ -251,6 +282,14 @@ def test_settings_that_do_not_fit_are_named(backbone, memory, message):
         prepare(MemoryJob(recipe_of(backbone, **memory)), None, print)
 
 
+def test_an_llm_that_would_attend_past_its_memory_is_refused(tmp_path, tokenizer):
+    config = MptConfig(vocab_size=len(tokenizer), d_model=32, n_heads=4, n_layers=2, max_seq_len=64)
+    MptForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="attention interface"):
+        MemoryJob(recipe_of(tmp_path))
+
+
 def test_a_range_that_is_none_is_refused(backbone):
     with pytest.raises(RecipeError, match=r"memory.*\[3, 2\] is not a range"):
         recipe_of(backbone, draw={"recall": [3, 2]})
@@ -263,6 +302,24 @@ def test_the_command_takes_the_recipe_memory(capsys):
     shown = capsys.readouterr().out
     assert "window+entries" in shown
     assert "240 steps" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["estimate", "memory"], "trains an LLM for a sentence memory, so there is no sentence model"),
+        (["estimate", "memory", "--devices", "2xA100"], "a graft and its baseline; recipe 'memory' trains"),
+        (
+            ["sweep", "memory", "--grid", "seed=0,1"],
+            "it trains an LLM for a memory, and a sweep compares grafted",
+        ),
+    ],
+)
+def test_commands_for_sentence_models_refuse_it(capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_recipe_without_a_memory_is_refused(tmp_path, capsys):

@@ -23,7 +23,7 @@ from sentcompress.recipe import MemorySettings, Recipe
 from sentcompress.sentence_memory.attention import OnePassMemory, memory_attention
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
-from sentcompress.sentence_memory.sentence_cache import SETTINGS
+from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
 from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.text.sampling import Batch, first_fit, pad
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler
@@ -229,8 +229,11 @@ class MemoryJob(TokenLevelJob):
             raise InputError("memory.tune: frozen leaves no trainable parameters", fix="use lora or full")
         self.text = text or load_inputs(recipe)
         self.inputs = {"corpus": self.text.corpus.key}
-        lm = load_causal_lm(recipe.backbone).train()
+        lm = load_causal_lm(recipe.backbone)
+        # Refuses an LLM that would attend past its memory, which is proven on its weights.
+        SentenceMemory(lm, self.text.tokenizer, self.settings.name, segmenter=self.text.segmenter)
         check_output_head(lm, "memory")
+        lm.train()
         apply_tune(lm, blocks_of(lm), self.settings, "memory")
         self.model = MemoryLM(lm, self.settings, self.text.tokenizer)
         self.width = int(lm.config.hidden_size)
