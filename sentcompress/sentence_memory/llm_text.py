@@ -43,7 +43,7 @@ def write_text(
     max_new_tokens: int,
     **arguments: Any,
 ) -> None:
-    """Continue a prompt with transformers' ``generate``, up to the LLM's last position.
+    """Continue a prompt with transformers' ``generate``, up to the LLM's last position if it has one.
 
     Args:
         show: called with each new piece of text.
@@ -54,7 +54,8 @@ def write_text(
         InputError: the LLM has no positions left after the prompt.
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    length, limit = inputs["input_ids"].shape[1], position_limit(model.config)
+    length = inputs["input_ids"].shape[1]
+    limit = position_limit(model.config) if memory is None else memory.longest_text
     if length >= limit:
         raise InputError(
             f"the prompt has {length:,} tokens, but the LLM has {limit:,} positions", fix="shorten the prompt"

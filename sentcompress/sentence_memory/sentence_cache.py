@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
@@ -313,6 +314,11 @@ class SentenceMemory(Cache):
         shares = [(layer.attended.sum(2).float().mean(1).cpu() / lengths).mean() for layer in self.layers]
         return float(torch.stack(shares).mean())
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a text may have: without re-indexing, as many as the LLM has positions."""
+        return sys.maxsize if self._table.reindexing else position_limit(self.model.config)
+
     # ---- a call of the LLM
 
     def begin_call(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -350,8 +356,8 @@ class SentenceMemory(Cache):
                     fix="give the mask of all tokens read so far and the new ones, with two dimensions",
                 )
             valid = attention_mask[:, -length:]
-        limit = position_limit(self.model.config)
-        if self._table.reindexing is None and self._seen + length > limit:
+        limit = self.longest_text
+        if self._seen + length > limit:
             raise InputError(
                 f"{self._seen + length} tokens, but the LLM has {limit} positions",
                 fix="give it a shorter text, or use positions='reindexed'",

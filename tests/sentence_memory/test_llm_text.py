@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sentcompress
 from sentcompress.cli import main
@@ -109,6 +109,18 @@ def test_text_ends_where_the_positions_end(llm: Path, tokenizer: Any):
         assert 0 < len([piece for piece in pieces if piece]) <= room
     with pytest.raises(InputError, match=rf"tokens, but the LLM has {limit} positions"):
         write_text(model, tokenizer, PROMPT * 20, pieces.append, max_new_tokens=1)
+
+
+def test_text_goes_on_where_positions_are_reindexed(tmp_path: Path, tokenizer: Any, generate: Generate):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=96, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ("positions=reindexed", "max_sentence_tokens=16")
+    memory = ("--memory", "window", *(word for option in options for word in ("--memory-option", option)))
+    text, _ = generate(tmp_path, *memory, "--max-new-tokens", "200")
+    assert len(tokenizer(text)["input_ids"]) > 150
 
 
 def test_a_trained_memory_is_used_unless_another_is_named(trained: Path, llm: Path, generate: Generate):

@@ -263,6 +263,7 @@ def test_options_width_and_the_random_numbers_of_the_caller() -> None:
     check_memory(Right, {"recent": 0}, head_size=16)
     check_plugin("memory", "window", {"recent_sentences": 0, "sinks": 0})
     check_plugin("memory", "window", {"recent_tokens": 30})
+    check_plugin("memory", "window", {"recent_share": 0.2})
     assert torch.equal(torch.randn(4), expected)
     with pytest.raises(
         CheckFailed, match=r"refuses the options of this check: options.entries: .* \(got 0\)"
