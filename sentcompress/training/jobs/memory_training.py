@@ -227,6 +227,10 @@ class MemoryJob(TokenLevelJob):
         ranges = drawn_ranges(self.settings)
         if self.settings.tune == "frozen":
             raise InputError("memory.tune: frozen leaves no trainable parameters", fix="use lora or full")
+        if self.settings.compile:
+            raise InputError(
+                "memory.compile: the attention of a memory cannot be compiled", fix="set it to false"
+            )
         self.text = text or load_inputs(recipe)
         self.inputs = {"corpus": self.text.corpus.key}
         lm = load_causal_lm(recipe.backbone)
