@@ -113,6 +113,32 @@ def test_packed_texts_do_not_see_each_other(backbone):
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
 
 
+def test_training_sees_what_the_memory_has_while_writing(backbone):
+    settings = {"recent_sentences": 0, "sinks": 2, "recall": 1}
+    job = MemoryJob(recipe_of(backbone, options=settings, max_sentences=12))
+    job._heldout.packs = False
+    rows = job._heldout.batch(0)
+    longest = int(rows["sentences"].amax(1).argmax())
+    length = int(rows["attention_mask"][longest].sum())
+    batch = {name: values[longest : longest + 1, :length] for name, values in rows.items()}
+    assert int(batch["sentences"].max()) > 2
+    ids, lm = batch["input_ids"], job.model.lm.eval()
+    cut = job.text.segmenter
+    with torch.no_grad():
+        nll = job.model.eval()(**batch)[1]
+        memory = SentenceMemory(lm, job.text.tokenizer, segmenter=cut, **settings)
+        logits = [lm(input_ids=part, past_key_values=memory).logits for part in ids.split(1, 1)]
+        whole = lm(input_ids=ids).logits
+    following = batch["labels"][0, 1:]
+    kept = following != IGNORED
+
+    def expected(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(values[0, :-1][kept], following[kept], reduction="none")
+
+    torch.testing.assert_close(nll, expected(torch.cat(logits, 1)), atol=1e-4, rtol=1e-4)
+    assert (nll - expected(whole)).abs().max() > 1e-3, "the memory makes no difference"
+
+
 def test_a_memory_of_everything_is_the_baseline_and_agrees_with_its_teacher(backbone):
     recipe = recipe_of(backbone, name="window", options={"recent_sentences": 999}, draw={})
     job, baseline = MemoryJob(recipe), BaselineJob(recipe)
