@@ -1,4 +1,4 @@
-"""Where the loss is: a quality figure split by position in the sentence, sentence length or sentence index. No torch.
+"""Where the loss is: a quality figure split by position in the sentence or document, or by sentence length. No torch.
 
 The rule: every byte of the scored text lies in one token of one sentence, cut the way the sentence model reads it.
 That gives the byte its bucket, for every system. A token's nats are divided evenly among its bytes, so a token that
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from sentcompress.benchmark.measurements.quality import QualityScore
     from sentcompress.text.lossless_tokenizer import LosslessTokenizer
 
-By = Literal["position", "length", "index"]
+By = Literal["position", "length", "index", "bytes"]
 BY: tuple[By, ...] = get_args(By)
 
 STARTS: dict[By, tuple[int, ...]] = {
     "position": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128),
     "length": (1, 2, 3, 5, 9, 13, 17, 25, 33, 41, 65, 129),
     "index": (1, 2, 3, 5, 9, 17, 33, 65, 129, 257),
+    "bytes": (0, 1000, 2000, 4000, 8000, 16000, 32000, 64000),
 }
 """Where buckets begin: narrow where neighbors differ most, wider after that."""
 MARKS = ("end marks", "stop decisions")
@@ -161,6 +162,8 @@ class Breakdown:
         self._sizes = [document.scored_bytes for document in documents]
         self._counts = [len(document.sentences) - document.first_scored for document in documents]
         for document in documents:
+            before = len(document.context_text.encode("utf-8"))
+            bytes_at["bytes"].append(np.arange(before, before + document.scored_bytes))
             for index, (ids, text) in enumerate(zip(document.sentences, document.texts, strict=True)):
                 if index < document.first_scored:
                     continue  # context: not scored
@@ -243,7 +246,7 @@ class BucketRow:
         bytes: 0 for end marks and stop decisions, whose bits are per byte of all bytes.
         bits: bits per byte by system; only systems with nats in this bucket.
         ratio: of the sentence model's to the baseline's.
-        with_marks: the same, end marks and decisions of the bucket's sentences included; None by position.
+        with_marks: the same, end marks and decisions of the bucket's sentences included; None by position or bytes.
         gap: nats of the sentence model minus the baseline's, in bits per byte of all bytes; gaps add up.
         share: of the whole gap.
     """
@@ -281,7 +284,7 @@ def compare_buckets(scores: Sequence[QualityScore], by: By) -> tuple[str | None,
             row.gap = (ours - theirs) / math.log(2) / size
             row.share = (ours - theirs) / over if over else None
             row.ratio = ours / theirs if theirs else None
-            if theirs and by != "position":
+            if theirs and by in ("length", "index"):
                 row.with_marks = (found[SENTENCE_MODEL].nats + found[SENTENCE_MODEL].mark_nats) / theirs
         rows.append(row)
     return baseline, rows

@@ -114,6 +114,8 @@ class Measurement(Generic[Report]):
     """Rows say how long the held-out sentences are."""
     random_weights: ClassVar[bool] = False
     """It can measure random weights in a recipe's shapes instead of a trained model."""
+    plain_llm: ClassVar[bool] = False
+    """It can measure an LLM that nothing was trained for: its command takes one by name, too."""
     one_line: ClassVar[bool] = False
     """Its systems share one line of provenance."""
     compared: ClassVar[tuple[str, ...]] = ()

@@ -22,7 +22,8 @@ from sentcompress.benchmark.measurements.quality import ModelCounts
 from sentcompress.benchmark.results import MEASURED_STAGES, Curve
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
-from sentcompress.files import read_json, storage_errors
+from sentcompress.files import expand_home, read_json, storage_errors
+from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.device_map import DeviceName, blocks_of, dispatch_blocks, memory_per_model
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm
@@ -37,7 +38,9 @@ from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.sentence_cache import SETTINGS
 from sentcompress.text.corpus import Corpus, build_corpus
+from sentcompress.training.run_folder import MEMORY
 
 CURVES = ("loss", "nats_per_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +53,7 @@ class Missing(Exception):
 
 
 class ModelFolder:
-    """A run folder (``OUT`` with ``vae``, ``graft``, ``baseline`` in it) or the folder of one model.
+    """A run folder (``OUT`` with ``vae``, ``graft``, ``memory``, ``baseline`` in it) or the folder of one model.
 
     Raises:
         ModelFolderError: it holds neither.
@@ -69,7 +72,12 @@ class ModelFolder:
         self.path = path
         self._single: str | None = None
         if (path / "config.json").is_file():
-            self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
+            if (path / SETTINGS).is_file():
+                self._single = MEMORY.name
+            else:
+                self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[
+                    read_config(path)["model_type"]
+                ]
         elif not any((path / stage / "config.json").is_file() for stage in MEASURED_STAGES):
             raise ModelFolderError(
                 f"'{path}' holds no finished stage ({', '.join(MEASURED_STAGES)}) and no model",
@@ -262,7 +270,16 @@ class Models:
         """The LLM fine-tuned on the same data, token by token."""
         if not self.recipe.baseline.enabled:
             raise Missing("the recipe has baseline.enabled: false")
-        folder = self._stage("baseline")
+        return self._token_level("baseline")
+
+    @cached_property
+    def memory_llm(self) -> PreTrainedModel:
+        """The LLM fine-tuned with a sentence memory in effect."""
+        return self._token_level(MEMORY.name)
+
+    def _token_level(self, stage: str) -> PreTrainedModel:
+        """The LLM of a stage whose model is an ordinary causal LM."""
+        folder = self._stage(stage)
         self._make_room()
         try:
             model = load_weights(
@@ -290,6 +307,17 @@ class Models:
         """The token that starts a document for a token-level model."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def is_llm(name: str) -> bool:
+    """Whether a name is that of an LLM rather than the folder of a run or of a sentcompress model."""
+    path = Path(expand_home(name))
+    if not path.is_dir():
+        return True
+    about = read_json(path / "config.json")
+    if not isinstance(about, dict) or (path / SETTINGS).is_file():
+        return False
+    return about.get("model_type") not in (SentenceVAEConfig.model_type, SentenceLMConfig.model_type)
 
 
 def read_curves(folder: ModelFolder) -> list[Curve]:

@@ -236,7 +236,7 @@ def _quotation(documents: Sequence[Sequence[str]], depth: float, draw: np.random
     raise InputError(
         f"recall: no sentence of a held-out document has more than {GIVEN_WORDS + ASKED_WORDS} words that stand "
         "nowhere else",
-        fix="use longer documents, or leave quotation out of bench.recall_kinds",
+        fix="use longer documents, or leave recall out of bench.metrics",
     )
 
 

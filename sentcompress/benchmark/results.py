@@ -31,11 +31,11 @@ from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import Recipe
 from sentcompress.recipe.sections import MeasurementName
 from sentcompress.table import Figure
-from sentcompress.training.run_folder import BASELINE, GRAFT, VAE
+from sentcompress.training.run_folder import BASELINE, GRAFT, MEMORY, VAE
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-MEASURED_STAGES = (VAE.name, GRAFT.name, BASELINE.name)
+MEASURED_STAGES = (VAE.name, GRAFT.name, MEMORY.name, BASELINE.name)
 """Stages of a run whose models are measured."""
 
 

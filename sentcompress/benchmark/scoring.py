@@ -211,7 +211,7 @@ def score_token_model(
     def nll(ids: Tensor) -> Tensor:
         return _token_nll(model, ids, size)
 
-    return _score_tokens(
+    return score_tokens(
         nll, documents, tokenizer, bos_token_id, system, f"{size} tokens", progress, breakdown
     )
 
@@ -238,10 +238,10 @@ def score_unigram(
     def nll(ids: Tensor) -> Tensor:
         return table[ids[1:]]
 
-    return _score_tokens(nll, documents, tokenizer, bos_token_id, "unigram", "none", lambda: None, breakdown)
+    return score_tokens(nll, documents, tokenizer, bos_token_id, "unigram", "none", lambda: None, breakdown)
 
 
-def _score_tokens(
+def score_tokens(
     nll: Callable[[Tensor], Tensor],
     documents: Sequence[HeldoutDocument],
     tokenizer: LosslessTokenizer,

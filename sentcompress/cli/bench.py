@@ -14,14 +14,16 @@ from sentcompress.cli import bench_sweep
 from sentcompress.cli.bench_common import (
     FolderArgument,
     InitOption,
+    LLMArgument,
     OptionalFolder,
     RecipeOption,
     ResultsOption,
     measure,
+    measure_llm,
     measure_random,
     require_only_folder,
 )
-from sentcompress.cli.common import BackboneOption, SetOption, console, examples, user_path
+from sentcompress.cli.common import BackboneOption, DataOption, SetOption, console, examples, user_path
 from sentcompress.cli.options import FieldCommand, override, recipe_options
 
 if TYPE_CHECKING:
@@ -96,17 +98,20 @@ def _command(measurement: Measurement[Any]) -> Callable[..., None]:
     names = [*(other.name for other in measurement.requires), measurement.name]
 
     def run(
-        folder: Path | None,
+        folder: Any,
         out: Path | None,
         set_: list[str] | None,
         backbone: str | None = None,
+        data: str | None = None,
         init: str | None = None,
         recipe: str = "",
         **given: Any,
     ) -> None:
         overrides, changes = _settings(measurement.flags, given)
         overrides += set_ or []
-        if folder is None:
+        if measurement.plain_llm:
+            results = measure_llm(names, folder, data, out, overrides, changes)
+        elif folder is None:
             results = measure_random(names, backbone, init, recipe, out, overrides, changes)
         else:
             require_only_folder(backbone, init)
@@ -120,6 +125,11 @@ def _command(measurement: Measurement[Any]) -> Callable[..., None]:
             _parameter("backbone", BackboneOption),
             _parameter("init", InitOption),
             _parameter("recipe", RecipeOption, "strong"),
+        ]
+    if measurement.plain_llm:
+        parameters = [
+            _parameter("folder", LLMArgument, inspect.Parameter.empty),
+            _parameter("data", DataOption),
         ]
     command = _with_parameters(run, parameters, measurement.flags)
     if not measurement.options:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sentcompress.cli.common import console, user_path
+from sentcompress.cli.options import override
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
@@ -35,6 +36,14 @@ InitOption = Annotated[
 RecipeOption = Annotated[
     str, typer.Option(metavar="RECIPE", help="Recipe to take text and shapes from when DIR is not given.")
 ]
+LLMArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="LLM", help="An alias (smollm2-135m), hub name, folder or GGUF file; or the folder of a run."
+    ),
+]
+LLM_BENCH = {"max_documents": 4, "max_bytes_per_document": 16000}
+"""Bench settings where there is no recipe."""
 ResultsOption = Annotated[
     Path | None,
     typer.Option(
@@ -67,6 +76,36 @@ def measure(
     found = ModelFolder(folder)
     target = out or found.path / "bench"
     results = run_bench(names, found, found.recipe(overrides), target, changes=changes)
+    show(results, target, names)
+    return results
+
+
+def measure_llm(
+    names: list[str],
+    llm: str,
+    data: str | None,
+    out: Path | None,
+    overrides: list[str],
+    changes: Mapping[str, Any] | None = None,
+) -> Results:
+    """Measure an LLM that nothing was trained for, or the folder of a run, and show the results."""
+    from sentcompress.benchmark.models import is_llm
+    from sentcompress.benchmark.runner import run_bench
+    from sentcompress.cli.train import backbone_overrides, data_section
+    from sentcompress.errors import InputError
+    from sentcompress.recipe import build_recipe
+
+    if not is_llm(llm):
+        if data is not None:
+            raise InputError("--data: a run is measured on its own text", fix="leave --data out")
+        return measure(names, user_path(llm), out, overrides, changes)
+    text = [] if data is None else [override("data", data_section(data))]
+    name = Path(llm).name or llm
+    raw = {"name": name, "bench": LLM_BENCH}
+    recipe = build_recipe(raw, [*backbone_overrides(llm), *text, *overrides], "the command line")
+    recipe.check_components()
+    target = out or Path("out") / f"bench-{name}"
+    results = run_bench(names, None, recipe, target, changes=changes)
     show(results, target, names)
     return results
 

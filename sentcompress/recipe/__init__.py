@@ -57,6 +57,10 @@ __all__ = [
 ]
 
 
+LATER = ("memories", "text_lengths", "recall_tasks")
+"""Fields of ``bench`` that older results do not have."""
+
+
 class Recipe(Section):
     """One experiment."""
 
@@ -154,10 +158,15 @@ class Recipe(Section):
     def values(self) -> dict[str, Any]:
         """All fields as JSON values, under the names that results and run folders record them by.
 
-        A renamed field keeps its old name there, and a section that came later is left out where there is none, so that
-        older results and runs still match.
+        A renamed field keeps its old name there. What came later is left out: a section where there is none, fields
+        of ``bench`` with their defaults. So older results and runs still match.
         """
-        return self.model_dump(mode="json", by_alias=True, exclude=None if self.memory else {"memory"})
+        defaults = BenchSettings()
+        unchanged = {name for name in LATER if getattr(self.bench, name) == getattr(defaults, name)}
+        left_out: dict[str, Any] = (
+            {"bench": unchanged} if self.memory else {"bench": unchanged, "memory": True}
+        )
+        return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""

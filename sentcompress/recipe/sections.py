@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sentcompress.contracts import UserInput
 from sentcompress.errors import InputError
@@ -58,6 +58,12 @@ class ComponentSpec(Section):
     """Registered name; ``sentcompress plugins`` lists them."""
     options: dict[str, Any] = {}
     """Options of the component, checked by its own ``Options`` class."""
+
+
+NamedComponent = Annotated[
+    ComponentSpec, BeforeValidator(lambda raw: {"name": raw} if isinstance(raw, str) else raw)
+]
+"""A component whose name alone will do."""
 
 
 class BackboneSpec(Section):
@@ -377,8 +383,9 @@ class BenchSettings(DecodingOptions):
 
     metrics: list[MeasurementName] = ["causality", "quality", "reconstruct", "speed", "memory", "data"]
     """Measurements to run."""
-    by: list[Literal["position", "length", "index"]] = []
-    """Break quality down by token position in the sentence, sentence length, or sentence index in the document."""
+    by: list[Literal["position", "length", "index", "bytes"]] = []
+    """Break quality down by token position in the sentence, sentence length, sentence index in the document, or bytes
+    of the document before."""
     extra_metrics: list[ComponentSpec] = []
     """Metric plugins to run on the reconstructions."""
     max_documents: int | None = Field(default=None, ge=1)
@@ -431,3 +438,13 @@ class BenchSettings(DecodingOptions):
     """Nucleus sampling of ``text``: sample from the most likely tokens that add up to this probability."""
     text_judge: UserPath | None = Field(default=None, min_length=1)
     """LLM that scores ``text``: an alias, hub name, folder or GGUF file; null uses none."""
+    memories: list[NamedComponent] = Field(
+        default=["window", {"name": "window", "options": {"recent_sentences": 16}}, "window+recall"],
+        validate_default=True,
+    )
+    """Sentence memories to measure: names joined by `+`, or `{name: window+recall, options: {recall: 8}}` with options
+    of `SentenceMemory`."""
+    text_lengths: list[Annotated[int, Field(ge=100)]] = Field(default=[1000, 4000], min_length=1)
+    """Tokens of the texts in which `recall` hides its needles and after which `memory_speed` writes."""
+    recall_tasks: int = Field(default=5, ge=1)
+    """Texts of each kind and length in `recall`, with needles at depths spread evenly from beginning to end."""

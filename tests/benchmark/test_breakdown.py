@@ -91,6 +91,8 @@ def test_a_uniform_sentence_model_pays_log2_v_a_token_in_every_bucket(documents,
         "length": [len(ids) for ids in sentences for _ in ids],
         "index": [i for d in documents for i, ids in enumerate(d.sentences) for _ in ids if i],
     }
+    (inside,) = [buckets for by, buckets in found.by.items() if by == "bytes"]
+    assert [bucket.label for bucket in inside if bucket.bytes] == ["0-999", "1000-1999"]
     for by, values in keys.items():
         tokens = np.bincount(np.searchsorted(STARTS[by], values, side="right") - 1)
         expected = {labels(by)[n]: count * log_v for n, count in enumerate(tokens) if count}
@@ -127,7 +129,7 @@ def test_a_model_that_pays_by_position_shows_it(counter):
         return torch.cat([torch.zeros(len(ids) - 1 - len(nats), dtype=torch.float64), nats])
 
     breakdown = Breakdown(["position", "index"], [doc], counter)
-    found = scoring._score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, breakdown)
+    found = scoring.score_tokens(nll, [doc], counter, 2, "known", "none", lambda: None, breakdown)
     assert list(found.by) == ["position", "index"]
     by_label = {bucket.label: bucket.nats for bucket in found.by["position"]}
     assert by_label["0"] == pytest.approx(2.0)
@@ -181,7 +183,7 @@ def test_a_model_that_scores_in_another_order_is_refused(documents, counter, mon
 
 
 def test_names_are_taken_in_any_form_and_a_typo_is_answered():
-    assert chosen(["index,position", " length"]) == list(BY)
+    assert chosen(["bytes,index,position", " length"]) == list(BY)
     assert chosen(["length", "length"]) == ["length"]
     assert chosen([]) == []
     with pytest.raises(InputError, match="Did you mean 'position'"):
@@ -202,7 +204,7 @@ def measured(run_folder, tmp_path_factory) -> tuple[Results, str, str]:
         "quality",
         str(run_folder),
         "--by",
-        "index,length",
+        "bytes,index,length",
         "--by",
         "position",
         "--out",

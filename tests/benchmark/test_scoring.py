@@ -164,12 +164,12 @@ def test_unigram_probabilities_sum_to_one(corpus, documents, counter, tokenizer)
         seen["sum"] = float(torch.exp(-table).sum())
         return original(nll, *rest)
 
-    original = scoring._score_tokens
-    scoring._score_tokens = spy
+    original = scoring.score_tokens
+    scoring.score_tokens = spy
     try:
         found = score_unigram(corpus, documents, counter, len(tokenizer), 2)
     finally:
-        scoring._score_tokens = original
+        scoring.score_tokens = original
     assert seen["sum"] == pytest.approx(1)
     assert found.perplexity < len(tokenizer)
 

@@ -26,11 +26,12 @@ BY_TITLES: dict[By, str] = {
     "position": "Quality by position of the token in its sentence",
     "length": "Quality by tokens of the sentence",
     "index": "Quality by sentence of the document (0 is context)",
+    "bytes": "Quality by bytes of the document before",
 }
 BY_FLAG = Flag(
     "--by",
     "by",
-    "Break quality down by position, length or index; comma-separated.",
+    "Break quality down by position, length, index or bytes; comma-separated.",
     settings=lambda words: {"by": chosen(words)},
     type=list[str],
     metavar="NAMES",
@@ -130,7 +131,8 @@ class Quality(Measurement[list[QualityScore]]):
     """Bits per byte and perplexity on held-out documents.
 
     Refuses a model that sees the future, and a scorer that cannot prove it scored every byte once. --by shows where
-    the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document.
+    the loss is: by position of the token in its sentence, by the sentence's length, by its index in the document, or by
+    the bytes of the document before.
     """
 
     title = "Quality on held-out documents"
