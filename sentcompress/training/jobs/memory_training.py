@@ -185,16 +185,14 @@ class PackedTexts:
             return pad([np.concatenate([values[text] for text in row]) for row in rows], value)
 
         input_ids, attention_mask = packed(ids, self.sampler.pad_token_id)
-        numbers = [np.full(length, text) for text, length in enumerate(lengths)]
-        for row in rows:
-            for number, text in enumerate(row):
-                numbers[text][:] = number
+        numbers = {text: number for row in rows for number, text in enumerate(row)}
+        texts = [np.full(length, numbers[text]) for text, length in enumerate(lengths)]
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": packed(labels, IGNORED)[0],
             "sentences": packed(sentences, 0)[0],
-            "texts": packed(numbers, 0)[0],
+            "texts": packed(texts, 0)[0],
         }
         if self.ranges is not None:
             rng = np.random.default_rng([self.seed, index])
