@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from sentcompress import SentenceMemory
 from sentcompress.errors import InputError
 from sentcompress.sentence_memory.positions import (
     effective_position,
@@ -19,6 +20,7 @@ from sentcompress.sentence_memory.positions import (
     moves_before,
     rotary_limit,
 )
+from sentcompress.testing import tiny_tokenizer
 
 LIMIT = 64
 SHAPE = {
@@ -108,6 +110,30 @@ def test_rotated_keys_are_those_of_the_other_positions(name: str, settings: dict
         torch.testing.assert_close(rotation.rotate(start, delta), end, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rotation.rotate(end, -delta), start, atol=1e-5, rtol=1e-5)
     assert any((start - end).abs().max() > 0.01 for start, end in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3, two frequencies", "phi, half of the channels", "cohere2, blocks without positions", "longrope"],
+)
+@torch.no_grad()
+def test_step_by_step_equals_one_pass_beyond_the_limit(family: str):
+    name, settings = ROTARY[family]
+    tokenizer = tiny_tokenizer()
+    model = tiny(name, {**settings, "vocab_size": len(tokenizer), "initializer_range": 0.1})
+    options = {
+        "recent_sentences": 1,
+        "recall": 2,
+        "max_sentence_tokens": 4,
+        "positions": "reindexed",
+        "prove": False,
+    }
+    whole, steps = (SentenceMemory(model, tokenizer, **options) for _ in range(2))
+    ids = 10 + torch.randperm(len(tokenizer) - 10, generator=torch.Generator().manual_seed(0))[None, :100]
+    wanted = model(input_ids=ids, past_key_values=whole).logits
+    parts = [ids[:, :30], *ids[:, 30:].split(1, 1)]
+    found = torch.cat([model(input_ids=part, past_key_values=steps).logits for part in parts], 1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "settings"), OTHERS.values(), ids=OTHERS)
