@@ -122,7 +122,10 @@ def test_shell_completion(shell: str):
 
     assert "_SENTCOMPRESS_COMPLETE" in ask(f"source_{shell}")
     if shell == "bash":
-        assert ask("complete_bash", COMP_WORDS="sentcompress tr", COMP_CWORD="1").split() == ["train-vae", "train-memory"]
+        assert ask("complete_bash", COMP_WORDS="sentcompress tr", COMP_CWORD="1").split() == [
+            "train-vae",
+            "train-memory",
+        ]
     else:
         offered = ask(
             f"complete_{shell}",

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentcompress.contracts import Segmenter
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, StorageError
 from sentcompress.files import read_json, whole_folder
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
@@ -125,9 +125,14 @@ def write_prefix(
         tokens=tokens,
         shapes=_shapes(tensors),
     )
-    with whole_folder(folder) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / _TENSORS)
-        (temporary / _HEADER).write_text(prefix.model_dump_json(indent=1), encoding="utf-8")
+    try:
+        with whole_folder(folder) as temporary:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / _TENSORS
+            )
+            (temporary / _HEADER).write_text(prefix.model_dump_json(indent=1), encoding="utf-8")
+    except StorageError as error:  # its fix is one for training
+        raise StorageError(error.message, fix="free some space, or choose another folder") from error
 
 
 def read_prefix(

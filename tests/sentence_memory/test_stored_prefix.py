@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sentcompress import SentenceMemory
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, StorageError
 from sentcompress.sentence_memory.slow_storage import KINDS
 
 OPTIONS: dict[str, Any] = {"recent_sentences": 2, "recall": 2, "max_sentence_tokens": 12}
@@ -151,7 +152,9 @@ def test_a_torn_file_is_refused(
         SentenceMemory.load(folder, model, tokenizer)
 
 
-def test_what_cannot_be_saved_is_named(model: PreTrainedModel, tokenizer: Any, texts: Any, tmp_path: Path):
+def test_what_cannot_be_saved_is_named(
+    model: PreTrainedModel, tokenizer: Any, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     memory = SentenceMemory(model, tokenizer, **OPTIONS)
     with pytest.raises(InputError, match="a prefix is one text, but this memory holds 0"):
         memory.save(tmp_path / "prefix")
@@ -165,3 +168,11 @@ def test_what_cannot_be_saved_is_named(model: PreTrainedModel, tokenizer: Any, t
         memory.save(tmp_path)
     memory.save(tmp_path / "prefix")
     memory.save(tmp_path / "prefix")  # replaces it
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sentcompress.sentence_memory.stored_prefix.save_file", full)
+    with pytest.raises(StorageError, match=r"the disk is full .*\n.*choose another folder"):
+        memory.save(tmp_path / "prefix")
+    assert SentenceMemory.load(tmp_path / "prefix", model, tokenizer).get_seq_length() == texts[0].shape[1]
