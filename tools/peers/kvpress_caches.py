@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Policy:
         after_reading: makes the press that compresses a whole context.
         while_writing: makes the press that DecodingPress calls afterwards. None: it cannot.
         throughout: ``while_writing`` is the policy itself, so a context can be read with it block by block.
-        own_pass: it reads the context again by itself, so its prefill cannot be shared.
+        own_pass: it reads the context again, so it cannot share a prefill.
     """
 
     after_reading: Callable[[], Any]
@@ -55,8 +56,8 @@ class Policy:
 class OrderedStreamingLLM(StreamingLLMPress):
     """StreamingLLM that can be called again.
 
-    The shipped press scores with zeros and ones, and torch.topk returns equal scores in any order. The first call is
-    right; the next one takes whatever lies first for the sinks, and drops the wrong tokens.
+    The shipped press scores with zeros and ones, and torch.topk returns equal scores in any order. So its second call
+    takes any tokens for the sinks, and drops the wrong ones.
     """
 
     def compress(
@@ -70,8 +71,7 @@ class OrderedStreamingLLM(StreamingLLMPress):
 def policies() -> dict[str, Policy]:
     """The policies by name. Settings are kvpress's own, as its evaluation registry has them, but for WINDOW."""
 
-    def snapkv() -> SnapKVPress:
-        return SnapKVPress(window_size=WINDOW)
+    snapkv = partial(SnapKVPress, window_size=WINDOW)
 
     def adaptive() -> AdaKVPress:
         return AdaKVPress(snapkv())
@@ -127,7 +127,7 @@ class _Together(BasePress):
 def compress_together(
     model: Any, ids: torch.Tensor, presses: dict[Hashable, Callable[[], Any]], kept: dict[Hashable, int]
 ) -> tuple[Layers, dict[Hashable, Layers]]:
-    """The whole cache of ``ids``, read once, and what each press leaves of it: ``kept`` tokens."""
+    """The whole cache of ``ids``, and the ``kept`` tokens that each press leaves of it."""
     made = {key: press() for key, press in presses.items()}
     for key, press in made.items():
         press.compression_ratio = ratio(len(ids), kept[key])
@@ -161,13 +161,11 @@ class Reading:
     """A cache under one policy, and what the model makes of it.
 
     Args:
-        press: compresses after each block that is read. None: nothing does.
-        target: tokens that it leaves.
+        press: compresses to ``target`` tokens after each block that is read. None: nothing does.
         layers: what the cache begins with. None: it is empty.
         position: tokens read so far.
 
-    Attributes:
-        most: tokens that could be attended to in a block's pass at most, the block's own included.
+    ``most`` is the most tokens that it held, those being read included.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ every program reads the same::
 ``throughout``  In blocks of ``--block`` tokens; DecodingPress compresses after each block. The cache never holds more
                 than ``--tokens``. This is also what happens to text that the model writes itself.
 
-Scored text is read in blocks of ``--block`` tokens. DecodingPress compresses after each block where the policy can.
-Needles are asked for twice: ``found``, where the policy compresses before it sees the question, and ``found_asked``,
-where the question is part of what is compressed. A needle is found if greedy decoding writes exactly its answer.
+Scored text is read in blocks of ``--block`` tokens. DecodingPress compresses after each block where the policy can. A
+needle is found if greedy decoding writes exactly its answer. ``found``: the policy had not seen the question when it
+compressed. ``found_asked``: the question was part of what was compressed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Peers:
             press = writing[key] and writing[key]()
             yield (*key, how), Reading(self.model, press, targets[key], compressed.pop(key), len(context))
 
-    def run(self, task: dict[str, Any], how: str) -> None:
+    def run(self, task: dict[str, Any], how: str, questions: list[str]) -> None:
         """Count one task for all policies."""
         context = task["context"]
         if task["kind"] == "text":
@@ -112,15 +112,13 @@ class Peers:
             return
         question, answer = task["question"], task["answer"]
         asked = torch.cat([context, question])
-        for found, before, rest in (
-            ("found", context, question),
-            ("found_asked", asked[:-1], asked[-1:]),
-        ):
+        ways = {"unseen": ("found", context, question), "seen": ("found_asked", asked[:-1], asked[-1:])}
+        for found, before, rest in map(ways.__getitem__, questions):
             for key, reading in self.readings(before, how):
                 reading.press = None  # question and answer fit in the room that is left
                 best = reading.read(torch.cat([rest, answer[:-1]]), self.block)[-len(answer) :].argmax(-1)
                 hit = bool((best == answer).all())
-                self.count(key, reading, **{found: hit, "needles": found == "found"})
+                self.count(key, reading, **{found: hit, f"needles_{found}": 1})
 
     def count(self, key: Key, reading: Any, **figures: float) -> None:
         counts = self.counts[key]
@@ -141,8 +139,9 @@ class Peers:
             if counts["bytes"]:
                 bits = counts["nats"] / math.log(2) / counts["bytes"]
                 row |= {"bits_per_byte": round(bits, 4), "bytes": round(counts["bytes"])}
-            if counts["needles"]:
-                row |= {key: round(counts[key]) for key in ("needles", "found", "found_asked")}
+            for found in ("found", "found_asked"):
+                if counts[f"needles_{found}"]:
+                    row[found] = f"{counts[found]:.0f} of {counts[f'needles_{found}']:.0f}"
             yield row
 
 
@@ -155,6 +154,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[600, 1000], help="cache sizes")
     parser.add_argument("--policies", nargs="+", help="default: all, and full attention ('full')")
     parser.add_argument("--read", nargs="+", choices=["after", "throughout"], default=["after", "throughout"])
+    ways = ["unseen", "seen"]
+    parser.add_argument("--question", nargs="+", choices=ways, default=ways, help="when compressing")
     parser.add_argument("--block", type=int, default=64, help="tokens read at once")
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
@@ -171,7 +172,7 @@ def main() -> None:
         for task in tasks:
             start = time.perf_counter()
             with torch.no_grad():
-                peers.run(task, how)
+                peers.run(task, how, arguments.question)
             print(f"{how} {task['id']}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     for row in peers.rows():
         print(json.dumps(row), flush=True)

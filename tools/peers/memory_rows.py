@@ -18,6 +18,7 @@ import torch
 from kvpress_rows import read_tasks
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sentcompress.benchmark.needles import EncodedTask, answered
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
@@ -42,10 +43,15 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
             found += answered(model, EncodedTask(ids, [answer]), memory)[0]
             needles += 1
         most = max(most, memory.device_bytes())
-    row: dict[str, Any] = {"memory": name, **options, "most_bytes": most, "dtype": str(model.dtype)}
+    row: dict[str, Any] = {
+        "memory": name,
+        **options,
+        "most_bytes": most,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     if size:
         row |= {"bits_per_byte": round(nats / math.log(2) / size, 4), "bytes": size}
-    return row | ({"needles": needles, "found": found} if needles else {})
+    return row | ({"found": f"{found} of {needles}"} if needles else {})
 
 
 def main() -> None:
@@ -57,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="default: FOLDER/tasks.jsonl")
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
+    disable_progress_bar()
     folder = arguments.folder / "model"
     tasks = read_tasks(arguments.tasks or arguments.folder / "tasks.jsonl")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
