@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.sentence_memory.attention import expect_queries
+from sentcompress.sentence_memory.packing import SCALE_BYTES, pack, unpack
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import Rotation
 from sentcompress.sentence_memory.slow_storage import SlowStorage
@@ -24,11 +25,13 @@ class BlockCache(CacheLayerMixin):
     """What one block of the LLM attends to.
 
     ``keys`` and ``values`` are ``[B, kv heads, R + N, D]``: R slots of kept tokens, the same for all heads, and N slots
-    of recalled tokens, which each head fills by itself and keeps until it needs the room.
+    of recalled tokens, which each head fills by itself and keeps until it needs the room. They may be packed in 8 bits
+    (:mod:`sentcompress.sentence_memory.packing`), here and in slow storage.
 
     Args:
         planned: returns the plan of the current call.
         storage: makes the slow storage, once rows, heads and dtype are known.
+        packs: keep keys and values in 8 bits.
         rotation: how keys turn when positions are re-indexed.
     """
 
@@ -38,11 +41,13 @@ class BlockCache(CacheLayerMixin):
         planned: Callable[[], Plan],
         storage: Callable[[Tensor, Tensor], SlowStorage],
         rotation: Rotation | None = None,
+        *,
+        packs: bool = False,
     ) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
-        self._rotation = rotation or Rotation(None)
+        self._rotation, self._packs = rotation or Rotation(None), packs
         self.policy, self._planned, self._make_storage = policy, planned, storage
         self.storage: Any = None
         """:class:`SlowStorage` of a policy that recalls."""
@@ -58,11 +63,11 @@ class BlockCache(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, _ = key_states.shape
+        self.dtype = key_states.dtype
         if self.keys is not None:  # a prefix, which was loaded before anyone knew where this block lies
             self._move(key_states.device)
             return
-        self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
+        self.keys, self.values = self._packed(key_states[:, :, :0]), self._packed(value_states[:, :, :0])
         self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
         self._kept_slots = 0
         if self.policy.recall:
@@ -90,6 +95,20 @@ class BlockCache(CacheLayerMixin):
             self.storage.reset()
         self.keys = self.values = self.index = self.held = self.storage = self.attended = None
         self.is_initialized = False
+
+    def _packed(self, full: Tensor) -> Tensor:
+        return pack(full) if self._packs else full
+
+    def _full(self, packed: Tensor) -> Tensor:
+        return unpack(packed, self.dtype) if self._packs else packed
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's key and value in the LLM's own cache; 0 before the first token."""
+        if self.keys is None:
+            return 0
+        sizes = (t.shape[3] - (SCALE_BYTES if self._packs else 0) for t in (self.keys, self.values))
+        return int(self.keys.shape[1] * sum(sizes) * self.dtype.itemsize)
 
     # ---- a prefix
 
@@ -150,13 +169,15 @@ class BlockCache(CacheLayerMixin):
     ) -> Tensor:
         if plan.moves is not None and plan.moves.slots is not None:
             kept = slice(0, self._kept_slots)
-            self.keys[:, :, kept] = self._rotation.rotate(self.keys[:, :, kept], plan.moves.slots)
+            moved = self._rotation.rotate(self._full(self.keys[:, :, kept]), plan.moves.slots)
+            self.keys[:, :, kept] = self._packed(moved)
             self.held[plan.moves.rows] = -1
         for row, slots in plan.leaving:
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
         assert plan.new_slots is not None
+        key, value = self._packed(key), self._packed(value)
         for row, slot in enumerate(plan.new_slots):
             self.keys[row, :, slot] = key[row, :, 0]
             self.values[row, :, slot] = value[row, :, 0]
@@ -175,8 +196,8 @@ class BlockCache(CacheLayerMixin):
         self.attended = mask
         out = attend(
             rows,
-            self.keys[:, :, : mask.shape[2]],
-            self.values[:, :, : mask.shape[2]],
+            self._full(self.keys[:, :, : mask.shape[2]]),
+            self._full(self.values[:, :, : mask.shape[2]]),
             mask[:, :, None],
             **options,
         )
@@ -203,7 +224,7 @@ class BlockCache(CacheLayerMixin):
 
         if self.policy.candidates > self.policy.recall:
             rows, heads, tokens = best(scores, self.policy.candidates).nonzero(as_tuple=True)
-            keys = self._gather(rows, heads, tokens, stored.delta)[0]
+            keys = self._full(self._gather(rows, heads, tokens, stored.delta)[0])
             exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
             scores = torch.full_like(scores, -math.inf)
             scores[rows, heads, tokens] = exact
@@ -216,7 +237,8 @@ class BlockCache(CacheLayerMixin):
         """Stored keys and values ``[n, D]``, where they stand now."""
         keys, values = self.storage.gather(rows, heads, tokens)
         if delta is not None:
-            keys = self._rotation.rotate(keys[None, None], delta[rows, tokens][None])[0, 0]
+            turned = self._rotation.rotate(self._full(keys)[None, None], delta[rows, tokens][None])
+            keys = self._packed(turned[0, 0])
         return keys, values
 
     def _index_moved(self, plan: Plan) -> None:
@@ -225,7 +247,7 @@ class BlockCache(CacheLayerMixin):
             return
         for row in plan.moves.rows:
             stop = self.storage.length(row)
-            keys = self.storage.read(0, stop)[0][row : row + 1]
+            keys = self._full(self.storage.read(0, stop)[0][row : row + 1])
             index = self.policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
             self.index[row, :, :stop] = index[0]
 
@@ -268,7 +290,7 @@ class BlockCache(CacheLayerMixin):
         """Store tokens of a row, ``[kv heads, L, D]``, and index them."""
         start = self.storage.length(row)
         self.storage.append(row, keys, values)
-        index = self.policy.index(keys[None])[0]
+        index = self.policy.index(self._full(keys)[None])[0]
         stop = start + index.shape[1]
         if self.index is None:
             self.index = index.new_zeros(len(self.keys), index.shape[0], 0, index.shape[2])
@@ -297,10 +319,19 @@ class BlockCache(CacheLayerMixin):
         self.attended = None
         assert plan.layout is not None
         assert plan.columns is not None
-        keys = self._with_past(self.keys, key, plan)
-        values = self._with_past(self.values, value, plan)
+        packed_keys = self._with_past(self.keys, self._packed(key), plan)
+        packed_values = self._with_past(self.values, self._packed(value), plan)
+        before = self._stored_before(plan)
+        if before is not None and not self.storage.is_lossy:
+            _fill((packed_keys, packed_values), before, plan)
+        keys, values = self._full(packed_keys), self._full(packed_values)
+        stored = None
+        if self.storage is not None and self.storage.is_lossy:
+            stored = self.storage.as_stored(keys), self.storage.as_stored(values)
+            _fill(stored, before, plan)
         index = self.policy.index(keys) if self.policy.recall else None
-        stored = self._stored(keys, values, index, plan) if self.storage is not None else None
+        if before is not None and index is not None:
+            _fill((index,), (self.index,), plan)
         parts = []
         turned = keys
         for start, stop, turned, own_index, own_stored in self._spans(keys, index, stored, plan):
@@ -316,13 +347,16 @@ class BlockCache(CacheLayerMixin):
                 **options,
             )
             parts.append(out)
-        keys = turned
+        if turned is not keys:
+            packed_keys = self._packed(turned)
         for row, columns in plan.leaving:
-            self._store(row, keys[row].index_select(1, columns), values[row].index_select(1, columns))
+            leaving = (t[row].index_select(1, columns) for t in (packed_keys, packed_values))
+            self._store(row, *leaving)
         self._index_moved(plan)
         place = plan.columns[:, None, :, None]
-        self.keys = keys.gather(2, place.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        self.values = values.gather(2, place.expand(-1, values.shape[1], -1, values.shape[3]))
+        self.keys, self.values = (
+            t.gather(2, place.expand(-1, t.shape[1], -1, t.shape[3])) for t in (packed_keys, packed_values)
+        )
         self.held = self.held[:, :, :0]
         self._kept_slots = place.shape[2]
         return torch.cat(parts, 2)
@@ -357,25 +391,19 @@ class BlockCache(CacheLayerMixin):
             past[row, :, tokens] = cached[row, :, slots]
         return torch.cat([past, new], 2)
 
-    def _stored(
-        self, keys: Tensor, values: Tensor, index: Tensor | None, plan: Plan
-    ) -> tuple[Tensor, Tensor] | None:
-        """What recalling all tokens would give, where that differs; else what was stored is filled in.
+    def _stored_before(self, plan: Plan) -> tuple[Tensor, Tensor] | None:
+        """What was stored in earlier calls, ``[B, kv heads, n, D]`` twice; None if nothing was."""
+        if not any(map(len, plan.stored_before)):
+            return None
+        keys, values = self.storage.read()
+        if plan.moves is not None and plan.moves.stored:
+            moves = pad_sequence(plan.moves.stored, batch_first=True)
+            keys = self._packed(self._rotation.rotate(self._full(keys), moves))
+        return keys, values
 
-        Args:
-            keys, values, index: of all tokens of the plan's layout.
-        """
-        recalled = None
-        if self.storage.is_lossy:
-            recalled = self.storage.as_stored(keys), self.storage.as_stored(values)
-        if any(map(len, plan.stored_before)):
-            assert index is not None
-            old = self.storage.read()
-            if plan.moves is not None and plan.moves.stored:
-                moves = pad_sequence(plan.moves.stored, batch_first=True)
-                old = self._rotation.rotate(old[0], moves), old[1]
-            for row, tokens in enumerate(plan.stored_before):
-                for full, part in zip(recalled or (keys, values), old, strict=True):
-                    full[row, :, tokens] = part[row, :, : len(tokens)]
-                index[row, :, tokens] = self.index[row, :, : len(tokens)]
-        return recalled
+
+def _fill(full: tuple[Tensor, ...], stored: tuple[Tensor, ...] | None, plan: Plan) -> None:
+    """Write what was stored in earlier calls to its tokens' columns in the plan's layout."""
+    for tensor, part in zip(full, stored or (), strict=False):
+        for row, tokens in enumerate(plan.stored_before):
+            tensor[row, :, tokens] = part[row, :, : len(tokens)]

@@ -51,6 +51,8 @@ class SentenceMemory(Cache):
         max_sentence_tokens: longest sentence; a longer one is cut.
         storage: where older sentences are stored: ``host`` (memory of the CPU), ``int8`` (there, in 8 bits), ``file``.
         folder: of the file.
+        cache_bits: 8 rounds all keys and values to 8 bits, in the cache and in storage: half the bytes of a bf16 cache.
+            None keeps them as the LLM computes them.
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
@@ -71,6 +73,7 @@ class SentenceMemory(Cache):
         max_sentence_tokens: int = 64,
         storage: str = "host",
         folder: str | Path | None = None,
+        cache_bits: int | None = None,
         positions: str = "original",
         max_positions: int | None = None,
         prove: bool = True,
@@ -96,7 +99,12 @@ class SentenceMemory(Cache):
         )
         finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
         self._table = TokenTable(self.policy, finder, reindexing)
+        if cache_bits not in (None, 8):
+            raise InputError(f"cache_bits: {cache_bits}", fix="use 8, or None for what the LLM computes")
+        if cache_bits and storage == "int8":
+            storage = "host"  # what it gets has 8 bits already
         self._storage = storage, folder
+        self._packs = cache_bits is not None
         make_storage(storage, 1, folder)  # refuses what it does not know
         self._seen = 0
         self._plan: Plan | None = None
@@ -104,7 +112,7 @@ class SentenceMemory(Cache):
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(
             layers=[
-                BlockCache(self.policy, self._planned, self._new_storage, rotation)
+                BlockCache(self.policy, self._planned, self._new_storage, rotation, packs=self._packs)
                 for _, rotation in zip_longest(range(blocks), rotations)
             ]
         )
@@ -259,6 +267,7 @@ class SentenceMemory(Cache):
             "memory": self.policy.name,
             "max_sentence_tokens": self._table.finder.max_tokens,
             "storage": self._storage[0],
+            "cache_bits": 8 if self._packs else None,
             "positions": "original" if reindexing is None else "reindexed",
             "max_positions": None if reindexing is None else reindexing.limit,
             **self.policy.options,
@@ -295,12 +304,7 @@ class SentenceMemory(Cache):
 
     def full_bytes(self) -> int:
         """Bytes that a cache of all tokens read so far would hold."""
-        per_token = sum(
-            (layer.keys.shape[1] * layer.keys.shape[3] + layer.values.shape[1] * layer.values.shape[3])
-            * layer.keys.element_size()
-            for layer in self.layers
-            if layer.keys is not None
-        )
+        per_token = sum(layer.token_bytes for layer in self.layers)
         return per_token * self._seen * len(self._table.rows)
 
     def attended_share(self) -> float:

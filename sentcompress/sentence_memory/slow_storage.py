@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sentcompress.errors import InputError, StorageError, did_you_mean
+from sentcompress.sentence_memory.packing import SCALE_BYTES, pack, rounded, unpack
 
 KINDS = ("host", "int8", "file")
 _FIRST = 256
@@ -178,35 +179,21 @@ class SlowStorage:
 
 
 class Int8Storage(SlowStorage):
-    """Keys and values in 8 bits, symmetric around 0, with an fp16 scale for each token, head, and key or value.
-
-    The largest error is half a 127th of the largest number of a token's key (or value) in one head.
-    """
+    """Keys and values in 8 bits (:mod:`sentcompress.sentence_memory.packing`)."""
 
     is_lossy = True
 
     def as_stored(self, full: Tensor) -> Tensor:
-        codes, scale = self._quantized(full)
-        return (codes * scale.float()).to(full.dtype)
-
-    @staticmethod
-    def _quantized(full: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes ``[..., D]`` and scales ``[..., 1]``."""
-        full = full.detach().float()
-        # The rounded scale is used, so its rounding adds no error; a zero scale would divide 0 by 0.
-        scale = (full.abs().amax(-1, keepdim=True) / 127).clamp(2**-24, 65504).half()
-        return (full / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+        return rounded(full)
 
     def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
-        codes, scales = zip(self._quantized(keys), self._quantized(values), strict=True)
-        return [torch.cat(codes, -1), torch.cat(scales, -1)]
+        return [torch.cat([pack(keys), pack(values)], -1)]
 
     def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        device, dtype, size = self._empty_key.device, self._empty_key.dtype, self._empty_key.shape[-1]
-        codes, scales = (part.to(device, non_blocking=True) for part in parts)
-        # In float, since an fp16 product of a large scale would overflow and bf16 has 8 bits itself.
-        keys = (codes[..., :size] * scales[..., :1].float()).to(dtype)
-        return keys, (codes[..., size:] * scales[..., 1:].float()).to(dtype)
+        both = parts[0].to(self._empty_key.device, non_blocking=True)
+        size = self._empty_key.shape[-1] + SCALE_BYTES
+        dtype = self._empty_key.dtype
+        return unpack(both[..., :size], dtype), unpack(both[..., size:], dtype)
 
 
 class FileStorage(SlowStorage):

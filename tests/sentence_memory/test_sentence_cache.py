@@ -84,6 +84,18 @@ class TestLogits:
         torch.testing.assert_close(steps, whole, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize("storage", ["host", "file"])
+    @pytest.mark.parametrize("name", POLICIES)
+    def test_so_they_do_in_8_bits(self, model, ids, name, storage):
+        whole = in_parts(model, ids, memory(model, name, storage=storage, cache_bits=8), [])
+        steps = in_parts(model, ids, memory(model, name, storage=storage, cache_bits=8), range(30, 100))
+        parts = in_parts(model, ids, memory(model, name, storage=storage, cache_bits=8), [1, 40, 41, 75])
+        exact = in_parts(model, ids, memory(model, name), [])
+        # Rounding can tip a code over to its neighbour.
+        assert (steps - whole).abs().mean() < 2e-3
+        assert (parts - whole).abs().mean() < 2e-3
+        assert 0 < (whole - exact).abs().mean() < 0.3 * exact.std()
+
     def test_everything_kept_or_recalled_gives_the_llms_own(self, model, ids):
         own = model(input_ids=ids).logits
         for options in ({"name": "window", "recent_sentences": 99}, {"recall": 99}):
@@ -238,6 +250,19 @@ class TestSize:
         in_parts(model, words, cache, [50])
         assert cache.device_bytes() < 0.2 * cache.full_bytes()
 
+    def test_8_bits_are_half_of_16(self, ids):
+        model = _model(head_dim=64).to(torch.bfloat16)
+        sizes = []
+        for bits in (None, 8):
+            cache = memory(model, cache_bits=bits)
+            in_parts(model, ids, cache, [80])
+            sizes.append(
+                (cache.device_bytes() - sum(b.index.nbytes for b in cache.layers), cache.storage_bytes())
+            )
+            assert cache.full_bytes() == 100 * 2 * 2 * 2 * 64 * 2
+        assert sizes[1][0] < 0.6 * sizes[0][0]
+        assert sizes[1][1] < 0.6 * sizes[0][1]
+
     def test_slow_storage_takes_what_leaves(self, model, ids):
         sizes = {}
         for storage in ("host", "int8"):
@@ -306,6 +331,7 @@ class TestRefusals:
             ("window", {"recent": 3}, InputError, "recent_sentences"),
             ("window", {"recent_sentences": -1}, InputError, "recent_sentences"),
             ("window", {"storage": "tape"}, InputError, "tape"),
+            ("window", {"cache_bits": 4}, InputError, "cache_bits"),
             ("window", {"max_sentence_tokens": 0}, InputError, "max_sentence_tokens"),
         ):
             with pytest.raises(error, match=message):
