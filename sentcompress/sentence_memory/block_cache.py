@@ -120,8 +120,9 @@ class BlockCache(CacheLayerMixin):
             state.update({f"stored.{number}": part for number, part in enumerate(self.storage.stored())})
         return state
 
-    def load_state(self, state: dict[str, Tensor], rows: int) -> None:
+    def load_state(self, state: dict[str, Tensor], rows: int, dtype: torch.dtype) -> None:
         """Begin each of ``rows`` rows with what :meth:`state` returned; stored tokens stay where they are."""
+        self.dtype = dtype
         self.keys, self.values, index = (
             None if (tensor := state.get(name)) is None else tensor.expand(rows, -1, -1, -1).clone()
             for name in ("keys", "values", "index")

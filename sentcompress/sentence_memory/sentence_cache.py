@@ -287,7 +287,7 @@ class SentenceMemory(Cache):
         for number, layer in enumerate(self.layers):
             start = f"{number}."
             own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            layer.load_state(own, rows)
+            layer.load_state(own, rows, self.model.dtype)
         self._seen = seen
         return self
 

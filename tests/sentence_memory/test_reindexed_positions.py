@@ -83,14 +83,22 @@ def test_beyond_it_a_window_sees_what_an_llm_with_more_positions_sees(model: Pre
 
 
 @pytest.mark.parametrize(
-    ("name", "storage"),
-    [("window", "host"), ("window+entries", "host"), *(("window+recall", kind) for kind in KINDS)],
+    ("name", "options"),
+    [
+        ("window", {}),
+        ("window+entries", {}),
+        *(("window+recall", {"storage": kind}) for kind in KINDS),
+        ("window+recall", {"cache_bits": 8}),
+    ],
 )
-def test_steps_and_parts_equal_one_pass(model: PreTrainedModel, ids: Tensor, name: str, storage: str):
-    whole = logits(model, ids, memory(model, name, storage=storage))
+def test_steps_and_parts_equal_one_pass(
+    model: PreTrainedModel, ids: Tensor, name: str, options: dict[str, Any]
+):
+    whole = logits(model, ids, memory(model, name, **options))
     for cuts in (range(50, 150), (1, 63, 64, 65, 100, 130)):
-        found = logits(model, ids, memory(model, name, storage=storage), cuts)
-        if storage == "int8":  # stored, and so rounded, where a token stands at that time
+        found = logits(model, ids, memory(model, name, **options), cuts)
+        if "cache_bits" in options or options.get("storage") == "int8":
+            # Rounded where a token stands at that time, so that other sentences may be recalled.
             assert (found - whole).abs().mean() < 0.05 * whole.abs().mean()
         else:
             torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)

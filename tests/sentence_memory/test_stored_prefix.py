@@ -62,13 +62,15 @@ def saved(model: PreTrainedModel, tokenizer: Any, texts: Any, tmp_path_factory: 
     return folder
 
 
-@pytest.mark.parametrize("storage", KINDS)
+@pytest.mark.parametrize(
+    "options", [*({"storage": kind} for kind in KINDS), {"cache_bits": 8}], ids=[*KINDS, "8 bits"]
+)
 def test_a_loaded_prefix_goes_on_as_if_it_had_been_read(
-    storage: str, model: PreTrainedModel, tokenizer: Any, texts: Any, tmp_path: Path
+    options: dict[str, Any], model: PreTrainedModel, tokenizer: Any, texts: Any, tmp_path: Path
 ):
     """In one pass and token by token, after reading the document in one pass and three single tokens."""
     document, question = texts
-    original = SentenceMemory(model, tokenizer, storage=storage, **OPTIONS)
+    original = SentenceMemory(model, tokenizer, **OPTIONS, **options)
     read(model, original, document[:, :-3], *document[:, -3:].split(1, 1))
     assert original.storage_bytes() > 0
     original.save(tmp_path / "prefix")
@@ -76,6 +78,7 @@ def test_a_loaded_prefix_goes_on_as_if_it_had_been_read(
         original.copy(),
         *(SentenceMemory.load(tmp_path / "prefix", model, tokenizer) for _ in range(2)),
     ]
+    assert all(other.full_bytes() == original.full_bytes() for other in others)
     steps = question.split(1, 1)
     wanted = read(model, original, *steps)
     for other in others[:2]:
