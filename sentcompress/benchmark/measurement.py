@@ -97,7 +97,7 @@ class Measurement(Generic[Report]):
     """
 
     name: ClassVar[str]
-    """Name on the command line, in the recipe and in rows: that of its file."""
+    """Name in the recipe and in rows: that of its file; on the command line, with - for _."""
     title: ClassVar[str]
     """Title of its first table."""
     key: ClassVar[str | None] = None

@@ -54,6 +54,11 @@ class MemorySystem:
     folder: Path | None = None
     stages: tuple[str, ...] = ()
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether it attends through a sentence memory."""
+        return self.memory is not None or self.folder is not None
+
     def cache(self) -> Any:
         """An empty cache for one batch of texts."""
         if self.folder is not None:

@@ -76,7 +76,7 @@ def _measurement_commands() -> typer.Typer:
     )(_all_command(tuple(flag for m in measurements() for flag in m.flags if flag.in_all)))
     for measurement in measurements():
         app.command(
-            measurement.name,
+            measurement.name.replace("_", "-"),
             cls=FieldCommand if measurement.options else TyperCommand,
             help=inspect.cleandoc(type(measurement).__doc__ or ""),
             epilog=examples(*measurement.examples),
