@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from functools import reduce
 from typing import Any
 
@@ -10,8 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sentcompress.contracts import Memory, Tokens
-from sentcompress.errors import InputError, did_you_mean
-from sentcompress.registry import describe_validation_error, get_registry
+from sentcompress.errors import InputError, PluginError, SentCompressError, did_you_mean
+from sentcompress.registry import describe_component, describe_validation_error, get_registry
 
 
 class Policy:
@@ -71,9 +73,14 @@ class Policy:
         return cls(parts)
 
     def prepare(self, tokenizer: Any) -> None:
-        """As :meth:`sentcompress.Memory.prepare`."""
+        """As :meth:`sentcompress.Memory.prepare`.
+
+        Raises:
+            PluginError: a memory breaks its contract: ``keep`` fails, depends on other tokens, or takes back a token.
+        """
         for part in self.parts.values():
-            part.prepare(tokenizer)
+            _called(part, "prepare", lambda part=part: part.prepare(tokenizer))  # type: ignore[misc]
+            _check_keep(part)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -92,15 +99,82 @@ class Policy:
 
     def keep(self, tokens: Tokens) -> Tensor:
         """Which tokens of earlier sentences are kept by any of the memories: bool ``[..., T]``."""
-        kept = (part.keep(tokens) for part in self.parts.values())
+        kept = (_kept(part, tokens) for part in self.parts.values())
         return reduce(torch.logical_or, kept, torch.zeros_like(tokens.age, dtype=torch.bool))
 
     def index(self, keys: Tensor) -> Tensor:
         """As :meth:`sentcompress.Memory.index`."""
-        assert self._recalls is not None
-        return self._recalls.index(keys)
+        part = self._recalls
+        assert part is not None
+        index = _called(part, "index", lambda: part.index(keys))
+        if not isinstance(index, Tensor) or index.dim() != 4 or index.shape[:3] != keys.shape[:3]:
+            raise _broken(
+                part, f"returned {_shown(index)} from index where {[*keys.shape[:3], 'C']} is expected"
+            )
+        return index
 
     def scores(self, queries: Tensor, index: Tensor) -> Tensor:
         """As :meth:`sentcompress.Memory.scores`."""
-        assert self._recalls is not None
-        return self._recalls.scores(queries, index)
+        part = self._recalls
+        assert part is not None
+        scores = _called(part, "scores", lambda: part.scores(queries, index))
+        expected = [*queries.shape[:3], index.shape[2]]
+        if not isinstance(scores, Tensor) or list(scores.shape) != expected:
+            raise _broken(part, f"returned {_shown(scores)} from scores where {expected} is expected")
+        return scores
+
+
+def _called(part: Memory, method: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (SentCompressError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _broken(part, f"failed in {method}: {type(error).__name__}: {error}") from error
+
+
+def _broken(part: Memory, problem: str) -> PluginError:
+    return PluginError(
+        f"{describe_component('memory', part)} {problem}",
+        fix="report this to the memory's author (sentcompress.testing.check_memory shows it), or use another memory",
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _kept(part: Memory, tokens: Tokens) -> Tensor:
+    kept = _called(part, "keep", lambda: part.keep(tokens))
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+        raise _broken(part, f"returned {_shown(kept)} from keep where booleans are expected")
+    return kept
+
+
+def _check_keep(part: Memory) -> None:
+    """A few calls of ``keep``, in a millisecond; ``sentcompress.testing.check_memory`` has many more."""
+    sentences, length = 12, 5
+    number, offset = (
+        n.flatten() for n in torch.meshgrid(torch.arange(sentences), torch.arange(length), indexing="ij")
+    )
+    tokens = Tokens(
+        ids=7 * number + offset,
+        position=length * number + offset,
+        age=sentences - number,
+        offset=offset,
+        behind=length - 1 - offset,
+        distance=length * (sentences - number),
+    )
+
+    def asked(change: Callable[[Tensor], Tensor], **others: Tensor) -> Tensor:
+        values = {field.name: change(getattr(tokens, field.name)) for field in fields(Tokens)} | others
+        return _kept(part, Tokens(**values))
+
+    whole = asked(torch.clone)
+    halves = [asked(lambda value, half=half: value.tensor_split([23])[half]) for half in (0, 1)]  # type: ignore[misc]
+    if not (whole.equal(asked(torch.clone)) and whole.equal(torch.cat(halves))):
+        raise _broken(part, "keeps a token or drops it depending on what else it is asked about")
+    later = 3 * torch.arange(60)[:, None]
+    ages = asked(torch.clone, age=tokens.age + later, distance=tokens.distance + length * later)
+    if ages.dim() == 2 and bool((ages[1:] & ~ages[:-1]).any()):
+        raise _broken(part, "keeps a token again that it has dropped")
