@@ -360,7 +360,13 @@ def test_memories_that_cannot_be(shop, refused):
     refused(
         ["generate", llm, "Hello.", "--memory-option", "sinks=1"], "needs a memory", "--memory window+recall"
     )
+    refused([*memory, "window", "--memory-option", "prove=false"], "'prove=false' is not an option")
     refused([*memory, "window", "--memory-option", "storage=tape"], "tape", "int8")
+    refused(
+        [*memory, "window", "--memory-option", "max_sentence_tokens=x"], "max_sentence_tokens", "whole number"
+    )
+    refused([*memory, "window", "--memory-option", "cache_bits=yes"], "cache_bits", "whole number")
+    refused([*memory, "window", "--memory-option", "segmenter=[1]"], "no segmenter is called '[1]'", code=3)
     refused(["generate", llm, "The people met here. " * 300, "--memory", "window"], "positions", "shorten")
 
 

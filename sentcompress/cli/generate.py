@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -171,18 +172,29 @@ def _write_with_llm(
 
 
 def _memory_option(text: str) -> tuple[str, Any]:
-    """``recall=8`` as a name and a value."""
+    """``recall=8`` as a name and a value: an option of a memory, which checks it, or an argument of SentenceMemory."""
     import yaml
 
+    from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier() or name in ("memory", "folder", "model", "tokenizer"):
+    arguments = inspect.signature(SentenceMemory).parameters
+    known = arguments.get(name)
+    if (
+        not equals
+        or not name.isidentifier()
+        or (known and (known.kind is not known.KEYWORD_ONLY or name == "prove"))
+    ):
         raise InputError(
             f"--memory-option: '{text}' is not an option of a memory", fix="write it as recall=8"
         )
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
+    if known and "int" not in str(known.annotation):
         return name, value
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(value)
+    if known and type(value) is not int:
+        raise InputError(f"--memory-option {name}: '{value}' is not a whole number", fix=f"write {name}=64")
+    return name, value
 
 
 def _argument(text: str, what: str) -> str:
