@@ -1,0 +1,81 @@
+"""The index of `recall`: what it finds, its size, and that a token's row depends on nothing but its own key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sentcompress.memories.recall import Recall
+
+BITS = {1: 0.78, 2: 0.92, 4: 0.99}
+"""Least correlation with the exact products, by bits."""
+
+
+def recall(**options):
+    return Recall(Recall.Options(**options))
+
+
+def keys_and_queries(size, dtype=torch.float32):
+    """As in LLMs: one channel far larger than the others, in all keys alike, and long tokens beside short ones."""
+    torch.manual_seed(0)
+    keys = torch.randn(2, 3, 400, size) * torch.rand(2, 3, 400, 1).add(0.5)
+    keys[..., 1] += 4
+    return keys.to(dtype), torch.randn(2, 3, 5, size).to(dtype)
+
+
+def products(queries, keys):
+    return queries.float() @ keys.float().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [6, 64, 80, 128])
+@pytest.mark.parametrize("bits", BITS)
+def test_scores_are_close_to_the_products_of_queries_and_keys(bits, size, dtype):
+    keys, queries = keys_and_queries(size, dtype)
+    memory = recall(index_bits=bits)
+    found, exact = memory.scores(queries, memory.index(keys)), products(queries, keys)
+    assert found.dtype == dtype
+    assert torch.corrcoef(torch.stack([found.float().flatten(), exact.flatten()]))[0, 1] > BITS[bits]
+    assert (found.float() * exact).sum() / exact.square().sum() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("bits", "bytes_"), [(1, 10), (2, 18), (4, 34), (16, 128)])
+def test_bytes_of_a_token(bits, bytes_):
+    index = recall(index_bits=bits).index(torch.randn(1, 2, 7, 64).bfloat16())
+    assert index.shape[:3] == (1, 2, 7)
+    assert index.shape[3] * index.element_size() == bytes_
+
+
+@pytest.mark.parametrize("bits", [*BITS, 16])
+def test_a_token_is_indexed_by_its_own_key_alone(bits):
+    keys, _ = keys_and_queries(64)
+    memory = recall(index_bits=bits)
+    parts = [memory.index(keys[:, :, start : start + 100]) for start in range(0, 400, 100)]
+    assert torch.equal(torch.cat(parts, 2), memory.index(keys))
+    assert torch.equal(recall(index_bits=bits).index(keys), memory.index(keys))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_candidates_hold_the_key_that_answers(bits):
+    keys, queries = keys_and_queries(64)
+    keys[:, :, 123:128] += 0.6 * queries.transpose(0, 1).reshape(3, 2, 5, 64).transpose(0, 1)
+    memory = recall(index_bits=bits)
+    best = memory.scores(queries, memory.index(keys)).topk(20, -1).indices
+    answers = products(queries, keys).argmax(-1, keepdim=True)
+    assert (best == answers).any(-1).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_empty_keys_and_no_tokens(bits):
+    memory = recall(index_bits=bits)
+    queries = torch.randn(1, 1, 2, 64)
+    assert torch.equal(
+        memory.scores(queries, memory.index(torch.zeros(1, 1, 3, 64))), torch.zeros(1, 1, 2, 3)
+    )
+    assert memory.scores(queries, memory.index(torch.zeros(1, 1, 0, 64))).shape == (1, 1, 2, 0)
+
+
+def test_as_many_candidates_as_are_recalled_at_least():
+    assert recall(recall=40, candidates=3).candidates == 40
+    assert recall(recall=4, candidates=3).candidates == 4
+    assert recall(recall=4, index_bits=16).candidates == 4
