@@ -1,24 +1,28 @@
-"""Hooks that tell a memory which tokens its LLM reads, and the refusal of LLMs that take none."""
+"""Tells a memory which tokens its LLM reads, and refuses LLMs and prompts that take none."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 import weakref
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentcompress.errors import InputError
-from sentcompress.sentence_memory.attention import attention_configs
+from sentcompress.sentence_memory.attention import attention_configs, memory_attention
 
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_locks: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+"""One call of an LLM at a time: its configuration says how it attends."""
+_ATTACHED = "_takes_sentence_memories"
 
 
 @runtime_checkable
 class ReadsTokens(Protocol):
-    """What the hooks ask of a memory."""
+    """What an attached LLM asks of a memory."""
 
     model: PreTrainedModel
 
@@ -31,25 +35,33 @@ class ReadsTokens(Protocol):
     def end_call(self, *, complete: bool) -> None:
         """The LLM has computed, or has failed."""
 
-    def check_prompt(self, input_ids: Tensor) -> None:
-        """Refuse a prompt that does not begin with what was read."""
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool) -> None:
+        """Refuse a prompt that cannot follow what was read."""
 
 
-def follows(given: Sequence[int], known: Sequence[int]) -> bool:
-    """Whether ``known``, which has no padding, is the beginning of ``given`` but for padding."""
-    at = 0
-    for token in given:
-        if at == len(known):
-            return True
-        if token == known[at]:
-            at += 1
-        elif at:
-            return False
-    return at == len(known)
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The LLM within the wrappers of ``torch.compile`` and peft.
+
+    Raises:
+        InputError: it is not a model of transformers.
+    """
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a sentence memory needs a causal LM of transformers, but got {type(model).__name__}",
+            fix="load it with AutoModelForCausalLM.from_pretrained",
+        )
+    return model
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse the tokenizer of an LLM with more tokens. Raises InputError."""
+    """Refuse what is no tokenizer, or that of an LLM with more tokens. Raises InputError."""
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise InputError(
+            f"a sentence memory needs the LLM's tokenizer, but got {type(tokenizer).__name__}",
+            fix="load it with AutoTokenizer.from_pretrained",
+        )
     known = len(model.get_input_embeddings().weight)
     if hasattr(tokenizer, "__len__") and len(tokenizer) > known:
         raise InputError(
@@ -59,8 +71,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Add hooks to an LLM, once, that tell a memory which tokens it reads."""
-    if model in _attached:
+    """Make an LLM tell a memory which tokens it reads. Without a memory it computes as ever."""
+    if hasattr(model, _ATTACHED):
         return
     if not getattr(model, "_supports_attention_backend", False) or not attention_configs(model):
         raise InputError(
@@ -73,31 +85,52 @@ def attach(model: PreTrainedModel) -> None:
             fix="use another LLM",
         )
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, ReadsTokens):
-            if memory.model is not model:
-                raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            memory.begin_call(ids, kwargs.get("attention_mask"))
+    # Not hooks: those are left out by an interrupt (Ctrl-C), and where peft calls forward itself.
+    forward, prefill = model.forward, model._prefill
+    model.forward = functools.update_wrapper(functools.partial(_forward, model, forward), forward)
+    model._prefill = functools.update_wrapper(functools.partial(_prefill, prefill), prefill)
+    setattr(model, _ATTACHED, True)
+
+
+def _forward(model: PreTrainedModel, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """In place of an LLM's forward. Copies of the LLM, and pickles, have this for themselves."""
+    kwargs |= dict(zip(inspect.signature(forward).parameters, args, strict=False)) if args else {}
+    memory = kwargs.get("past_key_values")
+    if isinstance(memory, ReadsTokens):
+        return _forward_with(memory, model, forward, kwargs)
+    if torch.compiler.is_compiling():
+        return forward(**kwargs)
+    with _locks.setdefault(model, threading.RLock()):
+        return forward(**kwargs)
+
+
+@torch.compiler.disable(recursive=False)
+def _forward_with(memory: ReadsTokens, model: PreTrainedModel, forward: Any, kwargs: dict[str, Any]) -> Any:
+    if memory.model is not model:
+        raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
+    with _locks.setdefault(model, threading.RLock()), memory_attention(model):
+        memory.begin_call(kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        complete = False
+        try:
             if (positions := memory.new_positions()) is not None:
                 kwargs["position_ids"] = positions
+            output = forward(**kwargs)
+            complete = True
+        finally:
+            memory.end_call(complete=complete)
+    return output
 
-    def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, ReadsTokens):
-            memory.end_call(complete=output is not None)
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
-    prepare = model.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def checked(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        memory = kwargs.get("past_key_values")
-        if isinstance(memory, ReadsTokens) and kwargs.get("is_first_iteration", False):
-            memory.check_prompt(input_ids)
-        return prepare(input_ids, *args, **kwargs)
-
-    model.prepare_inputs_for_generation = checked
-    _attached.add(model)
+def _prefill(
+    prefill: Any, /, input_ids: Tensor, settings: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """In place of the part of ``generate`` that reads the prompt: it still has what was read before."""
+    memory = model_kwargs.get("past_key_values")
+    if isinstance(memory, ReadsTokens):
+        if model_kwargs.get("use_cache") is False:
+            raise InputError("use_cache=False leaves out the memory", fix="use use_cache=True")
+        mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
+        # transformers leaves out a mask of ones, and notes its length.
+        masked = getattr(settings, "_mask_length", length) if mask is None else mask.shape[1]
+        memory.check_prompt(input_ids, mask, whole=masked == length)
+    return prefill(input_ids, settings, model_kwargs, *args, **kwargs)

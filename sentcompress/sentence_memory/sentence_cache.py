@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError, ModelFolderError
 from sentcompress.files import read_json
 from sentcompress.registry import get_registry
-from sentcompress.sentence_memory.attachment import attach, check_tokenizer, follows
+from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
-from sentcompress.sentence_memory.attention import memory_attention
 from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
@@ -79,6 +77,7 @@ class SentenceMemory(Cache):
         prove: bool = True,
         **options: Any,
     ) -> None:
+        model = causal_lm(model)
         self.policy = Policy.parse(memory, options)
         self.policy.prepare(tokenizer)
         cutter: Any = segmenter
@@ -88,7 +87,6 @@ class SentenceMemory(Cache):
         check_tokenizer(model, tokenizer)
         if max_sentence_tokens < 1:
             raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
-        model = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
         attach(model)
         if prove:
             cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
@@ -108,7 +106,7 @@ class SentenceMemory(Cache):
         make_storage(storage, 1, folder)  # refuses what it does not know
         self._seen = 0
         self._plan: Plan | None = None
-        self._call: AbstractContextManager[None] | None = None
+        self._incomplete = False
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(
             layers=[
@@ -171,7 +169,7 @@ class SentenceMemory(Cache):
 
     def reset(self) -> None:
         """Forget everything, for another text."""
-        self._table.rows, self._plan, self._call, self._seen = [], None, None, 0
+        self._table.rows, self._plan, self._incomplete, self._seen = [], None, False, 0
         for layer in self.layers:
             layer.reset()
 
@@ -326,7 +324,7 @@ class SentenceMemory(Cache):
     # ---- a call of the LLM
 
     def begin_call(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-        """Take the tokens of a call before the LLM computes. Called by a hook of the LLM.
+        """Take the tokens of a call before the LLM computes. Called by the LLM (:func:`attach`).
 
         Args:
             input_ids: ``[B, Q]``.
@@ -335,7 +333,7 @@ class SentenceMemory(Cache):
         Raises:
             InputError: these tokens cannot follow those read so far.
         """
-        if self._call is not None:
+        if self._incomplete:
             raise InputError(
                 "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
             )
@@ -353,10 +351,10 @@ class SentenceMemory(Cache):
             raise InputError("there are no tokens to read", fix="give a prompt that is not empty")
         valid = torch.ones_like(input_ids)
         if attention_mask is not None:
-            if attention_mask.shape != (rows, self._seen + length):
+            shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
+            if shape != [rows, self._seen + length]:
                 raise InputError(
-                    f"the attention mask has the shape {list(attention_mask.shape)}, but "
-                    f"{[rows, self._seen + length]} is needed",
+                    f"the attention mask has the shape {shape}, but {[rows, self._seen + length]} is needed",
                     fix="give the mask of all tokens read so far and the new ones, with two dimensions",
                 )
             valid = attention_mask[:, -length:]
@@ -366,9 +364,8 @@ class SentenceMemory(Cache):
                 f"{self._seen + length} tokens, but the LLM has {limit} positions",
                 fix="give it a shorter text, or use positions='reindexed'",
             )
+        self._incomplete = True
         self._plan = self._table.read(input_ids.tolist(), valid.bool().tolist())
-        self._call = memory_attention(self.model)
-        self._call.__enter__()
 
     def new_positions(self) -> Tensor | None:
         """Positions of the tokens of this call, ``[B, Q]``, if they are re-indexed."""
@@ -378,34 +375,46 @@ class SentenceMemory(Cache):
         return effective_position(tokens, self._table.reindexing.limit).to(self.model.device)
 
     def end_call(self, *, complete: bool) -> None:
-        """Called by a hook when the LLM has computed, or has failed."""
-        if self._call is None:
-            return
-        self._call.__exit__(None, None, None)
-        if complete and self._plan is not None:
-            self._seen += self._plan.position.shape[1]
-            self._call = None
+        """Called by the LLM when it has computed, or has failed."""
+        plan, self._plan = self._plan, None
+        if complete and plan is not None:
+            self._seen += plan.position.shape[1]
+            self._incomplete = False
 
-    def check_prompt(self, input_ids: Tensor) -> None:
-        """Refuse a prompt that does not begin with what was read.
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool) -> None:
+        """Refuse a prompt of ``generate`` that cannot follow what was read.
 
         Args:
-            input_ids: ``[B, T]``, all tokens of the prompt.
+            input_ids: ``[B, T]``.
+            attention_mask: of all tokens, or None.
+            whole: the prompt has what was read before; if not, it only has what follows.
 
         Raises:
-            InputError: it is another text.
+            InputError: it is another text, padded in another way, or has nothing to continue.
         """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool(mask[:, -1:].all()):
+            raise InputError(
+                "a prompt is padded on the right, so its output would follow the padding",
+                fix="set tokenizer.padding_side = 'left', and give no empty prompts",
+            )
+        if not whole:
+            return
         for number, row in enumerate(self._table.rows[: len(input_ids)]):
-            given = input_ids[number].tolist()
-            known = row.ids
-            if not follows(given, known):
+            known = input_ids[number, : self._seen][mask[number, : self._seen].bool()].tolist()
+            if known != row.ids:
                 raise InputError(
-                    f"the memory holds another text than prompt {number + 1} begins with",
+                    f"the memory holds another text, or other padding, than prompt {number + 1} begins with",
                     fix="call memory.reset() before a new text, or use a new memory",
                 )
+        if self._table.rows and input_ids.shape[1] == self._seen:
+            raise InputError(
+                "the memory has read the whole prompt already",
+                fix="give a longer prompt, or call memory.reset()",
+            )
 
     def _planned(self) -> Plan:
-        if self._plan is None or self._call is None:
+        if self._plan is None:
             raise InputError(
                 "this LLM is not the one that the memory was made for",
                 fix="make one for this LLM: SentenceMemory(model, tokenizer)",
