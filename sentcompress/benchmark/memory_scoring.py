@@ -100,6 +100,8 @@ def memory_systems(models: Models) -> list[MemorySystem]:
 def _in_dtype(models: Models, model: PreTrainedModel) -> PreTrainedModel:
     """The LLM in ``bench.dtype``; other measurements of a run need theirs unchanged."""
     dtype = DTYPES[models.recipe.bench.dtype]
+    if models.is_sharded:
+        return model  # placed in this dtype already
     if models.folder is not None and dtype != torch.float32:
         model = copy.deepcopy(model)
     return model.to(dtype)

@@ -96,7 +96,8 @@ def run_bench(
         # Keep what is measured if a later measurement is killed; `is_current` does not take it for the whole.
         write_results(merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
     headlines = {m.name for m in measurements() if m.headline}
-    if folder is not None and (names is None or headlines <= set(wanted)):
+    writes_samples = names is None and recipe.memory is None
+    if folder is not None and (writes_samples or headlines <= set(wanted)):
         bench.attempt("samples", "samples", bench.write_samples)
     results = merged(earlier, results, wanted)
     with storage_errors(target):

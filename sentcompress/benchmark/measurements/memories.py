@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sentcompress.benchmark.breakdown import compare_buckets
-from sentcompress.benchmark.drawing import BACKBONE_COLOR, SENTENCE_COLOR
+from sentcompress.benchmark.drawing import BACKBONE_COLOR
 from sentcompress.benchmark.measurement import BASELINES, Measurement, Section
 from sentcompress.benchmark.measurements.quality import QualityScore
 from sentcompress.benchmark.measurements.recall import Recall
@@ -110,7 +110,10 @@ class Memories(Measurement[list[MemoryScore]]):
             ],
         )
         recalls = {score.system: score.found.value for score in Recall.of(results)}
-        return [Section(table, partial(_draw, scores, recalls) if scores else None), Section(by_position)]
+        return [
+            Section(table, partial(_draw, scores, recalls) if scores else None, (7.6, 3.6)),
+            Section(by_position),
+        ]
 
 
 def _reference(scores: Sequence[MemoryScore]) -> MemoryScore:
@@ -145,16 +148,19 @@ def _notes(scores: Sequence[MemoryScore]) -> list[str]:
 
 def _draw(scores: Sequence[MemoryScore], recalls: dict[str, float], figure: Any) -> None:
     """Bits per byte, and the share of needles found, against bytes on the device."""
-    panels = [("bits per byte (lower is better)", {s.system: s.quality.bits_per_byte for s in scores})]
+    panels = [("Bits per byte (lower is better)", {s.system: s.quality.bits_per_byte for s in scores})]
     if recalls:
-        panels.append(("needles found (higher is better)", recalls))
+        panels.append(("Needles found (higher is better)", recalls))
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number_, score in enumerate(scores):
+        for order, score in enumerate(scores):
             if score.system not in values:
                 continue
-            point = score.device_bytes_per_token / 1024, values[score.system]
-            axes.plot(*point, "o", color=BACKBONE_COLOR if number_ == 0 else SENTENCE_COLOR)
-            axes.annotate(score.system, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            color = f"C{order - 1}" if order else BACKBONE_COLOR
+            size = score.device_bytes_per_token / 1024
+            axes.plot(size, values[score.system], "o", color=color, label=score.system)
         axes.set_title(title)
         axes.set_xlabel("KiB on the device per token of text")
-        axes.margins(0.25, 0.15)
+        axes.margins(0.1, 0.15)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
