@@ -131,10 +131,8 @@ class Peers:
         pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         for (name, size, how), counts in self.counts.items():
             row: dict[str, Any] = {"policy": name, "kvpress": version("kvpress"), "read": how, "tokens": size}
-            row |= {
-                "most_tokens": round(counts["most"]),
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-            }
+            row["dtype"] = str(self.model.dtype).removeprefix("torch.")
+            row["most_tokens"] = round(counts["most"])
             row["most_bytes"] = round(counts["most"] * pair * self.model.dtype.itemsize)
             if counts["bytes"]:
                 bits = counts["nats"] / math.log(2) / counts["bytes"]
@@ -159,14 +157,21 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64, help="tokens read at once")
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    tasks = read_tasks(arguments.tasks)
+    try:
+        tasks = read_tasks(arguments.tasks)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if min(arguments.tokens) < 3 * arguments.block:
+        parser.error(f"--tokens: at least three blocks of {arguments.block}")
     from kvpress_caches import policies
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    names = arguments.policies or ["full", *policies()]
+    if unknown := set(names) - {"full", *policies()}:
+        parser.error(f"--policies: {', '.join(sorted(unknown))} is not one of full, {', '.join(policies())}")
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    names = arguments.policies or ["full", *policies()]
     peers = Peers(model.eval(), names, arguments.tokens, arguments.block)
     for how in arguments.read:
         for task in tasks:
