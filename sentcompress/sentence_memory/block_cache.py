@@ -345,6 +345,7 @@ class BlockCache(CacheLayerMixin):
                 self.policy,
                 index=own_index,
                 stored=own_stored,
+                masks=plan.masks if turned is keys else None,  # a span has a layout of its own
                 **options,
             )
             parts.append(out)

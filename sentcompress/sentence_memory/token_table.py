@@ -21,7 +21,7 @@ from sentcompress.sentence_memory.positions import (
     moved_position,
     moves_before,
 )
-from sentcompress.sentence_memory.visibility import Layout
+from sentcompress.sentence_memory.visibility import Layout, Masks
 
 SLOTS = 32
 """The cache grows by this many tokens at a time."""
@@ -175,6 +175,8 @@ class Plan:
     stored_before: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None
     moves: Moves | None = None
+    masks: Masks = field(default_factory=dict)
+    """Several tokens: what they see, made by the first block."""
     _moved: dict[torch.device, Plan] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Plan:
@@ -191,7 +193,7 @@ class Plan:
         return (self.slots >= 0)[:, None]
 
 
-_FIELDS = tuple(name for name in Plan.__dataclass_fields__ if not name.startswith("_"))
+_FIELDS = tuple(name for name in Plan.__dataclass_fields__ if name not in ("masks", "_moved"))
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -391,6 +393,10 @@ class TokenTable:
             for name in ("ids", "position", "sentence", "offset", "behind"):
                 column = np.full(len(where), -1 if name == "position" else 0)
                 column[real] = values[name]
+                if (
+                    name == "sentence"
+                ):  # padding joins the sentence before it, so that sentences stand together
+                    column = np.maximum.accumulate(column)
                 fields.setdefault(name, []).append(column)
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in fields.items()}
         return Layout(**tensors, text=torch.zeros_like(tensors["ids"]))
