@@ -247,7 +247,7 @@ def test_the_stage_and_its_baseline(tmp_path, backbone):
     assert records[0]["tokens"] == records[1]["tokens"]
     saved = read_json(tmp_path / "memory" / "memory.json")
     assert saved["memory"] == "window+recall"
-    assert saved["options"].items() >= {"recent_sentences": 8, "sinks": 4, "recall": 4}.items()
+    assert saved["options"] == Policy.parse("window+recall").options
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
     own = SentenceMemory.from_folder(tmp_path / "memory", model, AutoTokenizer.from_pretrained(backbone))
     assert own.policy.options == saved["options"]
