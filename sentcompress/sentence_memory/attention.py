@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from sentcompress.errors import RunError
+from sentcompress.errors import InputError, RunError
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.visibility import Layout, Masks, attend_in_one_pass
 
@@ -36,6 +36,26 @@ class Attends(Protocol):
 def expect_queries(layer: Attends) -> None:
     """Called by the cache of a block in its ``update``: the attention that follows is its own."""
     _updated.layer = layer
+
+
+class _NoGradient(torch.autograd.Function):
+    """Refuses training, which would silently leave out what flows through keys and values."""
+
+    @staticmethod
+    def forward(_: Any, __: Tensor, out: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(_: Any, __: Tensor) -> None:
+        raise InputError(
+            "gradients do not flow through a sentence memory", fix="train with: sentcompress train-memory"
+        )
+
+
+def without_gradient(query: Tensor, out: Tensor) -> Tensor:
+    """Attention ``out`` that was computed without a gradient; a backward pass through it raises InputError."""
+    refused: Tensor = _NoGradient.apply(query, out)
+    return refused
 
 
 def _attention(

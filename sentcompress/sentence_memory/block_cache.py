@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import CacheLayerMixin
 
-from sentcompress.sentence_memory.attention import expect_queries
+from sentcompress.errors import InputError
+from sentcompress.sentence_memory.attention import expect_queries, without_gradient
 from sentcompress.sentence_memory.packing import SCALE_BYTES, pack, unpack
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import Rotation
@@ -79,6 +80,11 @@ class BlockCache(CacheLayerMixin):
         self._planned()  # refuses an LLM that has not announced its tokens
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.dtype != self.dtype:
+            raise InputError(
+                f"the LLM computes in {key_states.dtype} now, but its memory holds {self.dtype}",
+                fix="call memory.reset() when the LLM has changed",
+            )
         expect_queries(self)
         return key_states, value_states
 
@@ -142,9 +148,8 @@ class BlockCache(CacheLayerMixin):
             self.storage.to(device)
         self.is_initialized = True
 
-    @torch.no_grad()
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Take new tokens and attend.
+        """Take new tokens and attend. No gradient flows back; who asks for it gets an InputError.
 
         Args:
             query: ``[B, heads, Q, D]``.
@@ -155,7 +160,9 @@ class BlockCache(CacheLayerMixin):
         """
         plan = self._planned().on(query.device)
         call = self._attend_many if plan.new_slots is None else self._attend_one
-        return call(query, key, value, plan, **options)
+        with torch.no_grad():
+            out = call(query, key, value, plan, **options)
+        return without_gradient(query, out)
 
     # ---- one new token in each row
 

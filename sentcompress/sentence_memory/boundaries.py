@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sentcompress.contracts import Segmenter
+from sentcompress.errors import InputError
 
 LOOK_BACK = 2
 """A mark this many tokens back may still end a sentence: some segmenters wait for what follows it."""
@@ -22,9 +23,16 @@ class BoundaryFinder:
         segmenter: prepared.
         tokenizer: of the LLM.
         max_tokens: longest sentence; a longer one is cut.
+
+    Raises:
+        InputError: one of them is not what it should be.
     """
 
     def __init__(self, segmenter: Segmenter, tokenizer: Any, max_tokens: int) -> None:
+        if not callable(getattr(segmenter, "split", None)):
+            raise InputError(f"segmenter: {segmenter!r}", fix="give a name such as 'regex', or a segmenter")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_sentence_tokens: {max_tokens!r}", fix="use a whole number, at least 1")
         self.segmenter = segmenter
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens

@@ -41,7 +41,7 @@ class Policy:
             InputError: a name is empty or there twice, an option is unknown or wrong, or two memories recall.
             PluginError: there is no such memory.
         """
-        names = [part.strip() for part in name.split("+")]
+        names = [part.strip() for part in str(name).split("+")]
         if not all(names) or len(set(names)) < len(names):
             raise InputError(
                 f"memory: '{name}' is not a list of different memories",

@@ -224,9 +224,9 @@ def reindex(
         return None, []
     largest, smallest = rotary_limit(model), 4 * (sinks + max_sentence_tokens)
     limit = largest if max_positions is None else max_positions
-    if not smallest <= limit <= largest:
+    if not isinstance(limit, int) or not smallest <= limit <= largest:
         raise InputError(
-            f"positions cannot be re-indexed at {limit:,}: the LLM has {largest:,}, and sentences of "
+            f"positions cannot be re-indexed at {limit}: the LLM has {largest:,}, and sentences of "
             f"{max_sentence_tokens} tokens with {sinks} sinks need {smallest:,}",
             fix=f"set max_positions to {smallest:,} to {largest:,}"
             if smallest <= largest

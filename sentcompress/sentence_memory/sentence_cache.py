@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from itertools import zip_longest
@@ -85,8 +86,7 @@ class SentenceMemory(Cache):
             cutter = get_registry().create("segmenter", segmenter)
             cutter.prepare(tokenizer)
         check_tokenizer(model, tokenizer)
-        if max_sentence_tokens < 1:
-            raise InputError(f"max_sentence_tokens: {max_sentence_tokens}", fix="use at least 1")
+        finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
         attach(model)
         if prove:
             cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
@@ -95,7 +95,6 @@ class SentenceMemory(Cache):
         reindexing, rotations = reindex(
             model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
         )
-        finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
         self._table = TokenTable(self.policy, finder, reindexing)
         if cache_bits not in (None, 8):
             raise InputError(f"cache_bits: {cache_bits}", fix="use 8, or None for what the LLM computes")
@@ -288,6 +287,18 @@ class SentenceMemory(Cache):
             layer.load_state(own, rows, self.model.dtype)
         self._seen = seen
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SentenceMemory:
+        """Of a batch too; the LLM, and what a loaded prefix shares, are not copied."""
+        memo.update({id(part): part for part in (self.model, self.policy, self._table.finder)})
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a sentence memory cannot be pickled", fix="use memory.save(folder) and SentenceMemory.load"
+        )
 
     # ---- its size
 

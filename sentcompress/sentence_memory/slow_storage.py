@@ -52,6 +52,12 @@ class SlowStorage:
         """What would be read of keys or values ``[..., D]`` if they were stored."""
         return full
 
+    def __deepcopy__(self, _: Any) -> SlowStorage:
+        other = type(self)(self.rows, self._folder)
+        other.lengths, other._shared, other._empty_key = [*self.lengths], self._shared, self._empty_key
+        other._parts = [other._grown(None, part[0], len(part)).copy_(part) for part in self._parts]
+        return other
+
     def append(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Store the next tokens of one row.
 
@@ -257,7 +263,7 @@ def make_storage(kind: str, rows: int, folder: str | Path | None = None) -> Slow
     """
     if kind not in KINDS:
         raise InputError(
-            f"storage={kind!r} is unknown.{did_you_mean(kind, KINDS)}", fix=f"one of {', '.join(KINDS)}"
+            f"storage={kind!r} is unknown.{did_you_mean(str(kind), KINDS)}", fix=f"one of {', '.join(KINDS)}"
         )
     if folder is not None and kind != "file":
         raise InputError(f"storage={kind!r} has no folder, but {folder} is given", fix="use storage='file'")

@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sentcompress import SentenceMemory
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, PluginError
 from sentcompress.testing import tiny_tokenizer
 
 TEXT = (
@@ -41,9 +42,9 @@ def ids() -> Tensor:
     return torch.tensor([tokenizer().encode(TEXT)[:80]])
 
 
-def memory(model: Any) -> SentenceMemory:
-    options = {"recent_sentences": 1, "recall": 2, "max_sentence_tokens": 9}
-    return SentenceMemory(model, tokenizer(), "window+recall", prove=False, **options)
+def memory(model: Any, **options: Any) -> SentenceMemory:
+    defaults = {"recent_sentences": 1, "recall": 2, "max_sentence_tokens": 9}
+    return SentenceMemory(model, tokenizer(), "window+recall", prove=False, **defaults | options)
 
 
 def written(model: Any, ids: Tensor, cache: SentenceMemory | None = None, **more: Any) -> Tensor:
@@ -120,6 +121,49 @@ class TestCalls:
         by_name = model(input_ids=ids, past_key_values=memory(model)).logits
         assert torch.equal(model(ids, None, None, memory(model)).logits, by_name)
 
+    def test_gradients_are_refused_when_they_are_asked_for(self, model: PreTrainedModel, ids: Tensor) -> None:
+        loss = model(input_ids=ids, labels=ids, past_key_values=memory(model)).loss
+        with pytest.raises(InputError, match="train-memory"):
+            loss.backward()
+
+    def test_another_dtype(self, model: PreTrainedModel, ids: Tensor) -> None:
+        cache = memory(model)
+        model(input_ids=ids[:, :50], past_key_values=cache)
+        model.to(torch.bfloat16)
+        with pytest.raises(InputError, match=r"computes in torch.bfloat16 now"):
+            model(input_ids=ids[:, 50:], past_key_values=cache)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("storage", ["host", "int8", "file"])
+    def test_a_deep_copy_goes_on_by_itself(self, model: PreTrainedModel, ids: Tensor, storage: str) -> None:
+        batch = torch.cat([ids, ids.flip(1)])
+        first, rest = {"input_ids": batch[:, :50]}, {"input_ids": batch[:, 50:]}
+        whole = memory(model, storage=storage)
+        model(**first, past_key_values=whole)
+        other = copy.deepcopy(whole)
+        assert other.model is model
+        assert other.storage_bytes() == whole.storage_bytes() > 0
+        model(input_ids=batch[:, :9], past_key_values=whole)
+        again = memory(model, storage=storage)
+        model(**first, past_key_values=again)
+        expected = model(**rest, past_key_values=again).logits
+        assert torch.equal(model(**rest, past_key_values=other).logits, expected)
+
+    def test_a_deep_copy_of_a_loaded_prefix(
+        self, model: PreTrainedModel, ids: Tensor, tmp_path: Path
+    ) -> None:
+        cache = memory(model)
+        model(input_ids=ids[:, :50], past_key_values=cache)
+        cache.save(tmp_path / "prefix")
+        loaded = SentenceMemory.load(tmp_path / "prefix", model, tokenizer())
+        assert torch.equal(written(model, ids, copy.deepcopy(loaded)), written(model, ids, loaded))
+
+    def test_pickles_are_refused(self, model: PreTrainedModel) -> None:
+        for copied in (pickle.dumps, copy.copy):
+            with pytest.raises(InputError, match=r"memory\.save"):
+                copied(memory(model))
+
 
 class TestPrompts:
     @pytest.mark.parametrize("size", [7, 79, 200])
@@ -164,6 +208,22 @@ class TestPrompts:
     def test_without_a_cache(self, model: PreTrainedModel, ids: Tensor) -> None:
         with pytest.raises(InputError, match="use_cache"):
             written(model, ids, use_cache=False)
+
+
+def test_arguments_of_the_wrong_type(model: PreTrainedModel) -> None:
+    for name, value in (
+        ("memory", None),
+        ("max_sentence_tokens", "8"),
+        ("max_sentence_tokens", 2.5),
+        ("storage", None),
+        ("segmenter", 3),
+        ("positions", 3),
+        ("cache_bits", "8"),
+    ):
+        with pytest.raises((InputError, PluginError), match=name):
+            SentenceMemory(model, tokenizer(), prove=False, **{name: value})
+    with pytest.raises(InputError, match="re-indexed at x"):
+        SentenceMemory(model, tokenizer(), prove=False, positions="reindexed", max_positions="x")
 
 
 def test_what_is_no_llm_or_no_tokenizer(model: PreTrainedModel) -> None:
