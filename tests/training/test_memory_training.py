@@ -18,12 +18,18 @@ from sentcompress.cli import main
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest, read_json
 from sentcompress.pipeline import run_recipe, stages_of
-from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.recipe import Recipe, build_recipe, load_recipe
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.testing.tiny import tiny_opt
 from sentcompress.text.sampling import Batch
-from sentcompress.training.jobs.memory_training import MemoryJob, MemoryLM, everything, hidden_states
+from sentcompress.training.jobs.memory_training import (
+    MemoryJob,
+    MemoryLM,
+    drawn_ranges,
+    everything,
+    hidden_states,
+)
 from sentcompress.training.jobs.token_level import IGNORED, BaselineJob
 from sentcompress.training.preparation import prepare
 from sentcompress.training.tuning import apply_tune, without_adapters
@@ -320,6 +326,13 @@ def test_an_llm_that_would_attend_past_its_memory_is_refused(tmp_path, tokenizer
 def test_a_range_that_is_none_is_refused(backbone):
     with pytest.raises(RecipeError, match=r"memory.*\[3, 2\] is not a range"):
         recipe_of(backbone, draw={"recall": [3, 2]})
+
+
+def test_the_shipped_recipe_serves_other_memories():
+    for name, drawn in (("window+recall", "recall"), ("window+entries", "entries")):
+        settings = load_recipe("memory", [f"memory.name={name}"]).memory
+        assert settings is not None
+        assert drawn_ranges(settings).keys() == {"recent_sentences", drawn}
 
 
 def test_the_command_takes_the_recipe_memory(capsys):
