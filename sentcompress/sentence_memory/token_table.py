@@ -250,6 +250,7 @@ class TokenTable:
         changed = False
         moved: list[int] = []
         slot_moves: Tensor | None = None
+        capacity = self.capacity  # another row may add to it below
         for number, (row, token) in enumerate(zip(self.rows, ids, strict=True)):
             moves = row.moves
             begins = row.append(token, self.finder)
@@ -257,7 +258,7 @@ class TokenTable:
                 changed = True
                 moved.append(number)
                 if slot_moves is None:
-                    slot_moves = torch.zeros(len(ids), self.capacity, dtype=torch.long)
+                    slot_moves = torch.zeros(len(ids), capacity, dtype=torch.long)
                 used = np.flatnonzero(row.slots >= 0)
                 held = row.slots[used]
                 slot_moves[number, used] = torch.from_numpy(row.positions(held) - row.positions(held, moves))

@@ -122,6 +122,16 @@ def test_uneven_prompts_equal_each_alone(model: PreTrainedModel, ids: Tensor, na
         torch.testing.assert_close(together[1:, real], alone[1], atol=1e-4, rtol=1e-4)
 
 
+def test_a_text_moves_in_the_step_in_which_another_needs_room(model: PreTrainedModel, ids: Tensor):
+    options, pad = {"max_sentence_tokens": 2, "sinks": 0}, 29
+    alone = logits(model, ids[:, pad:], memory(model, "window+entries", **options))
+    mask = torch.ones(2, ids.shape[1], dtype=torch.long)
+    mask[1, :pad] = 0
+    cache = memory(model, "window+entries", **options)
+    together = logits(model, ids.repeat(2, 1), cache, range(50, 150), mask)
+    torch.testing.assert_close(together[1:, pad:], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_generate_writes_on_beyond_the_limit(model: PreTrainedModel, ids: Tensor):
     settings = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": -1, "pad_token_id": 1}
     prompt = ids[:, :50]
