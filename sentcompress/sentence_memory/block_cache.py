@@ -14,11 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.errors import InputError
 from sentcompress.sentence_memory.attention import expect_queries, without_gradient
-from sentcompress.sentence_memory.packing import SCALE_BYTES, pack, unpack
-from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import Rotation
-from sentcompress.sentence_memory.slow_storage import SlowStorage
-from sentcompress.sentence_memory.token_table import SLOTS, Plan, Stored
+from sentcompress.sentence_memory.slow_storage import SCALE_BYTES, SlowStorage, pack, unpack
+from sentcompress.sentence_memory.token_table import SLOTS, Moves, Plan, Reading, Stored, TokenTable
 from sentcompress.sentence_memory.visibility import attend, attend_in_one_pass, best_of_each, chosen
 
 
@@ -27,20 +25,19 @@ class BlockCache(CacheLayerMixin):
 
     ``keys`` and ``values`` are ``[B, kv heads, R + N, D]``: R slots of kept tokens, the same for all heads, and N slots
     of recalled tokens, which each head fills by itself and keeps until it needs the room. They may be packed in 8 bits
-    (:mod:`sentcompress.sentence_memory.packing`), here and in slow storage.
+    (:func:`~sentcompress.sentence_memory.slow_storage.pack`), here and in slow storage.
 
     Args:
-        planned: returns the plan of the current call.
-        storage: makes the slow storage, once rows, heads and dtype are known.
+        table: plans each call. Blocks know the table and not their memory, so that it is freed with its last reference.
+        storage: makes the slow storage for a number of rows.
         packs: keep keys and values in 8 bits.
         rotation: how keys turn when positions are re-indexed.
     """
 
     def __init__(
         self,
-        policy: Policy,
-        planned: Callable[[], Plan],
-        storage: Callable[[Tensor, Tensor], SlowStorage],
+        table: TokenTable,
+        storage: Callable[[int], SlowStorage],
         rotation: Rotation | None = None,
         *,
         packs: bool = False,
@@ -49,15 +46,13 @@ class BlockCache(CacheLayerMixin):
         self.keys: Any = None
         self.values: Any = None
         self._rotation, self._packs = rotation or Rotation(None), packs
-        self.policy, self._planned, self._make_storage = policy, planned, storage
+        self._table, self._make_storage = table, storage
         self.storage: Any = None
         """:class:`SlowStorage` of a policy that recalls."""
         self.index: Any = None
         """Of the stored tokens, ``[B, kv heads, capacity, C]``."""
         self.held: Any = None
         """Number of the stored token in each of the N slots, ``[B, kv heads, N]``; -1 in a free one."""
-        self.attended: Any = None
-        """Slots that the last token attended to, where it came alone: bool ``[B, kv heads or 1, slots]``."""
         self._kept_slots = 0
 
     # ---- what transformers asks for
@@ -71,13 +66,13 @@ class BlockCache(CacheLayerMixin):
         self.keys, self.values = self._packed(key_states[:, :, :0]), self._packed(value_states[:, :, :0])
         self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
         self._kept_slots = 0
-        if self.policy.recall:
-            self.storage = self._make_storage(key_states, value_states)
+        if self._table.policy.recall:
+            self.storage = self._make_storage(batch)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Announce the attention of this block; the new tokens are taken then, since recalling needs the queries."""
-        self._planned()  # refuses an LLM that has not announced its tokens
+        self._table.planned()  # refuses an LLM that has not announced its tokens
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.dtype != self.dtype:
@@ -99,7 +94,7 @@ class BlockCache(CacheLayerMixin):
     def reset(self) -> None:
         if self.storage is not None:
             self.storage.reset()
-        self.keys = self.values = self.index = self.held = self.storage = self.attended = None
+        self.keys = self.values = self.index = self.held = self.storage = None
         self.is_initialized = False
 
     def _packed(self, full: Tensor) -> Tensor:
@@ -135,8 +130,8 @@ class BlockCache(CacheLayerMixin):
         )
         self.index, self._kept_slots = index, self.keys.shape[2]
         self.held = torch.full((*self.keys.shape[:2], 0), -1, device=self.keys.device)
-        if self.policy.recall:
-            self.storage = self._make_storage(self.keys, self.values)
+        if self._table.policy.recall:
+            self.storage = self._make_storage(rows)
             if stored := [state[name] for name in sorted(state) if name.startswith("stored.")]:
                 self.storage.share(stored, self.keys[0])
 
@@ -158,8 +153,8 @@ class BlockCache(CacheLayerMixin):
         Returns:
             ``[B, heads, Q, D]``.
         """
-        plan = self._planned().on(query.device)
-        call = self._attend_many if plan.new_slots is None else self._attend_one
+        plan = self._table.planned().on(query.device)
+        call = self._attend_many if plan.reading is not None else self._attend_one
         with torch.no_grad():
             out = call(query, key, value, plan, **options)
         return without_gradient(query, out)
@@ -184,7 +179,6 @@ class BlockCache(CacheLayerMixin):
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
-        assert plan.new_slots is not None
         key, value = self._packed(key), self._packed(value)
         for row, slot in enumerate(plan.new_slots):
             self.keys[row, :, slot] = key[row, :, 0]
@@ -201,7 +195,7 @@ class BlockCache(CacheLayerMixin):
                 out_of_reach = out_of_reach.masked_fill(far, -math.inf)
             recalled = self._recall(rows[:, :, :, 0], plan.stored, out_of_reach)
             mask = torch.cat([mask.expand(-1, groups, -1), recalled], 2)
-        self.attended = mask
+        plan.attended.append(mask)
         out = attend(
             rows,
             self._full(self.keys[:, :, : mask.shape[2]]),
@@ -224,19 +218,21 @@ class BlockCache(CacheLayerMixin):
         length = out_of_reach.shape[1]
         sentence = stored.sentence[:, None].expand(-1, query.shape[1], -1)
         # With the room to grow, so that products need no copy of the index.
-        scores = self.policy.scores(query, self.index)[..., :length].amax(2).float() + out_of_reach[:, None]
+        scores = (
+            self._table.policy.scores(query, self.index)[..., :length].amax(2).float() + out_of_reach[:, None]
+        )
 
         def best(scores: Tensor, number: int) -> Tensor:
             each = best_of_each(scores[:, :, None], stored.sentence, stored.sentences)[:, :, 0]
             return chosen(each, number).gather(2, sentence) & (scores > -math.inf)
 
-        if self.policy.candidates > self.policy.recall:
-            rows, heads, tokens = best(scores, self.policy.candidates).nonzero(as_tuple=True)
+        if self._table.policy.candidates > self._table.policy.recall:
+            rows, heads, tokens = best(scores, self._table.policy.candidates).nonzero(as_tuple=True)
             keys = self._full(self._gather(rows, heads, tokens, stored.delta)[0])
             exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
             scores = torch.full_like(scores, -math.inf)
             scores[rows, heads, tokens] = exact
-        wanted = best(scores, self.policy.recall)
+        wanted = best(scores, self._table.policy.recall)
         return self._fetch(wanted, stored.delta)
 
     def _gather(
@@ -256,7 +252,9 @@ class BlockCache(CacheLayerMixin):
         for row in plan.moves.rows:
             stop = self.storage.length(row)
             keys = self._full(self.storage.read(0, stop)[0][row : row + 1])
-            index = self.policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
+            index = self._table.policy.index(
+                self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop])
+            )
             self.index[row, :, :stop] = index[0]
 
     def _fetch(self, wanted: Tensor, delta: Tensor | None) -> Tensor:
@@ -298,7 +296,7 @@ class BlockCache(CacheLayerMixin):
         """Store tokens of a row, ``[kv heads, L, D]``, and index them."""
         start = self.storage.length(row)
         self.storage.append(row, keys, values)
-        index = self.policy.index(self._full(keys)[None])[0]
+        index = self._table.policy.index(self._full(keys)[None])[0]
         stop = start + index.shape[1]
         if self.index is None:
             self.index = index.new_zeros(len(self.keys), index.shape[0], 0, index.shape[2])
@@ -324,35 +322,36 @@ class BlockCache(CacheLayerMixin):
     # ---- many new tokens
 
     def _attend_many(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, **options: Any) -> Tensor:
-        self.attended = None
-        assert plan.layout is not None
-        assert plan.columns is not None
-        packed_keys = self._with_past(self.keys, self._packed(key), plan)
-        packed_values = self._with_past(self.values, self._packed(value), plan)
-        before = self._stored_before(plan)
+        reading = plan.reading
+        assert reading is not None
+        packed_keys = self._with_past(self.keys, self._packed(key), reading)
+        packed_values = self._with_past(self.values, self._packed(value), reading)
+        before = self._stored_before(reading, plan.moves)
         if before is not None and not self.storage.is_lossy:
-            _fill((packed_keys, packed_values), before, plan)
+            _fill((packed_keys, packed_values), before, reading)
         keys, values = self._full(packed_keys), self._full(packed_values)
         stored = None
         if self.storage is not None and self.storage.is_lossy:
             stored = self.storage.as_stored(keys), self.storage.as_stored(values)
-            _fill(stored, before, plan)
-        index = self.policy.index(keys) if self.policy.recall else None
+            _fill(stored, before, reading)
+        index = self._table.policy.index(keys) if self._table.policy.recall else None
         if before is not None and index is not None:
-            _fill((index,), (self.index,), plan)
+            _fill((index,), (self.index,), reading)
         parts = []
         turned = keys
-        for start, stop, turned, own_index, own_stored in self._spans(keys, index, stored, plan):
-            end = plan.past + stop
+        for start, stop, turned, own_index, own_stored in self._spans(
+            keys, index, stored, plan.moves, reading.past
+        ):
+            end = reading.past + stop
             out = attend_in_one_pass(
                 query[:, :, start:stop],
                 turned,
                 values[:, :, :end],
-                plan.layout.columns(0, end),
-                self.policy,
+                reading.layout.columns(0, end),
+                self._table.policy,
                 index=own_index,
                 stored=own_stored,
-                masks=plan.masks if turned is keys else None,  # a span has a layout of its own
+                masks=reading.masks if turned is keys else None,  # a span has a layout of its own
                 **options,
             )
             parts.append(out)
@@ -362,7 +361,7 @@ class BlockCache(CacheLayerMixin):
             leaving = (t[row].index_select(1, columns) for t in (packed_keys, packed_values))
             self._store(row, *leaving)
         self._index_moved(plan)
-        place = plan.columns[:, None, :, None]
+        place = reading.columns[:, None, :, None]
         self.keys, self.values = (
             t.gather(2, place.expand(-1, t.shape[1], -1, t.shape[3])) for t in (packed_keys, packed_values)
         )
@@ -371,14 +370,19 @@ class BlockCache(CacheLayerMixin):
         return torch.cat(parts, 2)
 
     def _spans(
-        self, keys: Tensor, index: Tensor | None, stored: tuple[Tensor, Tensor] | None, plan: Plan
+        self,
+        keys: Tensor,
+        index: Tensor | None,
+        stored: tuple[Tensor, Tensor] | None,
+        moves: Moves | None,
+        past: int,
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]]:
         """New tokens between which positions do not move, with keys, index and stored pair as those tokens see them."""
-        spans = plan.moves.spans if plan.moves is not None else []
+        spans = moves.spans if moves is not None else []
         if not spans:
-            yield 0, keys.shape[2] - plan.past, keys, index, stored
+            yield 0, keys.shape[2] - past, keys, index, stored
         for start, stop, delta in spans:
-            end = plan.past + stop
+            end = past + stop
             turned = self._rotation.rotate(keys[:, :, :end], delta)
             own = None
             if stored is not None:
@@ -387,32 +391,32 @@ class BlockCache(CacheLayerMixin):
                 start,
                 stop,
                 turned,
-                self.policy.index((own or (turned,))[0]) if self.policy.recall else None,
+                self._table.policy.index((own or (turned,))[0]) if self._table.policy.recall else None,
                 own,
             )
 
-    def _with_past(self, cached: Tensor, new: Tensor, plan: Plan) -> Tensor:
-        """Keys or values of all tokens of the plan's layout; zeros for those that are not in the cache."""
-        if not plan.past:
+    def _with_past(self, cached: Tensor, new: Tensor, reading: Reading) -> Tensor:
+        """Keys or values of all tokens of the layout; zeros for those that are not in the cache."""
+        if not reading.past:
             return new
-        past = new.new_zeros(*new.shape[:2], plan.past, new.shape[3])
-        for row, (slots, tokens) in enumerate(plan.before):
+        past = new.new_zeros(*new.shape[:2], reading.past, new.shape[3])
+        for row, (slots, tokens) in enumerate(reading.before):
             past[row, :, tokens] = cached[row, :, slots]
         return torch.cat([past, new], 2)
 
-    def _stored_before(self, plan: Plan) -> tuple[Tensor, Tensor] | None:
+    def _stored_before(self, reading: Reading, moves: Moves | None) -> tuple[Tensor, Tensor] | None:
         """What was stored in earlier calls, ``[B, kv heads, n, D]`` twice; None if nothing was."""
-        if not any(map(len, plan.stored_before)):
+        if not any(map(len, reading.stored_before)):
             return None
         keys, values = self.storage.read()
-        if plan.moves is not None and plan.moves.stored:
-            moves = pad_sequence(plan.moves.stored, batch_first=True)
-            keys = self._packed(self._rotation.rotate(self._full(keys), moves))
+        if moves is not None and moves.stored:
+            delta = pad_sequence(moves.stored, batch_first=True)
+            keys = self._packed(self._rotation.rotate(self._full(keys), delta))
         return keys, values
 
 
-def _fill(full: tuple[Tensor, ...], stored: tuple[Tensor, ...] | None, plan: Plan) -> None:
-    """Write what was stored in earlier calls to its tokens' columns in the plan's layout."""
+def _fill(full: tuple[Tensor, ...], stored: tuple[Tensor, ...] | None, reading: Reading) -> None:
+    """Write what was stored in earlier calls to its tokens' columns in the layout."""
     for tensor, part in zip(full, stored or (), strict=False):
-        for row, tokens in enumerate(plan.stored_before):
+        for row, tokens in enumerate(reading.stored_before):
             tensor[row, :, tokens] = part[row, :, : len(tokens)]

@@ -26,7 +26,7 @@ from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
-from sentcompress.sentence_memory.token_table import Plan, TokenTable
+from sentcompress.sentence_memory.token_table import TokenTable
 
 SETTINGS = "memory.json"
 """File beside an LLM that was trained with a memory: the memory, its options, and the segmenter."""
@@ -104,12 +104,16 @@ class SentenceMemory(Cache):
         self._packs = cache_bits is not None
         make_storage(storage, 1, folder)  # refuses what it does not know
         self._seen = 0
-        self._plan: Plan | None = None
+        self._attended: list[Tensor] = []
         self._incomplete = False
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+
+        def new_storage(rows: int) -> SlowStorage:
+            return make_storage(storage, rows, folder)
+
         super().__init__(
             layers=[
-                BlockCache(self.policy, self._planned, self._new_storage, rotation, packs=self._packs)
+                BlockCache(self._table, new_storage, rotation, packs=self._packs)
                 for _, rotation in zip_longest(range(blocks), rotations)
             ]
         )
@@ -168,7 +172,7 @@ class SentenceMemory(Cache):
 
     def reset(self) -> None:
         """Forget everything, for another text."""
-        self._table.rows, self._plan, self._incomplete, self._seen = [], None, False, 0
+        self._table.rows, self._attended, self._incomplete, self._seen = [], [], False, 0
         for layer in self.layers:
             layer.reset()
 
@@ -321,10 +325,10 @@ class SentenceMemory(Cache):
 
         NaN if the last one did not come alone.
         """
-        if any(layer.attended is None for layer in self.layers):
+        if not self._attended:
             return float("nan")
         lengths = torch.tensor([len(row.ids) for row in self._table.rows])
-        shares = [(layer.attended.sum(2).float().mean(1).cpu() / lengths).mean() for layer in self.layers]
+        shares = [(seen.sum(2).float().mean(1).cpu() / lengths).mean() for seen in self._attended]
         return float(torch.stack(shares).mean())
 
     @property
@@ -376,19 +380,20 @@ class SentenceMemory(Cache):
                 fix="give it a shorter text, or use positions='reindexed'",
             )
         self._incomplete = True
-        self._plan = self._table.read(input_ids.tolist(), valid.bool().tolist())
+        self._table.read(input_ids.tolist(), valid.bool().tolist())
 
     def new_positions(self) -> Tensor | None:
         """Positions of the tokens of this call, ``[B, Q]``, if they are re-indexed."""
         if self._table.reindexing is None:
             return None
-        tokens = self._planned().position.clamp_min(0)
+        tokens = self._table.planned().position.clamp_min(0)
         return effective_position(tokens, self._table.reindexing.limit).to(self.model.device)
 
     def end_call(self, *, complete: bool) -> None:
         """Called by the LLM when it has computed, or has failed."""
-        plan, self._plan = self._plan, None
+        plan, self._table.plan = self._table.plan, None
         if complete and plan is not None:
+            self._attended = plan.attended
             self._seen += plan.position.shape[1]
             self._incomplete = False
 
@@ -423,15 +428,3 @@ class SentenceMemory(Cache):
                 "the memory has read the whole prompt already",
                 fix="give a longer prompt, or call memory.reset()",
             )
-
-    def _planned(self) -> Plan:
-        if self._plan is None:
-            raise InputError(
-                "this LLM is not the one that the memory was made for",
-                fix="make one for this LLM: SentenceMemory(model, tokenizer)",
-            )
-        return self._plan
-
-    def _new_storage(self, keys: Tensor, values: Tensor) -> SlowStorage:
-        kind, folder = self._storage
-        return make_storage(kind, len(keys), folder)

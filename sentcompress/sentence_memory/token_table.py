@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sentcompress.contracts import Tokens
+from sentcompress.errors import InputError
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import (
@@ -147,6 +148,26 @@ class Moves:
 
 
 @dataclass
+class Reading:
+    """What a call with several tokens adds to its :class:`Plan`.
+
+    Attributes:
+        layout: ``past`` columns of earlier tokens (a row's come first, then padding), then the new ones.
+        before: for each row the slots that were in use before, and the tokens in them.
+        stored_before: for each row the tokens that were stored before.
+        columns: the column of the token in each slot, ``[B, R]``; 0 for a free one.
+        masks: what the tokens see, made by the first block.
+    """
+
+    layout: Layout
+    past: int
+    before: list[tuple[Tensor, Tensor]]
+    stored_before: list[Tensor]
+    columns: Tensor
+    masks: Masks = field(default_factory=dict)
+
+
+@dataclass
 class Plan:
     """What one call of the LLM does to the cache of each block. Tensors lie on the CPU until a block asks for them.
 
@@ -156,27 +177,20 @@ class Plan:
         slots: ``[B, R]`` tokens in the slots after the call; -1 in a free one.
         position: ``[B, Q]`` of the new tokens; -1 for padding.
         stored: after ``leaving`` left; None if nothing is stored.
-        new_slots: one token: its slot in each row; None if there are several.
-        layout: several tokens: ``past`` columns of earlier ones (a row's come first, then padding), then the new ones.
-        before: several tokens: for each row the slots that were in use before, and the tokens in them.
-        stored_before: several tokens: for each row the tokens that were stored before.
-        columns: several tokens: the column of the token in each slot, ``[B, R]``; 0 for a free one.
+        new_slots: one token: its slot in each row.
+        reading: several tokens; None if there is one.
         moves: how re-indexed positions move in this call; None if none does.
+        attended: one token: the slots that it attended to in each block so far, bool ``[B, kv heads or 1, slots]``.
     """
 
     leaving: list[tuple[int, Tensor]]
     slots: Tensor
     position: Tensor
     stored: Stored | None
-    new_slots: list[int] | None = None
-    layout: Layout | None = None
-    past: int = 0
-    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    stored_before: list[Tensor] = field(default_factory=list)
-    columns: Tensor | None = None
+    new_slots: list[int] = field(default_factory=list)
+    reading: Reading | None = None
     moves: Moves | None = None
-    masks: Masks = field(default_factory=dict)
-    """Several tokens: what they see, made by the first block."""
+    attended: list[Tensor] = field(default_factory=list)
     _moved: dict[torch.device, Plan] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Plan:
@@ -184,7 +198,8 @@ class Plan:
         if device.type == "cpu":
             return self
         if device not in self._moved:
-            self._moved[device] = Plan(**{name: _to(getattr(self, name), device) for name in _FIELDS})
+            fields = {name: _to(getattr(self, name), device) for name in _FIELDS}
+            self._moved[device] = Plan(**fields, attended=self.attended)
         return self._moved[device]
 
     @cached_property
@@ -193,7 +208,7 @@ class Plan:
         return (self.slots >= 0)[:, None]
 
 
-_FIELDS = tuple(name for name in Plan.__dataclass_fields__ if name not in ("masks", "_moved"))
+_FIELDS = tuple(name for name in Plan.__dataclass_fields__ if name not in ("attended", "_moved"))
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -203,7 +218,9 @@ def _to(value: Any, device: torch.device) -> Any:
         return [_to(item, device) for item in value]
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
-    if isinstance(value, Layout | Stored | Moves):
+    if isinstance(value, dict):
+        return {}  # masks are made on each device
+    if isinstance(value, Layout | Stored | Moves | Reading):
         return type(value)(**{name: _to(part, device) for name, part in vars(value).items()})
     return value
 
@@ -214,6 +231,8 @@ class TokenTable:
     def __init__(self, policy: Policy, finder: BoundaryFinder, reindexing: Reindexing | None = None) -> None:
         self.policy, self.finder, self.reindexing = policy, finder, reindexing
         self.rows: list[Row] = []
+        self.plan: Plan | None = None
+        """Of the current call."""
         self._stored: Stored | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -238,12 +257,25 @@ class TokenTable:
         """Slots of the cache."""
         return max((len(row.slots) for row in self.rows), default=0)
 
-    def read(self, ids: list[list[int]], valid: list[list[bool]]) -> Plan:
-        """Take the next tokens of each row, ``[B, Q]``; where ``valid`` is false there is padding."""
+    def planned(self) -> Plan:
+        """The plan of the current call.
+
+        Raises:
+            InputError: there is none, since the LLM has not announced its tokens.
+        """
+        if self.plan is None:
+            raise InputError(
+                "this LLM is not the one that the memory was made for",
+                fix="make one for this LLM: SentenceMemory(model, tokenizer)",
+            )
+        return self.plan
+
+    def read(self, ids: list[list[int]], valid: list[list[bool]]) -> None:
+        """Plan a call with the next tokens of each row, ``[B, Q]``; where ``valid`` is false there is padding."""
         one = bool(self.rows) and all(len(row) == 1 and row[0] for row in valid)
         if not self.rows:
             self.rows = [Row(self.reindexing) for _ in ids]
-        return self._read_one([row[0] for row in ids]) if one else self._read_many(ids, valid)
+        self.plan = self._read_one([row[0] for row in ids]) if one else self._read_many(ids, valid)
 
     def _read_one(self, ids: list[int]) -> Plan:
         leaving, new_slots = [], []
@@ -331,11 +363,7 @@ class TokenTable:
             slots=slots,
             position=layout.position[:, past:],
             stored=self._stored,
-            layout=layout,
-            past=past,
-            before=before,
-            stored_before=stored_before,
-            columns=self._columns(slots, columns),
+            reading=Reading(layout, past, before, stored_before, self._columns(slots, columns)),
         )
 
     def _stored_moves(self) -> list[Tensor]:

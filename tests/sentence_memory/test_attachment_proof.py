@@ -11,6 +11,7 @@ from sentcompress.errors import InputError
 from sentcompress.sentence_memory import block_cache
 from sentcompress.sentence_memory.attachment_proof import Words
 from sentcompress.sentence_memory.block_cache import BlockCache
+from sentcompress.sentence_memory.policy import Policy
 
 NAMED = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "opt", "gpt2", "gpt_neox"]
 OTHERS = [
@@ -104,7 +105,7 @@ class TestWhatTheProofCatches:
         attend = block_cache.attend_in_one_pass
 
         def leaky(query, key, value, layout, _, *args, **options):
-            whole = block_cache.Policy.parse("window", {"recent_sentences": 99})
+            whole = Policy.parse("window", {"recent_sentences": 99})
             return attend(query, key, value, layout, whole, *args, **options)
 
         monkeypatch.setattr(block_cache, "attend_in_one_pass", leaky)
@@ -115,7 +116,7 @@ class TestWhatTheProofCatches:
 
         def forgetful(query, key, value, layout, policy, *args, **options):
             if policy.options["sinks"] == 2:
-                policy = block_cache.Policy.parse("window", {"recent_sentences": 0, "sinks": 0})
+                policy = Policy.parse("window", {"recent_sentences": 0, "sinks": 0})
             return attend(query, key, value, layout, policy, *args, **options)
 
         monkeypatch.setattr(block_cache, "attend_in_one_pass", forgetful)
