@@ -43,11 +43,11 @@ def causal_lm(model: Any) -> PreTrainedModel:
     """The LLM within the wrappers of ``torch.compile`` and peft.
 
     Raises:
-        InputError: it is not a model of transformers.
+        InputError: it is not a causal LM of transformers.
     """
     model = getattr(model, "_orig_mod", model)
     model = getattr(model, "get_base_model", lambda: model)()
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise InputError(
             f"a sentence memory needs a causal LM of transformers, but got {type(model).__name__}",
             fix="load it with AutoModelForCausalLM.from_pretrained",

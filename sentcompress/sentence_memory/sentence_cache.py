@@ -151,6 +151,8 @@ class SentenceMemory(Cache):
             segmenter.load_state(spec["state"])
             segmenter.prepare(tokenizer, None)
             known = {"segmenter": segmenter, "max_sentence_tokens": int(settings["max_sentence_tokens"])}
+            if {"model", "tokenizer", "memory"} & {*options}:
+                raise ValueError("options are none of a memory")
             known |= options if memory is None else {}
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFolderError(
@@ -284,6 +286,8 @@ class SentenceMemory(Cache):
         return {**self._table.state(), **blocks}
 
     def _restored(self, tensors: dict[str, Tensor], rows: int, seen: int) -> SentenceMemory:
+        if not isinstance(rows, int) or rows < 1:
+            raise InputError(f"rows: {rows!r}", fix="give the number of prompts, at least 1")
         self._table.load_state(tensors, rows)
         for number, layer in enumerate(self.layers):
             start = f"{number}."

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sentcompress import SentenceMemory
 from sentcompress.errors import InputError, PluginError
-from sentcompress.testing import tiny_tokenizer
+from sentcompress.testing import tiny_sentence_lm, tiny_tokenizer
 
 TEXT = (
     "The sun is up. The bird sings in the tree. We are glad to see it. Nobody knows why the king left. " * 3
@@ -156,6 +156,8 @@ class TestCopies:
         cache = memory(model)
         model(input_ids=ids[:, :50], past_key_values=cache)
         cache.save(tmp_path / "prefix")
+        with pytest.raises(InputError, match="rows: 0"):
+            SentenceMemory.load(tmp_path / "prefix", model, tokenizer(), rows=0)
         loaded = SentenceMemory.load(tmp_path / "prefix", model, tokenizer())
         assert torch.equal(written(model, ids, copy.deepcopy(loaded)), written(model, ids, loaded))
 
@@ -230,6 +232,8 @@ def test_what_is_no_llm_or_no_tokenizer(model: PreTrainedModel) -> None:
     for llm, words, problem in (
         ("gpt2", tokenizer(), "causal LM of transformers, but got str"),
         (torch.nn.Linear(1, 1), tokenizer(), "but got Linear"),
+        (model.model, tokenizer(), "but got LlamaModel"),
+        (tiny_sentence_lm(), tokenizer(), "but got SentenceLM"),
         (model, None, "tokenizer, but got NoneType"),
         (model, "gpt2", "tokenizer, but got str"),
     ):
