@@ -14,9 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.errors import InputError
 from sentcompress.sentence_memory.attention import expect_queries, without_gradient
+from sentcompress.sentence_memory.call_plan import Moves, Plan, Reading, Stored
 from sentcompress.sentence_memory.positions import Rotation
 from sentcompress.sentence_memory.slow_storage import SCALE_BYTES, SlowStorage, pack, unpack
-from sentcompress.sentence_memory.token_table import SLOTS, Moves, Plan, Reading, Stored, TokenTable
+from sentcompress.sentence_memory.token_table import SLOTS, TokenTable
 from sentcompress.sentence_memory.visibility import attend, attend_in_one_pass, best_of_each, chosen
 
 
