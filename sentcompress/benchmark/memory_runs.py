@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,16 +66,6 @@ class _Run:
     rate: float
     cache: Any
     shares: dict[str, float]
-
-
-@dataclass
-class _Runs:
-    """A system's calls, by repeat."""
-
-    runs: list[_Run] = field(default_factory=list)
-
-    def median(self, name: str) -> float:
-        return statistics.median(getattr(run, name) for run in self.runs)
 
 
 class CachedSystem(TokenSystem):
@@ -178,15 +168,13 @@ def time_memories(
             candidates = [CachedSystem(system, bos_token_id) for system in systems]
             candidates[1:1] = _faster(systems[0], bos_token_id, batch_size)
             timed = [system for system in candidates if _works(system, prompts, skip)]
-            found: dict[str, _Runs] = {system.name: _Runs() for system in timed}
+            found: dict[str, list[_Run]] = {system.name: [] for system in timed}
             for _ in range(settings.repeats):
                 for system in timed:
-                    found[system.name].runs.append(system.run(prompts, settings.new_tokens))
+                    found[system.name].append(system.run(prompts, settings.new_tokens))
                 progress()
-            base = found[EVERYTHING].runs
-            runs = [
-                _summary(name, each.runs, base, length, batch_size, settings) for name, each in found.items()
-            ]
+            base = found[EVERYTHING]
+            runs = [_summary(name, each, base, length, batch_size, settings) for name, each in found.items()]
             yield from runs
         if settings.largest_batch:
             prompt = [bos_token_id, *make_prompts(sentences, length - 1, 1)[0].tokens]
