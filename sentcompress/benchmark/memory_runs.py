@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from sentcompress.benchmark.measurements.memory_speed import MemoryRun
 from sentcompress.benchmark.memory_scoring import EVERYTHING, MemorySystem, device_bytes, storage_bytes
 from sentcompress.benchmark.profile import Stopwatch, TimedMethod
-from sentcompress.benchmark.throughput import LargestBatch, LargestTokenBatch
+from sentcompress.benchmark.throughput import LargestBatch, LargestTokenBatch, continue_from
 from sentcompress.benchmark.timing import LOOKUP_TOKENS, Prompt, TokenSystem, make_prompts, seconds
 from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.errors import InputError, RunError
@@ -134,17 +134,8 @@ class LargestMemoryBatch(LargestBatch):
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Prompt], new_tokens: int) -> int:
-        ids = self.ids.expand(self.batch_size, -1)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **{CACHE: self.cache.copy(self.batch_size)},
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=self.model.config.pad_token_id,
-        )
-        return int(output.shape[1] - ids.shape[1])
+        cache = self.cache.copy(self.batch_size)
+        return continue_from(self.model, self.ids.expand(self.batch_size, -1), cache, new_tokens)
 
 
 def time_memories(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -72,6 +73,26 @@ class LargestBatch(System):
             )
 
 
+def continue_from(model: PreTrainedModel, ids: Tensor, cache: Any, new_tokens: int) -> int:
+    """Continue texts ``[B, T]`` greedily in ``generate``, from a cache of all but their last token.
+
+    Returns:
+        the number of tokens that each has now more.
+    """
+    generate: Any = model.generate
+    output = generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **{CACHE: cache},
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        disable_compile=True,  # a batch of a new size would be compiled for minutes
+        pad_token_id=model.config.pad_token_id,
+    )
+    return int(output.shape[1] - ids.shape[1])
+
+
 class LargestTokenBatch(LargestBatch):
     """The backbone in transformers' ``generate``, greedy, from the prompt's cache.
 
@@ -99,18 +120,7 @@ class LargestTokenBatch(LargestBatch):
         cache = StaticCache(self.model.config, self.length) if self.static else DynamicCache()
         for number, layer in enumerate(self.layers):
             cache.update(*(states.expand(self.batch_size, -1, -1, -1) for states in layer), number)
-        ids = self.ids.expand(self.batch_size, -1)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **{CACHE: cache},
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            disable_compile=True,  # a batch of a new size would be compiled for minutes
-            pad_token_id=self.model.config.pad_token_id,
-        )
-        return int(output.shape[1] - ids.shape[1])
+        return continue_from(self.model, self.ids.expand(self.batch_size, -1), cache, new_tokens)
 
 
 class LargestSentenceBatch(LargestBatch):
