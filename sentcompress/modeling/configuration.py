@@ -11,6 +11,7 @@ from sentcompress import __version__
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import PluginError
 from sentcompress.registry import get_registry
+from sentcompress.text.segmentation import saved_segmenter
 
 
 def plugin_record(kind: str, name: str) -> dict[str, str]:
@@ -132,12 +133,8 @@ class SentenceVAEConfig(PretrainedConfig):
 
     def load_segmenter(self, tokenizer: Any) -> Segmenter:
         """The segmenter the model was trained with, its learned state restored."""
-        segmenter: Segmenter = get_registry().create(
-            "segmenter", self.segmenter["name"], self.segmenter.get("options")
-        )
-        segmenter.load_state(self.segmenter.get("state") or {})
-        segmenter.prepare(tokenizer, None)
-        return segmenter
+        saved = self.segmenter
+        return saved_segmenter(saved["name"], saved.get("options"), saved.get("state") or {}, tokenizer)
 
 
 class SentenceLMConfig(PretrainedConfig):

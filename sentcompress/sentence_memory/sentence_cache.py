@@ -27,6 +27,7 @@ from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import TokenTable
+from sentcompress.text.segmentation import saved_segmenter
 
 SETTINGS = "memory.json"
 """File beside an LLM that was trained with a memory: the memory, its options, and the segmenter."""
@@ -147,10 +148,11 @@ class SentenceMemory(Cache):
             if not isinstance(settings, dict):
                 raise ValueError("not a JSON object")
             trained, options, spec = settings["memory"], settings["options"], settings["segmenter"]
-            segmenter: Any = get_registry().create("segmenter", spec["name"], spec["options"])
-            segmenter.load_state(spec["state"])
-            segmenter.prepare(tokenizer, None)
-            known = {"segmenter": segmenter, "max_sentence_tokens": int(settings["max_sentence_tokens"])}
+            segmenter = saved_segmenter(spec["name"], spec["options"], spec["state"], tokenizer)
+            known: dict[str, Any] = {
+                "segmenter": segmenter,
+                "max_sentence_tokens": int(settings["max_sentence_tokens"]),
+            }
             if {"model", "tokenizer", "memory"} & {*options}:
                 raise ValueError("options are none of a memory")
             known |= options if memory is None else {}

@@ -19,6 +19,7 @@ from sentcompress.errors import InputError, StorageError
 from sentcompress.files import read_json, whole_folder
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.text.segmentation import saved_segmenter
 
 _HEADER, _TENSORS = "prefix.json", "prefix.safetensors"
 _FORMAT, _VERSION = "sentcompress sentence memory", 1
@@ -60,10 +61,7 @@ class Prefix(BaseModel):
         """
         if self.segmenter is None:
             raise InputError("the segmenter of this prefix is not registered", fix="give it: segmenter=...")
-        segmenter: Segmenter = get_registry().create("segmenter", self.segmenter, self.segmenter_options)
-        segmenter.load_state(self.segmenter_state)
-        segmenter.prepare(tokenizer)
-        return segmenter
+        return saved_segmenter(self.segmenter, self.segmenter_options, self.segmenter_state, tokenizer)
 
 
 def fingerprints(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import DataError, PluginError
-from sentcompress.registry import describe_component
+from sentcompress.registry import describe_component, get_registry
 from sentcompress.text.lossless_tokenizer import LosslessTokenizer, lossless
 from sentcompress.text.time_limit import VARIABLE, Overtime, TimeLimit, split_seconds
 
@@ -23,6 +23,21 @@ _BATCH_CHARACTERS = 1 << 18
 _MAX_PIECE = 1 << 16
 _CHARACTERS_PER_TOKEN = 64
 """More than in any real text. Longer pieces are cut before they are tokenized (see ``_MAX_PIECE``)."""
+
+
+def saved_segmenter(
+    name: str, options: dict[str, Any] | None, state: dict[str, Any], tokenizer: Any
+) -> Segmenter:
+    """A segmenter as it was saved beside a model, what it had learned restored.
+
+    Raises:
+        PluginError: no plugin provides it.
+        RecipeError: it does not take these options.
+    """
+    segmenter: Segmenter = get_registry().create("segmenter", name, options)
+    segmenter.load_state(state)
+    segmenter.prepare(tokenizer, None)
+    return segmenter
 
 
 def sentences_to_ids(text: str, segmenter: Segmenter, tokenizer: Any) -> list[Sentence]:
