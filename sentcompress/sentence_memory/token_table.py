@@ -304,12 +304,10 @@ class TokenTable:
             for name in ("ids", "position", "sentence", "offset", "behind"):
                 column = np.full(len(where), -1 if name == "position" else 0)
                 column[real] = values[name]
-                if (
-                    name == "sentence"
-                ):  # padding joins the sentence before it, so that sentences stand together
-                    column = np.maximum.accumulate(column)
                 fields.setdefault(name, []).append(column)
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in fields.items()}
+        # Padding joins the sentence before it, so that sentences stand together.
+        tensors["sentence"] = tensors["sentence"].cummax(1).values
         return Layout(**tensors, text=torch.zeros_like(tensors["ids"]))
 
     def _slots(self) -> Tensor:

@@ -304,7 +304,7 @@ def passage_samplers(recipe: Recipe, text: Inputs, config: Any) -> list[PassageT
     Args:
         config: of the LLM that reads them.
     """
-    tokenizer, settings = text.tokenizer, recipe.passages
+    tokenizer, settings, longest = text.tokenizer, recipe.passages, position_limit(config)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     samplers = []
     for documents, shuffle in ((text.corpus.train, True), (text.corpus.heldout, False)):
@@ -318,7 +318,6 @@ def passage_samplers(recipe: Recipe, text: Inputs, config: Any) -> list[PassageT
             tokenizer.pad_token_id,
             shuffle=shuffle,
         )
-        longest = position_limit(config)
         samplers.append(
             PassageTokenSampler(passages, longest, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
         )
