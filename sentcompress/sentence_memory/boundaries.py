@@ -7,6 +7,8 @@ from typing import Any
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 
+MAX_SENTENCE_TOKENS = 64
+"""Longest sentence unless another is asked for."""
 LOOK_BACK = 2
 """A mark this many tokens back may still end a sentence: some segmenters wait for what follows it."""
 _WORDS = "the men who were there saw that it was good and then they all went home again to eat and sleep " * 4

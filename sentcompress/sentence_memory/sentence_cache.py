@@ -21,7 +21,7 @@ from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
-from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
@@ -70,7 +70,7 @@ class SentenceMemory(Cache):
         memory: str = "window+recall",
         *,
         segmenter: str | Segmenter = "regex",
-        max_sentence_tokens: int = 64,
+        max_sentence_tokens: int = MAX_SENTENCE_TOKENS,
         storage: str = "host",
         folder: str | Path | None = None,
         cache_bits: int | None = None,

@@ -21,9 +21,10 @@ from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import MemorySettings, Recipe
 from sentcompress.sentence_memory.attention import OnePassMemory, memory_attention
-from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
+from sentcompress.sentence_memory.token_table import Row
 from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.text.sampling import Batch, first_fit, pad
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler
@@ -37,7 +38,6 @@ from sentcompress.training.tuning import apply_tune, without_adapters
 
 DRAWN = {"recent_sentences": (1, 8), "entries": (1, 8), "recall": (1, 8)}
 """What ``memory.draw: null`` draws, where the memory has these options."""
-MAX_SENTENCE_TOKENS = 64
 
 
 class MemoryLM(nn.Module):
@@ -202,13 +202,8 @@ class PackedTexts:
 
     def _sentences(self, ids: list[int]) -> np.ndarray:
         """The number of each token's sentence, from 0."""
-        sentence: list[int] = []
-        begins = np.zeros(len(ids), dtype=np.int64)
-        for position, token in enumerate(ids):
-            if self.finder.begins(sentence, token):
-                begins[position], sentence = 1, []
-            sentence.append(token)
-        return begins.cumsum()
+        row = Row()
+        return np.cumsum([row.append(token, self.finder) for token in ids]) - 1
 
 
 class MemoryJob(TokenLevelJob):
