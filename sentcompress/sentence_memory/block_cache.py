@@ -293,11 +293,16 @@ class BlockCache(CacheLayerMixin):
         serves[rows, heads, slots] = True
         return serves
 
-    def _store(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Store tokens of a row, ``[kv heads, L, D]``, and index them."""
+    def _store(self, row: int, keys: Tensor, values: Tensor, index: Tensor | None = None) -> None:
+        """Store tokens of a row, ``[kv heads, L, D]``, and index them.
+
+        Args:
+            index: of these keys, ``[kv heads, L, C]``; None computes it.
+        """
         start = self.storage.length(row)
         self.storage.append(row, keys, values)
-        index = self._table.policy.index(self._full(keys)[None])[0]
+        if index is None:
+            index = self._table.policy.index(self._full(keys)[None])[0]
         stop = start + index.shape[1]
         if self.index is None:
             self.index = index.new_zeros(len(self.keys), index.shape[0], 0, index.shape[2])
@@ -357,10 +362,10 @@ class BlockCache(CacheLayerMixin):
             )
             parts.append(out)
         if turned is not keys:
-            packed_keys = self._packed(turned)
+            packed_keys, index = self._packed(turned), None  # the index is that of other keys
+        leaving = [packed_keys, packed_values, *([] if index is None else [index])]
         for row, columns in plan.leaving:
-            leaving = (t[row].index_select(1, columns) for t in (packed_keys, packed_values))
-            self._store(row, *leaving)
+            self._store(row, *(t[row].index_select(1, columns) for t in leaving))
         self._index_moved(plan)
         place = reading.columns[:, None, :, None]
         self.keys, self.values = (
