@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sentcompress.benchmark.models import ModelFolder, Models
 from sentcompress.modeling.grafting import graft, vae_config, wrap_backbone
@@ -107,3 +108,23 @@ def _teach(model: SentenceLM, sentences: list[list[int]]) -> None:
         loss.backward()
         optimizer.step()
     raise AssertionError(f"it did not learn: {float(loss)}")
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer) -> LlamaForCausalLM:
+    """A tiny Llama, untrained."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), **shape, num_key_value_heads=2, max_position_embeddings=1200
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def llm_folder(llm, tokenizer, tmp_path_factory) -> Path:
+    """Its folder, as transformers saves it."""
+    path = tmp_path_factory.mktemp("llm")
+    llm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from sentcompress.benchmark.breakdown import Breakdown
 from sentcompress.benchmark.heldout_text import heldout_documents
@@ -32,25 +32,7 @@ NAMES = [EVERYTHING, "window (recent_sentences 1)", "window+recall (recent_sente
 
 
 @pytest.fixture(scope="module")
-def llm(tokenizer) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), **shape, num_key_value_heads=2, max_position_embeddings=1200
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def folder(llm, tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("llm")
-    llm.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe(folder, text_files):
+def recipe(llm_folder, text_files):
     bench = {
         "metrics": ["memories", "recall"],
         "max_documents": 4,
@@ -59,7 +41,7 @@ def recipe(folder, text_files):
         "recall_tasks": 1,
     }
     data = {"name": "text", "options": {"paths": [str(text_files)], "heldout_documents": 4}}
-    raw = {"name": "plain", "backbone": {"model": str(folder)}, "data": data, "bench": bench}
+    raw = {"name": "plain", "backbone": {"model": str(llm_folder)}, "data": data, "bench": bench}
     return build_recipe(raw, [], "tests")
 
 
@@ -170,8 +152,8 @@ def test_a_run_that_trained_one_has_its_baseline_beside_it(recipe, llm, tokenize
     assert rows["baseline, equal data"].figures["ratio"] == 1
 
 
-def test_the_command_takes_an_llm_by_name(folder, text_files, tmp_path, capsys):
-    line = ["bench", "memories", str(folder), "--data", str(text_files), "--out", str(tmp_path)]
+def test_the_command_takes_an_llm_by_name(llm_folder, text_files, tmp_path, capsys):
+    line = ["bench", "memories", str(llm_folder), "--data", str(text_files), "--out", str(tmp_path)]
     line += ["--max-bytes-per-document", "600", "--set", "bench.memories=[window]"]
     with pytest.raises(SystemExit) as exit_:
         main([*line, "--set", "data.options.heldout_documents=4"])

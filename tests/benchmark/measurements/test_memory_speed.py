@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sentcompress.benchmark.measurements.memory_speed import MemoryRun, MemorySpeed
 from sentcompress.benchmark.memory_runs import CachedSystem
@@ -19,20 +17,7 @@ WINDOW = "window (recent_sentences 1)"
 
 
 @pytest.fixture(scope="module")
-def llm(tokenizer) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), **shape, num_key_value_heads=2, max_position_embeddings=400
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def runs(llm, tokenizer, text_files, tmp_path_factory) -> list[MemoryRun]:
-    folder = tmp_path_factory.mktemp("llm")
-    llm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def runs(llm_folder, text_files, tmp_path_factory) -> list[MemoryRun]:
     bench = {
         "metrics": ["memory_speed"],
         "memories": [{"name": "window", "options": {"recent_sentences": 1}}, "window+recall"],
@@ -44,7 +29,7 @@ def runs(llm, tokenizer, text_files, tmp_path_factory) -> list[MemoryRun]:
         "memory_budget_bytes": 4 * 160 * BYTES,
     }
     data = {"name": "text", "options": {"paths": [str(text_files)], "heldout_documents": 4}}
-    raw = {"name": "plain", "backbone": {"model": str(folder)}, "data": data, "bench": bench}
+    raw = {"name": "plain", "backbone": {"model": str(llm_folder)}, "data": data, "bench": bench}
     results = run_bench(
         None, None, build_recipe(raw, [], "tests"), tmp_path_factory.mktemp("out"), quiet=True
     )
