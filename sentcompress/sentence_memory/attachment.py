@@ -56,7 +56,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse what is no tokenizer, or that of an LLM with more tokens. Raises InputError."""
+    """Refuse an object that cannot decode, or the tokenizer of a larger LLM. Raises InputError."""
     if not callable(getattr(tokenizer, "decode", None)):
         raise InputError(
             f"a sentence memory needs the LLM's tokenizer, but got {type(tokenizer).__name__}",
