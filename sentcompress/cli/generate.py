@@ -192,7 +192,7 @@ def _memory_option(text: str) -> tuple[str, Any]:
         return name, value
     with suppress(yaml.YAMLError):
         value = yaml.safe_load(value)
-    if known and type(value) is not int:
+    if known and "Sequence" not in str(known.annotation) and type(value) is not int:
         raise InputError(f"--memory-option {name}: '{value}' is not a whole number", fix=f"write {name}=64")
     return name, value
 

@@ -6,6 +6,8 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -92,6 +94,13 @@ def attach(model: PreTrainedModel) -> None:
     setattr(model, _ATTACHED, True)
 
 
+@contextmanager
+def attending(model: PreTrainedModel) -> Iterator[None]:
+    """For a call in which an attached LLM attends through its cache; other threads wait."""
+    with _locks.setdefault(model, threading.RLock()), memory_attention(model):
+        yield
+
+
 def _forward(model: PreTrainedModel, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """In place of an LLM's forward. Copies of the LLM, and pickles, have this for themselves."""
     kwargs |= dict(zip(inspect.signature(forward).parameters, args, strict=False)) if args else {}
@@ -108,7 +117,7 @@ def _forward(model: PreTrainedModel, forward: Any, /, *args: Any, **kwargs: Any)
 def _forward_with(memory: ReadsTokens, model: PreTrainedModel, forward: Any, kwargs: dict[str, Any]) -> Any:
     if memory.model is not model:
         raise InputError("the memory belongs to another LLM", fix="make one for this LLM")
-    with _locks.setdefault(model, threading.RLock()), memory_attention(model):
+    with attending(model):
         memory.begin_call(kwargs.get("input_ids"), kwargs.get("attention_mask"))
         complete = False
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -156,13 +156,17 @@ class OnePassMemory(Cache):
     Use it within :func:`memory_attention`, with ``position_ids`` where texts are packed::
 
         with memory_attention(model):
-            model(input_ids=ids, position_ids=..., past_key_values=OnePassMemory(layout, policy, blocks))
+            model(input_ids=ids, position_ids=..., past_key_values=OnePassMemory(layout, policy, blocks, [17, 18]))
 
     Args:
         layout: of the tokens, ``[B, T]``.
         blocks: number of the LLM's blocks.
+        recall_blocks: the numbers of those that recall.
     """
 
-    def __init__(self, layout: Layout, policy: Policy, blocks: int) -> None:
+    def __init__(
+        self, layout: Layout, policy: Policy, blocks: int, recall_blocks: Sequence[int] = ()
+    ) -> None:
         masks: Masks = {}  # the same in all blocks
-        super().__init__(layers=[OnePassLayer(layout, policy, masks) for _ in range(blocks)])
+        policies = [policy if n in recall_blocks else policy.without_recall for n in range(blocks)]
+        super().__init__(layers=[OnePassLayer(layout, own, masks) for own in policies])

@@ -32,6 +32,7 @@ class BlockCache(CacheLayerMixin):
         table: plans each call. Blocks know the table and not their memory, so that it is freed with its last reference.
         storage: makes the slow storage for a number of rows.
         packs: keep keys and values in 8 bits.
+        recalls: this block recalls, if the memory does.
         rotation: how keys turn when positions are re-indexed.
     """
 
@@ -42,12 +43,14 @@ class BlockCache(CacheLayerMixin):
         rotation: Rotation | None = None,
         *,
         packs: bool = False,
+        recalls: bool = True,
     ) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
         self._rotation, self._packs = rotation or Rotation(None), packs
         self._table, self._make_storage = table, storage
+        self._policy = table.policy if recalls else table.policy.without_recall
         self.storage: Any = None
         """:class:`SlowStorage` of a policy that recalls."""
         self.index: Any = None
@@ -67,7 +70,7 @@ class BlockCache(CacheLayerMixin):
         self.keys, self.values = self._packed(key_states[:, :, :0]), self._packed(value_states[:, :, :0])
         self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
         self._kept_slots = 0
-        if self._table.policy.recall:
+        if self._policy.recall:
             self.storage = self._make_storage(batch)
         self.is_initialized = True
 
@@ -131,7 +134,7 @@ class BlockCache(CacheLayerMixin):
         )
         self.index, self._kept_slots = index, self.keys.shape[2]
         self.held = torch.full((*self.keys.shape[:2], 0), -1, device=self.keys.device)
-        if self._table.policy.recall:
+        if self._policy.recall:
             self.storage = self._make_storage(rows)
             if stored := [state[name] for name in sorted(state) if name.startswith("stored.")]:
                 self.storage.share(stored, self.keys[0])
@@ -176,7 +179,7 @@ class BlockCache(CacheLayerMixin):
             moved = self._rotation.rotate(self._full(self.keys[:, :, kept]), plan.moves.slots)
             self.keys[:, :, kept] = self._packed(moved)
             self.held[plan.moves.rows] = -1
-        for row, slots in plan.leaving:
+        for row, slots in self._leaving(plan):
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
@@ -189,7 +192,7 @@ class BlockCache(CacheLayerMixin):
         mask = plan.seen
         if sliding_window is not None:
             mask = mask & (plan.position - plan.slots < sliding_window)[:, None]
-        if plan.stored is not None:
+        if plan.stored is not None and self.storage is not None:
             out_of_reach = plan.stored.out_of_reach
             if sliding_window is not None:
                 far = plan.position - plan.stored.position >= sliding_window
@@ -219,22 +222,23 @@ class BlockCache(CacheLayerMixin):
         length = out_of_reach.shape[1]
         sentence = stored.sentence[:, None].expand(-1, query.shape[1], -1)
         # With the room to grow, so that products need no copy of the index.
-        scores = (
-            self._table.policy.scores(query, self.index)[..., :length].amax(2).float() + out_of_reach[:, None]
-        )
+        scores = self._policy.scores(query, self.index)[..., :length].amax(2).float() + out_of_reach[:, None]
 
         def best(scores: Tensor, number: int) -> Tensor:
             each = best_of_each(scores[:, :, None], stored.sentence, stored.sentences)[:, :, 0]
             return chosen(each, number).gather(2, sentence) & (scores > -math.inf)
 
-        if self._table.policy.candidates > self._table.policy.recall:
-            rows, heads, tokens = best(scores, self._table.policy.candidates).nonzero(as_tuple=True)
+        if self._policy.candidates > self._policy.recall:
+            rows, heads, tokens = best(scores, self._policy.candidates).nonzero(as_tuple=True)
             keys = self._full(self._gather(rows, heads, tokens, stored.delta)[0])
             exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
             scores = torch.full_like(scores, -math.inf)
             scores[rows, heads, tokens] = exact
-        wanted = best(scores, self._table.policy.recall)
+        wanted = best(scores, self._policy.recall)
         return self._fetch(wanted, stored.delta)
+
+    def _leaving(self, plan: Plan) -> list[tuple[int, Tensor]]:
+        return [] if self.storage is None else plan.leaving
 
     def _gather(
         self, rows: Tensor, heads: Tensor, tokens: Tensor, delta: Tensor | None
@@ -248,14 +252,12 @@ class BlockCache(CacheLayerMixin):
 
     def _index_moved(self, plan: Plan) -> None:
         """Index stored keys anew in rows whose positions have moved."""
-        if plan.moves is None or plan.stored is None or plan.stored.delta is None:
+        if plan.moves is None or plan.stored is None or plan.stored.delta is None or self.storage is None:
             return
         for row in plan.moves.rows:
             stop = self.storage.length(row)
             keys = self._full(self.storage.read(0, stop)[0][row : row + 1])
-            index = self._table.policy.index(
-                self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop])
-            )
+            index = self._policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
             self.index[row, :, :stop] = index[0]
 
     def _fetch(self, wanted: Tensor, delta: Tensor | None) -> Tensor:
@@ -302,7 +304,7 @@ class BlockCache(CacheLayerMixin):
         start = self.storage.length(row)
         self.storage.append(row, keys, values)
         if index is None:
-            index = self._table.policy.index(self._full(keys)[None])[0]
+            index = self._policy.index(self._full(keys)[None])[0]
         stop = start + index.shape[1]
         if self.index is None:
             self.index = index.new_zeros(len(self.keys), index.shape[0], 0, index.shape[2])
@@ -340,7 +342,7 @@ class BlockCache(CacheLayerMixin):
         if self.storage is not None and self.storage.is_lossy:
             stored = self.storage.as_stored(keys), self.storage.as_stored(values)
             _fill(stored, before, reading)
-        index = self._table.policy.index(keys) if self._table.policy.recall else None
+        index = self._policy.index(keys) if self._policy.recall else None
         if before is not None and index is not None:
             _fill((index,), (self.index,), reading)
         parts = []
@@ -354,7 +356,7 @@ class BlockCache(CacheLayerMixin):
                 turned,
                 values[:, :, :end],
                 reading.layout.columns(0, end),
-                self._table.policy,
+                self._policy,
                 index=own_index,
                 stored=own_stored,
                 masks=reading.masks if turned is keys else None,  # a span has a layout of its own
@@ -364,7 +366,7 @@ class BlockCache(CacheLayerMixin):
         if turned is not keys:
             packed_keys, index = self._packed(turned), None  # the index is that of other keys
         leaving = [packed_keys, packed_values, *([] if index is None else [index])]
-        for row, columns in plan.leaving:
+        for row, columns in self._leaving(plan):
             self._store(row, *(t[row].index_select(1, columns) for t in leaving))
         self._index_moved(plan)
         place = reading.columns[:, None, :, None]
@@ -397,7 +399,7 @@ class BlockCache(CacheLayerMixin):
                 start,
                 stop,
                 turned,
-                self._table.policy.index((own or (turned,))[0]) if self._table.policy.recall else None,
+                self._policy.index((own or (turned,))[0]) if self._policy.recall else None,
                 own,
             )
 
@@ -412,7 +414,7 @@ class BlockCache(CacheLayerMixin):
 
     def _stored_before(self, reading: Reading, moves: Moves | None) -> tuple[Tensor, Tensor] | None:
         """What was stored in earlier calls, ``[B, kv heads, n, D]`` twice; None if nothing was."""
-        if not any(map(len, reading.stored_before)):
+        if self.storage is None or not any(map(len, reading.stored_before)):
             return None
         keys, values = self.storage.read()
         if moves is not None and moves.stored:

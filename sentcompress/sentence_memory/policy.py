@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -24,10 +24,15 @@ class Policy:
         parts: the memories, by name.
     """
 
-    def __init__(self, parts: dict[str, Memory]) -> None:
+    def __init__(self, parts: dict[str, Memory], *, recalls: bool = True) -> None:
         self.name = "+".join(parts)
         self.parts = parts
-        self._recalls = next((part for part in parts.values() if part.recall), None)
+        self._recalls = next((part for part in parts.values() if part.recall), None) if recalls else None
+
+    @cached_property
+    def without_recall(self) -> Policy:
+        """The same memories in a block that recalls nothing."""
+        return Policy(self.parts, recalls=False)
 
     @classmethod
     def parse(cls, name: str, options: dict[str, Any] | None = None) -> Policy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
+from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
 from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import TokenTable
@@ -53,11 +55,16 @@ class SentenceMemory(Cache):
         folder: of the file.
         cache_bits: 8 rounds all keys and values to 8 bits, in the cache and in storage: half the bytes of a bf16 cache.
             None keeps them as the LLM computes them.
+        recall_blocks: blocks of the LLM that recall: ``auto`` finds those that look far back (all, where none does),
+            ``all``, or their numbers from 0. The other blocks only have what is kept.
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
         prove: check once for each LLM, on a few random tokens, that it attends through the memory and nothing else.
         options: of the memories, such as ``recent_sentences`` and ``recall``.
+
+    Attributes:
+        recall_blocks: numbers of the blocks that recall; empty if the memory does not.
 
     Raises:
         InputError: a memory, an option or the segmenter is unknown, or the LLM cannot be used with a memory.
@@ -74,6 +81,7 @@ class SentenceMemory(Cache):
         storage: str = "host",
         folder: str | Path | None = None,
         cache_bits: int | None = None,
+        recall_blocks: str | Sequence[int] = "auto",
         positions: str = "original",
         max_positions: int | None = None,
         prove: bool = True,
@@ -90,7 +98,12 @@ class SentenceMemory(Cache):
         finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
         attach(model)
         if prove:
-            cut: dict[str, Any] = {"segmenter": Uncut(), "max_sentence_tokens": SENTENCE, "prove": False}
+            cut: dict[str, Any] = {
+                "segmenter": Uncut(),
+                "max_sentence_tokens": SENTENCE,
+                "recall_blocks": "all",
+                "prove": False,
+            }
             check_attachment(model, functools.partial(SentenceMemory, model, Words(), **cut))
         self.model = model
         reindexing, rotations = reindex(
@@ -108,14 +121,21 @@ class SentenceMemory(Cache):
         self._attended: list[Tensor] = []
         self._incomplete = False
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.recall_blocks = recalling_blocks(model, recall_blocks) if self.policy.recall else []
 
         def new_storage(rows: int) -> SlowStorage:
             return make_storage(storage, rows, folder)
 
         super().__init__(
             layers=[
-                BlockCache(self._table, new_storage, rotation, packs=self._packs)
-                for _, rotation in zip_longest(range(blocks), rotations)
+                BlockCache(
+                    self._table,
+                    new_storage,
+                    rotation,
+                    packs=self._packs,
+                    recalls=number in self.recall_blocks,
+                )
+                for number, rotation in zip_longest(range(blocks), rotations)
             ]
         )
 
@@ -153,6 +173,8 @@ class SentenceMemory(Cache):
                 "segmenter": segmenter,
                 "max_sentence_tokens": int(settings["max_sentence_tokens"]),
             }
+            if settings["recall_blocks"]:
+                options = options | {"recall_blocks": settings["recall_blocks"]}
             if {"model", "tokenizer", "memory"} & {*options}:
                 raise ValueError("options are none of a memory")
             known |= options if memory is None else {}
@@ -273,6 +295,7 @@ class SentenceMemory(Cache):
             "max_sentence_tokens": self._table.finder.max_tokens,
             "storage": self._storage[0],
             "cache_bits": 8 if self._packs else None,
+            "recall_blocks": self.recall_blocks or "auto",
             "positions": "original" if reindexing is None else "reindexed",
             "max_positions": None if reindexing is None else reindexing.limit,
             **self.policy.options,

@@ -91,8 +91,8 @@ class View:
     spans: Spans
 
 
-Masks = dict[tuple[int, int | None], View]
-"""By first query and sliding window."""
+Masks = dict[tuple[int, int | None, bool], View]
+"""By first query, sliding window, and whether the block recalls."""
 
 
 def seen(policy: Policy, queries: Layout, tokens: Layout, first: int) -> tuple[Tensor, Tensor]:
@@ -273,9 +273,10 @@ def attend_in_one_pass(
     for start in range(0, length, QUERIES):
         stop = min(length, start + QUERIES)
         end = past + stop  # nothing after the last query is visible
-        if (start, sliding_window) not in masks:
-            masks[start, sliding_window] = _view(policy, layout.columns(0, end), past + start, sliding_window)
-        view = masks[start, sliding_window]
+        kind = start, sliding_window, bool(policy.recall)
+        if kind not in masks:
+            masks[kind] = _view(policy, layout.columns(0, end), past + start, sliding_window)
+        view = masks[kind]
         queries, mask = rows[:, :, :, start:stop], view.kept[:, None]
         keys, values = key[:, :, :end], value[:, :, :end]
         if view.used is not None:

@@ -44,6 +44,7 @@ def trained(tmp_path: Path, llm: Path) -> Path:
     spec = {"name": "regex", "options": {}, "state": RegexSegmenter().state()}
     options = {"recent_sentences": 1, "sinks": 2}
     settings = {"memory": "window", "options": options, "segmenter": spec, "max_sentence_tokens": 32}
+    settings["recall_blocks"] = []
     (folder / "memory.json").write_text(json.dumps(settings))
     return folder
 

@@ -186,9 +186,9 @@ def test_families_read_packed_rows(kind):
     short = Policy.parse("window+recall", {"recent_sentences": 0, "sinks": 0, "recall": 1})
     with torch.no_grad():
         for policy in (everything(), short):
-            together = hidden_states(lm, packed, policy).split(lengths, 1)
+            together = hidden_states(lm, packed, policy, (0, 1)).split(lengths, 1)
             for i, (text, part) in enumerate(zip(ids.split(lengths, 1), together, strict=True)):
-                alone = hidden_states(lm, Layout.of(text, sentence.split(lengths, 1)[i]), policy)
+                alone = hidden_states(lm, Layout.of(text, sentence.split(lengths, 1)[i]), policy, (0, 1))
                 torch.testing.assert_close(part, alone, atol=1e-4, rtol=1e-4)
                 full = lm.base_model(input_ids=text, use_cache=False).last_hidden_state
                 assert torch.allclose(part, full, atol=1e-4) == (policy is not short)
@@ -200,7 +200,7 @@ def test_the_teacher_is_the_llm_before_training(tune):
     recipe = build_recipe({"name": "x", "memory": {"tune": tune, "draw": {}}}, [], "test")
     assert recipe.memory is not None
     apply_tune(lm, lm.model.decoder.layers, recipe.memory, "memory")
-    model = MemoryLM(lm, recipe.memory, None).train()
+    model = MemoryLM(lm, recipe.memory, None, [0]).train()
     learning = {name for name, value in model.named_parameters() if value.requires_grad}
     ids = torch.randint(4, 500, (1, 20))
     batch = {
@@ -257,6 +257,7 @@ def test_the_stage_and_its_baseline(tmp_path, backbone):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
     own = SentenceMemory.from_folder(tmp_path / "memory", model, AutoTokenizer.from_pretrained(backbone))
     assert own.policy.options == saved["options"]
+    assert own.recall_blocks == saved["recall_blocks"] != []
     trained = model.state_dict()
     before = AutoModelForCausalLM.from_pretrained(backbone).state_dict()
     assert trained.keys() == before.keys()

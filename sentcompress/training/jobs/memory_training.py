@@ -47,13 +47,17 @@ class MemoryLM(nn.Module):
         lm: with adapters or without.
         settings: its memory and the weights of the loss.
         tokenizer: the LLM's, for the memory.
+        recall_blocks: numbers of the LLM's blocks that recall.
     """
 
     supports_gradient_checkpointing = False  # transformers drops the cache, which is the memory, there
 
-    def __init__(self, lm: PreTrainedModel, settings: MemorySettings, tokenizer: Any) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, settings: MemorySettings, tokenizer: Any, recall_blocks: Sequence[int]
+    ) -> None:
         super().__init__()
         self.lm, self.settings, self.tokenizer = lm, settings, tokenizer
+        self.recall_blocks = recall_blocks
         self.policies: dict[tuple[int, ...] | None, Policy] = {}
         self.names = sorted(drawn_ranges(settings))
         self.divergences = Divergences(settings.forward_kl, settings.reverse_kl)
@@ -91,7 +95,7 @@ class MemoryLM(nn.Module):
         weight = self.lm.get_output_embeddings().weight
         # Before the student, whose graph then needs no memory meanwhile.
         taught = self._taught(layout, kept) if self.training and self.has_teacher else None
-        states = hidden_states(self.lm, layout, policy)[:, :-1][kept]
+        states = hidden_states(self.lm, layout, policy, self.recall_blocks)[:, :-1][kept]
         if taught is None:
             loss, nll = TokenLoss(gamma=0.0)(states, weight, targets)
             return loss.sum(), nll, nll.new_empty(2, 0)
@@ -118,10 +122,12 @@ class MemoryLM(nn.Module):
         return states[:, :-1][kept], teacher.get_output_embeddings().weight
 
 
-def hidden_states(lm: PreTrainedModel, layout: Layout, policy: Policy) -> Tensor:
+def hidden_states(
+    lm: PreTrainedModel, layout: Layout, policy: Policy, recall_blocks: Sequence[int] = ()
+) -> Tensor:
     """Last hidden states ``[R, N, H]`` of packed texts, each token with its memory in effect."""
     positions = {} if int(layout.text.max()) == 0 else {"position_ids": layout.position.clamp_min(0)}
-    cache = OnePassMemory(layout, policy, len(blocks_of(lm)))
+    cache = OnePassMemory(layout, policy, len(blocks_of(lm)), recall_blocks)
     with memory_attention(lm):
         output = lm.base_model(input_ids=layout.ids, past_key_values=cache, use_cache=True, **positions)
     states: Tensor = output.last_hidden_state
@@ -228,11 +234,11 @@ class MemoryJob(TokenLevelJob):
         self.inputs = {"corpus": self.text.corpus.key}
         lm = load_causal_lm(recipe.backbone)
         # Refuses an LLM that would attend past its memory, which is proven on its weights.
-        SentenceMemory(lm, self.text.tokenizer, self.settings.name, segmenter=self.text.segmenter)
+        memory = SentenceMemory(lm, self.text.tokenizer, self.settings.name, segmenter=self.text.segmenter)
         check_output_head(lm, "memory")
         lm.train()
         apply_tune(lm, blocks_of(lm), self.settings, "memory")
-        self.model = MemoryLM(lm, self.settings, self.text.tokenizer)
+        self.model = MemoryLM(lm, self.settings, self.text.tokenizer, memory.recall_blocks)
         self.width = int(lm.config.hidden_size)
         finder = BoundaryFinder(self.text.segmenter, self.text.tokenizer, MAX_SENTENCE_TOKENS)
         packs = "position_ids" in signature(lm.base_model.forward).parameters
@@ -264,6 +270,7 @@ class MemoryJob(TokenLevelJob):
                     "state": self.text.segmenter.state(),
                 },
                 "max_sentence_tokens": MAX_SENTENCE_TOKENS,
+                "recall_blocks": self.model.recall_blocks,
             },
         )
 

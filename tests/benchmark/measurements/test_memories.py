@@ -130,6 +130,7 @@ def test_a_run_that_trained_one_has_its_baseline_beside_it(recipe, llm, tokenize
         "options": {"recent_sentences": 1, "sinks": 4},
         "segmenter": {"name": "regex", "options": {}, "state": {}},
         "max_sentence_tokens": 64,
+        "recall_blocks": [],
     }
     for stage in ("memory", "baseline"):
         llm.save_pretrained(tmp_path / stage)
