@@ -18,19 +18,20 @@ from sentcompress.contracts import Options as BaseOptions
 class Recall(Memory):
     """Store older sentences; for each token, recall those whose keys answer its query best.
 
-    The index has a few bits for each channel of a key and a scale: at 2 bits, 18 bytes for a key of 64 channels, which
-    takes 128 in bf16. Keys are rotated first, always the same way, so that no channel is larger than the others (as in
-    arXiv 2405.12497 and 2504.19874). The sentences that the index puts first are compared by their exact keys.
+    The index has a few bits for each channel of a key and a scale: at 8 bits, 66 bytes for a key of 64 channels, which
+    takes 128 in bf16; at 2 bits, 18. Keys are rotated first, always the same way, so that no channel is larger than the
+    others (as in arXiv 2405.12497 and 2504.19874). Below 8 bits, the sentences that the index puts first are compared
+    by their exact keys, which takes longer on a CPU.
     """
 
     class Options(BaseOptions):
         recall: int = Field(default=8, ge=1)
         """Sentences that each token recalls, in each block and key-value head."""
         candidates: int = Field(default=32, ge=1)
-        """Sentences that the index finds; the best of them by their exact keys are recalled."""
-        index_bits: Literal[1, 2, 4, 16] = 2
-        """Bits of the index for each channel of a key. With 1, more candidates are needed; with 16, the index is the
-        keys themselves: large, but the quickest to search on a CPU."""
+        """Sentences that an index of fewer than 8 bits finds; the best of them by their exact keys are recalled."""
+        index_bits: Literal[1, 2, 4, 8, 16] = 8
+        """Bits of the index for each channel of a key. Fewer take less of the device and more time; with 1, more
+        candidates are needed; with 16, the index is the keys themselves."""
 
     @property
     def recall(self) -> int:
@@ -38,7 +39,7 @@ class Recall(Memory):
 
     @property
     def candidates(self) -> int:
-        exact = self.options.index_bits == 16
+        exact = self.options.index_bits >= 8
         return self.recall if exact else max(self.recall, int(self.options.candidates))
 
     def index(self, keys: Tensor) -> Tensor:
@@ -47,15 +48,19 @@ class Recall(Memory):
         if bits == 16:
             return keys
         turned = self._rotated(keys)
-        spread = turned.square().sum(-1, keepdim=True).div(keys.shape[-1]).sqrt().clamp(min=_TINY)
-        codes = (turned / (spread * _STEP[bits])).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        energy = turned.square().sum(-1, keepdim=True)
+        spread = energy.div(keys.shape[-1]).sqrt().clamp(min=_TINY)
+        codes = turned / (spread * _STEP[bits])
+        codes = (codes.round() if bits == 8 else codes.floor()).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         # With this scale, products with the levels are as large as products with the key, on average over queries.
-        scale = turned.square().sum(-1, keepdim=True)
-        scale = scale / (turned * (2 * codes + 1)).sum(-1, keepdim=True).clamp(min=_TINY)
-        parts = codes.to(torch.int8).bitwise_and_(2**bits - 1).unflatten(-1, (8 // bits, -1)).unbind(-2)
-        packed = torch.zeros_like(parts[0])
-        for place, part in enumerate(parts):
-            packed |= part << (bits * place)
+        levels = codes if bits == 8 else 2 * codes + 1
+        scale = energy / (turned * levels).sum(-1, keepdim=True).clamp(min=_TINY)
+        packed = codes.to(torch.int8)
+        if bits < 8:
+            parts = packed.bitwise_and_(2**bits - 1).unflatten(-1, (8 // bits, -1)).unbind(-2)
+            packed = torch.zeros_like(parts[0])
+            for place, part in enumerate(parts):
+                packed |= part << (bits * place)
         return torch.cat([packed, scale.bfloat16().view(torch.int8)], -1)
 
     def scores(self, queries: Tensor, index: Tensor) -> Tensor:
@@ -63,13 +68,17 @@ class Recall(Memory):
         bits = self.options.index_bits
         if bits == 16:
             return queries @ index.to(queries.dtype).transpose(-1, -2)
-        # Whole rows are unpacked, with the two bytes of the scale, since that is faster; a query has zeros there.
+        # Whole rows are multiplied, with the two bytes of the scale, since that is faster; a query has zeros there.
         turned = functional.pad(self._rotated(queries).unflatten(-1, (8 // bits, -1)), (0, 2))
-        parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]  # quicker than a shift
-        # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
-        levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
+        levels = index
+        if bits < 8:
+            parts = [
+                index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)
+            ]  # quicker than a shift
+            # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
+            levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
         products = turned.flatten(-2).to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)
-        scale = index[..., -2:].contiguous().view(torch.bfloat16) / 2 ** (7 - bits)
+        scale = index[..., -2:].contiguous().view(torch.bfloat16) / 2 ** max(0, 7 - bits)
         return products * scale.to(queries.dtype).transpose(-1, -2)
 
     def _rotated(self, vectors: Tensor) -> Tensor:
@@ -80,7 +89,7 @@ class Recall(Memory):
 
 
 _TINY = 1e-20
-_STEP = {1: 1.0, 2: 0.996, 4: 0.335}
+_STEP = {1: 1.0, 2: 0.996, 4: 0.335, 8: 0.031}
 """Best distance of evenly spaced levels, in standard deviations of a normal distribution (Max, 1960), by bits."""
 
 

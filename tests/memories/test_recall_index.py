@@ -7,7 +7,7 @@ import torch
 
 from sentcompress.memories.recall import Recall
 
-BITS = {1: 0.78, 2: 0.92, 4: 0.99}
+BITS = {1: 0.78, 2: 0.92, 4: 0.99, 8: 0.999}
 """Least correlation with the exact products, by bits."""
 
 
@@ -39,7 +39,7 @@ def test_scores_are_close_to_the_products_of_queries_and_keys(bits, size, dtype)
     assert (found.float() * exact).sum() / exact.square().sum() == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(("bits", "bytes_"), [(1, 10), (2, 18), (4, 34), (16, 128)])
+@pytest.mark.parametrize(("bits", "bytes_"), [(1, 10), (2, 18), (4, 34), (8, 66), (16, 128)])
 def test_bytes_of_a_token(bits, bytes_):
     index = recall(index_bits=bits).index(torch.randn(1, 2, 7, 64).bfloat16())
     assert index.shape[:3] == (1, 2, 7)
@@ -78,4 +78,5 @@ def test_empty_keys_and_no_tokens(bits):
 def test_as_many_candidates_as_are_recalled_at_least():
     assert recall(recall=40, candidates=3).candidates == 40
     assert recall(recall=4, candidates=3).candidates == 4
-    assert recall(recall=4, index_bits=16).candidates == 4
+    for bits in (8, 16):
+        assert recall(recall=4, index_bits=bits).candidates == 4
