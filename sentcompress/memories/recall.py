@@ -78,8 +78,8 @@ class Recall(Memory):
             # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
             levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
         products = turned.flatten(-2).to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)
-        scale = index[..., -2:].contiguous().view(torch.bfloat16) / 2 ** max(0, 7 - bits)
-        return products * scale.to(queries.dtype).transpose(-1, -2)
+        scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype)
+        return products * (scale if bits == 8 else scale / 2 ** (7 - bits))
 
     def _rotated(self, vectors: Tensor) -> Tensor:
         """Vectors in fp32, rotated, with zeros up to a whole number of pairs of bytes."""
