@@ -39,6 +39,15 @@ class Words:
         return " ".join("word" for _ in ids)
 
 
+CUT: dict[str, Any] = {
+    "segmenter": Uncut(),
+    "max_sentence_tokens": SENTENCE,
+    "recall_blocks": "all",
+    "prove": False,
+}
+"""Arguments of such a memory; all blocks recall, so that all are proven."""
+
+
 def check_attachment(model: PreTrainedModel, make: MakeMemory) -> None:
     """Refuse an LLM that cannot be used with a memory. An LLM that has passed is not checked again.
 

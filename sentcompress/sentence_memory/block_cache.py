@@ -57,7 +57,6 @@ class BlockCache(CacheLayerMixin):
         """Of the stored tokens, ``[B, kv heads, capacity, C]``."""
         self.held: Any = None
         """Number of the stored token in each of the N slots, ``[B, kv heads, N]``; -1 in a free one."""
-        self._kept_slots = 0
 
     # ---- what transformers asks for
 
@@ -69,7 +68,6 @@ class BlockCache(CacheLayerMixin):
             return
         self.keys, self.values = self._packed(key_states[:, :, :0]), self._packed(value_states[:, :, :0])
         self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
-        self._kept_slots = 0
         if self._policy.recall:
             self.storage = self._make_storage(batch)
         self.is_initialized = True
@@ -101,6 +99,10 @@ class BlockCache(CacheLayerMixin):
         self.keys = self.values = self.index = self.held = self.storage = None
         self.is_initialized = False
 
+    @property
+    def _kept_slots(self) -> int:
+        return int(self.keys.shape[2] - self.held.shape[2])
+
     def _packed(self, full: Tensor) -> Tensor:
         return pack(full) if self._packs else full
 
@@ -128,11 +130,10 @@ class BlockCache(CacheLayerMixin):
     def load_state(self, state: dict[str, Tensor], rows: int, dtype: torch.dtype) -> None:
         """Begin each of ``rows`` rows with what :meth:`state` returned; stored tokens stay where they are."""
         self.dtype = dtype
-        self.keys, self.values, index = (
+        self.keys, self.values, self.index = (
             None if (tensor := state.get(name)) is None else tensor.expand(rows, -1, -1, -1).clone()
             for name in ("keys", "values", "index")
         )
-        self.index, self._kept_slots = index, self.keys.shape[2]
         self.held = torch.full((*self.keys.shape[:2], 0), -1, device=self.keys.device)
         if self._policy.recall:
             self.storage = self._make_storage(rows)
@@ -325,7 +326,6 @@ class BlockCache(CacheLayerMixin):
 
         self.keys, self.values = grown(self.keys), grown(self.values)
         self.held = functional.pad(self.held, (0, recalled - self.held.shape[2]), value=-1)
-        self._kept_slots = kept
 
     # ---- many new tokens
 
@@ -374,7 +374,6 @@ class BlockCache(CacheLayerMixin):
             t.gather(2, place.expand(-1, t.shape[1], -1, t.shape[3])) for t in (packed_keys, packed_values)
         )
         self.held = self.held[:, :, :0]
-        self._kept_slots = place.shape[2]
         return torch.cat(parts, 2)
 
     def _spans(

@@ -20,7 +20,7 @@ from sentcompress.errors import InputError, ModelFolderError
 from sentcompress.files import read_json
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
-from sentcompress.sentence_memory.attachment_proof import SENTENCE, Uncut, Words, check_attachment
+from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
 from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
@@ -98,13 +98,7 @@ class SentenceMemory(Cache):
         finder = BoundaryFinder(cutter, tokenizer, max_sentence_tokens)
         attach(model)
         if prove:
-            cut: dict[str, Any] = {
-                "segmenter": Uncut(),
-                "max_sentence_tokens": SENTENCE,
-                "recall_blocks": "all",
-                "prove": False,
-            }
-            check_attachment(model, functools.partial(SentenceMemory, model, Words(), **cut))
+            check_attachment(model, functools.partial(SentenceMemory, model, Words(), **CUT))
         self.model = model
         reindexing, rotations = reindex(
             model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
@@ -121,21 +115,16 @@ class SentenceMemory(Cache):
         self._attended: list[Tensor] = []
         self._incomplete = False
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.recall_blocks = recalling_blocks(model, recall_blocks) if self.policy.recall else []
+        recalling = recalling_blocks(model, recall_blocks) if self.policy.recall else []
+        self.recall_blocks = recalling
 
         def new_storage(rows: int) -> SlowStorage:
             return make_storage(storage, rows, folder)
 
         super().__init__(
             layers=[
-                BlockCache(
-                    self._table,
-                    new_storage,
-                    rotation,
-                    packs=self._packs,
-                    recalls=number in self.recall_blocks,
-                )
-                for number, rotation in zip_longest(range(blocks), rotations)
+                BlockCache(self._table, new_storage, rotation, packs=self._packs, recalls=n in recalling)
+                for n, rotation in zip_longest(range(blocks), rotations)
             ]
         )
 
@@ -173,8 +162,7 @@ class SentenceMemory(Cache):
                 "segmenter": segmenter,
                 "max_sentence_tokens": int(settings["max_sentence_tokens"]),
             }
-            if settings["recall_blocks"]:
-                options = options | {"recall_blocks": settings["recall_blocks"]}
+            options["recall_blocks"] = settings["recall_blocks"] or "auto"
             if {"model", "tokenizer", "memory"} & {*options}:
                 raise ValueError("options are none of a memory")
             known |= options if memory is None else {}
