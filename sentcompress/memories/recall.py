@@ -72,9 +72,8 @@ class Recall(Memory):
         turned = functional.pad(self._rotated(queries).unflatten(-1, (8 // bits, -1)), (0, 2))
         levels = index
         if bits < 8:
-            parts = [
-                index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)
-            ]  # quicker than a shift
+            # A product is quicker than a shift.
+            parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
             # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
             levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
         products = turned.flatten(-2).to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)

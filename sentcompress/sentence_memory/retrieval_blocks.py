@@ -20,8 +20,7 @@ REPEATED, _TEXTS = 256, 3
 """Random tokens that are repeated, and how many such texts are read."""
 OFTEN, THRESHOLD = 0.1, 0.4
 """A head looks back if, for this share of the tokens, it gives at least this much of its attention to an earlier place
-of the same token and to what followed there. Recalling in blocks without such a head makes text worse
-(docs/research-log.md)."""
+of the same token and to what followed there. Recalling in more blocks made text worse (docs/research-log.md)."""
 _found: weakref.WeakKeyDictionary[PreTrainedModel, list[float]] = weakref.WeakKeyDictionary()
 
 
@@ -63,9 +62,8 @@ class _Probe(CacheLayerMixin):
         same, following = (repeats.diagonal(offset, -2, -1)[..., : half - 1] for offset in (0, 1))
         strongest = (same + following).flatten(1, 2).transpose(0, 1).flatten(1)  # [heads, all positions]
         self.looked_back = float(strongest.quantile(1 - OFTEN, dim=1).max())
-        return attend(rows, key, value, mask[None, None], scaling, softcap, sinks, dropout).reshape(
-            query.shape
-        )
+        out = attend(rows, key, value, mask[None, None], scaling, softcap, sinks, dropout)
+        return out.reshape(*query.shape[:3], -1)
 
     def get_seq_length(self) -> int:
         return 0
