@@ -124,21 +124,17 @@ def memory_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = name
 
 
-class OnePassLayer(CacheLayerMixin):
-    """A block's part of :class:`OnePassMemory`."""
+class KeepsNothing(CacheLayerMixin):
+    """A cache of one block that computes attention (:class:`Attends`) and keeps nothing for later calls."""
 
-    def __init__(self, layout: Layout, policy: Policy, masks: Masks) -> None:
-        super().__init__()
-        self.layout, self.policy, self.masks = layout, policy, masks
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         expect_queries(self)
         return key_states, value_states
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return attend_in_one_pass(query, key, value, self.layout, self.policy, masks=self.masks, **options)
 
     def get_seq_length(self) -> int:
         return 0
@@ -148,6 +144,17 @@ class OnePassLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+class OnePassLayer(KeepsNothing):
+    """A block's part of :class:`OnePassMemory`."""
+
+    def __init__(self, layout: Layout, policy: Policy, masks: Masks) -> None:
+        super().__init__()
+        self.layout, self.policy, self.masks = layout, policy, masks
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return attend_in_one_pass(query, key, value, self.layout, self.policy, masks=self.masks, **options)
 
 
 class OnePassMemory(Cache):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.sentence_memory.attachment import attending
-from sentcompress.sentence_memory.attention import expect_queries
+from sentcompress.sentence_memory.attention import KeepsNothing
 from sentcompress.sentence_memory.visibility import attend
 
 REPEATED, _TEXTS = 256, 3
@@ -24,29 +24,21 @@ of the same token and to what followed there. Recalling in more blocks made text
 _found: weakref.WeakKeyDictionary[PreTrainedModel, list[float]] = weakref.WeakKeyDictionary()
 
 
-class _Probe(CacheLayerMixin):
+class _Probe(KeepsNothing):
     """Full attention of one block that notes how much of it goes back to the same token and to what followed it."""
 
     looked_back = 0.0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        expect_queries(self)
-        return key_states, value_states
 
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
+        *,
+        scaling: float = 1.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        sinks: Tensor | None = None,
-        dropout: float = 0.0,
+        **options: Any,
     ) -> Tensor:
         batch, _, length, size = query.shape
         rows = query.view(batch, key.shape[1], -1, length, size)
@@ -62,17 +54,8 @@ class _Probe(CacheLayerMixin):
         same, following = (repeats.diagonal(offset, -2, -1)[..., : half - 1] for offset in (0, 1))
         strongest = (same + following).flatten(1, 2).transpose(0, 1).flatten(1)  # [heads, all positions]
         self.looked_back = float(strongest.quantile(1 - OFTEN, dim=1).max())
-        out = attend(rows, key, value, mask[None, None], scaling, softcap, sinks, dropout)
+        out = attend(rows, key, value, mask[None, None], scaling, softcap, **options)
         return out.reshape(*query.shape[:3], -1)
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def looked_back(model: PreTrainedModel, blocks: int) -> list[float]:
