@@ -185,9 +185,8 @@ class BlockCache(CacheLayerMixin):
         self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
         key, value = self._packed(key), self._packed(value)
-        for row, slot in enumerate(plan.new_slots):
-            self.keys[row, :, slot] = key[row, :, 0]
-            self.values[row, :, slot] = value[row, :, 0]
+        own = torch.arange(len(key), device=key.device), slice(None), plan.new_slots
+        self.keys[own], self.values[own] = key[:, :, 0], value[:, :, 0]
         batch, heads, groups = *query.shape[:2], key.shape[1]
         rows = query.view(batch, groups, heads // groups, 1, -1)
         mask = plan.seen
@@ -279,16 +278,15 @@ class BlockCache(CacheLayerMixin):
         rows, heads, tokens = load[:, :, :number].nonzero(as_tuple=True)
         if not len(rows):
             return serves
-        needed = load.sum(2)
-        lacking = int((needed - (~serves).sum(2)).max())
+        batch, count, size = serves.shape
+        needed = torch.bincount(rows * count + heads, minlength=batch * count).view(batch, count, 1)
+        lacking = int((needed + serves.sum(2, keepdim=True)).max()) - size
         if lacking > 0:
-            self._grow(self._kept_slots, self.held.shape[2] + -(-lacking // SLOTS) * SLOTS)
-            serves = functional.pad(serves, (0, self.held.shape[2] - serves.shape[2]))
+            self._grow(self._kept_slots, size + -(-lacking // SLOTS) * SLOTS)
+            serves = functional.pad(serves, (0, self.held.shape[2] - size))
         # The i-th token of a head goes into the i-th of its slots that do not serve.
-        order = serves.to(torch.int8).argsort(dim=2, stable=True)
-        first = needed.flatten().cumsum(0) - needed.flatten()
-        rank = torch.arange(len(rows), device=rows.device) - first[rows * needed.shape[1] + heads]
-        slots = order[rows, heads, rank]
+        free = ~serves
+        slots = (free & (free.cumsum(2) <= needed)).nonzero(as_tuple=True)[2]
         keys, values = self._gather(rows, heads, tokens, delta)
         self.keys[rows, heads, self._kept_slots + slots] = keys
         self.values[rows, heads, self._kept_slots + slots] = values

@@ -80,7 +80,7 @@ class Plan:
         slots: ``[B, R]`` tokens in the slots after the call; -1 in a free one.
         position: ``[B, Q]`` of the new tokens; -1 for padding.
         stored: after ``leaving`` left; None if nothing is stored.
-        new_slots: one token: its slot in each row.
+        new_slots: one token: its slot in each row, ``[B]``.
         reading: several tokens; None if there is one.
         moves: how re-indexed positions move in this call; None if none does.
         attended: one token: the slots that it attended to in each block so far, bool ``[B, kv heads or 1, slots]``.
@@ -90,7 +90,7 @@ class Plan:
     slots: Tensor
     position: Tensor
     stored: Stored | None
-    new_slots: list[int] = field(default_factory=list)
+    new_slots: Tensor | None = None
     reading: Reading | None = None
     moves: Moves | None = None
     attended: list[Tensor] = field(default_factory=list)

@@ -195,7 +195,7 @@ class TokenTable:
             leaving=leaving,
             slots=self._slots(),
             position=torch.tensor([[len(row.ids) - 1] for row in self.rows]),
-            new_slots=new_slots,
+            new_slots=torch.tensor(new_slots),
             stored=self._stored,
             moves=Moves(moved, slots=slot_moves) if moved else None,
         )
