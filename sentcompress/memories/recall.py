@@ -19,9 +19,9 @@ class Recall(Memory):
     """Store older sentences; for each token, recall those whose keys answer its query best.
 
     The index has a few bits for each channel of a key and a scale: at 8 bits, 66 bytes for a key of 64 channels, which
-    takes 128 in bf16; at 2 bits, 18. Keys are rotated first, always the same way, so that no channel is larger than the
-    others (as in arXiv 2405.12497 and 2504.19874). Below 8 bits, the sentences that the index puts first are compared
-    by their exact keys, which takes longer on a CPU.
+    takes 128 in bf16; at 2 bits, 18. At 8 bits, queries are rounded to 8 bits too. Keys and queries are rotated first,
+    always the same way, so that no channel is larger than the others (as in arXiv 2405.12497 and 2504.19874). Below
+    8 bits, the sentences that the index puts first are compared by their exact keys, which takes longer on a CPU.
     """
 
     class Options(BaseOptions):
@@ -68,17 +68,20 @@ class Recall(Memory):
         bits = self.options.index_bits
         if bits == 16:
             return queries @ index.to(queries.dtype).transpose(-1, -2)
+        turned = self._rotated(queries)
+        scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype).contiguous()
+        if bits == 8:
+            step = turned.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
+            products = _products((turned / step).round(), index, queries.dtype)
+            return products.mul_((step * 256).to(queries.dtype)).mul_(scale)
+        # A product is quicker than a shift.
+        parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
+        # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
+        levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
         # Whole rows are multiplied, with the two bytes of the scale, since that is faster; a query has zeros there.
-        turned = functional.pad(self._rotated(queries).unflatten(-1, (8 // bits, -1)), (0, 2))
-        levels = index
-        if bits < 8:
-            # A product is quicker than a shift.
-            parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
-            # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
-            levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
-        products = turned.flatten(-2).to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)
-        scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype)
-        return products * (scale if bits == 8 else scale / 2 ** (7 - bits))
+        turned = functional.pad(turned.unflatten(-1, (8 // bits, -1)), (0, 2)).flatten(-2)
+        products = turned.to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)
+        return products * (scale / 2 ** (7 - bits))
 
     def _rotated(self, vectors: Tensor) -> Tensor:
         """Vectors in fp32, rotated, with zeros up to a whole number of pairs of bytes."""
@@ -87,6 +90,33 @@ class Recall(Memory):
         return functional.pad(vectors.float() @ _rotation(size, vectors.device), (0, -size % whole))
 
 
+def _products(codes: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of codes, divided by 256 so that fp16 can hold them.
+
+    Both ways below give the same numbers, since all sums are whole and small: a token recalls the same whether it is
+    written or read in a prompt.
+
+    Args:
+        codes: of queries, whole numbers up to 127, fp32 ``[B, heads, Q, D]``.
+        index: int8 ``[B, heads, T, D + 2]``.
+
+    Returns:
+        ``[B, heads, Q, T]`` of this dtype.
+    """
+    if index.device.type != "cpu" or codes.shape[2] > _FEW:
+        # Whole rows, with the two bytes of the scale: a part of each would be copied first.
+        whole = functional.pad(codes / 256, (0, 2)).to(dtype)
+        return whole @ index.to(dtype).transpose(-1, -2)
+    # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
+    products = torch.empty(*codes.shape[:3], index.shape[2], dtype=dtype)
+    rows = codes.to(torch.int8).flatten(0, 1), index[..., :-2].flatten(0, 1), products.flatten(0, 1)
+    for query, keys, out in zip(*rows, strict=True):
+        out.copy_(torch._int_mm(keys, query.t()).t() / 256)
+    return products
+
+
+_FEW = 64
+"""Queries for which a product in 8 bits is faster than one in 16, on a CPU."""
 _TINY = 1e-20
 _STEP = {1: 1.0, 2: 0.996, 4: 0.335, 8: 0.031}
 """Best distance of evenly spaced levels, in standard deviations of a normal distribution (Max, 1960), by bits."""

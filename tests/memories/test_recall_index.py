@@ -65,6 +65,19 @@ def test_candidates_hold_the_key_that_answers(bits):
     assert (best == answers).any(-1).float().mean() >= 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [6, 64, 256])
+def test_a_query_scores_the_same_while_writing_and_in_a_long_prompt(size, dtype):
+    keys, _ = keys_and_queries(size, dtype)
+    queries = 3 * torch.randn(2, 3, 100, size).to(dtype)
+    memory = recall(index_bits=8)
+    index = memory.index(keys)
+    alone = torch.cat([memory.scores(query, index) for query in queries.split(1, dim=2)], 2)
+    # One query turns into another than among many by its last bits, which may decide how a channel is rounded.
+    same = torch.isclose(memory.scores(queries, index), alone, rtol=1e-5, atol=1e-4)
+    assert same.float().mean() > 0.97
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_empty_keys_and_no_tokens(bits):
     memory = recall(index_bits=bits)
