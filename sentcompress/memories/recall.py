@@ -71,9 +71,7 @@ class Recall(Memory):
         turned = self._rotated(queries)
         scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype).contiguous()
         if bits == 8:
-            step = turned.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
-            products = _products((turned / step).round(), index, queries.dtype)
-            return products.mul_((step * 256).to(queries.dtype)).mul_(scale)
+            return _products_in_8_bits(turned, index, queries.dtype).mul_(scale)
         # A product is quicker than a shift.
         parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
         # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
@@ -90,29 +88,34 @@ class Recall(Memory):
         return functional.pad(vectors.float() @ _rotation(size, vectors.device), (0, -size % whole))
 
 
-def _products(codes: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Products of codes, divided by 256 so that fp16 can hold them.
+def _products_in_8_bits(queries: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of queries, rounded to 8 bits, and the codes of keys.
 
     Both ways below give the same numbers, since all sums are whole and small: a token recalls the same whether it is
     written or read in a prompt.
 
     Args:
-        codes: of queries, whole numbers up to 127, fp32 ``[B, heads, Q, D]``.
+        queries: fp32 ``[B, heads, Q, D]``.
         index: int8 ``[B, heads, T, D + 2]``.
 
     Returns:
         ``[B, heads, Q, T]`` of this dtype.
     """
+    step = queries.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
+    codes = (queries / step).round()
+    shrink = 256 if dtype == torch.float16 else 1  # fp16 ends at 65,504
     if index.device.type != "cpu" or codes.shape[2] > _FEW:
         # Whole rows, with the two bytes of the scale: a part of each would be copied first.
-        whole = functional.pad(codes / 256, (0, 2)).to(dtype)
-        return whole @ index.to(dtype).transpose(-1, -2)
-    # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
-    products = torch.empty(*codes.shape[:3], index.shape[2], dtype=dtype)
-    rows = codes.to(torch.int8).flatten(0, 1), index[..., :-2].flatten(0, 1), products.flatten(0, 1)
-    for query, keys, out in zip(*rows, strict=True):
-        out.copy_(torch._int_mm(keys, query.t()).t() / 256)
-    return products
+        whole = functional.pad(codes / shrink, (0, 2)).to(dtype)
+        products = whole @ index.to(dtype).transpose(-1, -2)
+    else:
+        # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
+        products = torch.empty(*codes.shape[:3], index.shape[2], dtype=dtype)
+        rows = codes.to(torch.int8).flatten(0, 1), index[..., :-2].flatten(0, 1), products.flatten(0, 1)
+        for query, keys, out in zip(*rows, strict=True):
+            sums = torch._int_mm(keys, query.t()).t()
+            out.copy_(sums if shrink == 1 else sums / shrink)
+    return products.mul_((step * shrink).to(dtype))
 
 
 _FEW = 64

@@ -54,7 +54,7 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """
     scale = packed[..., -SCALE_BYTES:].contiguous().view(torch.float16)
     # In float, since an fp16 product of a large scale would overflow and bf16 has 8 bits itself.
-    return (packed[..., :-SCALE_BYTES] * scale.float()).to(dtype)
+    return packed[..., :-SCALE_BYTES].float().mul_(scale.float()).to(dtype)
 
 
 def rounded(full: Tensor) -> Tensor:
