@@ -2,9 +2,9 @@
 
     python tools/peers/export_tasks.py smollm2-135m out/peers
 
-Each text begins with the start token, and comes from held-out documents of the package corpus. A text to score is the
-first ``--length`` tokens of a document, of which the last ``--scored`` are scored. Needles are those of the ``recall``
-measurement.
+Each text begins with the start token, and comes from held-out documents: of the package corpus, or of the text files
+that ``--data`` names. A text to score is the first ``--length`` tokens of a document, of which the last ``--scored``
+are scored. Needles are those of the ``recall`` measurement.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="what --backbone takes")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--data", metavar="PATH", help="text files, or a folder of them")
     parser.add_argument("--length", type=int, default=4000, help="tokens of a text")
     parser.add_argument("--scored", type=int, default=512, help="tokens scored at its end")
     parser.add_argument("--documents", type=int, default=4, help="documents to score")
@@ -60,7 +61,10 @@ def main() -> None:
     saved, model = load_backbone_tokenizer(spec), load_causal_lm(spec)
     tokenizer = lossless(saved)
     registry = get_registry()
-    dataset = registry.create("dataset", "python-package", {"heldout_documents": 20})
+    source = {"paths": [arguments.data]} if arguments.data else {}
+    dataset = registry.create(
+        "dataset", "text" if source else "python-package", {"heldout_documents": 20, **source}
+    )
     corpus = build_corpus(dataset, registry.create("segmenter", "regex", {}), saved)
     start = model.config.bos_token_id
     documents = [tokenizer.encode(corpus.document_text(document)) for document in corpus.heldout.tolist()]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from kvpress_rows import read_tasks
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from sentcompress.benchmark.memory_scoring import EVERYTHING, device_bytes
 from sentcompress.benchmark.needles import EncodedTask, answered
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
@@ -30,7 +31,9 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
     options = {key: json.loads(value) for key, value in (setting.split("=", 1) for setting in settings)}
     nats = size = needles = found = most = 0
     for task in tasks:
-        memory = SentenceMemory(model, tokenizer, name, **options)
+        memory: Cache = (
+            DynamicCache() if name == EVERYTHING else SentenceMemory(model, tokenizer, name, **options)
+        )
         if task["kind"] == "text":
             ids, scored = torch.cat([task["context"], task["scored"]]), task["scored"]
             with torch.no_grad():
@@ -42,7 +45,7 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
             answer = slice(len(ids) - len(task["answer"]), len(ids))
             found += answered(model, EncodedTask(ids, [answer]), memory)[0]
             needles += 1
-        most = max(most, memory.device_bytes())
+        most = max(most, device_bytes(memory))
     row: dict[str, Any] = {
         "memory": name,
         **options,
