@@ -104,7 +104,7 @@ def _products_in_8_bits(queries: Tensor, index: Tensor, dtype: torch.dtype) -> T
     step = queries.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
     codes = (queries / step).round()
     shrink = 256 if dtype == torch.float16 else 1  # fp16 ends at 65,504
-    if index.device.type != "cpu" or codes.shape[2] > _FEW:
+    if index.device.type != "cpu" or codes.shape[2] > _FEW or not _exact_in_8_bits():
         # Whole rows, with the two bytes of the scale: a part of each would be copied first.
         whole = functional.pad(codes / shrink, (0, 2)).to(dtype)
         products = whole @ index.to(dtype).transpose(-1, -2)
@@ -116,6 +116,13 @@ def _products_in_8_bits(queries: Tensor, index: Tensor, dtype: torch.dtype) -> T
             sums = torch._int_mm(keys, query.t()).t()
             out.copy_(sums if shrink == 1 else sums / shrink)
     return products.mul_((step * shrink).to(dtype))
+
+
+@functools.cache
+def _exact_in_8_bits() -> bool:
+    """Whether this CPU adds products of 8 bits without overflow: those without VNNI add pairs of them in 16 bits."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
 
 
 _FEW = 64

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -76,6 +80,22 @@ def test_a_query_scores_the_same_while_writing_and_in_a_long_prompt(size, dtype)
     # One query turns into another than among many by its last bits, which may decide how a channel is rounded.
     same = torch.isclose(memory.scores(queries, index), alone, rtol=1e-5, atol=1e-4)
     assert same.float().mean() > 0.97
+
+
+def test_scores_are_right_on_a_cpu_whose_8_bit_products_overflow():
+    """oneDNN does without an instruction set if told to; on other CPUs the variable has no effect."""
+    code = """
+import torch
+from sentcompress.memories.recall import Recall, _rotation
+memory = Recall(Recall.Options(index_bits=8))
+turned = torch.rand(1, 1, 500, 1).add(0.5).expand(-1, -1, -1, 64)  # all sums of products are as large as can be
+keys = turned @ _rotation(64, turned.device).T
+found, exact = memory.scores(keys[:, :, :3], memory.index(keys)), keys[:, :, :3] @ keys.transpose(-1, -2)
+torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
+"""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("bits", BITS)
