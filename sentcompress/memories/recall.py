@@ -71,7 +71,7 @@ class Recall(Memory):
         turned = self._rotated(queries)
         scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype).contiguous()
         if bits == 8:
-            return _products_in_8_bits(turned, index, queries.dtype).mul_(scale)
+            return _scores_in_8_bits(turned, index, scale)
         # A product is quicker than a shift.
         parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
         # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
@@ -88,41 +88,42 @@ class Recall(Memory):
         return functional.pad(vectors.float() @ _rotation(size, vectors.device), (0, -size % whole))
 
 
-def _products_in_8_bits(queries: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Products of queries, rounded to 8 bits, and the codes of keys.
+def _scores_in_8_bits(queries: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """Products of queries, rounded to 8 bits, and the codes of keys, with their scales.
 
-    Both ways below give the same numbers, since all sums are whole and small: a token recalls the same whether it is
-    written or read in a prompt.
+    Both ways below give the same numbers for the same codes, since all sums are whole and small: a token recalls the
+    same whether it is written or read in a prompt.
 
     Args:
         queries: fp32 ``[B, heads, Q, D]``.
         index: int8 ``[B, heads, T, D + 2]``.
+        scale: of the keys, in the dtype of the result, ``[B, heads, 1, T]``.
 
     Returns:
-        ``[B, heads, Q, T]`` of this dtype.
+        ``[B, heads, Q, T]``.
     """
     step = queries.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
     codes = (queries / step).round()
-    shrink = 256 if dtype == torch.float16 else 1  # fp16 ends at 65,504
+    shrink = 256 if scale.dtype == torch.float16 else 1  # fp16 ends at 65,504
     if index.device.type != "cpu" or codes.shape[2] > _FEW or not _exact_in_8_bits():
         # Whole rows, with the two bytes of the scale: a part of each would be copied first.
-        whole = functional.pad(codes / shrink, (0, 2)).to(dtype)
-        products = whole @ index.to(dtype).transpose(-1, -2)
+        whole = functional.pad(codes / shrink, (0, 2)).to(scale.dtype)
+        products = whole @ index.to(scale.dtype).transpose(-1, -2)
     else:
         # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
-        products = torch.empty(*codes.shape[:3], index.shape[2], dtype=dtype)
+        products = scale.new_empty(*codes.shape[:3], index.shape[2])
         rows = codes.to(torch.int8).flatten(0, 1), index[..., :-2].flatten(0, 1), products.flatten(0, 1)
         for query, keys, out in zip(*rows, strict=True):
             sums = torch._int_mm(keys, query.t()).t()
-            out.copy_(sums if shrink == 1 else sums / shrink)
-    return products.mul_((step * shrink).to(dtype))
+            out.copy_(sums if shrink == 1 else sums.float() / shrink)
+    return products.mul_(scale).mul_((step * shrink).to(scale.dtype))
 
 
 @functools.cache
 def _exact_in_8_bits() -> bool:
     """Whether this CPU adds products of 8 bits without overflow: those without VNNI add pairs of them in 16 bits."""
-    largest = torch.full((64, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
+    largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    return all(bool((torch._int_mm(largest, largest[:, :n]) == 64 * 127**2).all()) for n in (1, 64))
 
 
 _FEW = 64

@@ -98,6 +98,16 @@ torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("queries", [3, 100])
+def test_large_queries_do_not_overflow_in_fp16(queries):
+    signs = torch.randn(1, 1, 1, 128).sign()
+    memory = recall(index_bits=8)
+    turn = torch.linalg.inv(memory._rotated(torch.eye(128)))
+    keys, query = (0.1 * signs @ turn).half(), (20 * signs @ turn).half()
+    found = memory.scores(query.expand(-1, -1, queries, -1), memory.index(keys))
+    torch.testing.assert_close(found, torch.full_like(found, 256), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_empty_keys_and_no_tokens(bits):
     memory = recall(index_bits=bits)
