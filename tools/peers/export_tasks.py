@@ -2,8 +2,8 @@
 
     python tools/peers/export_tasks.py smollm2-135m out/peers
 
-Each text begins with the start token, and comes from held-out documents: of the package corpus, or of the text files
-that ``--data`` names. A text to score is the first ``--length`` tokens of a document, of which the last ``--scored``
+Each text begins with the start token, and comes from held-out documents: of the package corpus, or of the files that
+``--data`` names. A text to score is the first ``--length`` tokens of a document, of which the last ``--scored``
 are scored. Needles are those of the ``recall`` measurement.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sentcompress.benchmark.needles import Task, encode_task, heldout_texts, make_tasks
+from sentcompress.cli.train import data_section
 from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
@@ -50,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="what --backbone takes")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--data", metavar="PATH", help="text files, or a folder of them")
+    parser.add_argument("--data", metavar="PATH", help="files of text, as sentcompress takes them")
     parser.add_argument("--length", type=int, default=4000, help="tokens of a text")
     parser.add_argument("--scored", type=int, default=512, help="tokens scored at its end")
     parser.add_argument("--documents", type=int, default=4, help="documents to score")
@@ -61,10 +62,8 @@ def main() -> None:
     saved, model = load_backbone_tokenizer(spec), load_causal_lm(spec)
     tokenizer = lossless(saved)
     registry = get_registry()
-    source = {"paths": [arguments.data]} if arguments.data else {}
-    dataset = registry.create(
-        "dataset", "text" if source else "python-package", {"heldout_documents": 20, **source}
-    )
+    data = data_section(arguments.data) if arguments.data else {"name": "python-package", "options": {}}
+    dataset = registry.create("dataset", data["name"], {"heldout_documents": 20, **data["options"]})
     corpus = build_corpus(dataset, registry.create("segmenter", "regex", {}), saved)
     start = model.config.bos_token_id
     documents = [tokenizer.encode(corpus.document_text(document)) for document in corpus.heldout.tolist()]

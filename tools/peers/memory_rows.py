@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from kvpress_rows import read_tasks
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from sentcompress.benchmark.memory_scoring import EVERYTHING, device_bytes
+from sentcompress.benchmark.memory_scoring import EVERYTHING, MemorySystem, device_bytes
 from sentcompress.benchmark.needles import EncodedTask, answered
-from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+from sentcompress.recipe import ComponentSpec
 
 
 def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[str]) -> dict[str, Any]:
     """What one memory makes of all tasks."""
     name, *settings = words
     options = {key: json.loads(value) for key, value in (setting.split("=", 1) for setting in settings)}
+    spec = None if name == EVERYTHING else ComponentSpec(name=name, options=options)
+    system = MemorySystem(name, model, tokenizer, spec)
     nats = size = needles = found = most = 0
     for task in tasks:
-        memory: Cache = (
-            DynamicCache() if name == EVERYTHING else SentenceMemory(model, tokenizer, name, **options)
-        )
+        memory = system.cache()
         if task["kind"] == "text":
             ids, scored = torch.cat([task["context"], task["scored"]]), task["scored"]
             with torch.no_grad():
