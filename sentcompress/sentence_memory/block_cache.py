@@ -185,8 +185,7 @@ class BlockCache(CacheLayerMixin):
         self._index_moved(plan)
         self._grow(plan.slots.shape[1], self.held.shape[2])
         key, value = self._packed(key), self._packed(value)
-        own = torch.arange(len(key), device=key.device), slice(None), plan.new_slots
-        self.keys[own], self.values[own] = key[:, :, 0], value[:, :, 0]
+        self.keys[plan.own_slots], self.values[plan.own_slots] = key[:, :, 0], value[:, :, 0]
         batch, heads, groups = *query.shape[:2], key.shape[1]
         rows = query.view(batch, groups, heads // groups, 1, -1)
         mask = plan.seen

@@ -110,6 +110,11 @@ class Plan:
         """Slots that hold a token: bool ``[B, 1, R]``."""
         return (self.slots >= 0)[:, None]
 
+    @cached_property
+    def own_slots(self) -> tuple[Any, ...]:
+        """One token: where the new tokens go in keys or values ``[B, heads, R, D]``."""
+        return torch.arange(len(self.slots), device=self.slots.device), slice(None), self.new_slots
+
 
 _FIELDS = tuple(name for name in Plan.__dataclass_fields__ if name not in ("attended", "_moved"))
 
