@@ -83,7 +83,7 @@ def test_a_query_scores_the_same_while_writing_and_in_a_long_prompt(size, dtype)
 
 
 def test_scores_are_right_on_a_cpu_whose_8_bit_products_overflow():
-    """oneDNN does without an instruction set if told to; on other CPUs the variable has no effect."""
+    """The variable keeps oneDNN from using newer instructions; other CPUs ignore it."""
     code = """
 import torch
 from sentcompress.memories.recall import Recall, _rotation
