@@ -5,12 +5,13 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -155,3 +156,22 @@ def exit_with_the_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, args=(int(lifeline),), daemon=True, name="lifeline").start()
+
+
+def exit_process(code: int | str) -> NoReturn:
+    """``sys.exit``, except that one of several processes skips the end of the interpreter.
+
+    A thread of gloo that still has a tensor to release would wait for the interpreter then, and end the process with
+    SIGABRT (https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` does not end these threads
+    where DistributedDataParallel was used.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -314,6 +314,38 @@ class TestLaunch:
         assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+GLOO_STILL_BUSY = """
+import atexit, ctypes, os, time
+late = os.environ["RANK"] == "1"
+if late:  # registered first, so called last: the others do not get the interpreter before it ends
+    atexit.register(ctypes.PyDLL(None).usleep, 2_000_000)
+import torch
+from sentcompress.cli import main
+torch.distributed.init_process_group("gloo")
+torch.distributed.barrier()
+if not late:
+    time.sleep(1)
+torch.distributed.all_reduce(torch.ones(1000), async_op=late)
+main(["--version"])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_well_while_a_thread_of_gloo_still_works(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(GLOO_STILL_BUSY)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(tmp_path),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sentcompress ") == 2
+
+
 def test_bad_input_is_reported_once_with_its_exit_code(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "sentcompress", "launch", "-n", "3", "run", "strong", "--set", "graft.stps=3"],

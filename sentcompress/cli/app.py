@@ -28,7 +28,7 @@ from sentcompress.cli import (
 )
 from sentcompress.cli.common import examples
 from sentcompress.cli.error_messages import DEBUG_VARIABLE, debugging, report
-from sentcompress.distributed import check_environment, exit_on_sigterm, exit_with_the_launcher
+from sentcompress.distributed import check_environment, exit_on_sigterm, exit_process, exit_with_the_launcher
 from sentcompress.files import printable
 from sentcompress.packages import leave_out_broken_packages
 
@@ -114,4 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = report(error)
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code or 0)
+    exit_process(code or 0)
