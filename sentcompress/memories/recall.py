@@ -64,22 +64,32 @@ class Recall(Memory):
         return torch.cat([packed, scale.bfloat16().view(torch.int8)], -1)
 
     def scores(self, queries: Tensor, index: Tensor) -> Tensor:
-        """Return the products of queries and keys as the index knows them, in the dtype of the queries."""
+        """Return the products of queries and keys as the index knows them, in the dtype of the queries.
+
+        Two ways give the same numbers, since all sums are whole and small: a token recalls the same whether it is
+        written or read in a prompt.
+        """
         bits = self.options.index_bits
         if bits == 16:
             return queries @ index.to(queries.dtype).transpose(-1, -2)
         turned = self._rotated(queries)
-        scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype).contiguous()
-        if bits == 8:
-            return _scores_in_8_bits(turned, index, scale)
-        # A product is quicker than a shift.
-        parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
-        # Bits of code n are now the highest: with a one after them, the byte is 2 n + 1 times a power of two.
-        levels = torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
+        step = turned.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
         # Whole rows are multiplied, with the two bytes of the scale, since that is faster; a query has zeros there.
-        turned = functional.pad(turned.unflatten(-1, (8 // bits, -1)), (0, 2)).flatten(-2)
-        products = turned.to(queries.dtype) @ levels.to(queries.dtype).transpose(-1, -2)
-        return products * (scale / 2 ** (7 - bits))
+        codes = functional.pad((turned / step).round().unflatten(-1, (8 // bits, -1)), (0, 2)).flatten(-2)
+        scale = index.view(torch.bfloat16)[..., None, :, -1].to(queries.dtype).contiguous()
+        shrink = 256 if queries.dtype == torch.float16 else 1  # fp16 ends at 65,504
+        if index.device.type != "cpu" or codes.shape[2] > _FEW or not _exact_in_8_bits():
+            levels = _levels(index, bits).to(queries.dtype)
+            products = (codes / shrink).to(queries.dtype) @ levels.transpose(-1, -2)
+        else:
+            # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
+            products = scale.new_empty(*codes.shape[:3], index.shape[2])
+            for keys, query, out in zip(index, codes.to(torch.int8), products, strict=True):
+                for head, levels in enumerate(_levels(keys, bits)):
+                    sums = torch._int_mm(levels, query[head].t()).t()
+                    out[head] = sums if shrink == 1 else sums.float() / shrink
+        factor = step * (shrink if bits == 8 else shrink / 2 ** (7 - bits))
+        return products.mul_(scale).mul_(factor.to(queries.dtype))
 
     def _rotated(self, vectors: Tensor) -> Tensor:
         """Vectors in fp32, rotated, with zeros up to a whole number of pairs of bytes."""
@@ -88,35 +98,14 @@ class Recall(Memory):
         return functional.pad(vectors.float() @ _rotation(size, vectors.device), (0, -size % whole))
 
 
-def _scores_in_8_bits(queries: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    """Products of queries, rounded to 8 bits, and the codes of keys, with their scales.
-
-    Both ways below give the same numbers for the same codes, since all sums are whole and small: a token recalls the
-    same whether it is written or read in a prompt.
-
-    Args:
-        queries: fp32 ``[B, heads, Q, D]``.
-        index: int8 ``[B, heads, T, D + 2]``.
-        scale: of the keys, in the dtype of the result, ``[B, heads, 1, T]``.
-
-    Returns:
-        ``[B, heads, Q, T]``.
-    """
-    step = queries.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127
-    codes = (queries / step).round()
-    shrink = 256 if scale.dtype == torch.float16 else 1  # fp16 ends at 65,504
-    if index.device.type != "cpu" or codes.shape[2] > _FEW or not _exact_in_8_bits():
-        # Whole rows, with the two bytes of the scale: a part of each would be copied first.
-        whole = functional.pad(codes / shrink, (0, 2)).to(scale.dtype)
-        products = whole @ index.to(scale.dtype).transpose(-1, -2)
-    else:
-        # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
-        products = scale.new_empty(*codes.shape[:3], index.shape[2])
-        rows = codes.to(torch.int8).flatten(0, 1), index[..., :-2].flatten(0, 1), products.flatten(0, 1)
-        for query, keys, out in zip(*rows, strict=True):
-            sums = torch._int_mm(keys, query.t()).t()
-            out.copy_(sums if shrink == 1 else sums.float() / shrink)
-    return products.mul_(scale).mul_((step * shrink).to(scale.dtype))
+def _levels(index: Tensor, bits: int) -> Tensor:
+    """The codes of an index ``[..., T, C]`` as bytes, between others for the scale; below 8 bits, ``2 n + 1`` times a
+    power of two for code n."""
+    if bits == 8:
+        return index
+    # A product is quicker than a shift. The bits of a code come to the front; a one behind them is the half.
+    parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
+    return torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
 
 
 @functools.cache

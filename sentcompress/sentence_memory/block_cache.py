@@ -230,9 +230,10 @@ class BlockCache(CacheLayerMixin):
         if self._policy.candidates > self._policy.recall:
             rows, heads, tokens = best(scores, self._policy.candidates).nonzero(as_tuple=True)
             keys = self._full(self._gather(rows, heads, tokens, stored.delta)[0])
-            exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1).float()
+            own = torch.bincount(rows * query.shape[1] + heads, minlength=len(query) * query.shape[1])
+            pairs = zip(keys.split(own.tolist()), query.flatten(0, 1), strict=True)
             scores = torch.full_like(scores, -math.inf)
-            scores[rows, heads, tokens] = exact
+            scores[rows, heads, tokens] = torch.cat([(k @ q.t()).amax(1) for k, q in pairs]).float()
         wanted = best(scores, self._policy.recall)
         return self._fetch(wanted, stored.delta)
 

@@ -71,10 +71,11 @@ def test_candidates_hold_the_key_that_answers(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [6, 64, 256])
-def test_a_query_scores_the_same_while_writing_and_in_a_long_prompt(size, dtype):
+@pytest.mark.parametrize("bits", BITS)
+def test_a_query_scores_the_same_while_writing_and_in_a_long_prompt(bits, size, dtype):
     keys, _ = keys_and_queries(size, dtype)
     queries = 3 * torch.randn(2, 3, 100, size).to(dtype)
-    memory = recall(index_bits=8)
+    memory = recall(index_bits=bits)
     index = memory.index(keys)
     alone = torch.cat([memory.scores(query, index) for query in queries.split(1, dim=2)], 2)
     # One query turns into another than among many by its last bits, which may decide how a channel is rounded.
@@ -99,9 +100,10 @@ torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("queries", [3, 100])
-def test_large_queries_do_not_overflow_in_fp16(queries):
+@pytest.mark.parametrize("bits", BITS)
+def test_large_queries_do_not_overflow_in_fp16(bits, queries):
     signs = torch.randn(1, 1, 1, 128).sign()
-    memory = recall(index_bits=8)
+    memory = recall(index_bits=bits)
     turn = torch.linalg.inv(memory._rotated(torch.eye(128)))
     keys, query = (0.1 * signs @ turn).half(), (20 * signs @ turn).half()
     found = memory.scores(query.expand(-1, -1, queries, -1), memory.index(keys))
