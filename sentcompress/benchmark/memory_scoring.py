@@ -59,15 +59,19 @@ class MemorySystem:
         """Whether it attends through a sentence memory."""
         return self.memory is not None or self.folder is not None
 
-    def cache(self) -> Any:
-        """An empty cache for one batch of texts."""
+    def cache(self, **changes: Any) -> Any:
+        """An empty cache for one batch of texts, with changes to the options of a memory."""
+        name = self.memory.name if self.memory else None
+        options = (self.memory.options if self.memory else {}) | changes
         if self.folder is not None:
-            name = self.memory.name if self.memory else None
-            options = self.memory.options if self.memory else {}
             return SentenceMemory.from_folder(self.folder, self.model, self.tokenizer, name, **options)
-        if self.memory is None:
+        if name is None:
             return DynamicCache(config=self.model.config)
-        return SentenceMemory(self.model, self.tokenizer, self.memory.name, **self.memory.options)
+        return SentenceMemory(self.model, self.tokenizer, name, **options)
+
+    def scoring_cache(self) -> Any:
+        """The same, in effect from the first token."""
+        return self.cache(full_prompts=False)
 
 
 def memory_systems(models: Models) -> list[MemorySystem]:
@@ -192,7 +196,7 @@ def score_memory(
 @torch.no_grad()
 def read(system: MemorySystem, ids: Tensor) -> tuple[Tensor, _Sizes]:
     """NLL ``[T - 1]`` of tokens 1 on, and the size of the cache after the last token."""
-    model, cache = system.model, system.cache()
+    model, cache = system.model, system.scoring_cache()
     device, length = next(model.parameters()).device, len(ids)
     at_a_time = max(1, LOGITS_AT_A_TIME // model.config.get_text_config(decoder=True).vocab_size)
     single = max(1, length - STEPS)

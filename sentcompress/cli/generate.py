@@ -188,11 +188,12 @@ def _memory_option(text: str) -> tuple[str, Any]:
         raise InputError(
             f"--memory-option: '{text}' is not an option of a memory", fix="write it as recall=8"
         )
-    if known and "int" not in str(known.annotation):
+    kinds = str(known.annotation) if known else ""
+    if known and "int" not in kinds and "bool" not in kinds:
         return name, value
     with suppress(yaml.YAMLError):
         value = yaml.safe_load(value)
-    if known and "Sequence" not in str(known.annotation) and type(value) is not int:
+    if known and "int" in kinds and "Sequence" not in kinds and type(value) is not int:
         raise InputError(f"--memory-option {name}: '{value}' is not a whole number", fix=f"write {name}=64")
     return name, value
 

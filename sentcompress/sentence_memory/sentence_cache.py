@@ -26,7 +26,7 @@ from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, Boundar
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
-from sentcompress.sentence_memory.slow_storage import SlowStorage, make_storage
+from sentcompress.sentence_memory.slow_storage import make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import TokenTable
 from sentcompress.text.segmentation import saved_segmenter
@@ -57,6 +57,8 @@ class SentenceMemory(Cache):
             None keeps them as the LLM computes them.
         recall_blocks: blocks of the LLM that recall: ``auto`` finds those that look far back (all, where none does),
             ``all``, or their numbers from 0. The other blocks only have what is kept.
+        full_prompts: tokens that are read in one call, such as a prompt, attend to each other in full, as without a
+            memory; those that follow find them in the memory. That is faster, and no longer what scoring needs.
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
@@ -82,6 +84,7 @@ class SentenceMemory(Cache):
         folder: str | Path | None = None,
         cache_bits: int | None = None,
         recall_blocks: str | Sequence[int] = "auto",
+        full_prompts: bool = False,
         positions: str = "original",
         max_positions: int | None = None,
         prove: bool = True,
@@ -103,7 +106,7 @@ class SentenceMemory(Cache):
         reindexing, rotations = reindex(
             model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
         )
-        self._table = TokenTable(self.policy, finder, reindexing)
+        self._table = TokenTable(self.policy, finder, reindexing, full_prompts)
         if cache_bits not in (None, 8):
             raise InputError(f"cache_bits: {cache_bits}", fix="use 8, or None for what the LLM computes")
         if cache_bits and storage == "int8":
@@ -118,9 +121,7 @@ class SentenceMemory(Cache):
         recalling = recalling_blocks(model, recall_blocks) if self.policy.recall else []
         self.recall_blocks = recalling
 
-        def new_storage(rows: int) -> SlowStorage:
-            return make_storage(storage, rows, folder)
-
+        new_storage = functools.partial(make_storage, storage, folder=folder)
         super().__init__(
             layers=[
                 BlockCache(self._table, new_storage, rotation, packs=self._packs, recalls=n in recalling)
@@ -284,6 +285,7 @@ class SentenceMemory(Cache):
             "storage": self._storage[0],
             "cache_bits": 8 if self._packs else None,
             "recall_blocks": self.recall_blocks or "auto",
+            "full_prompts": self._table.full_prompts,
             "positions": "original" if reindexing is None else "reindexed",
             "max_positions": None if reindexing is None else reindexing.limit,
             **self.policy.options,

@@ -108,10 +108,29 @@ class Row:
 
 
 class TokenTable:
-    """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does."""
+    """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does.
 
-    def __init__(self, policy: Policy, finder: BoundaryFinder, reindexing: Reindexing | None = None) -> None:
+    Args:
+        full_prompts: tokens that are read in one call see each other in full.
+
+    Raises:
+        InputError: they cannot, since positions move.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        finder: BoundaryFinder,
+        reindexing: Reindexing | None = None,
+        full_prompts: bool = False,
+    ) -> None:
+        if not isinstance(full_prompts, bool) or (full_prompts and reindexing):
+            raise InputError(
+                f"full_prompts: {full_prompts}" + (" with positions='reindexed'" if reindexing else ""),
+                fix="use full_prompts=False" + ("" if reindexing else ", or True"),
+            )
         self.policy, self.finder, self.reindexing = policy, finder, reindexing
+        self.full_prompts = full_prompts
         self.rows: list[Row] = []
         self.plan: Plan | None = None
         """Of the current call."""

@@ -95,12 +95,15 @@ Masks = dict[tuple[int, int | None, bool], View]
 """By first query, sliding window, and whether the block recalls."""
 
 
-def seen(policy: Policy, queries: Layout, tokens: Layout, first: int) -> tuple[Tensor, Tensor]:
+def seen(
+    policy: Policy, queries: Layout, tokens: Layout, first: int, in_full_from: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What each query attends to without recalling, and what it may recall.
 
     Args:
         queries: ``[B, Q]``, which are tokens ``first``, ``first + 1``, ... of ``tokens``.
         tokens: ``[B, T]``.
+        in_full_from: from this token on, each sees all before it.
 
     Returns:
         bool ``[B, Q, T]``, twice. A query always sees itself, even at padding.
@@ -115,6 +118,8 @@ def seen(policy: Policy, queries: Layout, tokens: Layout, first: int) -> tuple[T
     start = (queries.position - queries.offset)[:, :, None]
     about = Tokens(ids, position, age, offset, behind, distance=start - position + offset)
     kept = policy.keep(about)
+    if in_full_from is not None:
+        kept = kept | (columns >= in_full_from)
     older = real & (age > 0)
     return (real & (kept | (age == 0))) | (columns[None, :] == own[:, None]), older & ~kept
 
@@ -241,6 +246,7 @@ def attend_in_one_pass(
     index: Tensor | None = None,
     stored: tuple[Tensor, Tensor] | None = None,
     masks: Masks | None = None,
+    in_full: bool = False,
     **options: Any,
 ) -> Tensor:
     """Attention of the last Q of T tokens, each with its memory in effect. Gradients flow through all but the choice.
@@ -254,16 +260,23 @@ def attend_in_one_pass(
         stored: keys and values as slow storage returns them, where they differ from ``key`` and ``value``; what is
             recalled comes from there.
         masks: of the blocks before with the same layout and memory; filled here.
+        in_full: each of the Q tokens sees all of them before it, and only older ones as the memory has them.
         options: of :func:`attend`.
 
     Returns:
         ``[B, heads, Q, D]``.
     """
     batch, heads, length, _ = query.shape
+    past = key.shape[2] - length
+    plain = all(extra is None for extra in (sliding_window, options.get("softcap"), options.get("sinks")))
+    if in_full and plain and not past and bool((layout.position >= 0).all()):
+        # The usual causal attention, which needs no masks.
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, scale=scaling, dropout_p=options["dropout"]
+        )
     masks = {} if masks is None else masks
     groups = key.shape[1]
     rows = query.view(batch, groups, heads // groups, length, -1)
-    past = key.shape[2] - length
     lossy = stored is not None
     store_key, store_value = stored if stored is not None else (key, value)
     if index is None and policy.recall:
@@ -275,7 +288,8 @@ def attend_in_one_pass(
         end = past + stop  # nothing after the last query is visible
         kind = start, sliding_window, bool(policy.recall)
         if kind not in masks:
-            masks[kind] = _view(policy, layout.columns(0, end), past + start, sliding_window)
+            tokens = layout.columns(0, end)
+            masks[kind] = _view(policy, tokens, past + start, sliding_window, past if in_full else None)
         view = masks[kind]
         queries, mask = rows[:, :, :, start:stop], view.kept[:, None]
         keys, values = key[:, :, :end], value[:, :, :end]
@@ -295,10 +309,12 @@ def attend_in_one_pass(
     return torch.cat(parts, 3).reshape(batch, heads, length, -1)
 
 
-def _view(policy: Policy, tokens: Layout, first: int, sliding_window: int | None) -> View:
+def _view(
+    policy: Policy, tokens: Layout, first: int, sliding_window: int | None, in_full_from: int | None
+) -> View:
     """What the tokens from ``first`` on see of all ``tokens``."""
     block = tokens.columns(first, tokens.ids.shape[1])
-    kept, may = seen(policy, block, tokens, first)
+    kept, may = seen(policy, block, tokens, first, in_full_from)
     if sliding_window is not None:
         near = block.position[:, :, None] - tokens.position[:, None, :] < sliding_window
         kept, may = kept & near, may & near

@@ -3,7 +3,9 @@
     python tools/peers/memory_rows.py out/peers --memory window+recall recent_sentences=8 recall=4
 
 Each ``--memory`` gives names joined by ``+``, and options. The memory is in effect from the first token, as while
-writing, and does not know the question when it reads. Device bytes are measured when a text has been read.
+writing, and does not know the question when it reads. With ``full_prompts=true`` the context is read under full
+attention, as kvpress reads it, and everything after it token by token. Device bytes are measured when a text has been
+read.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sentcompress.benchmark.memory_scoring import EVERYTHING, MemorySystem, device_bytes
-from sentcompress.benchmark.needles import EncodedTask, answered
 from sentcompress.recipe import ComponentSpec
 
 
@@ -35,15 +36,23 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
     for task in tasks:
         memory = system.cache()
         if task["kind"] == "text":
-            ids, scored = torch.cat([task["context"], task["scored"]]), task["scored"]
-            with torch.no_grad():
-                out = model(ids[None], past_key_values=memory, logits_to_keep=len(scored) + 1)
-            nats += float(F.cross_entropy(out.logits[0, :-1].float(), scored, reduction="sum"))
+            given, asked = task["context"], task["scored"]
+        else:
+            given, asked = torch.cat([task["context"], task["question"]]), task["answer"]
+        ids = torch.cat([given, asked])
+        whole = len(task["context"]) if options.get("full_prompts") else len(ids)
+        steps = [ids[:whole], *(ids[n : n + 1] for n in range(whole, len(ids)))]
+        with torch.no_grad():
+            logits = [
+                model(step[None], past_key_values=memory, logits_to_keep=len(asked) + 1).logits[0]
+                for step in steps
+            ]
+        predicted = torch.cat(logits)[-len(asked) - 1 : -1]
+        if task["kind"] == "text":
+            nats += float(F.cross_entropy(predicted.float(), asked, reduction="sum"))
             size += task["bytes"]
         else:
-            ids = torch.cat([task["context"], task["question"], task["answer"]]).tolist()
-            answer = slice(len(ids) - len(task["answer"]), len(ids))
-            found += answered(model, EncodedTask(ids, [answer]), memory)[0]
+            found += bool((predicted.argmax(-1) == asked).all())
             needles += 1
         most = max(most, device_bytes(memory))
     row: dict[str, Any] = {

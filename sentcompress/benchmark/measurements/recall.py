@@ -77,7 +77,7 @@ class Recall(Measurement[list[RecallScore]]):
             with bench.bar(f"{self.name}: {system.name}", len(tasks)) as bar:
                 for task in tasks:
                     encoded = encode_task(task, tokenizer, models.bos_token_id)
-                    right = answered(system.model, encoded, system.cache())
+                    right = answered(system.model, encoded, system.scoring_cache())
                     answers += [
                         NeedleAnswer(kind=task.kind, length=task.length, depth=needle.depth, found=found)
                         for needle, found in zip(task.needles, right, strict=True)

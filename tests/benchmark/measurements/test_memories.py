@@ -76,6 +76,18 @@ def test_everything_and_each_memory_are_measured(measured):
     assert [len(score.answers) for score in Recall.of(results)] == [8, 8, 8]
 
 
+def test_prompts_read_in_full_are_scored_as_the_memory_has_them(llm, tokenizer, documents):
+    ids = torch.tensor(tokenizer.encode("".join(documents[0].texts))[:300])
+    spec = ComponentSpec(name="window", options={"recent_sentences": 1})
+    full = ComponentSpec(name="window", options={**spec.options, "full_prompts": True})
+    losses = [
+        read(MemorySystem("", llm, tokenizer, memory), ids)[0]
+        for memory in (spec, full, ComponentSpec(name="window", options={"recent_sentences": 999}))
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.allclose(losses[0], losses[2])
+
+
 def test_a_uniform_model_pays_log2_v_a_token(llm, tokenizer, documents):
     uniform = LlamaForCausalLM(llm.config).eval()
     SentenceMemory(uniform, tokenizer)  # proven to attend through it while it still can
