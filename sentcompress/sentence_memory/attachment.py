@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,8 +37,10 @@ class ReadsTokens(Protocol):
     def end_call(self, *, complete: bool) -> None:
         """The LLM has computed, or has failed."""
 
-    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool) -> None:
-        """Refuse a prompt that cannot follow what was read."""
+    def reading_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
+    ) -> AbstractContextManager[None]:
+        """For a block in which ``generate`` reads a prompt. Refuses one that cannot follow what was read."""
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -141,5 +143,6 @@ def _prefill(
         mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
         # transformers leaves out a mask of ones, and notes its length.
         masked = getattr(settings, "_mask_length", length) if mask is None else mask.shape[1]
-        memory.check_prompt(input_ids, mask, whole=masked == length)
+        with memory.reading_prompt(input_ids, mask, whole=masked == length):
+            return prefill(input_ids, settings, model_kwargs, *args, **kwargs)
     return prefill(input_ids, settings, model_kwargs, *args, **kwargs)

@@ -358,7 +358,7 @@ class BlockCache(CacheLayerMixin):
                 index=own_index,
                 stored=own_stored,
                 masks=reading.masks if turned is keys else None,  # a span has a layout of its own
-                in_full=self._table.full_prompts,
+                in_full=self._table.reads_in_full,
                 **options,
             )
             parts.append(out)

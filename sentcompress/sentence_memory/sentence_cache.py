@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ class SentenceMemory(Cache):
             None keeps them as the LLM computes them.
         recall_blocks: blocks of the LLM that recall: ``auto`` finds those that look far back (all, where none does),
             ``all``, or their numbers from 0. The other blocks only have what is kept.
-        full_prompts: tokens that are read in one call, such as a prompt, attend to each other in full, as without a
-            memory; those that follow find them in the memory. That is faster, and no longer what scoring needs.
+        full_prompts: tokens of one call attend to each other in full, as without a memory; those that follow find them
+            in the memory. None: only the prompts of ``generate`` do, and not if positions are re-indexed.
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
@@ -84,7 +85,7 @@ class SentenceMemory(Cache):
         folder: str | Path | None = None,
         cache_bits: int | None = None,
         recall_blocks: str | Sequence[int] = "auto",
-        full_prompts: bool = False,
+        full_prompts: bool | None = None,
         positions: str = "original",
         max_positions: int | None = None,
         prove: bool = True,
@@ -114,17 +115,16 @@ class SentenceMemory(Cache):
         self._storage = storage, folder
         self._packs = cache_bits is not None
         make_storage(storage, 1, folder)  # refuses what it does not know
-        self._seen = 0
+        self._seen, self._incomplete = 0, False
         self._attended: list[Tensor] = []
-        self._incomplete = False
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-        recalling = recalling_blocks(model, recall_blocks) if self.policy.recall else []
-        self.recall_blocks = recalling
-
+        self.recall_blocks = recalling_blocks(model, recall_blocks) if self.policy.recall else []
         new_storage = functools.partial(make_storage, storage, folder=folder)
         super().__init__(
             layers=[
-                BlockCache(self._table, new_storage, rotation, packs=self._packs, recalls=n in recalling)
+                BlockCache(
+                    self._table, new_storage, rotation, packs=self._packs, recalls=n in self.recall_blocks
+                )
                 for n, rotation in zip_longest(range(blocks), rotations)
             ]
         )
@@ -224,8 +224,7 @@ class SentenceMemory(Cache):
             InputError: nothing was read, or several texts; or the folder holds something else.
             StorageError: the folder cannot be written.
         """
-        tensors, finder = self._state(), self._table.finder
-        write_prefix(folder, self.model, finder, self._arguments, self._seen, tensors)
+        write_prefix(folder, self.model, self._table.finder, self._arguments, self._seen, self._state())
 
     @classmethod
     def load(
@@ -250,11 +249,8 @@ class SentenceMemory(Cache):
             InputError: there is no prefix, it is damaged, or another LLM, dtype, tokenizer or version has written it.
         """
         saved, tensors = read_prefix(prefix, model, tokenizer)
-        arguments: dict[str, Any] = {
-            "segmenter": segmenter or saved.make_segmenter(tokenizer),
-            "folder": folder,
-        }
-        memory = cls(model, tokenizer, **saved.arguments, **arguments)
+        more = {"segmenter": segmenter or saved.make_segmenter(tokenizer), "folder": folder}
+        memory = cls(model, tokenizer, **saved.arguments | more)
         return memory._restored(tensors, rows, saved.tokens)
 
     def copy(self, rows: int = 1) -> SentenceMemory:
@@ -267,12 +263,8 @@ class SentenceMemory(Cache):
             InputError: nothing was read, or several texts.
         """
         finder = self._table.finder
-        arguments: dict[str, Any] = {
-            "segmenter": finder.segmenter,
-            "folder": self._storage[1],
-            "prove": False,
-        }
-        other = type(self)(self.model, finder.tokenizer, **self._arguments, **arguments)
+        more = {"segmenter": finder.segmenter, "folder": self._storage[1], "prove": False}
+        other = type(self)(self.model, finder.tokenizer, **self._arguments | more)
         return other._restored(self._state(), rows, self._seen)
 
     @property
@@ -304,8 +296,7 @@ class SentenceMemory(Cache):
         if not isinstance(rows, int) or rows < 1:
             raise InputError(f"rows: {rows!r}", fix="give the number of prompts, at least 1")
         self._table.load_state(tensors, rows)
-        for number, layer in enumerate(self.layers):
-            start = f"{number}."
+        for start, layer in ((f"{number}.", layer) for number, layer in enumerate(self.layers)):
             own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
             layer.load_state(own, rows, self.model.dtype)
         self._seen = seen
@@ -336,8 +327,7 @@ class SentenceMemory(Cache):
 
     def full_bytes(self) -> int:
         """Bytes that a cache of all tokens read so far would hold."""
-        per_token = sum(layer.token_bytes for layer in self.layers)
-        return per_token * self._seen * len(self._table.rows)
+        return sum(layer.token_bytes for layer in self.layers) * self._seen * len(self._table.rows)
 
     def attended_share(self) -> float:
         """Share of the tokens read so far that the last one attended to, a mean of blocks, heads and texts.
@@ -416,17 +406,28 @@ class SentenceMemory(Cache):
             self._seen += plan.position.shape[1]
             self._incomplete = False
 
-    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool) -> None:
-        """Refuse a prompt of ``generate`` that cannot follow what was read.
+    @contextmanager
+    def reading_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
+    ) -> Iterator[None]:
+        """For a block in which ``generate`` reads a prompt. Refuses one that cannot follow what was read.
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: of all tokens, or None.
+            attention_mask: ``[B, all tokens]`` or None.
             whole: the prompt has what was read before; if not, it only has what follows.
 
         Raises:
             InputError: it is another text, padded in another way, or has nothing to continue.
         """
+        self._check_prompt(input_ids, attention_mask, whole)
+        self._table.in_prompt = True
+        try:
+            yield
+        finally:
+            self._table.in_prompt = False
+
+    def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, whole: bool) -> None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not bool(mask[:, -1:].all()):
             raise InputError(

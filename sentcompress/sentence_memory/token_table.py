@@ -111,7 +111,10 @@ class TokenTable:
     """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does.
 
     Args:
-        full_prompts: tokens that are read in one call see each other in full.
+        full_prompts: tokens that are read in one call see each other in full; None: only those of a prompt do.
+
+    Attributes:
+        in_prompt: a prompt is being read.
 
     Raises:
         InputError: they cannot, since positions move.
@@ -122,15 +125,17 @@ class TokenTable:
         policy: Policy,
         finder: BoundaryFinder,
         reindexing: Reindexing | None = None,
-        full_prompts: bool = False,
+        full_prompts: bool | None = None,
     ) -> None:
-        if not isinstance(full_prompts, bool) or (full_prompts and reindexing):
+        if full_prompts is not None and not isinstance(full_prompts, bool):
+            raise InputError(f"full_prompts: {full_prompts}", fix="use True, False, or None for prompts only")
+        if full_prompts and reindexing is not None:
             raise InputError(
-                f"full_prompts: {full_prompts}" + (" with positions='reindexed'" if reindexing else ""),
-                fix="use full_prompts=False" + ("" if reindexing else ", or True"),
+                "full_prompts: not with positions='reindexed'", fix="leave one of the two arguments out"
             )
         self.policy, self.finder, self.reindexing = policy, finder, reindexing
         self.full_prompts = full_prompts
+        self.in_prompt = False
         self.rows: list[Row] = []
         self.plan: Plan | None = None
         """Of the current call."""
@@ -152,6 +157,12 @@ class TokenTable:
                 row.moves = self.reindexing.moves(len(row.ids) - 1)
             row._stored_sentences = set(row.sentences(np.asarray(row.stored, dtype=np.int64)).tolist())
         self._stored = self._stored_now()
+
+    @property
+    def reads_in_full(self) -> bool:
+        """Tokens of this call see each other in full."""
+        prompt = self.in_prompt and self.reindexing is None
+        return prompt if self.full_prompts is None else self.full_prompts
 
     @property
     def capacity(self) -> int:

@@ -43,7 +43,7 @@ def ids() -> Tensor:
 
 
 def memory(model: Any, **options: Any) -> SentenceMemory:
-    defaults = {"recent_sentences": 1, "recall": 2, "max_sentence_tokens": 9}
+    defaults = {"recent_sentences": 1, "recall": 2, "max_sentence_tokens": 9, "full_prompts": False}
     return SentenceMemory(model, tokenizer(), "window+recall", prove=False, **defaults | options)
 
 
@@ -221,6 +221,7 @@ def test_arguments_of_the_wrong_type(model: PreTrainedModel) -> None:
         ("segmenter", 3),
         ("positions", 3),
         ("cache_bits", "8"),
+        ("full_prompts", "yes"),
     ):
         with pytest.raises((InputError, PluginError), match=name):
             SentenceMemory(model, tokenizer(), prove=False, **{name: value})

@@ -67,6 +67,24 @@ def test_a_prompt_has_the_llms_own_logits(name, options):
     ).abs().max() > 1
 
 
+def test_by_default_only_a_prompt_of_generate_is_read_in_full():
+    model = llm()
+    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+    def last(**options):
+        cache = memory(model, **options)
+        return model.generate(ids(), past_key_values=cache, do_sample=False, **settings).logits[0]
+
+    in_full, in_effect = last(full_prompts=True), last(full_prompts=False)
+    torch.testing.assert_close(in_full, model(ids()).logits[:, -1])
+    assert (in_full - in_effect).abs().max() > 0.1
+    assert torch.equal(last(full_prompts=None), in_full)
+    moved = {"positions": "reindexed"}
+    assert torch.equal(last(full_prompts=None, **moved), last(full_prompts=False, **moved))
+    called = logits(model, ids(), memory(model, full_prompts=None))[:, -1]
+    torch.testing.assert_close(called, in_effect)
+
+
 def test_with_a_sliding_window_too():
     model = llm(MistralForCausalLM, MistralConfig, sliding_window=12)
     torch.testing.assert_close(logits(model, ids(), memory(model)), model(ids()).logits, **CLOSE)

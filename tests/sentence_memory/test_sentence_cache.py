@@ -57,7 +57,7 @@ def ids():
 
 
 def memory(model, name="window+recall", **options):
-    defaults = {"max_sentence_tokens": 9, "prove": False} | POLICIES[name]
+    defaults = {"max_sentence_tokens": 9, "full_prompts": False, "prove": False} | POLICIES[name]
     return SentenceMemory(model, tokenizer(), name, **defaults | options)
 
 
