@@ -83,11 +83,12 @@ class Recall(Memory):
             products = (codes / shrink).to(queries.dtype) @ levels.transpose(-1, -2)
         else:
             # Row by row: a copy of the whole index in another dtype takes most of a step's time in a large batch.
-            products = scale.new_empty(*codes.shape[:3], index.shape[2])
-            for keys, query, out in zip(index, codes.to(torch.int8), products, strict=True):
+            sums = torch.empty(*index.shape[:3], codes.shape[2], dtype=torch.int32)
+            for keys, query, own in zip(index, codes.to(torch.int8), sums, strict=True):
                 for head, levels in enumerate(_levels(keys, bits)):
-                    sums = torch._int_mm(levels, query[head].t()).t()
-                    out[head] = sums if shrink == 1 else sums.float() / shrink
+                    torch._int_mm(levels, query[head].t(), out=own[head])
+            products = scale.new_empty(*codes.shape[:3], index.shape[2])
+            products.copy_(sums.transpose(-1, -2) if shrink == 1 else sums.transpose(-1, -2) / shrink)
         factor = step * (shrink if bits == 8 else shrink / 2 ** (7 - bits))
         return products.mul_(scale).mul_(factor.to(queries.dtype))
 
