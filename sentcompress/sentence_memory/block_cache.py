@@ -233,11 +233,9 @@ class BlockCache(CacheLayerMixin):
             # All keys of a row with the queries of all its heads: one product, most of which is not needed, is faster.
             own = torch.bincount(rows, minlength=len(query)).tolist()
             pairs = zip(keys.split(own), query.flatten(1, 2), strict=True)
-            exact = torch.cat([k @ q.t() for k, q in pairs]).unflatten(1, query.shape[1:3])
+            exact = torch.cat([k @ q.t() for k, q in pairs]).unflatten(1, query.shape[1:3]).amax(2)
             scores = torch.full_like(scores, -math.inf)
-            scores[rows, heads, tokens] = (
-                exact.gather(1, heads[:, None, None].expand(-1, 1, exact.shape[2]))[:, 0].amax(1).float()
-            )
+            scores[rows, heads, tokens] = exact.gather(1, heads[:, None])[:, 0].float()
         wanted = best(scores, self._policy.recall)
         return self._fetch(wanted, stored.delta)
 
