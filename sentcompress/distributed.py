@@ -159,11 +159,11 @@ def exit_with_the_launcher() -> None:
 
 
 def exit_process(code: int | str) -> NoReturn:
-    """``sys.exit``, except that one of several processes skips the end of the interpreter.
+    """``sys.exit``, except that one of several processes exits without shutting the interpreter down.
 
-    A thread of gloo that still has a tensor to release would wait for the interpreter then, and end the process with
-    SIGABRT (https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` does not end these threads
-    where DistributedDataParallel was used.
+    Otherwise a thread of gloo that still has a tensor to release would wait for the interpreter, and end the process
+    with SIGABRT (https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` does not end these
+    threads where DistributedDataParallel was used.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -172,6 +172,6 @@ def exit_process(code: int | str) -> NoReturn:
         print(code, file=sys.stderr)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 1)

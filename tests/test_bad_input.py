@@ -363,6 +363,9 @@ def test_memories_that_cannot_be(shop, refused):
     refused([*memory, "window", "--memory-option", "prove=false"], "'prove=false' is not an option")
     refused([*memory, "window", "--memory-option", "storage=tape"], "tape", "int8")
     refused(
+        [*memory, "window", "--memory-option", "full_prompts=maybe"], "full_prompts: 'maybe'", "True or False"
+    )
+    refused(
         [*memory, "window", "--memory-option", "max_sentence_tokens=x"], "max_sentence_tokens", "whole number"
     )
     refused([*memory, "window", "--memory-option", "cache_bits=yes"], "cache_bits", "whole number")

@@ -317,7 +317,7 @@ class TestLaunch:
 GLOO_STILL_BUSY = """
 import atexit, ctypes, os, time
 late = os.environ["RANK"] == "1"
-if late:  # registered first, so called last: the others do not get the interpreter before it ends
+if late:  # registered first, so called last: it holds the interpreter's lock until it returns
     atexit.register(ctypes.PyDLL(None).usleep, 2_000_000)
 import torch
 from sentcompress.cli import main

@@ -2,7 +2,8 @@
 
 Each question is the beginning of a planted sentence, so that an LLM that was never taught to answer questions can go on
 with it. An answer counts if greedy decoding writes exactly its tokens. One forward pass finds that out: greedy decoding
-writes them if and only if each is the most likely one after those before it (up to rounding in bf16 and fp16).
+writes them if and only if each is the most likely one after those before it (up to rounding in bf16 and fp16). With a
+sentence memory that holds for ``full_prompts=False``.
 """
 
 from __future__ import annotations

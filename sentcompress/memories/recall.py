@@ -19,9 +19,9 @@ class Recall(Memory):
     """Store older sentences; for each token, recall those whose keys answer its query best.
 
     The index has a few bits for each channel of a key and a scale: at 8 bits, 66 bytes for a key of 64 channels, which
-    takes 128 in bf16; at 2 bits, 18. At 8 bits, queries are rounded to 8 bits too. Keys and queries are rotated first,
-    always the same way, so that no channel is larger than the others (as in arXiv 2405.12497 and 2504.19874). Below
-    8 bits, the sentences that the index puts first are compared by their exact keys, which takes longer on a CPU.
+    takes 128 in bf16; at 2 bits, 18. Queries are rounded to 8 bits, except with 16 bits. Keys and queries are rotated
+    first, always the same way, so that no channel is larger than the others (as in arXiv 2405.12497 and 2504.19874).
+    Below 8 bits, the sentences that the index puts first are compared by their exact keys, which takes longer.
     """
 
     class Options(BaseOptions):
@@ -66,8 +66,8 @@ class Recall(Memory):
     def scores(self, queries: Tensor, index: Tensor) -> Tensor:
         """Return the products of queries and keys as the index knows them, in the dtype of the queries.
 
-        Two ways give the same numbers, since all sums are whole and small: a token recalls the same whether it is
-        written or read in a prompt.
+        Both ways below give the same numbers, since all sums are whole and small: a token recalls the same whether it
+        is written or read in a prompt.
         """
         bits = self.options.index_bits
         if bits == 16:
@@ -100,11 +100,13 @@ class Recall(Memory):
 
 
 def _levels(index: Tensor, bits: int) -> Tensor:
-    """The codes of an index ``[..., T, C]`` as bytes, between others for the scale; below 8 bits, ``2 n + 1`` times a
-    power of two for code n."""
+    """The codes of an index ``[..., T, C]`` as bytes; below 8 bits, ``2 n + 1`` times a power of two for code n.
+
+    The bytes of the scale stay in between, and are multiplied by zeros.
+    """
     if bits == 8:
         return index
-    # A product is quicker than a shift. The bits of a code come to the front; a one behind them is the half.
+    # A product is quicker than a shift. The bits of a code move to the front; the 1 bit behind them adds one half.
     parts = [index * 2 ** (8 - bits * (place + 1)) for place in range(8 // bits)]
     return torch.cat(parts, -1).bitwise_and_(-(2 ** (8 - bits))).bitwise_or_(2 ** (7 - bits))
 

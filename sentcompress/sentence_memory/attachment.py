@@ -40,7 +40,7 @@ class ReadsTokens(Protocol):
     def reading_prompt(
         self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
     ) -> AbstractContextManager[None]:
-        """For a block in which ``generate`` reads a prompt. Refuses one that cannot follow what was read."""
+        """For a block in which ``generate`` reads a prompt. Refuses a prompt that cannot follow what was read."""
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

@@ -230,12 +230,16 @@ class BlockCache(CacheLayerMixin):
         if self._policy.candidates > self._policy.recall:
             rows, heads, tokens = best(scores, self._policy.candidates).nonzero(as_tuple=True)
             keys = self._full(self._gather(rows, heads, tokens, stored.delta)[0])
-            # All keys of a row with the queries of all its heads: one product, most of which is not needed, is faster.
-            own = torch.bincount(rows, minlength=len(query)).tolist()
-            pairs = zip(keys.split(own), query.flatten(1, 2), strict=True)
-            exact = torch.cat([k @ q.t() for k, q in pairs]).unflatten(1, query.shape[1:3]).amax(2)
+            if keys.is_cpu:
+                # One product per row, with the queries of all heads, is faster, though most of it is not used.
+                own = torch.bincount(rows, minlength=len(query)).tolist()
+                pairs = zip(keys.split(own), query.flatten(1, 2), strict=True)
+                of_all = torch.cat([k @ q.t() for k, q in pairs]).unflatten(1, query.shape[1:3]).amax(2)
+                exact = of_all.gather(1, heads[:, None])[:, 0]
+            else:
+                exact = torch.einsum("ngd,nd->ng", query[rows, heads], keys).amax(1)
             scores = torch.full_like(scores, -math.inf)
-            scores[rows, heads, tokens] = exact.gather(1, heads[:, None])[:, 0].float()
+            scores[rows, heads, tokens] = exact.float()
         wanted = best(scores, self._policy.recall)
         return self._fetch(wanted, stored.delta)
 

@@ -59,7 +59,7 @@ class SentenceMemory(Cache):
         recall_blocks: blocks of the LLM that recall: ``auto`` finds those that look far back (all, where none does),
             ``all``, or their numbers from 0. The other blocks only have what is kept.
         full_prompts: tokens of one call attend to each other in full, as without a memory; those that follow find them
-            in the memory. None: only the prompts of ``generate`` do, and not if positions are re-indexed.
+            in the memory. None: only the prompts of ``generate`` do, until positions are re-indexed.
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
@@ -410,7 +410,7 @@ class SentenceMemory(Cache):
     def reading_prompt(
         self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
     ) -> Iterator[None]:
-        """For a block in which ``generate`` reads a prompt. Refuses one that cannot follow what was read.
+        """For a block in which ``generate`` reads a prompt. Refuses a prompt that cannot follow what was read.
 
         Args:
             input_ids: ``[B, T]``.

@@ -111,13 +111,14 @@ class TokenTable:
     """The texts of a batch. :meth:`read` takes new tokens and plans what the cache of each block does.
 
     Args:
-        full_prompts: tokens that are read in one call see each other in full; None: only those of a prompt do.
+        full_prompts: tokens that are read in one call see each other in full; None: only those of a prompt do, where
+            positions do not move.
 
     Attributes:
         in_prompt: a prompt is being read.
 
     Raises:
-        InputError: they cannot, since positions move.
+        InputError: ``full_prompts`` is not a bool or None, or is True with re-indexed positions.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class TokenTable:
         full_prompts: bool | None = None,
     ) -> None:
         if full_prompts is not None and not isinstance(full_prompts, bool):
-            raise InputError(f"full_prompts: {full_prompts}", fix="use True, False, or None for prompts only")
+            raise InputError(f"full_prompts: {full_prompts!r}", fix="use True or False, or leave it out")
         if full_prompts and reindexing is not None:
             raise InputError(
                 "full_prompts: not with positions='reindexed'", fix="leave one of the two arguments out"
@@ -161,7 +162,7 @@ class TokenTable:
     @property
     def reads_in_full(self) -> bool:
         """Tokens of this call see each other in full."""
-        prompt = self.in_prompt and self.reindexing is None
+        prompt = self.in_prompt and self.planned().moves is None
         return prompt if self.full_prompts is None else self.full_prompts
 
     @property

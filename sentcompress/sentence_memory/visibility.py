@@ -1,4 +1,4 @@
-"""Attention of many tokens in one pass, each seeing only what its memory has: for prompts, scoring and training."""
+"""Attention of many tokens in one pass, each with its memory in effect or in full: prompts, scoring, training."""
 
 from __future__ import annotations
 
@@ -249,7 +249,9 @@ def attend_in_one_pass(
     in_full: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Attention of the last Q of T tokens, each with its memory in effect. Gradients flow through all but the choice.
+    """Attention of the last Q of T tokens, each with its memory in effect, or in full.
+
+    Gradients flow through all but the choice.
 
     Args:
         query: ``[B, heads, Q, D]``, of the last Q tokens.
@@ -268,14 +270,16 @@ def attend_in_one_pass(
     """
     batch, heads, length, _ = query.shape
     past = key.shape[2] - length
-    plain = all(extra is None for extra in (sliding_window, options.get("softcap"), options.get("sinks")))
+    groups = key.shape[1]
+    near = sliding_window is None or sliding_window >= length
+    plain = near and options.get("softcap") is None and options.get("sinks") is None
     if in_full and plain and not past and bool((layout.position >= 0).all()):
-        # The usual causal attention, which needs no masks.
+        # The usual causal attention, which needs no masks. Heads are repeated, since not all kernels can group them.
+        key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
         return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=True, scale=scaling, dropout_p=options["dropout"]
+            query, key, value, is_causal=True, scale=scaling, dropout_p=options["dropout"]
         )
     masks = {} if masks is None else masks
-    groups = key.shape[1]
     rows = query.view(batch, groups, heads // groups, length, -1)
     lossy = stored is not None
     store_key, store_value = stored if stored is not None else (key, value)

@@ -7,7 +7,15 @@ import functools
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from sentcompress import SentenceMemory
 from sentcompress.errors import InputError
@@ -79,15 +87,47 @@ def test_by_default_only_a_prompt_of_generate_is_read_in_full():
     torch.testing.assert_close(in_full, model(ids()).logits[:, -1])
     assert (in_full - in_effect).abs().max() > 0.1
     assert torch.equal(last(full_prompts=None), in_full)
-    moved = {"positions": "reindexed"}
+    assert torch.equal(last(full_prompts=None, positions="reindexed"), in_full)
+    moved = {"positions": "reindexed", "max_positions": 60}  # the text is longer
     assert torch.equal(last(full_prompts=None, **moved), last(full_prompts=False, **moved))
     called = logits(model, ids(), memory(model, full_prompts=None))[:, -1]
     torch.testing.assert_close(called, in_effect)
 
 
-def test_with_a_sliding_window_too():
-    model = llm(MistralForCausalLM, MistralConfig, sliding_window=12)
+@pytest.mark.parametrize("size", [12, 200])
+def test_with_a_sliding_window_too(size):
+    model = llm(MistralForCausalLM, MistralConfig, sliding_window=size)
     torch.testing.assert_close(logits(model, ids(), memory(model)), model(ids()).logits, **CLOSE)
+    parts = logits(model, ids(), memory(model, recall=99), [60, 80])
+    torch.testing.assert_close(parts, model(ids()).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [GptOssConfig, Gemma2Config])
+def test_with_sinks_or_capped_scores(config):
+    more = {"head_dim": 8, "num_hidden_layers": 1}
+    model = llm(AutoModelForCausalLM.from_config, config, **more)
+    torch.testing.assert_close(logits(model, ids(), memory(model)), model(ids()).logits, **CLOSE)
+
+
+def test_the_next_turn_of_a_chat():
+    """As two direct calls under full_prompts=True."""
+    model, chat, called = llm(), memory(llm(), full_prompts=None), memory(llm())
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    first = model.generate(ids()[:, :60], past_key_values=chat, **settings)
+    turn = torch.cat([first, ids()[:, 60:]], 1)
+    found = model.generate(
+        turn, past_key_values=chat, output_logits=True, return_dict_in_generate=True, **settings
+    )
+    steps = [60, 61, 62, 63, 64, 65]  # the last of the six is not in the cache before the next turn
+    expected = logits(model, turn, called, steps)[:, -1]
+    torch.testing.assert_close(found.logits[0], expected, **CLOSE)
+
+
+def test_in_8_bits():
+    model = llm()
+    own = model(ids()).logits
+    found = logits(model, ids(), memory(model, cache_bits=8))
+    assert 0 < (found - own).abs().mean() < 0.1 * own.std()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

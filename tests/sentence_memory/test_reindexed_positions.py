@@ -135,7 +135,7 @@ def test_a_text_moves_in_the_step_in_which_another_needs_room(model: PreTrainedM
 def test_generate_writes_on_beyond_the_limit(model: PreTrainedModel, ids: Tensor):
     settings = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": -1, "pad_token_id": 1}
     prompt = ids[:, :50]
-    written = model.generate(prompt, past_key_values=memory(model), **settings)
+    written = model.generate(prompt, past_key_values=memory(model, full_prompts=False), **settings)
     scores = logits(model, written[:, :-1], memory(model))
     assert written[0, 50:].tolist() == scores[0, 49:].argmax(-1).tolist()
     with pytest.raises(InputError, match=r"65 tokens, but the LLM has 64 positions\n.*positions='reindexed'"):

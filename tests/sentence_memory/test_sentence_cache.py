@@ -84,6 +84,24 @@ class TestLogits:
         torch.testing.assert_close(steps, whole, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize(
+        "bits", [2, 4]
+    )  # with 1, the last bit of a query can decide between two sentences
+    def test_so_they_do_when_candidates_are_compared(self, model, ids, bits):
+        """In a batch of uneven texts, of which some have fewer sentences than candidates."""
+        options = {"index_bits": bits, "recall": 2, "candidates": 3}
+        both = torch.cat([ids, torch.cat([ids[:, :70] * 0, ids[:, 40:70]], 1)])
+        mask = torch.ones_like(both)
+        mask[1, :70] = 0
+        whole = in_parts(model, both, memory(model, **options), [], mask)
+        steps = in_parts(model, both, memory(model, **options), range(30, 100), mask)
+        alone = in_parts(model, ids[:, 40:70], memory(model, **options), [])
+        torch.testing.assert_close(steps[0], whole[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(steps[1, 70:], whole[1, 70:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(steps[1, 70:], alone[0], atol=1e-4, rtol=1e-4)
+        more = in_parts(model, both, memory(model, **options | {"candidates": 99}), [], mask)
+        assert not torch.allclose(whole[0], more[0])
+
     @pytest.mark.parametrize("storage", ["host", "file"])
     @pytest.mark.parametrize("name", POLICIES)
     def test_so_they_do_in_8_bits(self, model, ids, name, storage):

@@ -5,7 +5,7 @@
 Each ``--memory`` gives names joined by ``+``, and options. The memory is in effect from the first token, as while
 writing, and does not know the question when it reads. With ``full_prompts=true`` the context is read under full
 attention, as kvpress reads it, and everything after it token by token. Device bytes are measured when a text has been
-read.
+read; then, unlike after a single call, the cache holds recalled tokens too.
 """
 
 from __future__ import annotations
