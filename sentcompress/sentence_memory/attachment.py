@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -137,12 +137,13 @@ def _prefill(
 ) -> Any:
     """In place of the part of ``generate`` that reads the prompt: it still has what was read before."""
     memory = model_kwargs.get("past_key_values")
+    reading: AbstractContextManager[None] = nullcontext()
     if isinstance(memory, ReadsTokens):
         if model_kwargs.get("use_cache") is False:
             raise InputError("use_cache=False leaves out the memory", fix="use use_cache=True")
         mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
         # transformers leaves out a mask of ones, and notes its length.
         masked = getattr(settings, "_mask_length", length) if mask is None else mask.shape[1]
-        with memory.reading_prompt(input_ids, mask, whole=masked == length):
-            return prefill(input_ids, settings, model_kwargs, *args, **kwargs)
-    return prefill(input_ids, settings, model_kwargs, *args, **kwargs)
+        reading = memory.reading_prompt(input_ids, mask, whole=masked == length)
+    with reading:
+        return prefill(input_ids, settings, model_kwargs, *args, **kwargs)

@@ -118,13 +118,12 @@ class SentenceMemory(Cache):
         self._seen, self._incomplete = 0, False
         self._attended: list[Tensor] = []
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.recall_blocks = recalling_blocks(model, recall_blocks) if self.policy.recall else []
+        recalling = recalling_blocks(model, recall_blocks) if self.policy.recall else []
+        self.recall_blocks = recalling
         new_storage = functools.partial(make_storage, storage, folder=folder)
         super().__init__(
             layers=[
-                BlockCache(
-                    self._table, new_storage, rotation, packs=self._packs, recalls=n in self.recall_blocks
-                )
+                BlockCache(self._table, new_storage, rotation, packs=self._packs, recalls=n in recalling)
                 for n, rotation in zip_longest(range(blocks), rotations)
             ]
         )
@@ -296,7 +295,8 @@ class SentenceMemory(Cache):
         if not isinstance(rows, int) or rows < 1:
             raise InputError(f"rows: {rows!r}", fix="give the number of prompts, at least 1")
         self._table.load_state(tensors, rows)
-        for start, layer in ((f"{number}.", layer) for number, layer in enumerate(self.layers)):
+        for number, layer in enumerate(self.layers):
+            start = f"{number}."
             own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
             layer.load_state(own, rows, self.model.dtype)
         self._seen = seen
