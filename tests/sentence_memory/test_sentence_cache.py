@@ -84,11 +84,12 @@ class TestLogits:
         torch.testing.assert_close(steps, whole, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize(
-        "bits", [2, 4]
-    )  # with 1, the last bit of a query can decide between two sentences
+    @pytest.mark.parametrize("bits", [2, 4])
     def test_so_they_do_when_candidates_are_compared(self, model, ids, bits):
-        """In a batch of uneven texts, of which some have fewer sentences than candidates."""
+        """In a batch of uneven texts, of which some have fewer sentences than candidates.
+
+        Not with 1 bit: there the last bit of a query can decide between two sentences.
+        """
         options = {"index_bits": bits, "recall": 2, "candidates": 3}
         both = torch.cat([ids, torch.cat([ids[:, :70] * 0, ids[:, 40:70]], 1)])
         mask = torch.ones_like(both)
