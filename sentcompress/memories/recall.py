@@ -25,11 +25,11 @@ class Recall(Memory):
     """
 
     class Options(BaseOptions):
-        recall: int = Field(default=8, ge=1)
+        recall: int = Field(default=16, ge=1)
         """Sentences that each token recalls, in each block and key-value head."""
-        candidates: int = Field(default=32, ge=1)
+        candidates: int = Field(default=64, ge=1)
         """Sentences that an index of fewer than 8 bits finds; the best of them by their exact keys are recalled."""
-        index_bits: Literal[1, 2, 4, 8, 16] = 8
+        index_bits: Literal[1, 2, 4, 8, 16] = 2
         """Bits of the index for each channel of a key. Fewer take less of the device and more time; with 1, more
         candidates are needed; with 16, the index is the keys themselves."""
 

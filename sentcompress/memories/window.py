@@ -13,7 +13,7 @@ class Window(Memory):
     """Keep attention sinks (the first tokens, arXiv 2309.17453) and the last sentences."""
 
     class Options(BaseOptions):
-        recent_sentences: int = Field(default=8, ge=0)
+        recent_sentences: int = Field(default=24, ge=0)
         """Sentences before the one being written that are kept whole."""
         recent_tokens: int | None = Field(default=None, ge=0)
         """Keep as many whole sentences as fit into this many tokens instead."""

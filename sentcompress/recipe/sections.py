@@ -323,8 +323,8 @@ class MemorySettings(PassageSettings, TuneSettings):
     options: dict[str, Any] = {}
     """Its options, of all combined memories together. They are saved with the model as its defaults."""
     draw: dict[str, tuple[int, int]] | None = None
-    """Options drawn anew for each micro-batch, with the least and the most, such as ``{recall: [1, 8]}``. Null draws
-    ``recent_sentences``, ``entries`` and ``recall`` from 1 to 8, where the memory has them; ``{}`` draws none."""
+    """Options drawn anew for each micro-batch, with the least and the most; ``{}`` draws none. Null draws what the
+    memory has of ``recent_sentences`` (2 to 24), ``recall`` (2 to 16) and ``entries`` (1 to 8)."""
     tune: Literal["full", "lora", "frozen", "last-n"] = "lora"
     """What to train of the backbone: all weights, low-rank adapters (merged when it is saved), or the last blocks."""
     passages_per_batch: int = Field(default=1, ge=1)
@@ -439,7 +439,7 @@ class BenchSettings(DecodingOptions):
     text_judge: UserPath | None = Field(default=None, min_length=1)
     """LLM that scores ``text``: an alias, hub name, folder or GGUF file; null uses none."""
     memories: list[NamedComponent] = Field(
-        default=["window", {"name": "window", "options": {"recent_sentences": 16}}, "window+recall"],
+        default=["window", {"name": "window", "options": {"recent_sentences": 40}}, "window+recall"],
         validate_default=True,
     )
     """Sentence memories to measure: names joined by `+`, or `{name: window+recall, options: {recall: 8}}` with options

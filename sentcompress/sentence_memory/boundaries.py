@@ -7,7 +7,7 @@ from typing import Any
 from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError
 
-MAX_SENTENCE_TOKENS = 64
+MAX_SENTENCE_TOKENS = 16
 """Longest sentence unless another is asked for."""
 LOOK_BACK = 2
 """A mark this many tokens back may still end a sentence: some segmenters wait for what follows it."""

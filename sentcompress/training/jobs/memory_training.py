@@ -36,7 +36,7 @@ from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.teacher import check_output_head
 from sentcompress.training.tuning import apply_tune, without_adapters
 
-DRAWN = {"recent_sentences": (1, 8), "entries": (1, 8), "recall": (1, 8)}
+DRAWN = {"recent_sentences": (2, 24), "entries": (1, 8), "recall": (2, 16)}
 """What ``memory.draw: null`` draws, where the memory has these options."""
 
 
