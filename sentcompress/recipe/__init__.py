@@ -14,21 +14,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sentcompress.errors import RecipeError, did_you_mean
 from sentcompress.files import expand_home
 from sentcompress.recipe.reading import describe_yaml_error, read_yaml
-from sentcompress.recipe.sections import (
-    BackboneSpec,
+from sentcompress.recipe.sections import BackboneSpec, BenchSettings, ComponentSpec, Section, VAESpec
+from sentcompress.recipe.training_sections import (
     BaselineSettings,
-    BenchSettings,
-    ComponentSpec,
     GraftSettings,
     LoraSettings,
     MemorySettings,
     PassageSettings,
     PretrainSettings,
-    Section,
     TrainingSettings,
     TrainVAESettings,
     TuneSettings,
-    VAESpec,
 )
 from sentcompress.registry import describe_validation_error, get_registry
 
