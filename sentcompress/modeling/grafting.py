@@ -15,8 +15,9 @@ from sentcompress.contracts.backbone import Backbone
 from sentcompress.contracts.proof import prove_backbone, reference_of
 from sentcompress.errors import InputError, is_out_of_memory
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig, plugin_record
-from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder, copy_blocks
+from sentcompress.modeling.llm_blocks import LLMDecoder, LLMEncoder
 from sentcompress.modeling.llm_loading import adapter_name
+from sentcompress.modeling.pruning import copy_blocks
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.recipe import BackboneSpec, Recipe, VAESpec
@@ -145,8 +146,9 @@ def start_from_backbone(vae: SentenceVAE, causal_lm: PreTrainedModel, spec: Back
         vae.lm_head.weight.copy_(head[: len(table)] if head is not None and fits else table)
     if vae.config.blocks == "backbone":
         encoder, decoder = cast(LLMEncoder, vae.encoder), cast(LLMDecoder, vae.decoder)
-        copy_blocks(backbone, encoder.llm, last=False)
-        copy_blocks(backbone, decoder.llm, last=True)
+        number, first, last = len(backbone.blocks), len(encoder.llm.blocks), len(decoder.llm.blocks)
+        copy_blocks(backbone, encoder.llm, backbone.blocks, range(first))
+        copy_blocks(backbone, decoder.llm, backbone.blocks, range(number - last, number))
         decoder.latent_gain.fill_(table.square().mean().sqrt())
 
 

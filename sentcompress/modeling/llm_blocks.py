@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig
 from sentcompress.contracts.backbone import Backbone
 from sentcompress.modeling.configuration import SentenceVAEConfig
 from sentcompress.modeling.layers import Ragged, latents_first
+from sentcompress.modeling.pruning import cut_config
 from sentcompress.registry import get_registry
 
 MAX_UNUSED_COLUMNS = 64
@@ -29,35 +29,10 @@ def short_backbone(config: SentenceVAEConfig, layers: int, *, last: bool) -> Bac
     whole = AutoConfig.for_model(settings.pop("model_type"), **settings)
     name, options = config.backbone["name"], config.backbone.get("options")
     checked = get_registry().options("backbone", name, options, "backbone.options")
-    cut = cut_config(whole, layers, last=last)
+    number = whole.num_hidden_layers
+    kept = range(number - layers, number) if last else range(layers)
+    cut = cut_config(whole, kept)
     return get_registry().get("backbone", name).from_config(cut, checked)  # type: ignore[attr-defined]
-
-
-def cut_config(config: Any, layers: int, *, last: bool) -> Any:
-    """A configuration of the first or last ``layers`` blocks; fields that list values per block are cut likewise."""
-    number = config.num_hidden_layers
-    if layers > number:
-        raise ValueError(f"{layers} blocks were asked for, the LLM has {number}")
-    cut = copy.deepcopy(config)
-    for field, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == number and not field.startswith("_"):
-            setattr(cut, field, value[-layers:] if last else value[:layers])
-    cut.num_hidden_layers = layers
-    return cut
-
-
-@torch.no_grad()
-def copy_blocks(source: Backbone, target: Backbone, *, last: bool) -> None:
-    """Copy the weights of the first or last blocks of ``source`` to ``target``, and all others."""
-    number, layers = len(source.blocks), len(target.blocks)
-    first = number - layers if last else 0
-    prefix = next(name for name, module in source.named_modules() if module is source.blocks) + "."
-    weights = source.state_dict()
-    for key, value in target.state_dict().items():
-        if key.startswith(prefix):
-            index, _, rest = key.removeprefix(prefix).partition(".")
-            key = f"{prefix}{int(index) + first}.{rest}"
-        value.copy_(weights[key])
 
 
 def _causal(lengths: Tensor, longest: int) -> Tensor:

@@ -1,0 +1,106 @@
+"""An LLM with only some of its blocks: which to keep, and how to take the others out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sentcompress.modeling.device_map import blocks_of
+
+
+def ends(number: int, kept: int) -> list[int]:
+    """The first and the last blocks of ``number``, as many of each; the odd one is among the first."""
+    last = kept // 2
+    return [*range(kept - last), *range(number - last, number)]
+
+
+def least_similar(similarity: Tensor, kept: int) -> list[int]:
+    """The ``kept`` blocks that change their input most, in order."""
+    return similarity.argsort(stable=True)[:kept].sort().values.tolist()
+
+
+@torch.no_grad()
+def block_similarity(lm: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Cosine similarity of each block's input and output, the mean over tokens (arXiv 2403.03853).
+
+    Args:
+        batches: ``input_ids`` and ``attention_mask`` ``[B, T]`` each, padding on the right.
+
+    Returns:
+        ``[blocks]`` fp64.
+    """
+    blocks = blocks_of(lm)
+    total = torch.zeros(len(blocks), dtype=torch.float64)
+    mask = torch.empty(0)
+
+    def note(number: int, inputs: Any, output: Any) -> None:
+        before, after = inputs[0], output[0] if isinstance(output, tuple) else output
+        similarity = functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        total[number] += similarity[mask].sum().cpu()
+
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, output, number=number: note(number, inputs, output))
+        for number, block in enumerate(blocks)
+    ]
+    tokens = 0
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            tokens += int(mask.sum())
+            lm.base_model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total / max(1, tokens)
+
+
+def cut_config(config: Any, kept: Sequence[int]) -> Any:
+    """A configuration of some of the blocks, by number; fields that list values per block are cut likewise.
+
+    Raises:
+        ValueError: the LLM has fewer blocks.
+    """
+    number = config.num_hidden_layers
+    if len(kept) > number:
+        raise ValueError(f"{len(kept)} blocks were asked for, the LLM has {number}")
+    cut = copy.deepcopy(config)
+    for field, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == number and not field.startswith("_"):
+            setattr(cut, field, [value[block] for block in kept])
+    cut.num_hidden_layers = len(kept)
+    return cut
+
+
+@torch.no_grad()
+def copy_blocks(source: nn.Module, target: nn.Module, blocks: nn.ModuleList, kept: Sequence[int]) -> None:
+    """Copy the weights of some blocks of ``source``, and all its others, to a ``target`` that has only these blocks.
+
+    Args:
+        blocks: those of ``source``.
+        kept: their numbers, one for each block of ``target``.
+    """
+    prefix = next(name for name, module in source.named_modules() if module is blocks) + "."
+    weights = source.state_dict()
+    for key, value in target.state_dict().items():
+        if key.startswith(prefix):
+            index, _, rest = key.removeprefix(prefix).partition(".")
+            key = f"{prefix}{kept[int(index)]}.{rest}"
+        value.copy_(weights[key])
+
+
+def pruned(lm: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A causal LM of its own with some of the LLM's blocks, by number, and everything else of it."""
+    config = cut_config(lm.config, kept)
+    short = AutoModelForCausalLM.from_config(config, attn_implementation=lm.config._attn_implementation)
+    short = short.to(lm.dtype)
+    copy_blocks(lm, short, blocks_of(lm), kept)
+    short.generation_config = copy.deepcopy(lm.generation_config)
+    return short.train(lm.training)
