@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +31,7 @@ from sentcompress.training.run_folder import (
     Stage,
     StageFolder,
     baseline_stage,
+    opponent_stage,
     stage_record,
 )
 
@@ -154,6 +155,14 @@ def _baseline(run: Run) -> Job:
     return BaselineJob(run.recipe, run.text)
 
 
+def _opponent(name: str, run: Run) -> Job:
+    from sentcompress.estimate.equal_cost import match
+    from sentcompress.training.jobs.opponents import OpponentJob
+
+    found = match(run.recipe, run.recipe.opponents[name], float(run.text.corpus.sentence_lengths.mean()))
+    return OpponentJob(run.recipe, name, found, run.text)
+
+
 def _memory(run: Run) -> Job:
     from sentcompress.training.jobs.memory_training import MemoryJob
 
@@ -179,12 +188,20 @@ STAGES = {
         TrainingStage(BASELINE, lambda recipe: _compares(recipe) and recipe.baseline.enabled, _baseline),
     )
 }
-"""The training stages, in order."""
+"""The training stages that every recipe may have, in order."""
+
+
+def training_stages(recipe: Recipe) -> dict[str, TrainingStage]:
+    """All training stages, in order, with those of the recipe's opponents."""
+    entries = [
+        TrainingStage(opponent_stage(name), _grafts, partial(_opponent, name)) for name in recipe.opponents
+    ]
+    return STAGES | {entry.stage.name: entry for entry in entries}
 
 
 def stages_of(recipe: Recipe) -> list[str]:
     """Names of the stages that a recipe has, in order."""
-    names = [name for name, entry in STAGES.items() if entry.wanted(recipe)]
+    names = [name for name, entry in training_stages(recipe).items() if entry.wanted(recipe)]
     if recipe.graft.teacher == BASELINE.name:
         names.sort(key=lambda name: name == GRAFT.name)  # the baseline teaches the graft, so it comes first
     measured = _compares(recipe) and recipe.bench.metrics
@@ -225,7 +242,7 @@ def run_recipe(
     main = processes().is_main_process
     console = Console(stderr=True, quiet=not main, highlight=False, markup=False, soft_wrap=True)
     run = Run(recipe, out)
-    chosen = _checked(stages) if stages is not None else stages_of(recipe)
+    chosen = _checked(stages, recipe) if stages is not None else stages_of(recipe)
     run.check_graft(chosen)
     run.check_memory(chosen)
     results: dict[str, dict[str, float]] = {}
@@ -234,7 +251,9 @@ def run_recipe(
         if name == BENCH:
             done = _run_bench(run)
         else:
-            done, results[name] = _run_stage(run, STAGES[name], resume=resume, overwrite=overwrite)
+            done, results[name] = _run_stage(
+                run, training_stages(recipe)[name], resume=resume, overwrite=overwrite
+            )
         if done:
             skipped.append(name)
             console.print(f"{name}: already done ({out / name})")
@@ -277,13 +296,13 @@ def check_folder(recipe: Recipe, out: Path) -> None:
     """
     for name in stages_of(recipe):
         if name != BENCH:
-            stage = STAGES[name].of(recipe)
+            stage = training_stages(recipe)[name].of(recipe)
             folder = StageFolder(out / name, stage, stage_record(stage, recipe, {}))
             folder.check(resume=True, overwrite=False, partial=True)
 
 
-def _checked(names: Sequence[str]) -> list[str]:
-    known = [*STAGES, BENCH]
+def _checked(names: Sequence[str], recipe: Recipe) -> list[str]:
+    known = [*training_stages(recipe), BENCH]
     for name in names:
         if name not in known:
             raise InputError(f"no stage '{name}'.{did_you_mean(name, known)}", fix=f"use {', '.join(known)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import Any, get_origin
 
 import pluggy
 from pydantic import ValidationError
@@ -284,10 +284,13 @@ def _short(value: Any) -> str:
 
 def _fields_at(model: Any, path: list[str]) -> list[str]:
     """Field names of the nested model at a path."""
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         info = getattr(model, "model_fields", {}).get(part)
         if info is None:
             return []
         candidates = [info.annotation, *getattr(info.annotation, "__args__", ())]
         model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+        if get_origin(info.annotation) is dict:
+            next(parts, None)  # the key
     return list(getattr(model, "model_fields", {}))

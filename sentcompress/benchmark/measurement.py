@@ -26,6 +26,8 @@ Report = TypeVar("Report")
 SENTENCE_MODEL = "sentence model"
 BASELINES = ("baseline, equal data", "backbone, as it came")
 """Systems the sentence model is compared with, in the order in which they are preferred."""
+OPPONENT_SYSTEM = "opponent "
+"""What the names of the recipe's opponents begin with, as systems."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.benchmark.measurements.quality import ModelCounts
-from sentcompress.benchmark.results import MEASURED_STAGES, Curve
+from sentcompress.benchmark.results import Curve, finished_stages, is_measured
 from sentcompress.distributed import process_count
 from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import expand_home, read_json, storage_errors
@@ -40,7 +40,7 @@ from sentcompress.recipe import Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.sentence_cache import SETTINGS
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.training.run_folder import MEMORY
+from sentcompress.training.run_folder import MEMORY, OPPONENT
 
 CURVES = ("loss", "nats_per_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +55,9 @@ class Missing(Exception):
 class ModelFolder:
     """A run folder (``OUT`` with ``vae``, ``graft``, ``memory``, ``baseline`` in it) or the folder of one model.
 
+    Attributes:
+        single: the stage that the one model is from; None for a run.
+
     Raises:
         ModelFolderError: it holds neither.
     """
@@ -64,48 +67,40 @@ class ModelFolder:
             raise ModelFolderError(f"no folder '{path}'", fix="give the folder of a run or of a model")
         # OUT/graft was given: its baseline is in the folder beside it.
         if (
-            path.name in MEASURED_STAGES
+            is_measured(path.name)
             and (path.parent / "recipe.yaml").is_file()
             and (path / "config.json").is_file()
         ):
             path = path.parent
         self.path = path
-        self._single: str | None = None
+        self.single: str | None = None
         if (path / "config.json").is_file():
             if (path / SETTINGS).is_file():
-                self._single = MEMORY.name
+                self.single = MEMORY.name
             else:
-                self._single = {"sentence-lm": "graft", "sentence-vae": "vae"}[
-                    read_config(path)["model_type"]
-                ]
-        elif not any((path / stage / "config.json").is_file() for stage in MEASURED_STAGES):
+                self.single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
+        elif not finished_stages(path):
             raise ModelFolderError(
-                f"'{path}' holds no finished stage ({', '.join(MEASURED_STAGES)}) and no model",
+                f"'{path}' holds no finished stage (such as graft or memory) and no model",
                 fix="give the folder of a finished run, such as out/quickstart, or of a model",
             )
 
     def stage(self, name: str) -> Path:
         """Folder of a finished stage. Raises Missing."""
-        if self._single == name:
+        if self.single == name:
             return self.path
         folder = self.path / name
-        if self._single is None and (folder / "config.json").is_file():
+        if self.single is None and (folder / "config.json").is_file():
             return folder
         raise Missing(
             f"'{folder}' does not exist or is not finished"
-            if self._single is None
+            if self.single is None
             else f"'{self.path}' is the folder of a single model, without a '{name}' beside it"
         )
 
     def stages(self) -> list[Path]:
         """Folders of the finished stages."""
-        found = []
-        for name in MEASURED_STAGES:
-            try:
-                found.append(self.stage(name))
-            except Missing:
-                continue
-        return found
+        return [self.path] if self.single else finished_stages(self.path)
 
     def recipe(self, overrides: list[str] | None = None) -> Recipe:
         """The recipe saved with the run.
@@ -272,6 +267,10 @@ class Models:
             raise Missing("the recipe has baseline.enabled: false")
         return self._token_level("baseline")
 
+    def opponent(self, name: str) -> PreTrainedModel:
+        """One of the recipe's opponents of equal cost, by its name there."""
+        return self._token_level(OPPONENT + name)
+
     @cached_property
     def memory_llm(self) -> PreTrainedModel:
         """The LLM fine-tuned with a sentence memory in effect."""
@@ -323,11 +322,10 @@ def is_llm(name: str) -> bool:
 def read_curves(folder: ModelFolder) -> list[Curve]:
     """Loss and held-out curves from the stages' ``metrics.jsonl``."""
     curves = []
-    for stage in MEASURED_STAGES:
+    for stage in folder.stages():
         try:
-            path = folder.stage(stage) / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (Missing, OSError):
+            lines = (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
             continue
         points: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
@@ -341,7 +339,10 @@ def read_curves(folder: ModelFolder) -> list[Curve]:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     points.setdefault(name, []).append((step, float(value)))
-        curves += [Curve(stage=stage, name=name, points=series) for name, series in points.items()]
+        curves += [
+            Curve(stage=folder.single or stage.name, name=name, points=series)
+            for name, series in points.items()
+        ]
     return curves
 
 

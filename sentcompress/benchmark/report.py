@@ -16,6 +16,7 @@ from sentcompress.benchmark.measurement import Excerpts, Section, measurements
 from sentcompress.benchmark.results import Results
 from sentcompress.files import write_atomically
 from sentcompress.table import Table, as_rich
+from sentcompress.training.run_folder import OPPONENT
 
 CSS = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --ours: #2563eb; }
@@ -184,8 +185,9 @@ def _draw_losses(results: Results, figure: Any) -> None:
         for curve in results.curves:
             if curve.stage == stage and curve.name == "loss":
                 steps, values = zip(*curve.points, strict=True)
-                color = BASELINE_COLOR if stage == "baseline" else SENTENCE_COLOR
+                token_level = stage == "baseline" or stage.startswith(OPPONENT)
+                color = BASELINE_COLOR if token_level else SENTENCE_COLOR
                 axes.plot(steps, values, color=color, linewidth=1.6)
-        axes.set_title({"vae": "SentenceVAE", "graft": "graft", "baseline": "baseline"}.get(stage, stage))
+        axes.set_title({"vae": "SentenceVAE"}.get(stage, stage))
         axes.set_xlabel("step")
     all_axes[0].set_ylabel("training loss")

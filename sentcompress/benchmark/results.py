@@ -31,12 +31,11 @@ from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import Recipe
 from sentcompress.recipe.sections import MeasurementName
 from sentcompress.table import Figure
-from sentcompress.training.run_folder import BASELINE, GRAFT, MEMORY, VAE
+from sentcompress.training.run_folder import BASELINE, COMPLETE, GRAFT, MEMORY, OPPONENT, VAE
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-MEASURED_STAGES = (VAE.name, GRAFT.name, MEMORY.name, BASELINE.name)
-"""Stages of a run whose models are measured."""
+_STAGES = (VAE.name, GRAFT.name, MEMORY.name, BASELINE.name)
 
 
 class Row(Record):
@@ -232,6 +231,17 @@ def model_digests(stages: Iterable[Path]) -> dict[str, str]:
     return {folder.name: folder_digest(folder) for folder in stages}
 
 
+def is_measured(stage: str) -> bool:
+    """Whether the model of a stage is measured, by the stage's name."""
+    return stage in _STAGES or stage.startswith(OPPONENT)
+
+
+def finished_stages(folder: Path) -> list[Path]:
+    """Folders of a run's finished stages whose models are measured, the opponents last."""
+    opponents = sorted(path.name for path in folder.glob(f"{OPPONENT}*"))
+    return [folder / name for name in (*_STAGES, *opponents) if (folder / name / COMPLETE).is_file()]
+
+
 def is_current(target: Path, folder: Path, recipe: Recipe) -> bool:
     """Whether ``target`` holds the results of a whole benchmark of a run's present models and recipe.
 
@@ -243,10 +253,9 @@ def is_current(target: Path, folder: Path, recipe: Recipe) -> bool:
         results = read_results(target / FILE)
     except InputError:
         return False
-    finished = [folder / name for name in MEASURED_STAGES if (folder / name / "config.json").is_file()]
     done = {row.part for row in results.rows} | {skipped.part for skipped in results.skipped}
     return (
         results.recipe == recipe.values()
-        and results.models == model_digests(finished)
+        and results.models == model_digests(finished_stages(folder))
         and done >= set(recipe.bench.metrics)
     )

@@ -1,4 +1,4 @@
-"""Commands of one stage each: ``train-vae``, ``graft``, ``train-memory``, ``baseline``. How a command gets a recipe."""
+"""Commands of one stage each, such as ``graft`` and ``baseline``. How a command gets a recipe."""
 
 from __future__ import annotations
 
@@ -47,6 +47,21 @@ class StageCommand(NamedTuple):
     recipe: str = "quickstart"
     """Name of the recipe, unless one is given."""
 
+    def stages(self, recipe: Recipe) -> list[str]:
+        """The stage, or all whose names begin with it.
+
+        Raises:
+            InputError: the recipe has none of them.
+        """
+        if not self.stage.endswith("-"):
+            return [self.stage]
+        from sentcompress.pipeline import stages_of
+
+        found = [name for name in stages_of(recipe) if name.startswith(self.stage)]
+        if not found:
+            raise InputError("the recipe has no opponents", fix="add one: --set 'opponents={equal-cost: {}}'")
+        return found
+
     def function(self) -> Callable[..., None]:
         """The function of the command."""
 
@@ -62,7 +77,14 @@ class StageCommand(NamedTuple):
             dry_run: DryRunOption = False,
         ) -> None:
             resolved = resolve(recipe, set_, backbone=backbone, revision=revision, data=data)
-            execute(resolved, out, stages=[self.stage], resume=resume, overwrite=overwrite, dry_run=dry_run)
+            execute(
+                resolved,
+                out,
+                stages=self.stages(resolved),
+                resume=resume,
+                overwrite=overwrite,
+                dry_run=dry_run,
+            )
 
         command.__doc__ = self.summary
         return recipe_options(**self.options)(command) if self.options else command
@@ -112,6 +134,17 @@ COMMANDS = (
         (
             "sentcompress baseline --out out/quickstart",
             "sentcompress baseline paper/sllm-125m-h1 --data corpus.jsonl --set baseline.learning_rate=1e-5",
+        ),
+    ),
+    StageCommand(
+        "opponents",
+        "opponent-",
+        "Train the recipe's token-level opponents of equal cost. Writes OUT/opponent-NAME.\n\n"
+        "Each is the LLM with as many blocks as make a token cost what it costs with the graft. It reads the graft's "
+        "passages, for the same number of steps.",
+        (
+            "sentcompress opponents strong --out out/strong",
+            "sentcompress opponents smollm2 --set 'opponents={similar: {keep: least-similar, learning_rate: 2e-4}}'",
         ),
     ),
 )

@@ -97,6 +97,7 @@ def plan(recipe: Recipe) -> str:
         f"  graft              {graft.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
         f"{most * TOKENS_PER_SENTENCE:,} tokens",
         f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
+        f"  opponents          {', '.join(recipe.opponents) or 'none'}",
         f"  bench              {', '.join(recipe.bench.metrics)}",
         UNTOUCHED,
     ]

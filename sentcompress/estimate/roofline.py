@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sentcompress.errors import InputError
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
 
@@ -200,3 +201,31 @@ def decoding_cost(
         flops = backbone_flops_per_token(model, text_tokens)
         size = backbone_bytes_per_token(model, text_tokens)
     return flops, size
+
+
+def serving_cost(
+    model: SentenceLM | PreTrainedModel, text_tokens: float, sentence_tokens: float, memory_bytes: float
+) -> float:
+    """Bytes read for a token in the largest batch of texts whose caches fit into the memory, weights included.
+
+    Args:
+        text_tokens: tokens of each text.
+        sentence_tokens: mean length of a sentence.
+
+    Raises:
+        InputError: the memory has no room for the weights and one text.
+    """
+    weights = decoding_cost(model, 0, sentence_tokens)[1]
+    read = decoding_cost(model, text_tokens, sentence_tokens)[1] - weights
+    stored = (
+        read * sentence_tokens if isinstance(model, SentenceLM) else read
+    )  # which is read once a sentence
+    held = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    batch = (memory_bytes - held) / stored
+    if batch < 1:
+        raise InputError(
+            f"serving_bytes: {memory_bytes:,.0f} have no room for {held:,} bytes of weights and a text of "
+            f"{text_tokens:,.0f} tokens ({stored:,.0f} bytes)",
+            fix="raise it, or lower text_tokens",
+        )
+    return weights / batch + read

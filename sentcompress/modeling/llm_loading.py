@@ -346,13 +346,16 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
     return config
 
 
-def load_causal_lm(spec: BackboneSpec, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    spec: BackboneSpec, attn_implementation: str | None = None, config: Any = None
+) -> PreTrainedModel:
     """The LLM in fp32, pretrained or (``init: random``) with random weights.
 
     Args:
         attn_implementation: None takes the adapter's first.
+        config: of one with random weights, in place of its own.
     """
-    config = load_backbone_config(spec, weights=spec.init == "pretrained")
+    config = config or load_backbone_config(spec, weights=spec.init == "pretrained")
     adapter: Any = get_registry().get("backbone", adapter_name(spec))
     attention = attn_implementation or adapter.attention_implementations(config)[0]
     if spec.init == "random":

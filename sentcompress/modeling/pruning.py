@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sentcompress.modeling.backbone_config import shaped_config
 from sentcompress.modeling.device_map import blocks_of
+from sentcompress.recipe import OpponentSettings
+
+
+@dataclass(frozen=True)
+class Match:
+    """An opponent's shape.
+
+    Attributes:
+        blocks: how many it has.
+        feedforward: field of the configuration and width of its feed-forward layers; empty where that is the LLM's.
+        share: its cost over the sentence model's.
+    """
+
+    blocks: int
+    feedforward: dict[str, int]
+    share: float
 
 
 def ends(number: int, kept: int) -> list[int]:
@@ -77,6 +95,24 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
             setattr(cut, field, [value[block] for block in kept])
     cut.num_hidden_layers = len(kept)
     return cut
+
+
+def opponent_config(
+    whole: Any, settings: OpponentSettings, kept: Sequence[int], feedforward: dict[str, int]
+) -> Any:
+    """The configuration of an opponent.
+
+    Args:
+        whole: that of the LLM.
+        kept: numbers of the blocks.
+        feedforward: field and width, as in a :class:`Match`.
+    """
+    config = cut_config(whole, kept)
+    if changes := feedforward | settings.config:
+        config = shaped_config(
+            {**config.to_diff_dict(), "model_type": config.model_type}, changes, "opponents.config"
+        )
+    return config
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from sentcompress.recipe.training_sections import (
     GraftSettings,
     LoraSettings,
     MemorySettings,
+    OpponentSettings,
     PassageSettings,
     PretrainSettings,
     TrainingSettings,
@@ -36,6 +37,7 @@ __all__ = [
     "GraftSettings",
     "LoraSettings",
     "MemorySettings",
+    "OpponentSettings",
     "PassageSettings",
     "PretrainSettings",
     "Recipe",
@@ -86,6 +88,9 @@ class Recipe(Section):
     """Second stage."""
     baseline: BaselineSettings = BaselineSettings()
     """The token-level model the graft is compared with: the same LLM, fine-tuned on the same data."""
+    opponents: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=40)], OpponentSettings] = {}
+    """Smaller token-level models of equal cost that the graft is compared with, by name. Each has a stage of its own,
+    and its folder is named ``opponent-NAME``."""
     bench: BenchSettings = BenchSettings()
     """Measurements."""
 
@@ -159,9 +164,8 @@ class Recipe(Section):
         """
         defaults = BenchSettings()
         unchanged = {name for name in LATER if getattr(self.bench, name) == getattr(defaults, name)}
-        left_out: dict[str, Any] = (
-            {"bench": unchanged} if self.memory else {"bench": unchanged, "memory": True}
-        )
+        left_out: dict[str, Any] = {"bench": unchanged}
+        left_out |= {name: True for name in ("memory", "opponents") if not getattr(self, name)}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
     def dump(self) -> str:

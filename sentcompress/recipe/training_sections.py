@@ -228,3 +228,29 @@ class BaselineSettings(TuneSettings):
     """Peak learning rate; null uses that of ``graft`` or ``memory``."""
     enabled: bool = True
     """Train a baseline; without one, reports say so."""
+
+
+class OpponentSettings(TuneSettings):
+    """An opponent of the graft: the same LLM with fewer blocks, so that a token costs as much as with the graft.
+
+    It is trained token by token on the graft's passages for as many steps, as the baseline is. A pretrained LLM is
+    pruned. One with random weights is built with fewer blocks, and the width of their feed-forward layers makes up
+    what is left of the difference in cost.
+    """
+
+    cost: Literal["operations", "serving"] = "operations"
+    """What has to be equal: the ``operations`` of a token at batch 1, or the bytes read for a token when ``serving``
+    the largest batch that fits into ``serving_bytes``."""
+    text_tokens: int = Field(default=1000, ge=1)
+    """Tokens of the text before that token, in each text of a batch."""
+    serving_bytes: float = Field(default=4 * 2**30, gt=0)
+    """Memory for the weights and caches of the largest batch."""
+    blocks: int | None = Field(default=None, ge=1)
+    """Number of blocks, whatever they cost; null finds the number whose cost is closest."""
+    keep: Literal["ends", "least-similar"] = "ends"
+    """Which blocks of a pretrained LLM are kept: the first and last ones, or those whose output is least similar to
+    their input (arXiv 2403.03853)."""
+    config: dict[str, Any] = {}
+    """Fields of the LLM's configuration to change, such as its dropout or the size of its initial weights."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null uses that of ``baseline`` or ``graft``."""

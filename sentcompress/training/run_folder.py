@@ -18,7 +18,7 @@ from sentcompress.distributed import process_count
 from sentcompress.errors import InputError
 from sentcompress.files import read_json, storage_errors, write_atomically
 from sentcompress.locks import hold_lock
-from sentcompress.recipe import MemorySettings, PassageSettings, Recipe, by_dotted_name
+from sentcompress.recipe import MemorySettings, OpponentSettings, PassageSettings, Recipe, by_dotted_name
 from sentcompress.training.monitor import read_heartbeat
 
 RUN = "run.json"
@@ -51,6 +51,8 @@ BASELINE = Stage("baseline", "graft", (*_CORPUS, "graft", "baseline"))
 MEMORY = Stage("memory", "memory", (*_CORPUS, "memory"))
 MEMORY_BASELINE = Stage(BASELINE.name, MEMORY.section, (*_CORPUS, "memory", "baseline"))
 """The baseline of a recipe that trains a memory: it reads the memory's passages."""
+OPPONENT = "opponent-"
+"""What the names of the opponents' stages and folders begin with."""
 
 NOT_OF_THE_BASELINE = {
     GRAFT.section: ("teacher", "teacher_share", "shortlist_rank"),
@@ -87,7 +89,12 @@ def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dic
     if accumulation in record:
         # Three processes with one micro-batch each take the same steps as one process with three.
         record[micro_batches] = record.pop(accumulation) * process_count()
-    if stage.name == BASELINE.name:
+    if stage.name.startswith(OPPONENT):
+        named = recipe.opponents.get(stage.name.removeprefix(OPPONENT), OpponentSettings())
+        own = named.model_dump(mode="json")
+        own["learning_rate"] = own["learning_rate"] or recipe.baseline.learning_rate
+        record |= by_dotted_name({"opponent": own})
+    if stage.name == BASELINE.name or stage.name.startswith(OPPONENT):
         others = {f"{stage.section}.{name}" for name in NOT_OF_THE_BASELINE[stage.section]}
         # A field such as options may have fields of its own.
         record = {name: value for name, value in record.items() if not _within(name, others)}
@@ -101,6 +108,11 @@ def _within(name: str, fields: set[str]) -> bool:
 def baseline_stage(recipe: Recipe) -> Stage:
     """The baseline of a recipe: it reads the passages of the graft, or of the memory."""
     return BASELINE if recipe.memory is None else MEMORY_BASELINE
+
+
+def opponent_stage(name: str) -> Stage:
+    """The stage of one of the recipe's opponents, by its name there."""
+    return Stage(OPPONENT + name, GRAFT.section, (*_CORPUS, "graft"))
 
 
 def _batch_fields(stage: Stage) -> tuple[str, str]:

@@ -11,11 +11,19 @@ import numpy as np
 
 from sentcompress.benchmark.breakdown import BY, Bucket, By, chosen, compare_buckets
 from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR, bars
-from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL, Flag, Measurement, Section
+from sentcompress.benchmark.measurement import (
+    BASELINES,
+    OPPONENT_SYSTEM,
+    SENTENCE_MODEL,
+    Flag,
+    Measurement,
+    Section,
+)
 from sentcompress.benchmark.measurements.causality import Causality
 from sentcompress.benchmark.paper import sllm_note
 from sentcompress.provenance import Record
 from sentcompress.table import Figure, Table, byte_size, number, percent
+from sentcompress.training.run_folder import OPPONENT
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.results import Results
@@ -183,6 +191,10 @@ class Quality(Measurement[list[QualityScore]]):
         systems: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
             (SENTENCE_MODEL, lambda: model, by_sentences, bench.graft_stages),
             (baseline, lambda: models.baseline, by_tokens, ("baseline",)),
+            *(
+                (OPPONENT_SYSTEM + name, partial(models.opponent, name), by_tokens, (OPPONENT + name,))
+                for name in bench.recipe.opponents
+            ),
             (as_it_came, lambda: models.as_it_came, by_tokens, ()),
             (UNTRAINED, models.untrained, by_sentences, ()),
         ]
@@ -208,6 +220,9 @@ class Quality(Measurement[list[QualityScore]]):
             found.counts = model_counts(candidate, models, stages, sentence)
             scores.append(found)
             note = "weights drawn from the seed; " if system == UNTRAINED else ""
+            if system.startswith(OPPONENT_SYSTEM):
+                whole = model.backbone.config.num_hidden_layers
+                note = f"{candidate.config.num_hidden_layers} of {whole} blocks; "
             note += f"left context: up to {found.context}"
             bench.row(self.name, system, found.figures(), stages, note, candidate)
             candidate = None  # free its memory before the next one is loaded
@@ -255,8 +270,18 @@ class Quality(Measurement[list[QualityScore]]):
         if SENTENCE_MODEL not in scores:
             return []
         text = "bits per byte, sentence model"
-        if baseline := scores.get(BASELINES[0]):
-            text += f" (equal-data baseline {baseline.bits_per_byte:.3f})"
+        others = [
+            f"equal-data baseline {scores[name].bits_per_byte:.3f}"
+            for name in BASELINES[:1]
+            if name in scores
+        ]
+        others += [
+            f"{name} {score.bits_per_byte:.3f}"
+            for name, score in scores.items()
+            if name.startswith(OPPONENT_SYSTEM)
+        ]
+        if others:
+            text += f" ({', '.join(others)})"
         return [(f"{scores[SENTENCE_MODEL].bits_per_byte:.3f}", text)]
 
     def warnings(self, results: Sequence[Results]) -> list[str]:
@@ -300,17 +325,29 @@ def _data_note(results: Results) -> list[str]:
 
 
 def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
-    """What a token of text costs the sentence model, as a share of its baseline's."""
+    """What a token of text costs the sentence model, and as a share of what it costs its baseline and opponents."""
     costs = {score.system: score.cost for score in scores if score.cost}
     baseline = next((name for name in BASELINES if name in costs), None)
-    if baseline is None or SENTENCE_MODEL not in costs:
+    others = [name for name in costs if name == baseline or name.startswith(OPPONENT_SYSTEM)]
+    if not others or SENTENCE_MODEL not in costs:
         return []
-    ours, theirs = costs[SENTENCE_MODEL], costs[baseline]
-    return [
-        f"To write one token of such text at batch 1 (computed from shapes, {theirs.text_tokens:,.0f} tokens into the "
+    ours = costs[SENTENCE_MODEL]
+    note = (
+        f"To write one token of such text at batch 1 (computed from shapes, {ours.text_tokens:,.0f} tokens into the "
         f"text, sentences of {ours.sentence_tokens:.1f} tokens) the sentence model takes {ours.flops / 1e6:,.2f} MFLOP "
-        f"and reads {byte_size(ours.bytes)}, the {baseline.partition(',')[0]} {theirs.flops / 1e6:,.2f} MFLOP and "
-        f"{byte_size(theirs.bytes)}: {ours.flops / theirs.flops:.0%} and {ours.bytes / theirs.bytes:.0%}."
+        f"and reads {byte_size(ours.bytes)}"
+    )
+    for name in others:
+        theirs = costs[name]
+        note += (
+            f", the {name.partition(',')[0]} {theirs.flops / 1e6:,.2f} MFLOP and {byte_size(theirs.bytes)}: "
+            f"{ours.flops / theirs.flops:.0%} and {ours.bytes / theirs.bytes:.0%}"
+        )
+    if any(name.startswith(OPPONENT_SYSTEM) for name in others):
+        return [note + "."]
+    return [
+        note + ".",
+        "No token-level model of equal cost was trained, so this does not show that sentences help.",
     ]
 
 
@@ -319,7 +356,9 @@ def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
 
 def _by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table:
     baseline, rows = compare_buckets(scores, by)
-    systems = [name for name in (SENTENCE_MODEL, *BASELINES) if any(name in row.bits for row in rows)]
+    opponents = [score.system for score in scores if score.system.startswith(OPPONENT_SYSTEM)]
+    names = (SENTENCE_MODEL, BASELINES[0], *opponents, *BASELINES[1:])
+    systems = [name for name in names if any(name in row.bits for row in rows)]
     marks = any(row.with_marks is not None for row in rows)
     lines = []
     for row in rows:

@@ -17,7 +17,7 @@ from sentcompress.modeling.backbone_config import shaped_config
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
-from sentcompress.recipe import Recipe
+from sentcompress.recipe import Recipe, TuneSettings
 from sentcompress.registry import get_registry
 from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.sampling import PassageSampler
@@ -30,6 +30,11 @@ from sentcompress.training.step import StepOutput, StepShare
 from sentcompress.training.tokenizer import train_tokenizer, training_texts
 from sentcompress.training.tuning import apply_tune, merged_state, recompute_activations
 
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained('{folder}')
+model = AutoModelForCausalLM.from_pretrained('{folder}')"""
+"""Of the cards of these models."""
 SIMILAR = 0.9
 """Rows are computed together if the shortest has at least this share of the longest one's tokens."""
 
@@ -223,9 +228,7 @@ class PretrainJob(TokenLevelJob):
             heldout=f"On {self.heldout_batches() * self.settings.sequences_per_batch} held-out rows of "
             f"{self.settings.sequence_length} tokens, each without the text before it in its document; "
             "`sentcompress bench quality` scores whole documents with full context.",
-            usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
-            "model = AutoModelForCausalLM.from_pretrained('{folder}')",
+            usage=USAGE,
             tags=(str(config.model_type), "pretrained-from-scratch"),
         )
 
@@ -256,26 +259,50 @@ def backbone_config(recipe: Recipe, tokenizer: Any) -> PretrainedConfig:
     return config
 
 
-class BaselineJob(TokenLevelJob):
+class PassageJob(TokenLevelJob):
+    """A causal LM trained token by token on the passages of the graft (or memory), in its order.
+
+    Args:
+        lm: to train.
+        tune: which of its weights.
+        rate: peak learning rate.
+        where: the recipe section of ``tune``, for messages.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        text: Inputs,
+        lm: PreTrainedModel,
+        tune: TuneSettings,
+        rate: float | None,
+        where: str,
+    ) -> None:
+        if tune.tune == "frozen":
+            raise InputError(
+                f"{where}.tune: frozen leaves no trainable parameters", fix="use full, lora or last-n"
+            )
+        self.recipe, self.stage, self.text = recipe, stage, text
+        self.batch_fields = passage_fields(stage)
+        self.settings = recipe.passages.model_copy(
+            update={"learning_rate": rate or recipe.passages.learning_rate}
+        )
+        self.inputs = {"corpus": text.corpus.key}
+        lm.train()
+        apply_tune(lm, blocks_of(lm), tune, where)
+        self.model = TokenLM(lm)
+        self.width = int(lm.config.hidden_size)
+        self._train, self._heldout = passage_samplers(recipe, text, lm.config)
+
+
+class BaselineJob(PassageJob):
     """The baseline: the backbone fine-tuned token by token on the passages of the graft (or memory), in its order."""
 
     def __init__(self, recipe: Recipe, text: Inputs | None = None) -> None:
-        self.recipe = recipe
-        self.stage = baseline_stage(recipe)
-        self.batch_fields = passage_fields(self.stage)
-        rate = recipe.baseline.learning_rate or recipe.passages.learning_rate
-        self.settings = recipe.passages.model_copy(update={"learning_rate": rate})
-        self.text = text or load_inputs(recipe)
-        self.inputs = {"corpus": self.text.corpus.key}
-        lm = load_causal_lm(recipe.backbone).train()
-        if recipe.baseline.tune == "frozen":
-            raise InputError(
-                "baseline.tune: frozen leaves no trainable parameters", fix="use baseline.enabled: false"
-            )
-        apply_tune(lm, blocks_of(lm), recipe.baseline, "baseline")
-        self.model = TokenLM(lm)
-        self.width = int(lm.config.hidden_size)
-        self._train, self._heldout = passage_samplers(recipe, self.text, lm.config)
+        own = recipe.baseline
+        text, lm = text or load_inputs(recipe), load_causal_lm(recipe.backbone)
+        super().__init__(recipe, baseline_stage(recipe), text, lm, own, own.learning_rate, "baseline")
 
     def card(self) -> Card:
         compared = "SentenceLM" if self.recipe.memory is None else "LLM trained with a sentence memory"
@@ -286,9 +313,7 @@ class BaselineJob(TokenLevelJob):
             data=self.text.describe(),
             heldout="On held-out passages, each without the text before it in its document; "
             "use `sentcompress bench quality` to compare models.",
-            usage="from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
-            "model = AutoModelForCausalLM.from_pretrained('{folder}')",
+            usage=USAGE,
             tags=("token-level-baseline",),
         )
 
