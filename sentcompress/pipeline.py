@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -35,6 +36,9 @@ from sentcompress.training.run_folder import (
     stage_record,
 )
 
+if TYPE_CHECKING:
+    from sentcompress.modeling.pruning import Match
+
 BENCH = "bench"
 """Name of the last stage, which measures the others, and of its folder."""
 
@@ -45,6 +49,7 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe = recipe
         self.out = out
+        self._matches: dict[str, Match] = {}
 
     @cached_property
     def text(self) -> Inputs:
@@ -92,6 +97,27 @@ class Run:
                 f"graft.teacher: no model in '{folder}'",
                 fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
             )
+
+    def match(self, name: str) -> Match:
+        """The shape of an opponent, found for the sentences of this text."""
+        from sentcompress.estimate.equal_cost import match
+
+        if name not in self._matches:
+            self._matches[name] = match(self.recipe, name, float(self.text.corpus.sentence_lengths.mean()))
+        return self._matches[name]
+
+    def check_opponents(self, stages: Sequence[str], console: Console) -> None:
+        """Find the shapes of the opponents that will be trained, and print them, before anything is trained.
+
+        Raises:
+            InputError: one does not fit the LLM.
+        """
+        for name in self.recipe.opponents:
+            stage = opponent_stage(name).name
+            if stage in stages and not (self.out / stage / COMPLETE).is_file():
+                found = self.match(name)
+                unequal = not found.is_equal and self.recipe.opponents[name].blocks is None
+                console.print(f"{stage}: {found}" + (" (no shape comes closer)" if unequal else ""))
 
     def check_memory(self, stages: Sequence[str]) -> None:
         """Refuse a memory that cannot be trained, before anything is read.
@@ -156,11 +182,9 @@ def _baseline(run: Run) -> Job:
 
 
 def _opponent(name: str, run: Run) -> Job:
-    from sentcompress.estimate.equal_cost import match
     from sentcompress.training.jobs.opponents import OpponentJob
 
-    found = match(run.recipe, run.recipe.opponents[name], float(run.text.corpus.sentence_lengths.mean()))
-    return OpponentJob(run.recipe, name, found, run.text)
+    return OpponentJob(run.recipe, name, run.match(name), run.text)
 
 
 def _memory(run: Run) -> Job:
@@ -194,7 +218,13 @@ STAGES = {
 def training_stages(recipe: Recipe) -> dict[str, TrainingStage]:
     """All training stages, in order, with those of the recipe's opponents."""
     entries = [
-        TrainingStage(opponent_stage(name), _grafts, partial(_opponent, name)) for name in recipe.opponents
+        TrainingStage(
+            opponent_stage(name),
+            _grafts,
+            partial(_opponent, name),
+            lambda run, name=name: run.match(name).inputs(),  # type: ignore[misc]
+        )
+        for name in recipe.opponents
     ]
     return STAGES | {entry.stage.name: entry for entry in entries}
 
@@ -245,6 +275,7 @@ def run_recipe(
     chosen = _checked(stages, recipe) if stages is not None else stages_of(recipe)
     run.check_graft(chosen)
     run.check_memory(chosen)
+    run.check_opponents(chosen, console)
     results: dict[str, dict[str, float]] = {}
     skipped = []
     for name in chosen:

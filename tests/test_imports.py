@@ -42,7 +42,7 @@ _TABLE = {
     "estimate": "errors table contracts registry recipe modeling generation training",
     "benchmark": "errors files table contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance training estimate",
-    "pipeline": "errors files recipe distributed training estimate benchmark",
+    "pipeline": "errors files recipe distributed modeling training estimate benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
     "testing": "errors contracts registry recipe text modeling",
     "cli": "errors files table packages registry recipe distributed datasets text modeling generation "

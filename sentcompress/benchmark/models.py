@@ -36,7 +36,7 @@ from sentcompress.modeling.saved_models import (
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import load_weights
-from sentcompress.recipe import Recipe, load_recipe
+from sentcompress.recipe import OpponentSettings, Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.sentence_cache import SETTINGS
 from sentcompress.text.corpus import Corpus, build_corpus
@@ -108,7 +108,9 @@ class ModelFolder:
         Raises:
             InputError: there is none.
         """
-        for folder in (*reversed(self.stages()), self.path):
+        # An opponent may have been trained with a recipe that names no other one.
+        stages = [folder for folder in self.stages() if not folder.name.startswith(OPPONENT)]
+        for folder in (*reversed(stages), self.path):
             if (folder / "recipe.yaml").is_file():
                 return load_recipe(str(folder / "recipe.yaml"), overrides)
         raise InputError(f"no recipe.yaml in '{self.path}'", fix="name a recipe with --recipe")
@@ -267,9 +269,22 @@ class Models:
             raise Missing("the recipe has baseline.enabled: false")
         return self._token_level("baseline")
 
+    @property
+    def opponents(self) -> list[str]:
+        """Names of the opponents of equal cost: those of the recipe, and others that were trained."""
+        trained = self.folder.stages() if self.folder else []
+        others = [path.name.removeprefix(OPPONENT) for path in trained if path.name.startswith(OPPONENT)]
+        return list(dict.fromkeys([*self.recipe.opponents, *others]))
+
     def opponent(self, name: str) -> PreTrainedModel:
-        """One of the recipe's opponents of equal cost, by its name there."""
+        """An opponent, by its name in the recipe."""
         return self._token_level(OPPONENT + name)
+
+    def opponent_settings(self, name: str) -> OpponentSettings:
+        """What it was trained with."""
+        if name in self.recipe.opponents:
+            return self.recipe.opponents[name]
+        return load_recipe(str(self._stage(OPPONENT + name) / "recipe.yaml")).opponents[name]
 
     @cached_property
     def memory_llm(self) -> PreTrainedModel:
@@ -350,7 +365,7 @@ def read_curves(folder: ModelFolder) -> list[Curve]:
 
 
 def model_counts(
-    model: nn.Module, models: Models, stages: Sequence[str], mean_sentence_tokens: float
+    model: SentenceLM | PreTrainedModel, models: Models, stages: Sequence[str], mean_sentence_tokens: float
 ) -> ModelCounts:
     """Count a model of a run.
 
@@ -366,6 +381,8 @@ def model_counts(
     per_position = mean_sentence_tokens / model.latents if isinstance(model, SentenceLM) else 1.0
     total, tables = count(model)
     backbone, positions = count(models.sentence_lm.backbone)
+    if not isinstance(model, SentenceLM):  # an opponent has fewer blocks
+        backbone += count(blocks_of(model))[0] - count(models.sentence_lm.backbone.blocks)[0]
     return ModelCounts(
         parameters=total,
         trainable_parameters=learned,

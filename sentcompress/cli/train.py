@@ -144,7 +144,7 @@ COMMANDS = (
         "passages, for the same number of steps.",
         (
             "sentcompress opponents strong --out out/strong",
-            "sentcompress opponents smollm2 --set 'opponents={similar: {keep: least-similar, learning_rate: 2e-4}}'",
+            "sentcompress opponents smollm2 --set opponents.similar.keep=least-similar",
         ),
     ),
 )

@@ -6,14 +6,13 @@ from bisect import bisect_left
 from functools import cache
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from sentcompress.errors import InputError
-from sentcompress.estimate.roofline import decoding_cost, serving_cost
+from sentcompress.estimate.roofline import cost_share
 from sentcompress.estimate.shapes import explain_shape, meta_models
 from sentcompress.modeling.llm_loading import load_backbone_config
 from sentcompress.modeling.pruning import Match, ends, opponent_config
-from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import OpponentSettings, Recipe
 
 FEEDFORWARD = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -22,54 +21,74 @@ STEP = 8
 """Feed-forward widths are multiples of this."""
 
 
-def match(recipe: Recipe, settings: OpponentSettings, sentence_tokens: float) -> Match:
-    """The shape whose cost is closest to that of a recipe's sentence model.
+def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
+    """The shape of an opponent whose cost is closest to that of a recipe's sentence model.
 
     Args:
+        name: of the opponent in the recipe.
         sentence_tokens: mean length of a sentence.
 
     Raises:
-        InputError: the LLM has one block, or fewer than asked for; a batch has no room in ``serving_bytes``.
+        InputError: the opponent's settings do not fit the LLM, or a batch has no room in ``serving_bytes``.
     """
-    spec = recipe.backbone
+    spec, settings, where = recipe.backbone, recipe.opponents[name], f"opponents.{name}"
     whole = load_backbone_config(spec, weights=False)
     number = int(whole.num_hidden_layers)
     most = number if settings.blocks else number - 1
+    _check(recipe, settings, where)
     if not most or (settings.blocks or 1) > most:
         raise InputError(
-            f"opponents: {settings.blocks or 'fewer'} blocks, but '{spec.model}' has {number}",
-            fix="choose fewer, or leave the opponents out",
+            f"{where}: {settings.blocks or 'fewer'} blocks, but '{spec.model}' has {number}",
+            fix="choose fewer, or leave this opponent out",
         )
 
-    def cost(candidate: SentenceLM | PreTrainedModel) -> float:
-        if settings.cost == "serving":
-            return serving_cost(candidate, settings.text_tokens, sentence_tokens, settings.serving_bytes)
-        return decoding_cost(candidate, settings.text_tokens, sentence_tokens)[0]
-
-    target = cost(meta_models(recipe)[0])
+    model = meta_models(recipe)[0]
 
     @cache
     def share(blocks: int, width: int | None = None) -> float:
         with explain_shape(recipe), torch.device("meta"):
-            kept = ends(number, blocks)
-            config = opponent_config(whole, settings, kept, {} if width is None else {field: width})
+            feedforward = {} if width is None else {field: width}
+            config = opponent_config(whole, settings, ends(number, blocks), feedforward, f"{where}.config")
             short = AutoModelForCausalLM.from_config(config).eval()
             short.tie_weights()  # which transformers 5.0 leaves undone on the meta device
-        return cost(short) / target
+        return cost_share(short, model, settings, settings.text_tokens, sentence_tokens)
 
     def distance(shape: tuple[int, int | None]) -> float:
         return abs(share(*shape) - 1)
 
-    field = next((name for name in FEEDFORWARD if getattr(whole, name, None)), "")
+    def found(blocks: int, width: int | None = None) -> Match:
+        feedforward = {} if width is None else {field: width}
+        return Match(blocks, number, settings.cost, feedforward, share(blocks, width))
+
+    field = next((name for name in FEEDFORWARD if hasattr(whole, name)), "")
     if settings.blocks:
-        return Match(settings.blocks, {}, share(settings.blocks))
+        return found(settings.blocks)
     above = bisect_left(range(1, most + 1), 1.0, key=lambda blocks: share(blocks)) + 1
     blocks = min((max(1, above - 1), min(most, above)), key=lambda blocks: distance((blocks, None)))
-    shape: tuple[int, int | None] = (blocks, None)
     # The widths of a pretrained LLM are what they are.
     if spec.init == "random" and field and field not in settings.config:
-        width = getattr(whole, field)
+        width = getattr(whole, field) or 4 * whole.hidden_size  # GPT-2 has None for that
         widths = range(width // 4 // STEP * STEP or STEP, 4 * width, STEP)
         wide = bisect_left(widths, 1.0, key=lambda width: share(blocks, width))
-        shape = min(shape, *((blocks, width) for width in widths[max(0, wide - 1) : wide + 1]), key=distance)
-    return Match(blocks, {} if shape[1] is None else {field: shape[1]}, share(*shape))
+        best = min(((blocks, width) for width in widths[max(0, wide - 1) : wide + 1]), key=distance)
+        if distance(best) < distance((blocks, None)) / 2:  # and not where no width comes near
+            return found(*best)
+    return found(blocks)
+
+
+def _check(recipe: Recipe, settings: OpponentSettings, where: str) -> None:
+    """Refuse settings that would do nothing."""
+    if settings.tune == "frozen":
+        raise InputError(
+            f"{where}.tune: frozen leaves no trainable parameters", fix="use full, lora or last-n"
+        )
+    if recipe.backbone.init == "random" and settings.keep != "ends":
+        raise InputError(
+            f"{where}.keep: {settings.keep} compares trained blocks, but the LLM's weights are random",
+            fix="remove it, or use backbone.init: pretrained",
+        )
+    if recipe.backbone.init != "random" and settings.config:
+        raise InputError(
+            f"{where}.config: the LLM is pretrained, so its configuration is what it is",
+            fix="remove it, or use backbone.init: random",
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sentcompress.estimate.equal_cost import match
 from sentcompress.estimate.shapes import count_weights, vae_shape
 from sentcompress.estimate.training_memory import training_bytes, weight_bytes
 from sentcompress.modeling import SentenceVAE
@@ -97,7 +98,10 @@ def plan(recipe: Recipe) -> str:
         f"  graft              {graft.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
         f"{most * TOKENS_PER_SENTENCE:,} tokens",
         f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
-        f"  opponents          {', '.join(recipe.opponents) or 'none'}",
+        *(
+            f"  opponent           {name}: {match(recipe, name, TOKENS_PER_SENTENCE)}"
+            for name in recipe.opponents
+        ),
         f"  bench              {', '.join(recipe.bench.metrics)}",
         UNTOUCHED,
     ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sentcompress.errors import InputError
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.recipe import OpponentSettings
 
 COPY_BYTES = 2**28
 """Far larger than a processor's cache."""
@@ -87,20 +88,53 @@ def backbone_cache_bytes(config: Any, element_size: int) -> int:
     return int(2 * config.num_hidden_layers * heads * width * element_size)
 
 
+def attended_positions(config: Any, positions: float) -> float:
+    """Positions that a token attends to, the mean over blocks: fewer than there are where a window slides.
+
+    Args:
+        config: a transformers configuration.
+        positions: tokens before it.
+    """
+    window = getattr(config, "sliding_window", None)
+    number = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * number
+    sliding = kinds.count("sliding_attention") if window else 0
+    return ((number - sliding) * positions + sliding * min(positions, window or positions)) / number
+
+
+def _attention_width(config: Any) -> int:
+    """Channels of all heads of a block together."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * width)
+
+
 def backbone_bytes_per_token(backbone: PreTrainedModel, text_tokens: float) -> float:
     """Weights (output head included) and cache that a token-level step reads."""
     head = backbone.get_output_embeddings().weight
     tables = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Embedding)}
     weights = module_bytes(backbone) + (head.numel() * head.element_size() if id(head) in tables else 0)
-    return weights + text_tokens * backbone_cache_bytes(backbone.config, head.element_size())
+    return weights + _backbone_cache(backbone, text_tokens)
+
+
+def _backbone_cache(backbone: PreTrainedModel, text_tokens: float) -> float:
+    """Bytes of the cache that a token-level step reads: all that it holds of the text."""
+    config, size = backbone.config, backbone.get_output_embeddings().weight.element_size()
+    return attended_positions(config, text_tokens) * backbone_cache_bytes(config, size)
 
 
 def backbone_flops_per_token(backbone: PreTrainedModel, text_tokens: float) -> float:
-    """Floating-point operations of one decoding step: its products, and attention to the text before it."""
-    config: Any = backbone.config
+    """Floating-point operations of one decoding step: its products, and attention to the text before it.
+
+    All experts of a mixture count, so this is an upper bound there.
+    """
     weights = products(backbone.base_model) + backbone.get_output_embeddings().weight.numel()
-    attention = ATTENTION_FLOPS * config.num_hidden_layers * config.hidden_size * text_tokens
-    return FLOPS_PER_PRODUCT * weights + attention
+    return FLOPS_PER_PRODUCT * weights + _attention_flops(backbone.config, text_tokens)
+
+
+def _attention_flops(config: Any, positions: float) -> float:
+    """Of a step of all blocks after so many positions."""
+    blocks = config.num_hidden_layers * _attention_width(config)
+    return float(ATTENTION_FLOPS * blocks * attended_positions(config, positions))
 
 
 def sentence_bytes_per_token(
@@ -117,14 +151,21 @@ def sentence_bytes_per_token(
     unpack = _unpack_weights(model)
     head_bytes = head.numel() * size if head_bytes is None else head_bytes
     decoder = float(module_bytes(vae.decoder) + head_bytes - (idle + unpack) * size)
-    context = _decoder_context(model, sentence_tokens)
-    decoder += 2 * vae.config.decoder_layers * vae.config.hidden_size * size * context
-    cache = backbone_cache_bytes(model.backbone.config, size)
     parts = (vae.encoder, vae.fusion, model.backbone, model.termination)
     sentence = sum(module_bytes(part) for part in parts) + (per_latent + unpack) * size
     steps = (sentence_tokens + 1) / sentence_tokens
-    positions = _backbone_positions(model, text_tokens, sentence_tokens)
-    return decoder * steps + (sentence + positions * cache) / sentence_tokens
+    of_decoder, of_backbone = _sentence_caches(model, text_tokens, sentence_tokens)
+    return (decoder + of_decoder) * steps + (sentence + of_backbone) / sentence_tokens
+
+
+def _sentence_caches(model: SentenceLM, text_tokens: float, sentence_tokens: float) -> tuple[float, float]:
+    """Bytes of a text's caches: the decoder's, read at each token and end mark, and the backbone's, once a sentence."""
+    vae, size = model.vae, model.vae.output_weight.element_size()
+    config = model.backbone.config
+    context = _decoder_context(model, sentence_tokens)
+    positions = attended_positions(config, _backbone_positions(model, text_tokens, sentence_tokens))
+    decoder = 2 * vae.config.decoder_layers * vae.config.hidden_size * size * context
+    return decoder, positions * backbone_cache_bytes(config, size)
 
 
 def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tokens: float) -> float:
@@ -144,8 +185,9 @@ def sentence_flops_per_token(model: SentenceLM, text_tokens: float, sentence_tok
     encoder = float(FLOPS_PER_PRODUCT) * products(vae.encoder)
     encoder += ATTENTION_FLOPS * config.encoder_layers * width * sentence_tokens
     positions = _backbone_positions(model, text_tokens, sentence_tokens)
-    layers = model.backbone.config.num_hidden_layers
-    backbone = FLOPS_PER_PRODUCT * products(model.backbone) + ATTENTION_FLOPS * layers * width * positions
+    backbone = FLOPS_PER_PRODUCT * products(model.backbone) + _attention_flops(
+        model.backbone.config, positions
+    )
     sentence = (
         decoder * (sentence_tokens + 1 + prefix)
         + FLOPS_PER_PRODUCT * vae.output_weight.numel() * (sentence_tokens + 1)
@@ -206,7 +248,9 @@ def decoding_cost(
 def serving_cost(
     model: SentenceLM | PreTrainedModel, text_tokens: float, sentence_tokens: float, memory_bytes: float
 ) -> float:
-    """Bytes read for a token in the largest batch of texts whose caches fit into the memory, weights included.
+    """Bytes read for a token in the largest batch of texts whose caches fit into the memory beside the weights.
+
+    Weights are read once for all texts, caches for each text.
 
     Args:
         text_tokens: tokens of each text.
@@ -215,17 +259,42 @@ def serving_cost(
     Raises:
         InputError: the memory has no room for the weights and one text.
     """
-    weights = decoding_cost(model, 0, sentence_tokens)[1]
-    read = decoding_cost(model, text_tokens, sentence_tokens)[1] - weights
-    stored = (
-        read * sentence_tokens if isinstance(model, SentenceLM) else read
-    )  # which is read once a sentence
+    if isinstance(model, SentenceLM):
+        of_decoder, of_backbone = _sentence_caches(model, text_tokens, sentence_tokens)
+        stored = of_decoder + of_backbone
+        read = (of_decoder * (sentence_tokens + 1) + of_backbone) / sentence_tokens
+    else:
+        stored = read = _backbone_cache(model, text_tokens)
     held = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
     batch = (memory_bytes - held) / stored
     if batch < 1:
         raise InputError(
-            f"serving_bytes: {memory_bytes:,.0f} have no room for {held:,} bytes of weights and a text of "
+            f"opponents.serving_bytes: {memory_bytes:,.0f} have no room for {held:,} bytes of weights and a text of "
             f"{text_tokens:,.0f} tokens ({stored:,.0f} bytes)",
             fix="raise it, or lower text_tokens",
         )
+    weights = decoding_cost(model, text_tokens, sentence_tokens)[1] - read
     return weights / batch + read
+
+
+def cost_share(
+    opponent: PreTrainedModel,
+    model: SentenceLM,
+    settings: OpponentSettings,
+    text_tokens: float,
+    sentence_tokens: float,
+) -> float:
+    """An opponent's cost over the sentence model's, by the kind of cost that its settings name.
+
+    Args:
+        text_tokens: tokens of the text before, for operations; the size of a batch's texts is that of the settings.
+        sentence_tokens: mean length of a sentence.
+    """
+    if settings.cost == "serving":
+        costs = [
+            serving_cost(each, settings.text_tokens, sentence_tokens, settings.serving_bytes)
+            for each in (opponent, model)
+        ]
+    else:
+        costs = [decoding_cost(each, text_tokens, sentence_tokens)[0] for each in (opponent, model)]
+    return costs[0] / costs[1]

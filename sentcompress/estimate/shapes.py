@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sentcompress.errors import InputError, SentCompressError
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.grafting import plain_config, vae_config
 from sentcompress.modeling.llm_loading import adapter_name, load_backbone_config, load_causal_lm
+from sentcompress.modeling.saved_models import read_config
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
@@ -61,7 +63,11 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
         torch.manual_seed(recipe.seed)
         backbone = load_causal_lm(spec).eval()
         backbone.tie_weights()  # which transformers 5.0 leaves undone on the meta device
-        vae = vae_shape(recipe, config, int(config.hidden_size), int(config.num_attention_heads))
+        trained = Path(recipe.graft.vae or "")
+        if recipe.graft.vae and trained.is_dir():
+            vae = SentenceVAEConfig(**read_config(trained, SentenceVAEConfig.model_type))
+        else:
+            vae = vae_shape(recipe, config, int(config.hidden_size), int(config.num_attention_heads))
         model = SentenceLM(
             SentenceLMConfig(
                 vae=vae.to_dict(),

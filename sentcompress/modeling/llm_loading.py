@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only, and remote code is never run.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import socket
@@ -260,7 +261,12 @@ def _config(spec: BackboneSpec) -> Any:
 
 def _configs(spec: BackboneSpec) -> tuple[Any, Any]:
     """The configuration that the folder holds, and that of the LLM: the same but for multimodal models."""
-    whole = _load(spec, "config.json", AutoConfig.from_pretrained)
+    source = resolve_backbone(spec)
+    if source.gguf_file is None:
+        whole = _load(spec, "config.json", AutoConfig.from_pretrained)
+    else:
+        stat = (Path(source.path) / source.gguf_file).stat()
+        whole = copy.deepcopy(_gguf_config(spec.model_dump_json(), stat.st_mtime_ns, stat.st_size))
     if method := _quantization(whole):
         if spec.init == "pretrained":
             raise InputError(
@@ -270,6 +276,17 @@ def _configs(spec: BackboneSpec) -> tuple[Any, Any]:
             )
         del whole.quantization_config
     return whole, _text_part(whole, spec)
+
+
+@cache
+def _gguf_config(spec: str, *_: int) -> Any:
+    """The configuration in a GGUF file, which takes seconds to read: all tensors are listed with it.
+
+    Args:
+        spec: the backbone as JSON.
+        _: time and size of the file, so that another file is read again.
+    """
+    return _load(BackboneSpec.model_validate_json(spec), "config.json", AutoConfig.from_pretrained)
 
 
 def _quantization(config: Any) -> str | None:

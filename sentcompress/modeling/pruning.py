@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sentcompress.errors import InputError
 from sentcompress.modeling.backbone_config import shaped_config
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.recipe import OpponentSettings
+
+_TOKENS = 8
+"""Tokens on which a pruned LLM is compared with the whole one."""
+TOLERANCE = 0.1
+"""Costs that differ by this share or less count as equal."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,31 @@ class Match:
 
     Attributes:
         blocks: how many it has.
+        whole: how many the LLM has.
+        cost: as in its settings.
         feedforward: field of the configuration and width of its feed-forward layers; empty where that is the LLM's.
         share: its cost over the sentence model's.
     """
 
     blocks: int
+    whole: int
+    cost: str
     feedforward: dict[str, int]
     share: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether it costs what the sentence model costs, within a tenth."""
+        return abs(self.share - 1) <= TOLERANCE
+
+    def inputs(self) -> dict[str, str]:
+        """What a run records of it."""
+        return {"blocks": str(self.blocks)} | {field: str(width) for field, width in self.feedforward.items()}
+
+    def __str__(self) -> str:
+        widths = "".join(f", {field} {width}" for field, width in self.feedforward.items())
+        what = "operations per token" if self.cost == "operations" else "bytes read per token when serving"
+        return f"{self.blocks} of {self.whole} blocks{widths}; {self.share:.2f} times the sentence model's {what}"
 
 
 def ends(number: int, kept: int) -> list[int]:
@@ -98,20 +122,19 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
 
 
 def opponent_config(
-    whole: Any, settings: OpponentSettings, kept: Sequence[int], feedforward: dict[str, int]
+    whole: Any, settings: OpponentSettings, kept: Sequence[int], feedforward: dict[str, int], where: str
 ) -> Any:
     """The configuration of an opponent.
 
     Args:
+        where: its field in the recipe, for messages.
         whole: that of the LLM.
         kept: numbers of the blocks.
         feedforward: field and width, as in a :class:`Match`.
     """
     config = cut_config(whole, kept)
     if changes := feedforward | settings.config:
-        config = shaped_config(
-            {**config.to_diff_dict(), "model_type": config.model_type}, changes, "opponents.config"
-        )
+        config = shaped_config({**config.to_diff_dict(), "model_type": config.model_type}, changes, where)
     return config
 
 
@@ -132,11 +155,47 @@ def copy_blocks(source: nn.Module, target: nn.Module, blocks: nn.ModuleList, kep
         value.copy_(weights[key])
 
 
+@torch.no_grad()
+def _is_the_whole_without_others(lm: PreTrainedModel, short: PreTrainedModel, kept: Sequence[int]) -> bool:
+    """Whether a pruned LLM computes, on a few tokens, what the whole one does when its other blocks are skipped."""
+
+    def skip(_: Any, inputs: Any, keywords: Any, output: Any) -> Any:
+        hidden_states = inputs[0] if inputs else keywords["hidden_states"]
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    training, blocks = lm.training, enumerate(blocks_of(lm))
+    hooks = [
+        block.register_forward_hook(skip, with_kwargs=True) for number, block in blocks if number not in kept
+    ]
+    ids = torch.arange(_TOKENS)[None] + 1
+    try:
+        expected = lm.eval()(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+        lm.train(training)
+    found = short.eval()(input_ids=ids, use_cache=False).logits
+    return torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+
+
 def pruned(lm: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A causal LM of its own with some of the LLM's blocks, by number, and everything else of it."""
-    config = cut_config(lm.config, kept)
-    short = AutoModelForCausalLM.from_config(config, attn_implementation=lm.config._attn_implementation)
-    short = short.to(lm.dtype)
-    copy_blocks(lm, short, blocks_of(lm), kept)
+    """A causal LM of its own with some of the LLM's blocks, by number, and everything else of it.
+
+    Raises:
+        InputError: it is not the whole LLM without the other blocks, as it is where blocks depend on their number.
+    """
+    refusal = InputError(
+        f"an LLM of type '{lm.config.model_type}' cannot be pruned: its blocks depend on their number",
+        fix="leave its opponents out, or use backbone.init: random",
+    )
+    try:
+        config = cut_config(lm.config, kept)
+        short = AutoModelForCausalLM.from_config(config, attn_implementation=lm.config._attn_implementation)
+        short = short.to(lm.dtype)
+        copy_blocks(lm, short, blocks_of(lm), kept)
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise refusal from error
+    if not _is_the_whole_without_others(lm, short, kept):
+        raise refusal
     short.generation_config = copy.deepcopy(lm.generation_config)
     return short.train(lm.training)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -105,6 +105,13 @@ class Recipe(Section):
             if isinstance(filled.get(section), dict):
                 filled[section] = {"name": cls.model_fields[section].default.name} | filled[section]
         return filled
+
+    @model_validator(mode="after")
+    def _opponents_are_the_grafts(self) -> Self:
+        section = "memory" if self.memory else "pretrain" if self.pretrain else None
+        if self.opponents and section:
+            raise ValueError(f"opponents are those of a graft: remove them, or the section '{section}'")
+        return self
 
     @field_validator("name")
     @classmethod

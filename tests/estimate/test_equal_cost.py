@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.errors import InputError
@@ -16,21 +16,32 @@ from sentcompress.estimate.shapes import meta_models, random_models
 from sentcompress.modeling.llm_loading import load_backbone_config
 from sentcompress.modeling.pruning import ends, opponent_config
 from sentcompress.recipe import OpponentSettings, load_recipe
+from sentcompress.registry import get_registry
 
 SENTENCE = 13.5
 
 
-def shallow(recipe, settings, found):
+def with_opponent(name="strong", overrides=(), **settings):
+    """A shipped recipe whose only opponent is ``x``, and the match that is found for it."""
+    recipe = load_recipe(name, list(overrides)).model_copy(
+        update={"opponents": {"x": OpponentSettings(**settings)}}
+    )
+    return recipe, match(recipe, "x", SENTENCE)
+
+
+def shallow(recipe, found):
+    settings = recipe.opponents["x"]
     whole = load_backbone_config(recipe.backbone, weights=False)
     kept = ends(int(whole.num_hidden_layers), found.blocks)
-    return AutoModelForCausalLM.from_config(opponent_config(whole, settings, kept, found.feedforward)).eval()
+    return AutoModelForCausalLM.from_config(
+        opponent_config(whole, settings, kept, found.feedforward, "x")
+    ).eval()
 
 
 @pytest.mark.parametrize("tokens", [100, 300, 500])
 def test_from_nothing_the_cost_is_equal_within_5_percent_and_counted(tokens):
-    recipe, settings = load_recipe("strong"), OpponentSettings(text_tokens=tokens)
-    found = match(recipe, settings, SENTENCE)
-    opponent = shallow(recipe, settings, found)
+    recipe, found = with_opponent(text_tokens=tokens)
+    opponent = shallow(recipe, found)
     ours = decoding_cost(meta_models(recipe)[0], tokens, SENTENCE)[0]
     theirs = decoding_cost(opponent, tokens, SENTENCE)[0]
     assert found.share == pytest.approx(theirs / ours)
@@ -45,38 +56,89 @@ def test_from_nothing_the_cost_is_equal_within_5_percent_and_counted(tokens):
 
 
 def test_a_pretrained_llm_gets_the_closest_number_of_blocks():
-    recipe = load_recipe("paper/sllm-125m-h1")
-    found = match(recipe, OpponentSettings(), SENTENCE)
+    _, found = with_opponent("paper/sllm-125m-h1")
     assert found.feedforward == {}
-    shares = [match(recipe, OpponentSettings(blocks=blocks), SENTENCE).share for blocks in range(1, 12)]
+    shares = [with_opponent("paper/sllm-125m-h1", blocks=blocks)[1].share for blocks in range(1, 12)]
     assert shares == sorted(shares)
     assert abs(found.share - 1) == min(abs(share - 1) for share in shares)
     assert shares[found.blocks - 1] == found.share
 
 
 def test_the_largest_batch_reads_weights_once_for_all_texts():
+    """By hand, for the recipe ``strong``: width 192, 6 blocks, fp32; the decoder sees 64 positions and the sentence."""
     model, lm = random_models(load_recipe("strong"))
-    memory = 2**30
-    held = sum(p.numel() * p.element_size() for p in lm.parameters())
-    heads = 2 * lm.config.num_hidden_layers * lm.config.hidden_size * 4
-    batch = (memory - held) / (1000 * heads)
+    memory, tokens = 2**30, 1000
+    key_and_value = 2 * 192 * 4
+    stored = tokens * 6 * key_and_value
+    batch = (memory - sum(p.numel() * 4 for p in lm.parameters())) / stored
     weights = decoding_cost(lm, 0, SENTENCE)[1]
-    assert serving_cost(lm, 1000, SENTENCE, memory) == pytest.approx(weights / batch + 1000 * heads)
-    # With no end of memory only the caches count. A sentence model reads its own once a sentence.
-    ours, theirs = (serving_cost(each, 1000, SENTENCE, 1e15) for each in (model, lm))
-    assert ours < theirs / SENTENCE
+    assert serving_cost(lm, tokens, SENTENCE, memory) == pytest.approx(weights / batch + stored)
+
+    of_decoder = (64 + 1 + SENTENCE / 2) * key_and_value
+    of_backbone = tokens / SENTENCE * 6 * key_and_value
+    batch = (memory - sum(p.numel() * 4 for p in model.parameters())) / (of_decoder + of_backbone)
+    read = (of_decoder * (SENTENCE + 1) + of_backbone) / SENTENCE
+    weights = decoding_cost(model, tokens, SENTENCE)[1] - read
+    assert serving_cost(model, tokens, SENTENCE, memory) == pytest.approx(weights / batch + read)
+
+
+def test_no_width_is_spoilt_where_no_shape_comes_near():
+    _, found = with_opponent(cost="serving", text_tokens=4000)
+    assert (found.blocks, found.feedforward, found.is_equal) == (1, {}, False)
+    assert found.share > 1.1
+    assert "times the sentence model's bytes read per token" in str(found)
+
+
+def test_gpt2_names_no_width_but_has_one():
+    spec = "backbone={model: gpt2, init: random}"
+    _, found = with_opponent("strong", [spec], text_tokens=300)
+    assert found.is_equal
+
+
+def test_the_sentence_model_is_the_one_that_is_grafted(tmp_path):
+    """``graft.vae`` names a folder whose encoder and decoder are not those of the recipe."""
+    _, small = with_opponent()
+    deep = random_models(load_recipe("strong", ["vae.decoder_layers=4"]))[0].vae
+    deep.save_pretrained(tmp_path)
+    _, found = with_opponent(overrides=[f"graft.vae={tmp_path}"])
+    assert (found.blocks, found.feedforward) != (small.blocks, small.feedforward)
+    assert found.is_equal
+
+
+@pytest.mark.parametrize("name", [name for name in get_registry().names("backbone") if name != "auto"])
+def test_operations_of_every_family_are_those_counted(name):
+    """Widths of heads and sliding windows included; one new token after 100, far more than the windows."""
+    for shape in get_registry().get("backbone", name).tiny_configs:
+        fields = dict(shape) | {"max_position_embeddings": 256}
+        fields.pop("n_positions", None)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields)
+        ).eval()
+        ids = torch.full((1, 101), 5)
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :-1], use_cache=True)[CACHE]
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(input_ids=ids[:, -1:], use_cache=True, **{CACHE: cache})
+        assert decoding_cost(model, 101, 8)[0] == pytest.approx(counter.get_total_flops(), rel=0.06), shape
 
 
 def test_what_has_no_opponent_is_refused():
-    recipe = load_recipe("strong")
-    with pytest.raises(InputError, match=r"opponents: 9 blocks, but 'opt-tiny' has 6"):
-        match(recipe, OpponentSettings(blocks=9), SENTENCE)
-    one = load_recipe("strong", ["backbone.config={num_hidden_layers: 1}"])
-    with pytest.raises(InputError, match="fewer blocks, but 'opt-tiny' has 1"):
-        match(one, OpponentSettings(), SENTENCE)
-    with pytest.raises(
-        InputError, match=r"serving_bytes: .* have no room for .*\n.*raise it, or lower text_tokens"
+    for changes, settings, message in (
+        ([], {"blocks": 9}, r"opponents\.x: 9 blocks, but 'opt-tiny' has 6"),
+        (["backbone.config={num_hidden_layers: 1}"], {}, r"opponents\.x: fewer blocks, but 'opt-tiny' has 1"),
+        (
+            [],
+            {"cost": "serving", "serving_bytes": 1000},
+            r"serving_bytes: .* no room .*\n.*lower text_tokens",
+        ),
+        ([], {"config": {"blocks": 1}}, r"opponents\.x\.config\.blocks: not a field of 'opt'"),
+        ([], {"keep": "least-similar"}, r"opponents\.x\.keep: least-similar compares trained blocks"),
+        ([], {"tune": "frozen"}, r"opponents\.x\.tune: frozen leaves no trainable parameters"),
+        (
+            ["backbone.init=pretrained", "backbone.config={}"],
+            {"config": {"dropout": 0.1}},
+            r"x\.config: the LLM is pre",
+        ),
     ):
-        match(recipe, OpponentSettings(cost="serving", serving_bytes=1000), SENTENCE)
-    with pytest.raises(InputError, match=r"opponents\.config\.blocks: not a field of 'opt'"):
-        match(recipe, OpponentSettings(config={"blocks": 1}), SENTENCE)
+        with pytest.raises(InputError, match=message):
+            with_opponent("strong", changes, **settings)

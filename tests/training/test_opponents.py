@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from sentcompress import pretrained
+from sentcompress import pipeline, pretrained
+from sentcompress.benchmark.measurements.quality import Quality
+from sentcompress.benchmark.results import read_results
+from sentcompress.cli import main
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest
+from sentcompress.modeling.pruning import pruned
 from sentcompress.pipeline import Run, run_recipe, stages_of, training_stages
 from sentcompress.recipe import Recipe, build_recipe
 from sentcompress.training.jobs.token_level import BaselineJob
@@ -56,26 +62,50 @@ def test_opponents_are_the_last_stages():
     assert stages_of(recipe({}))[-1] == "baseline"
 
 
-def test_an_opponent_is_an_ordinary_causal_lm_and_resumes_bit_by_bit(tmp_path):
+def test_an_opponent_is_an_ordinary_causal_lm(tmp_path):
     made = recipe({"two": {"blocks": 2, "learning_rate": 1e-3}})
-    run_recipe(made, tmp_path / "whole", stages=["opponent-two"])
-    folder = tmp_path / "whole" / "opponent-two"
-    trained = AutoModelForCausalLM.from_pretrained(folder)
-    assert trained.config.num_hidden_layers == 2
+    run_recipe(made, tmp_path, stages=["opponent-two"])
+    folder = tmp_path / "opponent-two"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert about["fields"]["opponent.blocks"] == 2
-    assert about["fields"]["inputs.blocks"] == "0 3"
-    assert "built with 2 of its 4 blocks" in (folder / "README.md").read_text(encoding="utf-8")
-    short = recipe({"two": {"blocks": 2, "learning_rate": 1e-3}})
-    job = opponent(short, "two")
-    assert job.settings.learning_rate == 1e-3
+    assert about["fields"]["inputs.blocks"] == "2"
+    assert "2 of 4 blocks; " in (folder / "README.md").read_text(encoding="utf-8")
+    assert opponent(made, "two").settings.learning_rate == 1e-3
     with pytest.raises(
         InputError, match=r"opponent-two: was made with another recipe:\n  opponent\.blocks: "
     ):
-        run_recipe(recipe({"two": {"blocks": 3}}), tmp_path / "whole", stages=["opponent-two"])
+        run_recipe(recipe({"two": {"blocks": 3}}), tmp_path, stages=["opponent-two"])
     before = file_digest(folder / "model.safetensors")
-    run_recipe(made, tmp_path / "whole", stages=["opponent-two"])  # done already
+    run_recipe(made, tmp_path, stages=["opponent-two"])  # done already
     assert file_digest(folder / "model.safetensors") == before
+
+
+def test_an_opponent_resumes_bit_by_bit(tmp_path, monkeypatch):
+    made = recipe({"two": {"blocks": 2}})
+    run_recipe(made, tmp_path / "whole", stages=["opponent-two"])
+    real = pipeline.train
+
+    def interrupted(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        inner, calls = job.loss, iter(range(100))
+
+        def loss(model: Any, batch: Any, part: Any) -> Any:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(model, batch, part)
+
+        job.loss = loss
+        return real(job, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(made, tmp_path / "stopped", stages=["opponent-two"])
+    run_recipe(made, tmp_path / "stopped", stages=["opponent-two"])
+    weights = [
+        file_digest(tmp_path / name / "opponent-two" / "model.safetensors") for name in ("whole", "stopped")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_an_opponent_reads_what_the_baseline_reads():
@@ -108,25 +138,75 @@ def test_a_pretrained_llm_is_pruned(keep):
         for name, weight in theirs.state_dict().items():
             assert torch.equal(weight, ours.state_dict()[name]), name
     assert len(job.kept) == 2
-    assert "pruned to 2 of its 6 blocks" in job.card().summary
+    assert f"pruned to its blocks {job.kept[0]}, {job.kept[1]}" in job.card().summary
     if keep == "ends":
         assert job.kept == [0, 5]
 
 
-def test_lora_and_frozen(tmp_path):
+def test_lora(tmp_path):
     run_recipe(recipe({"low": {"blocks": 2, "tune": "lora"}}), tmp_path, stages=["opponent-low"])
-    with pytest.raises(InputError, match=r"opponents\.still\.tune: frozen leaves no trainable parameters"):
-        opponent(recipe({"still": {"blocks": 2, "tune": "frozen"}}), "still")
 
 
-def test_what_cannot_be_is_refused():
-    pretrained_one = recipe({"few": {"config": {"dropout": 0.1}}}, "backbone={name: opt, model: opt-tiny}")
-    with pytest.raises(InputError, match=r"opponents\.few\.config: the LLM is pretrained"):
-        opponent(pretrained_one, "few")
+def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(InputError, match=r"opponents\.two: 9 blocks, but 'opt-tiny' has 4"):
+        run_recipe(recipe({"one": {"blocks": 1}, "two": {"blocks": 9}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match="opponents"):
         recipe({"Not A Name": {}})
     with pytest.raises(RecipeError, match=r"opponents\.one\.block: .*blocks"):
         recipe({"one": {"block": 1}})
+    with pytest.raises(
+        RecipeError, match="opponents are those of a graft: remove them, or the section 'memory'"
+    ):
+        recipe({"one": {"blocks": 1}}, "memory={}")
+
+
+def test_an_llm_whose_blocks_depend_on_their_number_is_refused():
+    moe = {
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("glm4_moe", vocab_size=100, num_hidden_layers=4, head_dim=8, **sizes, **moe)
+    with pytest.raises(InputError, match="an LLM of type 'glm4_moe' cannot be pruned: its blocks depend on"):
+        pruned(AutoModelForCausalLM.from_config(config), [0, 3])
+
+
+def test_another_sentence_model_makes_the_opponent_stale(tmp_path):
+    run_recipe(recipe({"equal-cost": {"text_tokens": 100}}), tmp_path, stages=["opponent-equal-cost"])
+    deeper = recipe({"equal-cost": {"text_tokens": 100}}, "vae.decoder_layers=5")
+    with pytest.raises(InputError, match=r"opponent-equal-cost: was made with another recipe:\n  inputs\."):
+        run_recipe(deeper, tmp_path, stages=["opponent-equal-cost"])
+
+
+def test_every_opponent_of_a_folder_is_measured(tmp_path):
+    """Also one that the recipe no longer names; one that is not finished is listed as not measured."""
+    out = tmp_path / "out"
+    quality = {"metrics": ["causality", "quality"], "max_documents": 1, "max_bytes_per_document": 600}
+    made = recipe({"equal-cost": {"text_tokens": 100}, "two": {"blocks": 2}})
+    run_recipe(made, out)
+    run_recipe(recipe({"zzz": {"blocks": 3}}), out, stages=["opponent-zzz"])
+    (out / "opponent-two" / "config.json").unlink()
+    measured = made.model_copy(update={"bench": made.bench.model_copy(update=quality)})
+    run_recipe(measured, out, stages=["bench"])
+    results = read_results(out)
+    rows = {row.system: row for row in results.rows_of("quality")}
+    assert {"opponent equal-cost", "opponent zzz"} <= set(rows)
+    assert "3 of 4 blocks" in rows["opponent zzz"].note
+    assert [skipped.reason for skipped in results.skipped if skipped.what == "opponent two"]
+    scores = {score.system: score for score in Quality().of(results)}
+    assert scores["opponent equal-cost"].cost_share == pytest.approx(1, rel=0.1)
+    assert (
+        scores["opponent zzz"].counts.backbone_parameters
+        > scores["opponent equal-cost"].counts.backbone_parameters
+    )
+    (section, *_) = Quality().sections(results)
+    notes = " ".join(section.table.notes)
+    assert "opponent equal-cost" in notes
+    assert "No opponent of equal cost" not in notes
+    assert "opponent zzz" in " ".join(text for _, text in Quality().tiles(results))
 
 
 def test_the_configuration_changes_with_random_weights():
@@ -135,3 +215,27 @@ def test_the_configuration_changes_with_random_weights():
     assert float(job.model.lm.model.decoder.layers[0].fc1.weight.detach().std()) == pytest.approx(
         0.1, rel=0.1
     )
+
+
+def test_the_command_trains_the_recipes_opponents(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(recipe({"one": {"blocks": 1}}).dump(), encoding="utf-8")
+
+    def command(*words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["opponents", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out"), *words])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    code, printed = command("--dry-run")
+    assert code == 0
+    assert "one: 1 of 4 blocks; " in printed
+    code, printed = command("--set", "opponents.two.blocks=2")
+    assert code == 0, printed
+    assert "opponent-one: 1 of 4 blocks; " in printed
+    assert sorted(path.name for path in (tmp_path / "out").glob("opponent-*")) == [
+        "opponent-one",
+        "opponent-two",
+    ]
+    code, printed = command("--set", "opponents={}")
+    assert code != 0
+    assert "the recipe has no opponents" in printed

@@ -72,7 +72,8 @@ class ModelCounts(Record):
     trainable_parameters: int | None
     """What learned in the model's last stage, adapters included; None when that is not known."""
     backbone_parameters: int
-    """Weights of the LLM's blocks, without embedding tables: the same for the sentence model and its baseline."""
+    """Weights of the LLM's blocks, without embedding tables: the same for the sentence model and its baseline. An
+    opponent has fewer."""
     table_parameters: int
     """Weights of embedding tables that are only looked up, so that they cost no multiplication."""
     tokens_per_position: float
@@ -113,6 +114,8 @@ class QualityScore(Record):
     """Where they were lost; only what was asked for."""
     cost: DecodingCost | None = None
     """Cost of writing such text; None for the unigram frequencies."""
+    cost_share: float | None = None
+    """An opponent's cost over the sentence model's, by the kind of cost that was to be equal."""
     counts: ModelCounts | None = None
     """None for the unigram frequencies, and in files of versions that did not count."""
     documents: list[DocumentScore]
@@ -160,7 +163,7 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.benchmark.breakdown import Breakdown
         from sentcompress.benchmark.heldout_text import heldout_documents
         from sentcompress.benchmark.models import model_counts
-        from sentcompress.estimate.roofline import decoding_cost
+        from sentcompress.estimate.roofline import cost_share, decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
         from sentcompress.text.lossless_tokenizer import lossless
 
@@ -193,7 +196,7 @@ class Quality(Measurement[list[QualityScore]]):
             (baseline, lambda: models.baseline, by_tokens, ("baseline",)),
             *(
                 (OPPONENT_SYSTEM + name, partial(models.opponent, name), by_tokens, (OPPONENT + name,))
-                for name in bench.recipe.opponents
+                for name in models.opponents
             ),
             (as_it_came, lambda: models.as_it_came, by_tokens, ()),
             (UNTRAINED, models.untrained, by_sentences, ()),
@@ -221,6 +224,8 @@ class Quality(Measurement[list[QualityScore]]):
             scores.append(found)
             note = "weights drawn from the seed; " if system == UNTRAINED else ""
             if system.startswith(OPPONENT_SYSTEM):
+                own = models.opponent_settings(system.removeprefix(OPPONENT_SYSTEM))
+                found.cost_share = cost_share(candidate, model, own, middle, sentence)
                 whole = model.backbone.config.num_hidden_layers
                 note = f"{candidate.config.num_hidden_layers} of {whole} blocks; "
             note += f"left context: up to {found.context}"
@@ -343,12 +348,14 @@ def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
             f", the {name.partition(',')[0]} {theirs.flops / 1e6:,.2f} MFLOP and {byte_size(theirs.bytes)}: "
             f"{ours.flops / theirs.flops:.0%} and {ours.bytes / theirs.bytes:.0%}"
         )
-    if any(name.startswith(OPPONENT_SYSTEM) for name in others):
-        return [note + "."]
-    return [
-        note + ".",
-        "No token-level model of equal cost was trained, so this does not show that sentences help.",
-    ]
+    notes = [note + "."]
+    shares = {score.system: score.cost_share for score in scores if score.cost_share is not None}
+    if shares:
+        listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+        notes.append(f"Cost over the sentence model's, by the kind of cost that was to be equal: {listed}.")
+    if not any(abs(share - 1) <= 0.1 for share in shares.values()):
+        notes.append("No opponent of equal cost was measured, so this does not show that sentences help.")
+    return notes
 
 
 # ---- breakdowns and figures

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sentcompress.errors import InputError
-from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.llm_loading import load_backbone_config, load_causal_lm
 from sentcompress.modeling.pruning import (
     Match,
@@ -42,47 +40,34 @@ class OpponentJob(PassageJob):
     def __init__(self, recipe: Recipe, name: str, found: Match, text: Inputs) -> None:
         own, spec = recipe.opponents[name], recipe.backbone
         where = f"opponents.{name}"
-        if own.config and spec.init != "random":
-            raise InputError(
-                f"{where}.config: the LLM is pretrained, so its configuration is what it is",
-                fix="remove it, or use backbone.init: random",
-            )
+        kept = ends(found.whole, found.blocks)
         if spec.init == "random":
             whole = load_backbone_config(spec, weights=False)
-            self.number = int(whole.num_hidden_layers)
-            kept = ends(self.number, found.blocks)
-            lm = load_causal_lm(spec, config=opponent_config(whole, own, kept, found.feedforward))
+            config = opponent_config(whole, own, kept, found.feedforward, f"{where}.config")
+            lm = load_causal_lm(spec, config=config)
         else:
             whole_lm = load_causal_lm(spec)
-            self.number = len(blocks_of(whole_lm))
-            kept = ends(self.number, found.blocks)
             if own.keep == "least-similar":
-                kept = least_similar(
-                    block_similarity(whole_lm, _batches(recipe, text, whole_lm)), found.blocks
-                )
+                batches = _batches(recipe, text, whole_lm)
+                kept = least_similar(block_similarity(whole_lm, batches), found.blocks)
             lm = pruned(whole_lm, kept)
         rate = own.learning_rate or recipe.baseline.learning_rate
         super().__init__(recipe, opponent_stage(name), text, lm, own, rate, where)
         self.own, self.found, self.kept = own, found, kept
-        self.inputs["blocks"] = " ".join(map(str, kept))
-        self.inputs |= {field: str(width) for field, width in found.feedforward.items()}
+        self.inputs |= found.inputs()
 
     def card(self) -> Card:
         kept = ", ".join(map(str, self.kept))
-        if self.recipe.backbone.init == "random":
-            shape = f"built with {len(self.kept)} of its {self.number} blocks"
-            shape += "".join(f" and {field} {width}" for field, width in self.found.feedforward.items())
-        else:
-            shape = f"pruned to {len(self.kept)} of its {self.number} blocks (numbers {kept})"
-        equal = "operations per token at batch 1"
-        if self.own.cost == "serving":
-            equal = f"bytes read per token in the largest batch that fits into {self.own.serving_bytes:,.0f} bytes"
+        made = (
+            "built with fewer blocks"
+            if self.recipe.backbone.init == "random"
+            else f"pruned to its blocks {kept}"
+        )
         return Card(
-            title=f"{self.recipe.backbone.model} with {len(self.kept)} of its {self.number} blocks",
-            summary=f"An opponent of a SentenceLM: {self.recipe.backbone.model}, {shape}, {self.parameters}, trained "
-            "token by token on the same passages for the same number of steps. Decoding costs "
-            f"{self.found.share:.2f} times what the SentenceLM costs ({equal}, {self.own.text_tokens:,} tokens into "
-            "a text, computed from shapes).",
+            title=f"{self.recipe.backbone.model} with {self.found.blocks} of its {self.found.whole} blocks",
+            summary=f"An opponent of a SentenceLM: {self.recipe.backbone.model}, {made}, {self.parameters}, trained "
+            f"token by token on the same passages for the same number of steps. {self.found} "
+            f"({self.own.text_tokens:,} tokens into a text, computed from shapes).",
             data=self.text.describe(),
             heldout="On held-out passages, each without the text before it in its document; "
             "use `sentcompress bench quality` to compare models.",
