@@ -342,7 +342,7 @@ def test_the_command_takes_the_recipe_memory(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert "window+entries" in shown
-    assert "160 steps" in shown
+    assert "80 steps" in shown
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
@@ -231,7 +232,12 @@ class MemoryJob(TokenLevelJob):
                 "memory.compile: the attention of a memory cannot be compiled", fix="set it to false"
             )
         self.text = text or load_inputs(recipe)
-        self.inputs = {"corpus": self.text.corpus.key}
+        options = Policy.parse(self.settings.name, self.settings.options).options
+        self.inputs = {
+            "corpus": self.text.corpus.key,
+            # What is left to defaults may change with the program.
+            "memory": json.dumps([options, ranges, MAX_SENTENCE_TOKENS]),
+        }
         lm = load_causal_lm(recipe.backbone)
         # Refuses an LLM that would attend past its memory, which is proven on its weights.
         memory = SentenceMemory(lm, self.text.tokenizer, self.settings.name, segmenter=self.text.segmenter)
