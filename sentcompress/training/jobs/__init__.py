@@ -1,4 +1,4 @@
-"""The five trainings. A job is everything the training loop needs to know about one of them."""
+"""The six trainings. A job is everything the training loop needs to know about one of them."""
 
 from __future__ import annotations
 
