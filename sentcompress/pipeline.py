@@ -224,7 +224,7 @@ def training_stages(recipe: Recipe) -> dict[str, TrainingStage]:
             partial(_opponent, name),
             lambda run, name=name: run.match(name).inputs(),  # type: ignore[misc]
         )
-        for name in recipe.opponents
+        for name in (recipe.opponents if _grafts(recipe) else ())
     ]
     return STAGES | {entry.stage.name: entry for entry in entries}
 

@@ -59,7 +59,10 @@ class StageCommand(NamedTuple):
 
         found = [name for name in stages_of(recipe) if name.startswith(self.stage)]
         if not found:
-            raise InputError("the recipe has no opponents", fix="add one: --set 'opponents={equal-cost: {}}'")
+            fix = "add one: --set 'opponents={equal-cost: {}}'"
+            if recipe.opponents:
+                fix = "they are opponents of a graft: remove the section 'memory' or 'pretrain'"
+            raise InputError("the recipe has no opponents to train", fix=fix)
         return found
 
     def function(self) -> Callable[..., None]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -90,7 +90,7 @@ class Recipe(Section):
     """The token-level model the graft is compared with: the same LLM, fine-tuned on the same data."""
     opponents: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=40)], OpponentSettings] = {}
     """Smaller token-level models of equal cost that the graft is compared with, by name. Each has a stage of its own,
-    and its folder is named ``opponent-NAME``."""
+    and its folder is named ``opponent-NAME``. A recipe that trains no graft has none."""
     bench: BenchSettings = BenchSettings()
     """Measurements."""
 
@@ -105,13 +105,6 @@ class Recipe(Section):
             if isinstance(filled.get(section), dict):
                 filled[section] = {"name": cls.model_fields[section].default.name} | filled[section]
         return filled
-
-    @model_validator(mode="after")
-    def _opponents_are_the_grafts(self) -> Self:
-        section = "memory" if self.memory else "pretrain" if self.pretrain else None
-        if self.opponents and section:
-            raise ValueError(f"opponents are those of a graft: remove them, or the section '{section}'")
-        return self
 
     @field_validator("name")
     @classmethod

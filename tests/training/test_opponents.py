@@ -155,10 +155,10 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path):
         recipe({"Not A Name": {}})
     with pytest.raises(RecipeError, match=r"opponents\.one\.block: .*blocks"):
         recipe({"one": {"block": 1}})
-    with pytest.raises(
-        RecipeError, match="opponents are those of a graft: remove them, or the section 'memory'"
-    ):
-        recipe({"one": {"blocks": 1}}, "memory={}")
+    without_graft = recipe({"one": {"blocks": 1}}, "memory={}")
+    assert stages_of(without_graft) == ["memory", "baseline"]
+    with pytest.raises(InputError, match="no stage 'opponent-one'"):
+        run_recipe(without_graft, tmp_path / "out", stages=["opponent-one"])
 
 
 def test_an_llm_whose_blocks_depend_on_their_number_is_refused():
@@ -238,4 +238,7 @@ def test_the_command_trains_the_recipes_opponents(tmp_path, capsys):
     ]
     code, printed = command("--set", "opponents={}")
     assert code != 0
-    assert "the recipe has no opponents" in printed
+    assert "the recipe has no opponents to train" in printed
+    code, printed = command("--set", "memory={}")
+    assert code != 0
+    assert "they are opponents of a graft" in printed
