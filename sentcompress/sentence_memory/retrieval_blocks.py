@@ -99,10 +99,10 @@ def recalling_blocks(model: PreTrainedModel, wanted: str | Sequence[int]) -> lis
     if wanted == "auto":
         shares = looked_back(model, blocks)
         return [n for n, share in enumerate(shares) if share >= THRESHOLD] or list(range(blocks))
-    numbers = [] if isinstance(wanted, str) else list(wanted)
+    numbers = list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else []
     if not numbers or not all(type(n) is int and 0 <= n < blocks for n in numbers):
         raise InputError(
             f"recall_blocks: {wanted!r} are not blocks of this LLM",
-            fix=f"use 'auto', 'all', or a list of numbers from 0 to {blocks - 1}",
+            fix=f"use 'auto', 'all', or a list of numbers from 0 to {blocks - 1}, such as [0, {blocks - 1}]",
         )
     return sorted(set(numbers))

@@ -100,7 +100,7 @@ def test_a_prefix_keeps_its_blocks(ids):
         torch.testing.assert_close(*more)
 
 
-@pytest.mark.parametrize("wanted", ["some", [], [3], [-1], [True], ["0"]])
+@pytest.mark.parametrize("wanted", [7, None, "some", [], [3], [-1], [True], ["0"]])
 def test_blocks_that_are_not_there_are_refused(wanted):
     with pytest.raises(InputError, match=r"recall_blocks.*\n?.*from 0 to 2"):
         SentenceMemory(llama(), Words(), **OPTIONS, recall_blocks=wanted)
