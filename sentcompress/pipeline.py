@@ -276,15 +276,14 @@ def run_recipe(
     run.check_graft(chosen)
     run.check_memory(chosen)
     run.check_opponents(chosen, console)
+    entries = training_stages(recipe)
     results: dict[str, dict[str, float]] = {}
     skipped = []
     for name in chosen:
         if name == BENCH:
             done = _run_bench(run)
         else:
-            done, results[name] = _run_stage(
-                run, training_stages(recipe)[name], resume=resume, overwrite=overwrite
-            )
+            done, results[name] = _run_stage(run, entries[name], resume=resume, overwrite=overwrite)
         if done:
             skipped.append(name)
             console.print(f"{name}: already done ({out / name})")

@@ -6,13 +6,14 @@ from bisect import bisect_left
 from functools import cache
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.errors import InputError
-from sentcompress.estimate.roofline import cost_share
+from sentcompress.estimate.roofline import decoding_cost, serving_cost
 from sentcompress.estimate.shapes import explain_shape, meta_models
 from sentcompress.modeling.llm_loading import load_backbone_config
 from sentcompress.modeling.pruning import Match, ends, opponent_config
+from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import OpponentSettings, Recipe
 
 FEEDFORWARD = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -74,6 +75,29 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
         if distance(best) < distance((blocks, None)) / 2:  # and not where no width comes near
             return found(*best)
     return found(blocks)
+
+
+def cost_share(
+    opponent: PreTrainedModel,
+    model: SentenceLM,
+    settings: OpponentSettings,
+    text_tokens: float,
+    sentence_tokens: float,
+) -> float:
+    """An opponent's cost over the sentence model's, by the kind of cost that its settings name.
+
+    Args:
+        text_tokens: tokens of the text before, for operations; the size of a batch's texts is that of the settings.
+        sentence_tokens: mean length of a sentence.
+    """
+    if settings.cost == "serving":
+        costs = [
+            serving_cost(each, settings.text_tokens, sentence_tokens, settings.serving_bytes)
+            for each in (opponent, model)
+        ]
+    else:
+        costs = [decoding_cost(each, text_tokens, sentence_tokens)[0] for each in (opponent, model)]
+    return costs[0] / costs[1]
 
 
 def _check(recipe: Recipe, settings: OpponentSettings, where: str) -> None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from sentcompress.errors import InputError
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.recipe import OpponentSettings
 
 COPY_BYTES = 2**28
 """Far larger than a processor's cache."""
@@ -265,7 +264,7 @@ def serving_cost(
         read = (of_decoder * (sentence_tokens + 1) + of_backbone) / sentence_tokens
     else:
         stored = read = _backbone_cache(model, text_tokens)
-    held = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    held = sum(p.nbytes for p in model.parameters())
     batch = (memory_bytes - held) / stored
     if batch < 1:
         raise InputError(
@@ -275,26 +274,3 @@ def serving_cost(
         )
     weights = decoding_cost(model, text_tokens, sentence_tokens)[1] - read
     return weights / batch + read
-
-
-def cost_share(
-    opponent: PreTrainedModel,
-    model: SentenceLM,
-    settings: OpponentSettings,
-    text_tokens: float,
-    sentence_tokens: float,
-) -> float:
-    """An opponent's cost over the sentence model's, by the kind of cost that its settings name.
-
-    Args:
-        text_tokens: tokens of the text before, for operations; the size of a batch's texts is that of the settings.
-        sentence_tokens: mean length of a sentence.
-    """
-    if settings.cost == "serving":
-        costs = [
-            serving_cost(each, settings.text_tokens, sentence_tokens, settings.serving_bytes)
-            for each in (opponent, model)
-        ]
-    else:
-        costs = [decoding_cost(each, text_tokens, sentence_tokens)[0] for each in (opponent, model)]
-    return costs[0] / costs[1]

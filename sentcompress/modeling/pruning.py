@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, is_out_of_memory
 from sentcompress.modeling.backbone_config import shaped_config
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.recipe import OpponentSettings
+from sentcompress.recipe.training_sections import EQUAL_COST
 
 _TOKENS = 8
 """Tokens on which a pruned LLM is compared with the whole one."""
-TOLERANCE = 0.1
-"""Costs that differ by this share or less count as equal."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Match:
     @property
     def is_equal(self) -> bool:
         """Whether it costs what the sentence model costs, within a tenth."""
-        return abs(self.share - 1) <= TOLERANCE
+        return abs(self.share - 1) <= EQUAL_COST
 
     def inputs(self) -> dict[str, str]:
         """What a run records of it."""
@@ -194,6 +193,8 @@ def pruned(lm: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         short = short.to(lm.dtype)
         copy_blocks(lm, short, blocks_of(lm), kept)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise refusal from error
     if not _is_the_whole_without_others(lm, short, kept):
         raise refusal

@@ -230,6 +230,10 @@ class BaselineSettings(TuneSettings):
     """Train a baseline; without one, reports say so."""
 
 
+EQUAL_COST = 0.1
+"""Costs that differ by this share or less count as equal."""
+
+
 class OpponentSettings(TuneSettings):
     """An opponent of the graft: the same LLM with fewer blocks, so that a token costs as much as with the graft.
 

@@ -22,6 +22,7 @@ from sentcompress.benchmark.measurement import (
 from sentcompress.benchmark.measurements.causality import Causality
 from sentcompress.benchmark.paper import sllm_note
 from sentcompress.provenance import Record
+from sentcompress.recipe.training_sections import EQUAL_COST
 from sentcompress.table import Figure, Table, byte_size, number, percent
 from sentcompress.training.run_folder import OPPONENT
 
@@ -163,7 +164,8 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.benchmark.breakdown import Breakdown
         from sentcompress.benchmark.heldout_text import heldout_documents
         from sentcompress.benchmark.models import model_counts
-        from sentcompress.estimate.roofline import cost_share, decoding_cost
+        from sentcompress.estimate.equal_cost import cost_share
+        from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
         from sentcompress.text.lossless_tokenizer import lossless
 
@@ -275,15 +277,10 @@ class Quality(Measurement[list[QualityScore]]):
         if SENTENCE_MODEL not in scores:
             return []
         text = "bits per byte, sentence model"
+        labels = {BASELINES[0]: "equal-data baseline"}
+        labels |= {name: name for name in scores if name.startswith(OPPONENT_SYSTEM)}
         others = [
-            f"equal-data baseline {scores[name].bits_per_byte:.3f}"
-            for name in BASELINES[:1]
-            if name in scores
-        ]
-        others += [
-            f"{name} {score.bits_per_byte:.3f}"
-            for name, score in scores.items()
-            if name.startswith(OPPONENT_SYSTEM)
+            f"{label} {scores[name].bits_per_byte:.3f}" for name, label in labels.items() if name in scores
         ]
         if others:
             text += f" ({', '.join(others)})"
@@ -330,7 +327,7 @@ def _data_note(results: Results) -> list[str]:
 
 
 def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
-    """What a token of text costs the sentence model, and as a share of what it costs its baseline and opponents."""
+    """The cost of decoding a token: the sentence model's, also as a share of its baseline's and its opponents'."""
     costs = {score.system: score.cost for score in scores if score.cost}
     baseline = next((name for name in BASELINES if name in costs), None)
     others = [name for name in costs if name == baseline or name.startswith(OPPONENT_SYSTEM)]
@@ -353,7 +350,7 @@ def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
     if shares:
         listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
         notes.append(f"Cost over the sentence model's, by the kind of cost that was to be equal: {listed}.")
-    if not any(abs(share - 1) <= 0.1 for share in shares.values()):
+    if not any(abs(share - 1) <= EQUAL_COST for share in shares.values()):
         notes.append("No opponent of equal cost was measured, so this does not show that sentences help.")
     return notes
 
