@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,3 +168,30 @@ def make_job() -> Callable[[Recipe], PretrainJob]:
         return PretrainJob(recipe)
 
     return make
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``interrupted(recipe, out, stages=[...])``: ``run_recipe``, with a Ctrl-C at the second micro-batch."""
+    from sentcompress import pipeline
+
+    real = pipeline.train
+
+    def train(job: Any, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        inner, calls = job.loss, iter(range(100))
+
+        def loss(*given: Any) -> Any:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(*given)
+
+        job.loss = loss
+        return real(job, *arguments, **keywords)
+
+    def run(*arguments: Any, **keywords: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "train", train)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run_recipe(*arguments, **keywords)
+
+    return run
