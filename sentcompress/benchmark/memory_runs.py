@@ -26,7 +26,7 @@ from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.errors import InputError, RunError
 from sentcompress.recipe import BenchSettings
 from sentcompress.sentence_memory.block_cache import BlockCache
-from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.text.boundaries import BoundaryFinder
 
 BOUNDARIES, RECALL = "boundaries", "recall"
 PARTS = (

@@ -23,13 +23,13 @@ from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
-from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
 from sentcompress.sentence_memory.slow_storage import make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import TokenTable
+from sentcompress.text.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.text.segmentation import saved_segmenter
 
 SETTINGS = "memory.json"

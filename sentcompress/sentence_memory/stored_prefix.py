@@ -18,7 +18,7 @@ from sentcompress.contracts import Segmenter
 from sentcompress.errors import InputError, StorageError
 from sentcompress.files import read_json, whole_folder
 from sentcompress.registry import get_registry
-from sentcompress.sentence_memory.boundaries import BoundaryFinder
+from sentcompress.text.boundaries import BoundaryFinder
 from sentcompress.text.segmentation import saved_segmenter
 
 _HEADER, _TENSORS = "prefix.json", "prefix.safetensors"

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sentcompress.contracts import Tokens
 from sentcompress.errors import InputError
-from sentcompress.sentence_memory.boundaries import BoundaryFinder
 from sentcompress.sentence_memory.call_plan import Moves, Plan, Reading, Stored
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import (
@@ -21,6 +20,7 @@ from sentcompress.sentence_memory.positions import (
     moves_before,
 )
 from sentcompress.sentence_memory.visibility import Layout
+from sentcompress.text.boundaries import BoundaryFinder
 
 SLOTS = 32
 """The cache grows by this many tokens at a time."""

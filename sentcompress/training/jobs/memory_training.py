@@ -22,11 +22,11 @@ from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import MemorySettings, Recipe
 from sentcompress.sentence_memory.attention import OnePassMemory, memory_attention
-from sentcompress.sentence_memory.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
 from sentcompress.sentence_memory.token_table import Row
 from sentcompress.sentence_memory.visibility import Layout
+from sentcompress.text.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 from sentcompress.text.sampling import Batch, first_fit, pad
 from sentcompress.text.token_sampling import IGNORED, PassageTokenSampler
 from sentcompress.training.card import Card
