@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from sentcompress.hookspecs import hookimpl
     from sentcompress.modeling import SentenceLM, SentenceLMConfig, SentenceVAE, SentenceVAEConfig
+    from sentcompress.modeling.saved_models import load_split
     from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _CONTRACTS = (
 )
 _EXPORTS = dict.fromkeys(_CONTRACTS, "sentcompress.contracts") | {
     "hookimpl": "sentcompress.hookspecs",
+    "load_split": "sentcompress.modeling.saved_models",
     "SentenceLM": "sentcompress.modeling",
     "SentenceLMConfig": "sentcompress.modeling",
     "SentenceMemory": "sentcompress.sentence_memory.sentence_cache",
@@ -75,6 +77,7 @@ __all__ = [
     "Tokens",
     "__version__",
     "hookimpl",
+    "load_split",
 ]
 
 

@@ -70,7 +70,7 @@ class Run:
 
     def graft_inputs(self) -> dict[str, str]:
         """Digests of the model folders that a graft starts from."""
-        digests = {"vae": folder_digest(self.vae)}
+        digests = {} if self.recipe.graft.split else {"vae": folder_digest(self.vae)}
         if self.teacher is not None and (self.teacher / COMPLETE).is_file():
             digests["teacher"] = folder_digest(self.teacher)
         return digests
@@ -84,7 +84,8 @@ class Run:
         if GRAFT.name not in stages:
             return
         done = (self.out / GRAFT.name / COMPLETE).is_file()  # no longer needs its SentenceVAE
-        if VAE.name not in stages and not done and not (self.vae / COMPLETE).is_file():
+        needs_vae = VAE.name not in stages and self.recipe.graft.split is None
+        if needs_vae and not done and not (self.vae / COMPLETE).is_file():
             raise InputError(
                 f"graft: no SentenceVAE in '{self.vae}'",
                 fix="train it first, with the same recipe and --out: sentcompress train-vae; or name one: --vae DIR",
@@ -170,6 +171,10 @@ def _vae(run: Run) -> Job:
 
 
 def _graft(run: Run) -> Job:
+    if run.recipe.graft.split is not None:
+        from sentcompress.training.jobs.split import SplitJob
+
+        return SplitJob(run.recipe, run.text, run.teacher)
     from sentcompress.training.jobs.graft import GraftJob
 
     return GraftJob(run.recipe, run.vae, run.text, run.teacher)
@@ -197,6 +202,10 @@ def _grafts(recipe: Recipe) -> bool:
     return recipe.pretrain is None and recipe.memory is None
 
 
+def _trains_vae(recipe: Recipe) -> bool:
+    return _grafts(recipe) and recipe.graft.vae is None and recipe.graft.split is None
+
+
 def _compares(recipe: Recipe) -> bool:
     """Whether the recipe trains a model that has a baseline."""
     return recipe.pretrain is None
@@ -206,7 +215,7 @@ STAGES = {
     entry.stage.name: entry
     for entry in (
         TrainingStage(PRETRAIN, lambda recipe: recipe.pretrain is not None, _pretrain),
-        TrainingStage(VAE, lambda recipe: _grafts(recipe) and recipe.graft.vae is None, _vae),
+        TrainingStage(VAE, _trains_vae, _vae),
         TrainingStage(GRAFT, _grafts, _graft, Run.graft_inputs),
         TrainingStage(MEMORY, lambda recipe: _compares(recipe) and recipe.memory is not None, _memory),
         TrainingStage(BASELINE, lambda recipe: _compares(recipe) and recipe.baseline.enabled, _baseline),

@@ -28,8 +28,10 @@ from sentcompress.modeling.device_map import DeviceName, blocks_of, dispatch_blo
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.saved_models import (
+    SPLIT,
     load_saved_tokenizer,
     load_sentence_lm,
+    load_split,
     load_vae,
     read_config,
 )
@@ -40,7 +42,7 @@ from sentcompress.recipe import OpponentSettings, Recipe, load_recipe
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.sentence_cache import SETTINGS
 from sentcompress.text.corpus import Corpus, build_corpus
-from sentcompress.training.run_folder import MEMORY, OPPONENT
+from sentcompress.training.run_folder import GRAFT, MEMORY, OPPONENT
 
 CURVES = ("loss", "nats_per_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,6 +79,8 @@ class ModelFolder:
         if (path / "config.json").is_file():
             if (path / SETTINGS).is_file():
                 self.single = MEMORY.name
+            elif (path / SPLIT).is_file():
+                self.single = GRAFT.name
             else:
                 self.single = {"sentence-lm": "graft", "sentence-vae": "vae"}[read_config(path)["model_type"]]
         elif not finished_stages(path):
@@ -234,8 +238,16 @@ class Models:
 
     @cached_property
     def sentence_lm(self) -> SentenceLM:
-        model = self.place(load_sentence_lm(self._stage("graft")))
-        return quantize(model, self.recipe.bench.quantize)
+        folder = self._stage(GRAFT.name)
+        if (folder / SPLIT).is_file():
+            raise Missing("this is not measured for a split LLM")
+        return quantize(self.place(load_sentence_lm(folder)), self.recipe.bench.quantize)
+
+    @cached_property
+    def grafted(self) -> SentenceLM | PreTrainedModel:
+        """What the graft made: a SentenceLM or a split LLM."""
+        folder = self._stage(GRAFT.name)
+        return self.place(load_split(folder)[0]) if (folder / SPLIT).is_file() else self.sentence_lm
 
     @cached_property
     def vae(self) -> tuple[str, SentenceVAE]:
@@ -329,7 +341,7 @@ def is_llm(name: str) -> bool:
     if not path.is_dir():
         return True
     about = read_json(path / "config.json")
-    if not isinstance(about, dict) or (path / SETTINGS).is_file():
+    if not isinstance(about, dict) or (path / SETTINGS).is_file() or (path / SPLIT).is_file():
         return False
     return about.get("model_type") not in (SentenceVAEConfig.model_type, SentenceLMConfig.model_type)
 
@@ -380,9 +392,14 @@ def model_counts(
     learned = records[stages[-1]].get("trainable_parameters") if stages else 0
     per_position = mean_sentence_tokens / model.latents if isinstance(model, SentenceLM) else 1.0
     total, tables = count(model)
-    backbone, positions = count(models.sentence_lm.backbone)
-    if not isinstance(model, SentenceLM):  # an opponent has fewer blocks
-        backbone += count(blocks_of(model))[0] - count(models.sentence_lm.backbone.blocks)[0]
+    grafted = models.grafted
+    if isinstance(grafted, SentenceLM):
+        backbone, positions = count(grafted.backbone)
+        if not isinstance(model, SentenceLM):  # an opponent has fewer blocks
+            backbone += count(blocks_of(model))[0] - count(grafted.backbone.blocks)[0]
+    else:
+        assert isinstance(model, PreTrainedModel)
+        backbone, positions = count(blocks_of(model))
     return ModelCounts(
         parameters=total,
         trainable_parameters=learned,

@@ -239,4 +239,5 @@ class Bench:
     @property
     def graft_stages(self) -> tuple[str, ...]:
         """Stages the sentence model was trained in."""
-        return ("graft",) if self.recipe.graft.vae else ("vae", "graft")
+        alone = self.recipe.graft.vae or self.recipe.graft.split
+        return ("graft",) if alone else ("vae", "graft")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sentcompress.errors import InputError
 from sentcompress.estimate.roofline import decoding_cost, serving_cost
-from sentcompress.estimate.shapes import explain_shape, meta_models
+from sentcompress.estimate.shapes import explain_shape, meta_graft
 from sentcompress.modeling.llm_loading import load_backbone_config
 from sentcompress.modeling.pruning import Match, ends, opponent_config
 from sentcompress.modeling.sentence_lm import SentenceLM
@@ -43,7 +43,7 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
             fix="choose fewer, or leave this opponent out",
         )
 
-    model = meta_models(recipe)[0]
+    model = meta_graft(recipe)
 
     @cache
     def share(blocks: int, width: int | None = None) -> float:
@@ -79,7 +79,7 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
 
 def cost_share(
     opponent: PreTrainedModel,
-    model: SentenceLM,
+    model: SentenceLM | PreTrainedModel,
     settings: OpponentSettings,
     text_tokens: float,
     sentence_tokens: float,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from sentcompress.estimate.equal_cost import match
-from sentcompress.estimate.shapes import count_weights, vae_shape
+from sentcompress.estimate.shapes import count_weights, meta_graft, vae_shape
 from sentcompress.estimate.training_memory import training_bytes, weight_bytes
 from sentcompress.modeling import SentenceVAE
-from sentcompress.recipe import MemorySettings, Recipe
+from sentcompress.recipe import MemorySettings, Recipe, SplitSettings
 from sentcompress.table import GIB
 from sentcompress.training.inputs import backbone_shape
 
@@ -73,6 +73,8 @@ def plan(recipe: Recipe) -> str:
         )
     if recipe.memory is not None:
         return _memory_plan(recipe, recipe.memory)
+    if recipe.graft.split is not None:
+        return _split_plan(recipe, recipe.graft.split)
     parts = count(recipe)
     vae, graft = recipe.train_vae, recipe.graft
     sentences, passages = _sentences(recipe), _passages(recipe)
@@ -121,6 +123,33 @@ def _memory_plan(recipe: Recipe, memory: MemorySettings) -> str:
             f"                     {memory.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
             f"{most * TOKENS_PER_SENTENCE:,} tokens at {TOKENS_PER_SENTENCE} per sentence",
             f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
+            f"  bench              {', '.join(recipe.bench.metrics) or 'nothing'}",
+            UNTOUCHED,
+        ]
+    )
+
+
+def _split_plan(recipe: Recipe, split: SplitSettings) -> str:
+    """The plan of a recipe that grafts a split LLM."""
+    graft, passages = recipe.graft, _passages(recipe)
+    most, number = passages * graft.max_sentences, int(backbone_shape(recipe).config.num_hidden_layers)
+    lm = meta_graft(recipe)
+    size, middle = count_weights(lm), number - split.first_blocks - split.last_blocks
+    return "\n".join(
+        [
+            _title(recipe),
+            f"  split              {split.first_blocks} first and {split.last_blocks} last blocks at every token, "
+            f"{middle} middle blocks once per sentence",
+            f"  parameters         {_millions(size)} (tune: {graft.tune})",
+            f"  graft              {_gib(training_bytes(size, size))} (weights, gradients, AdamW in fp32, activations "
+            "not included)",
+            f"                     {graft.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
+            f"{most * TOKENS_PER_SENTENCE:,} tokens at {TOKENS_PER_SENTENCE} per sentence",
+            f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
+            *(
+                f"  opponent           {name}: {match(recipe, name, TOKENS_PER_SENTENCE)}"
+                for name in recipe.opponents
+            ),
             f"  bench              {', '.join(recipe.bench.metrics) or 'nothing'}",
             UNTOUCHED,
         ]

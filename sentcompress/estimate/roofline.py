@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sentcompress.errors import InputError
+from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.split import Split, split_of
 
 COPY_BYTES = 2**28
 """Far larger than a processor's cache."""
@@ -136,6 +138,60 @@ def _attention_flops(config: Any, positions: float) -> float:
     return float(ATTENTION_FLOPS * blocks * attended_positions(config, positions))
 
 
+def _split_parts(lm: PreTrainedModel, made: Split) -> list[list[nn.Module]]:
+    """The first, middle and last blocks."""
+    blocks = [*blocks_of(lm)]
+    return [blocks[: made.first], blocks[made.first : made.after], blocks[made.after :]]
+
+
+def split_flops_per_token(
+    lm: PreTrainedModel, made: Split, text_tokens: float, sentence_tokens: float
+) -> float:
+    """Floating-point operations of a token of a split LLM.
+
+    First and last blocks and the output head run at each token, middle and last blocks once per sentence.
+    """
+    parts = _split_parts(lm, made)
+    first, middle, last = (sum(products(block) for block in part) for part in parts)
+    outside = products(lm.base_model) - first - middle - last + lm.get_output_embeddings().weight.numel()
+    weights = outside + first + last + (middle + last) / sentence_tokens
+    sentences, config = text_tokens / sentence_tokens, lm.config
+    attended = len(parts[0]) * attended_positions(config, text_tokens)
+    attended += len(parts[1]) * attended_positions(config, sentences) / sentence_tokens
+    attended += (
+        len(parts[2]) * attended_positions(config, text_tokens + sentences) * (1 + 1 / sentence_tokens)
+    )
+    return FLOPS_PER_PRODUCT * weights + ATTENTION_FLOPS * _attention_width(config) * attended
+
+
+def split_bytes_per_token(
+    lm: PreTrainedModel, made: Split, text_tokens: float, sentence_tokens: float
+) -> float:
+    """Weights and caches that a token of a split LLM reads; its middle blocks once per sentence."""
+    middle = sum(module_bytes(block) for block in _split_parts(lm, made)[1])
+    weights = backbone_bytes_per_token(lm, 0) - middle * (1 - 1 / sentence_tokens)
+    return weights + _split_caches(lm, made, text_tokens, sentence_tokens)[1]
+
+
+def _split_caches(
+    lm: PreTrainedModel, made: Split, text_tokens: float, sentence_tokens: float
+) -> tuple[float, float]:
+    """Bytes of a text's cache, and how many of them a token reads."""
+    config, size, sentences = (
+        lm.config,
+        lm.get_output_embeddings().weight.element_size(),
+        text_tokens / sentence_tokens,
+    )
+    of_block = backbone_cache_bytes(config, size) / config.num_hidden_layers
+    first, middle, last = (
+        len(part) * of_block * attended_positions(config, positions)
+        for part, positions in zip(
+            _split_parts(lm, made), (text_tokens, sentences, text_tokens + sentences), strict=True
+        )
+    )
+    return first + middle + last, first + middle / sentence_tokens + last
+
+
 def sentence_bytes_per_token(
     model: SentenceLM, text_tokens: float, sentence_tokens: float, head_bytes: int | None = None
 ) -> float:
@@ -238,6 +294,9 @@ def decoding_cost(
     if isinstance(model, SentenceLM):
         flops = sentence_flops_per_token(model, text_tokens, sentence_tokens)
         size = sentence_bytes_per_token(model, text_tokens, sentence_tokens)
+    elif (made := split_of(model)) is not None:
+        flops = split_flops_per_token(model, made, text_tokens, sentence_tokens)
+        size = split_bytes_per_token(model, made, text_tokens, sentence_tokens)
     else:
         flops = backbone_flops_per_token(model, text_tokens)
         size = backbone_bytes_per_token(model, text_tokens)
@@ -262,6 +321,8 @@ def serving_cost(
         of_decoder, of_backbone = _sentence_caches(model, text_tokens, sentence_tokens)
         stored = of_decoder + of_backbone
         read = (of_decoder * (sentence_tokens + 1) + of_backbone) / sentence_tokens
+    elif (made := split_of(model)) is not None:
+        stored, read = _split_caches(model, made, text_tokens, sentence_tokens)
     else:
         stored = read = _backbone_cache(model, text_tokens)
     held = sum(p.nbytes for p in model.parameters())

@@ -20,6 +20,7 @@ from sentcompress.modeling.grafting import plain_config, vae_config
 from sentcompress.modeling.llm_loading import adapter_name, load_backbone_config, load_causal_lm
 from sentcompress.modeling.saved_models import read_config
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.split import split
 from sentcompress.recipe import Recipe
 from sentcompress.registry import get_registry
 
@@ -56,7 +57,16 @@ def vae_shape(recipe: Recipe, config: Any, hidden_size: int, num_heads: int) -> 
 
 
 def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
-    """A SentenceLM and its backbone in the shapes of a recipe, weights drawn from its seed."""
+    """A SentenceLM and its backbone in the shapes of a recipe, weights drawn from its seed.
+
+    Raises:
+        InputError: the recipe has a split LLM instead.
+    """
+    if recipe.graft.split is not None:
+        raise InputError(
+            "graft.split: this is not predicted or timed for a split LLM",
+            fix="leave graft.split out, or train it and measure its quality: sentcompress run",
+        )
     spec = recipe.backbone.model_copy(update={"init": "random"})
     config = load_backbone_config(spec, weights=False)
     with torch.random.fork_rng():
@@ -94,6 +104,22 @@ def meta_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
         _check_depth("vae.decoder_layers", recipe.vae.decoder_layers)
         with torch.device("meta"):
             return random_models(recipe)
+
+
+def meta_graft(recipe: Recipe) -> SentenceLM | PreTrainedModel:
+    """What a recipe grafts, a SentenceLM or a split LLM, on the meta device.
+
+    Raises:
+        InputError: no such model can be built; the field is named.
+    """
+    own = recipe.graft.split
+    if own is None:
+        return meta_models(recipe)[0]
+    with explain_shape(recipe), torch.device("meta"):
+        lm = load_causal_lm(recipe.backbone.model_copy(update={"init": "random"})).eval()
+        lm.tie_weights()  # which transformers 5.0 leaves undone on the meta device
+    split(lm, None, own.first_blocks, own.last_blocks)
+    return lm
 
 
 @contextmanager

@@ -6,15 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sentcompress.errors import ModelFolderError, PluginError
+from sentcompress.errors import InputError, ModelFolderError, PluginError
 from sentcompress.files import read_json
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
-from sentcompress.modeling.llm_loading import SAFE, quiet
+from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.split import split
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import CANNOT
+from sentcompress.recipe import BackboneSpec
+from sentcompress.text.boundaries import BoundaryFinder
+from sentcompress.text.segmentation import saved_segmenter
+
+SPLIT = "split.json"
+"""The file that makes the folder of an LLM that of a split one."""
+LONGEST_SENTENCE = 64
+"""Tokens after which a sentence of a split LLM is cut, if its segmenter has not cut it before."""
 
 
 def read_config(folder: Path | str, expected: str | None = None) -> dict[str, Any]:
@@ -99,3 +108,29 @@ def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
             f"'{folder}': its tokenizer has a token {largest:,}, but the model's vocabulary ends before {size:,}",
             fix="copy tokenizer.json and tokenizer_config.json from where the model was trained",
         )
+
+
+def load_split(folder: Path | str) -> tuple[PreTrainedModel, Any]:
+    """A split LLM that was grafted, in eval mode, and its tokenizer.
+
+    Raises:
+        ModelFolderError: the folder holds none, or it is damaged.
+    """
+    folder = Path(folder)
+    file = folder / SPLIT
+    if not file.is_file():
+        raise ModelFolderError(
+            f"'{folder}' has no {SPLIT}, so it is not a split LLM", fix="graft one: set graft.split"
+        )
+    spec = BackboneSpec(model=str(folder.resolve()))
+    tokenizer, saved = load_backbone_tokenizer(spec), read_json(file)
+    lm = load_causal_lm(spec).eval()
+    try:
+        own = saved["segmenter"]
+        segmenter = saved_segmenter(own["name"], own["options"], own["state"], tokenizer)
+        first, last = int(saved["first_blocks"]), int(saved["last_blocks"])
+        split(lm, BoundaryFinder(segmenter, tokenizer, LONGEST_SENTENCE), first, last)
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise ModelFolderError(f"{file}: damaged: {text}", fix="copy or train the model again") from None
+    return lm, tokenizer

@@ -51,7 +51,7 @@ class Split:
         has_middle: set to False, the middle blocks are left out: the LLM is pruned.
     """
 
-    def __init__(self, lm: PreTrainedModel, finder: Finder, first: int, last: int) -> None:
+    def __init__(self, lm: PreTrainedModel, finder: Finder | None, first: int, last: int) -> None:
         self.finder, self.first, self.last = finder, first, last
         self.config = lm.config
         self.after = len(blocks_of(lm)) - last
@@ -92,6 +92,8 @@ class Split:
     @torch.no_grad()
     def _begin(self, input_ids: Tensor, attention_mask: Tensor | None, state: SplitState | None) -> Call:
         """Find the sentences that the tokens of a call show to be over."""
+        finder = self.finder
+        assert finder is not None
         (batch, length), device = input_ids.shape, input_ids.device
         state_of = state or SplitState(batch, device)
         past = state_of.get_seq_length()
@@ -102,7 +104,7 @@ class Split:
             for column, token in enumerate(ids):
                 if not real[column]:
                     continue
-                if self.finder.begins(sentence, token):
+                if finder.begins(sentence, token):
                     ends[-1].append(column)  # of the token before: see Call.take
                     sentence.clear()
                 sentence.append(token)
@@ -201,11 +203,11 @@ class Split:
         return call.masks[kind]
 
 
-def split(lm: PreTrainedModel, finder: Finder, first: int, last: int) -> Split:
+def split(lm: PreTrainedModel, finder: Finder | None, first: int, last: int) -> Split:
     """Run the middle blocks of an LLM once per sentence from now on.
 
     Args:
-        finder: finds its sentences.
+        finder: finds its sentences; None if it only has to have the shape.
         first, last: how many blocks run at every token; at least one each.
 
     Raises:

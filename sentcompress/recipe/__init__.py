@@ -23,6 +23,7 @@ from sentcompress.recipe.training_sections import (
     OpponentSettings,
     PassageSettings,
     PretrainSettings,
+    SplitSettings,
     TrainingSettings,
     TrainVAESettings,
     TuneSettings,
@@ -42,6 +43,7 @@ __all__ = [
     "PretrainSettings",
     "Recipe",
     "Section",
+    "SplitSettings",
     "TrainVAESettings",
     "TrainingSettings",
     "TuneSettings",
@@ -166,6 +168,8 @@ class Recipe(Section):
         unchanged = {name for name in LATER if getattr(self.bench, name) == getattr(defaults, name)}
         left_out: dict[str, Any] = {"bench": unchanged}
         left_out |= {name: True for name in ("memory", "opponents") if not getattr(self, name)}
+        if self.graft.split is None:
+            left_out["graft"] = {"split"}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
     def dump(self) -> str:

@@ -152,9 +152,22 @@ class PassageSettings(TrainingSettings):
     first sentence of a passage could not be predicted."""
 
 
-class GraftSettings(PassageSettings, TuneSettings):
-    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2)."""
+class SplitSettings(Section):
+    """Which blocks of a split LLM run at every token. Those between them run once per sentence, at its last token."""
 
+    first_blocks: int = Field(default=5, ge=1)
+    """How many from the first one on."""
+    last_blocks: int = Field(default=5, ge=1)
+    """How many up to the last one."""
+
+
+class GraftSettings(PassageSettings, TuneSettings):
+    """Fine-tuning of encoder, backbone and decoder on text (paper section 3.2), or of a split LLM."""
+
+    split: SplitSettings | None = None
+    """Keep the LLM's first and last blocks at every token and run those between once per sentence, in place of a
+    SentenceVAE around all of its blocks: ``{first_blocks: 5, last_blocks: 5}``. Nothing about the SentenceVAE, start
+    latent and stop decisions is used then."""
     vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
     """Folder of a trained SentenceVAE; null uses the one from this run."""
     loss: Literal["focal", "cross-entropy"] = "focal"
@@ -182,6 +195,14 @@ class GraftSettings(PassageSettings, TuneSettings):
     def _one_softening(self) -> GraftSettings:
         if self.teacher and self.label_smoothing:
             raise ValueError("label_smoothing cannot be combined with a teacher; set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _split_stands_alone(self) -> Self:
+        if self.split and self.vae:
+            raise ValueError("split keeps the LLM's own layers and needs no SentenceVAE; remove vae")
+        if self.split and self.shortlist_rank:
+            raise ValueError("split has no sentence decoder for a shortlist; set shortlist_rank to 0")
         return self
 
 

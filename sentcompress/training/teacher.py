@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -9,7 +12,10 @@ from transformers import PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
+from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.losses import Teaching
+from sentcompress.recipe import BackboneSpec, Recipe
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.training.jobs.token_level import hidden_states_by_length
 
 TOLERANCE = 1e-3
@@ -41,6 +47,12 @@ class Teacher:
             )
         check_output_head(lm, "graft.teacher", "graft without a teacher")
 
+    def move(self, device: torch.device) -> None:
+        """Move it to the device of a batch."""
+        if self.lm.device != device:
+            self.lm.to(device)
+            self.weight = self.lm.get_output_embeddings().weight[: len(self.weight)]
+
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> Teaching:
         """Its predictions for the sentences of a graft's batch, each passage read from its beginning.
@@ -49,9 +61,7 @@ class Teacher:
             batch: ``input_ids, attention_mask [S, L]``, ``sentence_index, passage_ids [R, N]``.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        if self.lm.device != ids.device:
-            self.lm.to(ids.device)
-            self.weight = self.lm.get_output_embeddings().weight[: len(self.weight)]
+        self.move(ids.device)
         occupied = batch["sentence_index"] >= 0
         sentences = batch["sentence_index"][occupied]
         rows = torch.arange(len(occupied), device=ids.device)[:, None]
@@ -77,6 +87,30 @@ class Teacher:
         for rows, states in hidden_states_by_length(self.lm, ids, mask.long()):
             found |= {row: states[i, : len(texts[row])] for i, row in enumerate(rows.tolist())}
         return torch.cat([found[row] for row in range(len(texts))])
+
+
+def graft_teacher(recipe: Recipe, tokenizer: Any, bos_token_id: int, folder: Path | None) -> Teacher | None:
+    """The teacher that ``graft.teacher`` names; None if it names none.
+
+    Args:
+        bos_token_id: put before each text.
+        folder: of the LLM; None if it is the backbone itself.
+
+    Raises:
+        InputError: it has another tokenizer than the backbone, or cannot teach.
+    """
+    if recipe.graft.teacher is None:
+        return None
+    spec = recipe.backbone
+    if folder is not None:
+        spec = BackboneSpec(model=str(folder.resolve()))
+        if load_backbone_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"graft.teacher: '{folder}' has another tokenizer than the backbone",
+                fix="use a teacher with the backbone's tokenizer",
+            )
+    lm, size = load_causal_lm(spec), lossless(tokenizer).vocab_size
+    return Teacher(lm, size, bos_token_id, recipe.graft.teacher_share)
 
 
 @torch.no_grad()

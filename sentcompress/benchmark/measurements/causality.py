@@ -11,6 +11,8 @@ from sentcompress.provenance import Record
 from sentcompress.table import Table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sentcompress.benchmark.results import Results
     from sentcompress.benchmark.runner import Bench
 
@@ -85,9 +87,13 @@ class Causality(Measurement[CausalityReport | None]):
 
     def measure(self, bench: Bench) -> CausalityReport:
         from sentcompress.benchmark.causality_checks import check_causality
+        from sentcompress.modeling.sentence_lm import SentenceLM
 
-        model = bench.models.sentence_lm
-        report = check_causality(model, seed=bench.recipe.seed)
+        model = bench.models.grafted
+        if isinstance(model, SentenceLM):
+            report = check_causality(model, seed=bench.recipe.seed)
+        else:
+            report = _split_report(model)
         for check in report.checks:
             bench.row(
                 self.name,
@@ -135,6 +141,26 @@ class Causality(Measurement[CausalityReport | None]):
             Compared("all checks", "future max_delta", report.future_delta),
             Compared("all checks", "passed", report.passed),
         ]
+
+
+def _split_report(lm: PreTrainedModel) -> CausalityReport:
+    """The proof of a split LLM, which is run once: its masks are the same for all implementations of attention."""
+    from sentcompress.modeling.split_proof import prove_split
+
+    return CausalityReport(
+        checks=[
+            CausalityCheck(
+                name=finding.name,
+                kind="future" if finding.name == "future" else "equality",
+                attention=str(lm.config._attn_implementation),
+                max_delta=finding.delta,
+                tolerance=finding.allowed,
+                passed=finding.passed,
+                detail=finding.problem,
+            )
+            for finding in prove_split(lm)
+        ]
+    )
 
 
 def _line(checks: Sequence[CausalityCheck], backends: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from sentcompress.benchmark.measurement import (
     Measurement,
     Section,
 )
-from sentcompress.benchmark.measurements.causality import Causality
+from sentcompress.benchmark.measurements.causality import Causality, require_causal
 from sentcompress.benchmark.paper import sllm_note
 from sentcompress.provenance import Record
 from sentcompress.recipe.training_sections import EQUAL_COST
@@ -167,10 +167,11 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.estimate.equal_cost import cost_share
         from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
+        from sentcompress.modeling.sentence_lm import SentenceLM
         from sentcompress.text.lossless_tokenizer import lossless
 
         models, settings = bench.models, bench.settings
-        model = models.sentence_lm
+        model = models.grafted
         causality = bench.report(Causality)
         documents = heldout_documents(models.corpus, settings)
         tokenizer = lossless(models.tokenizer)
@@ -193,18 +194,24 @@ class Quality(Measurement[list[QualityScore]]):
             breakdown=breakdown,
         )
         baseline, as_it_came = BASELINES
+        of_graft = by_sentences if isinstance(model, SentenceLM) else by_tokens
         systems: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
-            (SENTENCE_MODEL, lambda: model, by_sentences, bench.graft_stages),
+            (SENTENCE_MODEL, lambda: model, of_graft, bench.graft_stages),
             (baseline, lambda: models.baseline, by_tokens, ("baseline",)),
             *(
                 (OPPONENT_SYSTEM + name, partial(models.opponent, name), by_tokens, (OPPONENT + name,))
                 for name in models.opponents
             ),
             (as_it_came, lambda: models.as_it_came, by_tokens, ()),
-            (UNTRAINED, models.untrained, by_sentences, ()),
         ]
         approximate = ""
-        if model.shortlist is not None:
+        if isinstance(model, SentenceLM):
+            whole = model.backbone.config.num_hidden_layers
+            systems.append((UNTRAINED, models.untrained, by_sentences, ()))
+        else:
+            require_causal(causality)
+            whole = model.config.num_hidden_layers
+        if isinstance(model, SentenceLM) and model.shortlist is not None:
             head = make_shortlist_head(model, settings.shortlist_tokens)
             approximate = f"{SENTENCE_MODEL}, shortlist of {head.tokens:,}"
             by_shortlist = partial(by_sentences, shortlist=head)
@@ -228,14 +235,12 @@ class Quality(Measurement[list[QualityScore]]):
             if system.startswith(OPPONENT_SYSTEM):
                 own = models.opponent_settings(system.removeprefix(OPPONENT_SYSTEM))
                 found.cost_share = cost_share(candidate, model, own, middle, sentence)
-                whole = model.backbone.config.num_hidden_layers
                 note = f"{candidate.config.num_hidden_layers} of {whole} blocks; "
             note += f"left context: up to {found.context}"
             bench.row(self.name, system, found.figures(), stages, note, candidate)
             candidate = None  # free its memory before the next one is loaded
-        vocab_size = model.config.vae_config.vocab_size
         unigram = scoring.score_unigram(
-            models.corpus, documents, tokenizer, vocab_size, models.bos_token_id, breakdown
+            models.corpus, documents, tokenizer, tokenizer.vocab_size, models.bos_token_id, breakdown
         )
         note = "frequencies in the training documents, add-one smoothing"
         bench.row(self.name, unigram.system, unigram.figures(), (), note)
@@ -306,8 +311,13 @@ def _coverage_note(scores: Sequence[QualityScore]) -> list[str]:
         f"Every system scored the same {first.bytes:,} bytes of {len(first.documents)} held-out documents: "
         "everything after the first sentence of each. Coverage proven: each byte scored exactly once, one end mark "
         "per sentence, no padding. Perplexity is per token of the uncut text by the baseline's tokenizer "
-        f"({first.baseline_tokens:,}). The sentence model also has to predict end marks and stop decisions; their "
-        "share of its bits per byte is shown."
+        f"({first.baseline_tokens:,})."
+        + (
+            " The sentence model also has to predict end marks and stop decisions; their share of its bits per byte "
+            "is shown."
+            if any("end marks" in score.breakdown for score in scores)
+            else ""
+        )
     ]
 
 
@@ -318,7 +328,9 @@ def _data_note(results: Results) -> list[str]:
     if not ours or not baseline:
         return []
     before = "include the SentenceVAE's training, which has no counterpart there"
-    if not results.recipe["train_vae"]["steps"]:
+    if results.recipe["graft"].get("split"):
+        before = "are the same passages and steps"
+    elif not results.recipe["train_vae"]["steps"]:
         before = "are the same text, read sentence by sentence; its SentenceVAE was not trained beforehand"
     return [
         f"Equal data: the baseline was trained on the graft's passages for the same number of steps ({baseline:,} "

@@ -13,18 +13,18 @@ from torch import Tensor
 from sentcompress.errors import InputError
 from sentcompress.files import folder_digest
 from sentcompress.modeling.grafting import freeze_embeddings, graft, wrap_backbone
-from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
+from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.saved_models import load_vae
 from sentcompress.modeling.sentence_lm import predictions
-from sentcompress.recipe import BackboneSpec, Recipe
+from sentcompress.recipe import Recipe
 from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.sampling import PassageSampler
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs, load_inputs
 from sentcompress.training.run_folder import GRAFT
 from sentcompress.training.step import StepOutput, StepShare
-from sentcompress.training.teacher import Teacher
+from sentcompress.training.teacher import graft_teacher
 from sentcompress.training.tuning import apply_tune, merged_state
 
 
@@ -71,26 +71,12 @@ class GraftJob:
             gamma=self.settings.focal_gamma if self.settings.loss == "focal" else 0.0,
             label_smoothing=self.settings.label_smoothing,
         )
-        self.teacher = self._teacher(teacher)
+        start = self.model.vae.config.bos_token_id
+        self.teacher = graft_teacher(recipe, tokenizer, start, teacher)
+        if teacher is not None:
+            self.inputs["teacher"] = folder_digest(teacher)
         self._train = self._sampler(corpus.train, shuffle=True)
         self._heldout = self._sampler(corpus.heldout, shuffle=False)
-
-    def _teacher(self, folder: Path | None) -> Teacher | None:
-        if self.settings.teacher is None:
-            return None
-        spec, tokenizer = self.recipe.backbone, self.text.tokenizer
-        if folder is not None:
-            self.inputs["teacher"] = folder_digest(folder)
-            spec = BackboneSpec(model=str(folder.resolve()))
-            if load_backbone_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
-                raise InputError(
-                    f"graft.teacher: '{folder}' has another tokenizer than the backbone",
-                    fix="use a teacher with the backbone's tokenizer",
-                )
-        start = self.model.vae.config.bos_token_id
-        return Teacher(
-            load_causal_lm(spec), lossless(tokenizer).vocab_size, start, self.settings.teacher_share
-        )
 
     def _sampler(self, documents: Any, *, shuffle: bool) -> PassageSampler:
         return PassageSampler(

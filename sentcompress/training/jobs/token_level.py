@@ -69,14 +69,26 @@ class TokenLM(nn.Module):
         Returns:
             loss and NLL in nats, ``[targets]`` each; only the loss has gradients.
         """
-        weight = self.lm.get_output_embeddings().weight
-        states, targets = [], []
-        for rows, hidden in hidden_states_by_length(self.lm, input_ids, attention_mask, self.similar):
-            following = labels[rows, 1 : hidden.shape[1]]
-            kept = following != IGNORED
-            states.append(hidden[:, :-1][kept])
-            targets.append(following[kept])
-        return TokenLoss(gamma=0.0)(torch.cat(states), weight, torch.cat(targets))
+        states, targets = states_and_targets(self.lm, input_ids, attention_mask, labels, self.similar)
+        return TokenLoss(gamma=0.0)(states, self.lm.get_output_embeddings().weight, targets)
+
+
+def states_and_targets(
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, similar: float = SIMILAR
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states ``[targets, H]`` and the tokens ``[targets]`` that they predict.
+
+    Args:
+        input_ids, attention_mask, labels: as in :meth:`TokenLM.forward`.
+        similar: as in :func:`rows_of_similar_length`.
+    """
+    states, targets = [], []
+    for rows, hidden in hidden_states_by_length(lm, input_ids, attention_mask, similar):
+        following = labels[rows, 1 : hidden.shape[1]]
+        kept = following != IGNORED
+        states.append(hidden[:, :-1][kept])
+        targets.append(following[kept])
+    return torch.cat(states), torch.cat(targets)
 
 
 def hidden_states_by_length(

@@ -1,0 +1,107 @@
+"""The job of ``graft`` with ``graft.split``: an LLM fine-tuned while its middle blocks run once per sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sentcompress.errors import InputError
+from sentcompress.files import folder_digest
+from sentcompress.modeling.llm_loading import load_causal_lm
+from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss
+from sentcompress.modeling.saved_models import LONGEST_SENTENCE, SPLIT
+from sentcompress.modeling.split import split
+from sentcompress.modeling.split_proof import check_split
+from sentcompress.recipe import Recipe
+from sentcompress.text.boundaries import BoundaryFinder
+from sentcompress.training.card import Card
+from sentcompress.training.inputs import Inputs
+from sentcompress.training.jobs.token_level import PassageJob, TokenLM, states_and_targets
+from sentcompress.training.run_folder import GRAFT, write_json
+from sentcompress.training.teacher import Teacher, graft_teacher
+
+
+class SplitLM(TokenLM):
+    """A split LLM with the loss of the graft.
+
+    Args:
+        lm: split.
+        token_loss: against the text.
+        teacher: an LLM that reads the same tokens; None if there is none.
+    """
+
+    def __init__(self, lm: PreTrainedModel, token_loss: TokenLoss, teacher: Teacher | None) -> None:
+        super().__init__(lm)
+        self.token_loss = token_loss
+        self._teacher = (teacher,)  # in a tuple, so that it is neither trained nor saved
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        states, targets = states_and_targets(self.lm, input_ids, attention_mask, labels, self.similar)
+        weight, teacher = self.lm.get_output_embeddings().weight, self._teacher[0]
+        if teacher is None or not self.training:
+            return self.token_loss(states, weight, targets)
+        teacher.move(input_ids.device)
+        with torch.no_grad():
+            expected, _ = states_and_targets(teacher.lm, input_ids, attention_mask, labels, self.similar)
+        teaching = Teaching(expected, teacher.weight, teacher.share)
+        return distillation_loss(states, weight, targets, teaching, expected, self.token_loss.gamma)
+
+
+class SplitJob(PassageJob):
+    """An LLM fine-tuned token by token on the passages of the graft while it is split.
+
+    Args:
+        teacher: folder of the LLM that teaches it; None if it is the backbone itself.
+
+    Raises:
+        InputError: the LLM cannot be split like this, or a setting does not fit.
+    """
+
+    def __init__(self, recipe: Recipe, text: Inputs, teacher: Path | None = None) -> None:
+        own = recipe.graft
+        assert own.split is not None
+        if own.compile:
+            raise InputError("graft.compile: a split LLM cannot be compiled", fix="set it to false")
+        if own.distributed == "fsdp":
+            raise InputError(
+                "graft.distributed: the blocks of a split LLM are not sharded", fix="set it to ddp"
+            )
+        lm = load_causal_lm(recipe.backbone)
+        finder = BoundaryFinder(text.segmenter, text.tokenizer, LONGEST_SENTENCE)
+        split(lm, finder, own.split.first_blocks, own.split.last_blocks)
+        check_split(lm)
+        super().__init__(recipe, GRAFT, text, lm, own, None, "graft")
+        self.own = own.split
+        start = text.tokenizer.bos_token_id
+        loss = TokenLoss(own.focal_gamma if own.loss == "focal" else 0.0, own.label_smoothing)
+        taught = graft_teacher(recipe, text.tokenizer, start if start is not None else 0, teacher)
+        self.model = SplitLM(lm, loss, taught)
+        if teacher is not None:
+            self.inputs["teacher"] = folder_digest(teacher)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        super().save(folder, state)
+        segmenter = self.recipe.segmenter.model_dump(mode="json") | {"state": self.text.segmenter.state()}
+        write_json(folder / SPLIT, {**self.own.model_dump(), "segmenter": segmenter})
+
+    def card(self) -> Card:
+        first, last = self.own.first_blocks, self.own.last_blocks
+        middle = self.model.lm.config.num_hidden_layers - first - last
+        return Card(
+            title=f"{self.recipe.backbone.model}, split",
+            summary=f"{self.recipe.backbone.model} ({self.parameters}), fine-tuned while only its first {first} and "
+            f"last {last} blocks run at every token. Its {middle} blocks between them run once per sentence, at its "
+            "last token, to which later tokens attend in the last blocks. Load it as shown: transformers alone would "
+            "run all blocks at every token, for which it was not trained.",
+            data=self.text.describe(),
+            heldout="On held-out passages, each without the text before it in its document; "
+            "use `sentcompress bench quality` to compare models.",
+            usage="import sentcompress\n\n"
+            "model, tokenizer = sentcompress.load_split('{folder}')\n"
+            "inputs = tokenizer('The state of the Union', return_tensors='pt', return_token_type_ids=False)\n"
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+            tags=("split-lm",),
+        )
