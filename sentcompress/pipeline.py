@@ -172,7 +172,7 @@ def _vae(run: Run) -> Job:
 
 def _graft(run: Run) -> Job:
     if run.recipe.graft.split is not None:
-        from sentcompress.training.jobs.split import SplitJob
+        from sentcompress.training.jobs.split_training import SplitJob
 
         return SplitJob(run.recipe, run.text, run.teacher)
     from sentcompress.training.jobs.graft import GraftJob
