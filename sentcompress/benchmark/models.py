@@ -40,7 +40,7 @@ from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import OpponentSettings, Recipe, load_recipe
 from sentcompress.registry import get_registry
-from sentcompress.sentence_memory.sentence_cache import SETTINGS
+from sentcompress.sentence_memory.arguments import SETTINGS
 from sentcompress.text.corpus import Corpus, build_corpus
 from sentcompress.training.run_folder import GRAFT, MEMORY, OPPONENT
 

@@ -138,8 +138,9 @@ def _write_with_llm(
         from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
         from sentcompress.modeling.saved_models import SPLIT, load_split
         from sentcompress.recipe import BackboneSpec
+        from sentcompress.sentence_memory.arguments import SETTINGS
         from sentcompress.sentence_memory.llm_text import write_text
-        from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
+        from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in types:

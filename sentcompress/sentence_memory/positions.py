@@ -214,13 +214,9 @@ def reindex(
     """What ``positions`` and ``max_positions`` of a memory ask for, with the rotation of each block.
 
     Raises:
-        InputError: they are wrong, or the LLM's positions cannot be re-indexed.
+        InputError: the limit is wrong for this LLM, or its positions cannot be re-indexed.
     """
-    if positions not in ("original", "reindexed"):
-        raise InputError(f"positions={positions!r} is unknown", fix="use 'original' or 'reindexed'")
     if positions == "original":
-        if max_positions is not None:
-            raise InputError("max_positions is only for positions='reindexed'", fix="leave it out")
         return None, []
     largest, smallest = rotary_limit(model), 4 * (sinks + max_sentence_tokens)
     limit = largest if max_positions is None else max_positions

@@ -17,23 +17,18 @@ from transformers import Cache, PreTrainedModel
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError, ModelFolderError
-from sentcompress.files import read_json
+from sentcompress.errors import InputError
 from sentcompress.registry import get_registry
+from sentcompress.sentence_memory.arguments import check_arguments, read_settings
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
-from sentcompress.sentence_memory.policy import Policy
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
 from sentcompress.sentence_memory.slow_storage import make_storage
 from sentcompress.sentence_memory.stored_prefix import read_prefix, write_prefix
 from sentcompress.sentence_memory.token_table import TokenTable
 from sentcompress.text.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
-from sentcompress.text.segmentation import saved_segmenter
-
-SETTINGS = "memory.json"
-"""File beside an LLM that was trained with a memory: the memory, its options, and the segmenter."""
 
 
 class SentenceMemory(Cache):
@@ -92,7 +87,18 @@ class SentenceMemory(Cache):
         **options: Any,
     ) -> None:
         model = causal_lm(model)
-        self.policy = Policy.parse(memory, options)
+        self.policy = check_arguments(
+            memory,
+            options,
+            segmenter=segmenter,
+            max_sentence_tokens=max_sentence_tokens,
+            storage=storage,
+            folder=folder,
+            cache_bits=cache_bits,
+            full_prompts=full_prompts,
+            positions=positions,
+            max_positions=max_positions,
+        )
         self.policy.prepare(tokenizer)
         cutter: Any = segmenter
         if isinstance(segmenter, str):
@@ -108,13 +114,10 @@ class SentenceMemory(Cache):
             model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
         )
         self._table = TokenTable(self.policy, finder, reindexing, full_prompts)
-        if cache_bits not in (None, 8):
-            raise InputError(f"cache_bits: {cache_bits}", fix="use 8, or None for what the LLM computes")
         if cache_bits and storage == "int8":
             storage = "host"  # what it gets has 8 bits already
         self._storage = storage, folder
         self._packs = cache_bits is not None
-        make_storage(storage, 1, folder)  # refuses what it does not know
         self._seen, self._incomplete = 0, False
         self._attended: list[Tensor] = []
         blocks = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -146,31 +149,8 @@ class SentenceMemory(Cache):
         Raises:
             ModelFolderError: the folder has no such file, or it is damaged.
         """
-        file = Path(folder) / SETTINGS
-        if not file.is_file():
-            raise ModelFolderError(
-                f"'{folder}' has no {SETTINGS}: its LLM was not trained with a memory",
-                fix="name a memory: SentenceMemory(model, tokenizer, 'window+recall')",
-            )
-        settings = read_json(file)
-        try:
-            if not isinstance(settings, dict):
-                raise ValueError("not a JSON object")
-            trained, options, spec = settings["memory"], settings["options"], settings["segmenter"]
-            segmenter = saved_segmenter(spec["name"], spec["options"], spec["state"], tokenizer)
-            known: dict[str, Any] = {
-                "segmenter": segmenter,
-                "max_sentence_tokens": int(settings["max_sentence_tokens"]),
-            }
-            options["recall_blocks"] = settings["recall_blocks"] or "auto"
-            if {"model", "tokenizer", "memory"} & {*options}:
-                raise ValueError("options are none of a memory")
-            known |= options if memory is None else {}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelFolderError(
-                f"{file}: damaged: {type(error).__name__}: {error}", fix="copy or train the model again"
-            ) from None
-        return cls(model, tokenizer, memory or trained, **known | changes)
+        name, arguments = read_settings(folder, tokenizer, memory)
+        return cls(model, tokenizer, name, **arguments | changes)
 
     # ---- what transformers asks for
 

@@ -116,9 +116,6 @@ class TokenTable:
 
     Attributes:
         in_prompt: a prompt is being read.
-
-    Raises:
-        InputError: ``full_prompts`` is not a bool or None, or is True with re-indexed positions.
     """
 
     def __init__(
@@ -128,12 +125,6 @@ class TokenTable:
         reindexing: Reindexing | None = None,
         full_prompts: bool | None = None,
     ) -> None:
-        if full_prompts is not None and not isinstance(full_prompts, bool):
-            raise InputError(f"full_prompts: {full_prompts!r}", fix="use True or False, or leave it out")
-        if full_prompts and reindexing is not None:
-            raise InputError(
-                "full_prompts: not with positions='reindexed'", fix="leave one of the two arguments out"
-            )
         self.policy, self.finder, self.reindexing = policy, finder, reindexing
         self.full_prompts = full_prompts
         self.in_prompt = False

@@ -27,14 +27,12 @@ class BoundaryFinder:
         max_tokens: longest sentence; a longer one is cut.
 
     Raises:
-        InputError: one of them is not what it should be.
+        InputError: the segmenter cannot split.
     """
 
     def __init__(self, segmenter: Segmenter, tokenizer: Any, max_tokens: int) -> None:
         if not callable(getattr(segmenter, "split", None)):
             raise InputError(f"segmenter: {segmenter!r}", fix="give a name such as 'regex', or a segmenter")
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise InputError(f"max_sentence_tokens: {max_tokens!r}", fix="use a whole number, at least 1")
         self.segmenter = segmenter
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens

@@ -21,9 +21,10 @@ from sentcompress.modeling.divergences import Divergences
 from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.recipe import MemorySettings, Recipe
+from sentcompress.sentence_memory.arguments import SETTINGS
 from sentcompress.sentence_memory.attention import OnePassMemory, memory_attention
 from sentcompress.sentence_memory.policy import Policy
-from sentcompress.sentence_memory.sentence_cache import SETTINGS, SentenceMemory
+from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 from sentcompress.sentence_memory.token_table import Row
 from sentcompress.sentence_memory.visibility import Layout
 from sentcompress.text.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
