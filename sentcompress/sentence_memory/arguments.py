@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_arguments(
         InputError: an argument or option is unknown or wrong.
         PluginError: there is no such memory or segmenter.
     """
-    policy = Policy.parse(memory, options)
+    policy = Policy.parse(memory, options, also=[*ARGUMENTS, "recall_blocks"])
     if isinstance(segmenter, str):
         get_registry().get("segmenter", segmenter)
     if not isinstance(max_sentence_tokens, int) or max_sentence_tokens < 1:
@@ -60,6 +61,14 @@ def check_arguments(
             "full_prompts: not with positions='reindexed'", fix="leave one of the two arguments out"
         )
     return policy
+
+
+ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(check_arguments).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+"""Names of the arguments that are checked here."""
 
 
 def read_settings(folder: str | Path, tokenizer: Any, memory: str | None) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cached_property, reduce
 from typing import Any
@@ -35,12 +35,13 @@ class Policy:
         return Policy(self.parts, recalls=False)
 
     @classmethod
-    def parse(cls, name: str, options: dict[str, Any] | None = None) -> Policy:
+    def parse(cls, name: str, options: dict[str, Any] | None = None, also: Iterable[str] = ()) -> Policy:
         """Build the memories of a combination. Each takes the options that it knows.
 
         Args:
             name: names of memories, joined by ``+``.
             options: of all of them, by name.
+            also: names that stand beside these options, to find what a misspelt one means.
 
         Raises:
             InputError: a name is empty or there twice, an option is unknown or wrong, or two memories recall.
@@ -55,11 +56,12 @@ class Policy:
         registry, given = get_registry(), dict(options or {})
         models = {part: registry.get("memory", part).Options for part in names}  # type: ignore[attr-defined]
         known = {field for model in models.values() for field in model.model_fields}
+        beside = f"; every memory has {', '.join(sorted(also))}" if also else ""
         for field in given:
             if field not in known:
                 raise InputError(
-                    f"memory '{name}' has no option '{field}'.{did_you_mean(field, sorted(known))}",
-                    fix=f"use {', '.join(sorted(known)) or 'no options'}",
+                    f"memory '{name}' has no option '{field}'.{did_you_mean(field, sorted({*known, *also}))}",
+                    fix=f"use {', '.join(sorted(known)) or 'no options'}" + beside,
                 )
         parts: dict[str, Memory] = {}
         for part, model in models.items():

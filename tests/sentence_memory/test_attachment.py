@@ -229,6 +229,18 @@ def test_arguments_of_the_wrong_type(model: PreTrainedModel) -> None:
         SentenceMemory(model, tokenizer(), prove=False, positions="reindexed", max_positions="x")
 
 
+def test_misspelt_arguments_of_its_own(model: PreTrainedModel) -> None:
+    for name, meant in (
+        ("storag", "storage"),
+        ("cache_bit", "cache_bits"),
+        ("recal_blocks", "recall_blocks"),
+        ("recent_sentence", "recent_sentences"),
+    ):
+        with pytest.raises(InputError, match=rf"no option '{name}'\. Did you mean '{meant}'\?") as refused:
+            SentenceMemory(model, tokenizer(), "window", prove=False, **{name: 8})
+        assert "every memory has cache_bits, folder, " in str(refused.value.fix)
+
+
 def test_what_is_no_llm_or_no_tokenizer(model: PreTrainedModel) -> None:
     for llm, words, problem in (
         ("gpt2", tokenizer(), "causal LM of transformers, but got str"),
