@@ -16,6 +16,7 @@ from sentcompress.errors import RecipeError
 from sentcompress.modeling import SentenceVAE
 from sentcompress.recipe import load_recipe
 from sentcompress.registry import Registry
+from sentcompress.segmenters.regex import RegexSegmenter
 from sentcompress.testing import tiny_opt
 from sentcompress.text.cache import cache_root
 
@@ -371,6 +372,32 @@ def test_memories_that_cannot_be(shop, refused):
     refused([*memory, "window", "--memory-option", "cache_bits=yes"], "cache_bits", "whole number")
     refused([*memory, "window", "--memory-option", "segmenter=[1]"], "no segmenter is called '[1]'", code=3)
     refused(["generate", llm, "The people met here. " * 300, "--memory", "window"], "positions", "shorten")
+
+
+def test_a_memory_is_checked_before_the_llm_is_loaded(shop, tmp_path, refused):
+    """Nothing of this LLM can be loaded but its configuration and its tokenizer."""
+    shutil.copytree(shop.backbone, tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    memory = ["generate", tmp_path / "llm", "Hello.", "--memory"]
+    run = ["--data", shop.texts, "--out", tmp_path / "out", "--set"]
+    bench = ["bench", "memories", tmp_path / "llm", *run]
+    train = ["train-memory", "--backbone", tmp_path / "llm", *run]
+    refused([*memory, "window"], "weights")
+    refused([*memory, "windw"], "no memory is called 'windw'. Did you mean 'window'?", code=3)
+    refused([*memory, "window", "--memory-option", "sinks=-1"], "window.sinks", "greater than or equal to 0")
+    refused([*memory, "window", "--memory-option", "storag=int8"], "Did you mean 'storage'?")
+    refused([*memory, "window", "--memory-option", "cache_bits=4"], "cache_bits: 4", "use 8")
+    refused([*memory, "window", "--memory-option", "positions=up"], "positions='up' is unknown", "reindexed")
+    refused([*memory, "window", "--memory-option", "segmenter=regexp"], "Did you mean 'regex'?", code=3)
+    refused([*bench, "bench.memories=[windw]"], "no memory is called 'windw'", code=3)
+    refused(
+        [*bench, "bench.memories=[{name: window, options: {cache_bit: 8}}]"], "Did you mean 'cache_bits'?"
+    )
+    refused([*train, "memory.name=windw"], "no memory is called 'windw'", code=3)
+    refused([*train, "memory.options={sink: 2}"], "Did you mean 'sinks'?")
+    spec = {"name": "regex", "options": {}, "state": RegexSegmenter().state()}
+    saved = {"memory": "window", "options": {}, "segmenter": spec, "max_sentence_tokens": 16}
+    (tmp_path / "llm" / "memory.json").write_text(json.dumps(saved | {"recall_blocks": []}))
+    refused(["generate", tmp_path / "llm", "Hello.", "--memory-option", "sink=2"], "Did you mean 'sinks'?")
 
 
 # Runs

@@ -81,6 +81,8 @@ def memory_systems(models: Models) -> list[MemorySystem]:
         InputError: a memory or an option is unknown, or the LLM cannot be used with one.
         Missing: neither an LLM nor a folder with a trained memory was given.
     """
+    for spec in models.recipe.bench.memories:
+        SentenceMemory.check(spec.name, **spec.options)  # before anything is loaded
     tokenizer, stage = models.tokenizer, MEMORY.name
     folder = None if models.folder is None else models.folder.stage(stage)  # raises Missing
     model = _in_dtype(models, models.backbone)

@@ -136,9 +136,8 @@ def _write_with_llm(
         import torch
 
         from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
-        from sentcompress.modeling.saved_models import SPLIT, load_split
         from sentcompress.recipe import BackboneSpec
-        from sentcompress.sentence_memory.arguments import SETTINGS
+        from sentcompress.sentence_memory.arguments import SETTINGS, read_settings
         from sentcompress.sentence_memory.llm_text import write_text
         from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
@@ -150,19 +149,16 @@ def _write_with_llm(
     trained = (Path(name) / SETTINGS).is_file()
     if changes and not trained and memory is None:
         raise InputError("--memory-option needs a memory", fix="add --memory window+recall")
-    if (Path(name) / SPLIT).is_file():
-        if memory is not None:
-            _refuse("--memory", "an LLM that is not split", "leave it out")
-        llm, tokenizer = load_split(name)
-    else:
-        spec = BackboneSpec(model=name)
-        tokenizer, llm = load_backbone_tokenizer(spec), load_causal_lm(spec)
-    llm = llm.eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
-    held: SentenceMemory | None = None
+    if memory is not None:
+        SentenceMemory.check(memory, **changes)  # the tokenizer and the LLM may take half a minute to load
+    spec = BackboneSpec(model=name)
+    tokenizer = load_backbone_tokenizer(spec)
     if trained:
-        held = SentenceMemory.from_folder(name, llm, tokenizer, memory, **changes)
-    elif memory is not None:
-        held = SentenceMemory(llm, tokenizer, memory, **changes)
+        memory, saved = read_settings(name, tokenizer, memory)
+        changes = saved | changes
+        SentenceMemory.check(memory, **changes)
+    llm = load_causal_lm(spec).eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
+    held = None if memory is None else SentenceMemory(llm, tokenizer, memory, **changes)
     _show(prompt)
     write_text(llm, tokenizer, prompt, _show, memory=held, **arguments)
     typer.echo()

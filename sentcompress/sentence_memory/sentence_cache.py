@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.registry import get_registry
-from sentcompress.sentence_memory.arguments import check_arguments, read_settings
+from sentcompress.sentence_memory.arguments import ARGUMENTS, check_arguments, read_settings
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
@@ -130,6 +131,18 @@ class SentenceMemory(Cache):
                 for n, rotation in zip_longest(range(blocks), rotations)
             ]
         )
+
+    @classmethod
+    def check(cls, memory: str = "window+recall", **arguments: Any) -> None:
+        """Refuse what is wrong whatever the LLM is, before it is loaded. The arguments are those of the class.
+
+        Raises:
+            InputError, PluginError: as for the class.
+        """
+        given = inspect.signature(cls).bind(None, None, memory, **arguments)
+        given.apply_defaults()
+        known = {name: given.arguments[name] for name in ARGUMENTS}
+        check_arguments(memory, given.arguments["options"], **known)
 
     @classmethod
     def from_folder(
