@@ -24,6 +24,7 @@ from sentcompress.sentence_memory.arguments import ARGUMENTS, check_arguments, r
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
+from sentcompress.sentence_memory.next_tokens import check_call, check_prompt
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
 from sentcompress.sentence_memory.slow_storage import make_storage
@@ -354,35 +355,9 @@ class SentenceMemory(Cache):
             raise InputError(
                 "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
             )
-        if input_ids is None:
-            raise InputError(
-                "a sentence memory needs to see the tokens", fix="give input_ids, not inputs_embeds"
-            )
-        rows, length = input_ids.shape
-        if self._table.rows and len(self._table.rows) != rows:
-            raise InputError(
-                f"the memory holds a batch of {len(self._table.rows)}, but got one of {rows}",
-                fix="call memory.reset(), or use a new memory",
-            )
-        if not length:
-            raise InputError("there are no tokens to read", fix="give a prompt that is not empty")
-        valid = torch.ones_like(input_ids)
-        if attention_mask is not None:
-            shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
-            if shape != [rows, self._seen + length]:
-                raise InputError(
-                    f"the attention mask has the shape {shape}, but {[rows, self._seen + length]} is needed",
-                    fix="give the mask of all tokens read so far and the new ones, with two dimensions",
-                )
-            valid = attention_mask[:, -length:]
-        limit = self.longest_text
-        if self._seen + length > limit:
-            raise InputError(
-                f"{self._seen + length} tokens, but the LLM has {limit} positions",
-                fix="give it a shorter text, or use positions='reindexed'",
-            )
+        tokens = check_call(self._table.rows, self._seen, self.longest_text, input_ids, attention_mask)
         self._incomplete = True
-        self._table.read(input_ids.tolist(), valid.bool().tolist())
+        self._table.read(*tokens)
 
     def new_positions(self) -> Tensor | None:
         """Positions of the tokens of this call, ``[B, Q]``, if they are re-indexed."""
@@ -413,31 +388,9 @@ class SentenceMemory(Cache):
         Raises:
             InputError: it is another text, padded in another way, or has nothing to continue.
         """
-        self._check_prompt(input_ids, attention_mask, whole)
+        check_prompt(self._table.rows, self._seen, input_ids, attention_mask, whole=whole)
         self._table.in_prompt = True
         try:
             yield
         finally:
             self._table.in_prompt = False
-
-    def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, whole: bool) -> None:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not bool(mask[:, -1:].all()):
-            raise InputError(
-                "a prompt is padded on the right, so its output would follow the padding",
-                fix="set tokenizer.padding_side = 'left', and give no empty prompts",
-            )
-        if not whole:
-            return
-        for number, row in enumerate(self._table.rows[: len(input_ids)]):
-            known = input_ids[number, : self._seen][mask[number, : self._seen].bool()].tolist()
-            if known != row.ids:
-                raise InputError(
-                    f"the memory holds another text, or other padding, than prompt {number + 1} begins with",
-                    fix="call memory.reset() before a new text, or use a new memory",
-                )
-        if self._table.rows and input_ids.shape[1] == self._seen:
-            raise InputError(
-                "the memory has read the whole prompt already",
-                fix="give a longer prompt, or call memory.reset()",
-            )
