@@ -80,6 +80,12 @@ def check_prompt(
         return
     for number, row in enumerate(rows[: len(input_ids)]):
         known = input_ids[number, :seen][mask[number, :seen].bool()].tolist()
+        if input_ids.shape[1] < seen and known == row.ids[: len(known)]:
+            raise InputError(
+                f"the memory has read prompt {number + 1} already, and {len(row.ids) - len(known):,} tokens after it, "
+                "such as the answer",
+                fix="call memory.reset() to read the prompt anew; to go on, give the whole text with the answer",
+            )
         if known != row.ids:
             raise InputError(
                 f"the memory holds another text, or other padding, than prompt {number + 1} begins with",

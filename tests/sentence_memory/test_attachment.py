@@ -207,6 +207,17 @@ class TestPrompts:
         with pytest.raises(InputError, match="whole prompt already"):
             written(model, ids, cache)
 
+    def test_the_same_prompt_again(self, model: PreTrainedModel, ids: Tensor) -> None:
+        cache, prompt = memory(model), ids[:, :50]
+        first = written(model, prompt, cache)
+        with pytest.raises(InputError, match=r"has read prompt 1 already, and 5 tokens after it") as refused:
+            written(model, prompt, cache)
+        assert "memory.reset()" in str(refused.value.fix)
+        cache.reset()
+        assert torch.equal(written(model, prompt, cache), first)
+        with pytest.raises(InputError, match="another text"):
+            written(model, prompt.flip(1), cache)
+
     def test_without_a_cache(self, model: PreTrainedModel, ids: Tensor) -> None:
         with pytest.raises(InputError, match="use_cache"):
             written(model, ids, use_cache=False)
