@@ -38,7 +38,7 @@ class ReadsTokens(Protocol):
         """The LLM has computed, or has failed."""
 
     def reading_prompt(
-        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool, longest: int
     ) -> AbstractContextManager[None]:
         """For a block in which ``generate`` reads a prompt. Refuses a prompt that cannot follow what was read."""
 
@@ -144,6 +144,6 @@ def _prefill(
         mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
         # transformers leaves out a mask of ones, and notes its length.
         masked = getattr(settings, "_mask_length", length) if mask is None else mask.shape[1]
-        reading = memory.reading_prompt(input_ids, mask, whole=masked == length)
+        reading = memory.reading_prompt(input_ids, mask, whole=masked == length, longest=settings.max_length)
     with reading:
         return prefill(input_ids, settings, model_kwargs, *args, **kwargs)

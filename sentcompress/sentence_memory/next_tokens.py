@@ -57,24 +57,41 @@ def check_call(
 
 
 def check_prompt(
-    rows: Sequence[Row], seen: int, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
+    rows: Sequence[Row],
+    seen: int,
+    limit: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    whole: bool,
+    longest: int,
 ) -> None:
     """Check a prompt of ``generate``, before any of it is read.
 
     Args:
-        rows, seen: as for :func:`check_call`.
+        rows, seen, limit: as for :func:`check_call`.
         input_ids: ``[B, T]``.
         attention_mask: ``[B, all tokens]`` or None.
         whole: the prompt has what was read before; if not, it only has what follows.
+        longest: tokens that ``input_ids`` and the output may have together.
 
     Raises:
-        InputError: it is another text, padded in another way, or has nothing to continue.
+        InputError: it is another text, padded in another way, has nothing to continue, or leaves the output no room.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not bool(mask[:, -1:].all()):
         raise InputError(
             "a prompt is padded on the right, so its output would follow the padding",
             fix="set tokenizer.padding_side = 'left', and give no empty prompts",
+        )
+    length = input_ids.shape[1] + (0 if whole else seen)
+    more = longest - input_ids.shape[1]
+    room = limit + 1 - length  # the LLM does not read the last token that it writes
+    if 1 <= room < more:
+        raise InputError(
+            f"prompt and output may have {length + more:,} tokens, but the LLM has {limit:,} positions; "
+            "nothing was written",
+            fix=f"use max_new_tokens={room} or less, a shorter prompt, or a memory with positions='reindexed'",
         )
     if not whole:
         return

@@ -376,19 +376,21 @@ class SentenceMemory(Cache):
 
     @contextmanager
     def reading_prompt(
-        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, whole: bool, longest: int
     ) -> Iterator[None]:
         """For a block in which ``generate`` reads a prompt. Refuses a prompt that cannot follow what was read.
 
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, all tokens]`` or None.
-            whole: the prompt has what was read before; if not, it only has what follows.
-
-        Raises:
-            InputError: it is another text, padded in another way, or has nothing to continue.
+        Args and errors are those of :func:`check_prompt`.
         """
-        check_prompt(self._table.rows, self._seen, input_ids, attention_mask, whole=whole)
+        check_prompt(
+            self._table.rows,
+            self._seen,
+            self.longest_text,
+            input_ids,
+            attention_mask,
+            whole=whole,
+            longest=longest,
+        )
         self._table.in_prompt = True
         try:
             yield

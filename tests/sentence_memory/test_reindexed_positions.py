@@ -139,7 +139,23 @@ def test_generate_writes_on_beyond_the_limit(model: PreTrainedModel, ids: Tensor
     scores = logits(model, written[:, :-1], memory(model))
     assert written[0, 50:].tolist() == scores[0, 49:].argmax(-1).tolist()
     with pytest.raises(InputError, match=r"65 tokens, but the LLM has 64 positions\n.*positions='reindexed'"):
-        model.generate(prompt, past_key_values=memory(model, positions="original"), **settings)
+        logits(model, written[:, :65], memory(model, positions="original"))
+
+
+def test_generate_refuses_more_than_the_positions_before_it_writes(model: PreTrainedModel, ids: Tensor):
+    prompt, settings = ids[:, :50], {"do_sample": False, "eos_token_id": -1, "pad_token_id": 1}
+    cache = memory(model, positions="original")
+    message = r"may have 140 tokens, but the LLM has 64 positions.*\n.*max_new_tokens=15 or less.*'reindexed'"
+    with pytest.raises(InputError, match=message):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=90, **settings)
+    assert cache.get_seq_length() == 0
+    written = model.generate(prompt, past_key_values=cache, max_new_tokens=5, **settings)
+    with pytest.raises(InputError, match="max_new_tokens=10 or less"):
+        model.generate(written, past_key_values=cache, max_new_tokens=11, **settings)
+    rest, mask = written[:, 54:], torch.ones_like(written)
+    with pytest.raises(InputError, match=r"may have 66 tokens.*\n.*max_new_tokens=10 or less"):
+        model.generate(rest, attention_mask=mask, past_key_values=cache, max_new_tokens=11, **settings)
+    assert model.generate(written, past_key_values=cache, max_new_tokens=10, **settings).shape[1] == 65
 
 
 def test_a_prefix_beyond_the_limit_goes_on(model: PreTrainedModel, ids: Tensor, tmp_path: Any):
