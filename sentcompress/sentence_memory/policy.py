@@ -95,6 +95,12 @@ class Policy:
         return {k: v for part in self.parts.values() for k, v in part.options.model_dump().items()}
 
     @property
+    def changed_options(self) -> dict[str, Any]:
+        """Options that do not have their default value."""
+        parts = self.parts.values()
+        return {k: v for part in parts for k, v in part.options.model_dump(exclude_defaults=True).items()}
+
+    @property
     def recall(self) -> int:
         """Sentences that each token recalls."""
         return self._recalls.recall if self._recalls else 0

@@ -260,6 +260,13 @@ class SentenceMemory(Cache):
         other = type(self)(self.model, finder.tokenizer, **self._arguments | more)
         return other._restored(self._state(), rows, self._seen)
 
+    def __repr__(self) -> str:
+        """The memory, what is not the default, and the tokens read; ``recall_blocks`` are left out."""
+        defaults = {name: each.default for name, each in inspect.signature(type(self)).parameters.items()}
+        changed = {k: v for k, v in self._arguments.items() if k in ARGUMENTS and v != defaults[k]}
+        shown = (f", {name}={value!r}" for name, value in (self.policy.changed_options | changed).items())
+        return f"SentenceMemory({self.policy.name}{''.join(shown)}; {self._seen:,} tokens read)"
+
     @property
     def _arguments(self) -> dict[str, Any]:
         """What a memory like this one is made with, as JSON values; but for the segmenter."""

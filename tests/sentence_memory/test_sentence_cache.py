@@ -292,6 +292,16 @@ class TestSize:
         assert memory(model, "window").storage_bytes() == 0
 
 
+def test_a_memory_is_shown_in_one_line(model, ids):
+    cache = SentenceMemory(model, tokenizer(), prove=False)
+    assert repr(cache) == "SentenceMemory(window+recall; 0 tokens read)"
+    cache = memory(model, "window", storage="file", sinks=4)
+    in_parts(model, ids, cache, [])
+    more = "recent_sentences=1, max_sentence_tokens=9, storage='file', full_prompts=False"
+    assert repr(cache) == f"SentenceMemory(window, {more}; 100 tokens read)"
+    assert repr(cache.copy()) == repr(cache)
+
+
 class TestRefusals:
     def test_beam_search(self, model, ids):
         with pytest.raises(InputError, match="beam search"):
