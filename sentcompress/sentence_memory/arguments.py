@@ -30,6 +30,7 @@ def check_arguments(
     full_prompts: bool | None,
     positions: str,
     max_positions: int | None,
+    recent_bytes: int | None,
 ) -> Policy:
     """Build the memories from their names and options, and refuse what is wrong whatever the LLM is.
 
@@ -60,7 +61,22 @@ def check_arguments(
         raise InputError(
             "full_prompts: not with positions='reindexed'", fix="leave one of the two arguments out"
         )
+    if recent_bytes is not None:
+        _check_budget(policy, recent_bytes)
     return policy
+
+
+def _check_budget(policy: Policy, recent_bytes: int) -> None:
+    if type(recent_bytes) is not int or recent_bytes < 1:
+        raise InputError(f"recent_bytes: {recent_bytes!r}", fix="use a whole number, such as 2000000")
+    if "recent_tokens" not in policy.options:
+        raise InputError(
+            f"memory '{policy.name}' keeps no recent tokens, which recent_bytes would limit",
+            fix="add window to it, such as window+recall, or leave out recent_bytes",
+        )
+    for other in ("recent_tokens", "recent_share"):
+        if policy.options.get(other) is not None:
+            raise InputError(f"recent_bytes and {other} exclude each other", fix="leave out one of them")
 
 
 ARGUMENTS = tuple(
@@ -104,3 +120,20 @@ def read_settings(folder: str | Path, tokenizer: Any, memory: str | None) -> tup
             f"{file}: damaged: {type(error).__name__}: {error}", fix="copy or train the model again"
         ) from None
     return memory or trained, known | (options if memory is None else {})
+
+
+def within_bytes(policy: Policy, recent_bytes: int, token_bytes: int) -> Policy:
+    """The same memories with as many recent tokens as fit into a budget.
+
+    Args:
+        token_bytes: of one token on the device, in all blocks.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    if recent_bytes < token_bytes:
+        raise InputError(
+            f"recent_bytes: {recent_bytes:,} bytes are less than one token takes in this LLM",
+            fix=f"use at least {token_bytes}",
+        )
+    return Policy.parse(policy.name, policy.options | {"recent_tokens": recent_bytes // token_bytes})

@@ -20,7 +20,7 @@ from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.registry import get_registry
-from sentcompress.sentence_memory.arguments import ARGUMENTS, check_arguments, read_settings
+from sentcompress.sentence_memory.arguments import ARGUMENTS, check_arguments, read_settings, within_bytes
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
@@ -60,6 +60,9 @@ class SentenceMemory(Cache):
         positions: ``original``: a text may have as many tokens as the LLM has positions. ``reindexed``: any number;
             positions move down by half of the limit whenever they reach it.
         max_positions: re-index at fewer positions than the LLM has.
+        recent_bytes: ``recent_tokens`` as a budget: bytes on the device of a text's recent sentences, in all blocks.
+            The first tokens, the sentence being written, room for fewer than 32 more tokens, and what is recalled come
+            on top.
         prove: check once for each LLM, on a few random tokens, that it attends through the memory and nothing else.
         options: of the memories, such as ``recent_sentences`` and ``recall``.
 
@@ -85,6 +88,7 @@ class SentenceMemory(Cache):
         full_prompts: bool | None = None,
         positions: str = "original",
         max_positions: int | None = None,
+        recent_bytes: int | None = None,
         prove: bool = True,
         **options: Any,
     ) -> None:
@@ -100,8 +104,8 @@ class SentenceMemory(Cache):
             full_prompts=full_prompts,
             positions=positions,
             max_positions=max_positions,
+            recent_bytes=recent_bytes,
         )
-        self.policy.prepare(tokenizer)
         cutter: Any = segmenter
         if isinstance(segmenter, str):
             cutter = get_registry().create("segmenter", segmenter)
@@ -112,6 +116,9 @@ class SentenceMemory(Cache):
         if prove:
             check_attachment(model, functools.partial(SentenceMemory, model, Words(), **CUT))
         self.model = model
+        if recent_bytes is not None:
+            self.policy = within_bytes(self.policy, recent_bytes, _token_bytes(model, cache_bits))
+        self.policy.prepare(tokenizer)
         reindexing, rotations = reindex(
             model, positions, max_positions, self.policy.options.get("sinks", 0), max_sentence_tokens
         )
@@ -403,3 +410,11 @@ class SentenceMemory(Cache):
             yield
         finally:
             self._table.in_prompt = False
+
+
+@torch.no_grad()
+def _token_bytes(model: PreTrainedModel, cache_bits: int | None) -> int:
+    """Bytes of one token on the device, in all blocks: measured with one."""
+    memory = SentenceMemory(model, Words(), "window", cache_bits=cache_bits, **CUT)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=memory)
+    return memory.device_bytes() // memory._table.capacity

@@ -88,6 +88,21 @@ def test_the_memory_changes_the_text_and_its_size_is_said(llm: Path, generate: G
     )
 
 
+def test_a_budget_in_bytes(llm: Path, trained: Path, tokenizer: Any, generate: Generate):
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    token_bytes = model.config.num_hidden_layers * 2 * model.config.hidden_size * 4
+    budget = ("--memory-option", f"recent_bytes={7 * token_bytes - 1}")
+    fixed = ("--memory-option", "recent_tokens=6")
+    assert generate(llm, "--memory", "window", *budget)[0] == generate(llm, "--memory", "window", *fixed)[0]
+    assert generate(trained, *budget)[0] == generate(trained, *fixed)[0]
+    settings = json.loads((trained / "memory.json").read_text())
+    settings["options"] = {"recent_bytes": 6 * token_bytes}
+    (trained / "memory.json").write_text(json.dumps(settings))
+    for changes, tokens in (({}, 6), ({"recent_bytes": 8 * token_bytes}, 8)):
+        memory = sentcompress.SentenceMemory.from_folder(trained, model, tokenizer, **changes)
+        assert memory.policy.options["recent_tokens"] == tokens
+
+
 def test_sampling_is_that_of_transformers_and_repeats_with_a_seed(llm: Path, generate: Generate):
     sampled = ("--do-sample", "--temperature", "2", "--top-k", "50", "--top-p", "0.95", "--seed")
     first, again, other = (generate(llm, *sampled, seed, "--memory", "window")[0] for seed in "112")

@@ -255,6 +255,45 @@ class TestSize:
         with pytest.raises(InputError, match="exclude each other"):
             memory(model, "window", recent_tokens=5, recent_share=0.1)
 
+    @pytest.mark.parametrize("cache_bits", [None, 8])
+    def test_a_window_by_bytes(self, model, ids, cache_bits, tmp_path):
+        token_bytes = 2 * 2 * 2 * (8 * 4 if cache_bits is None else 8 + 2)  # blocks, keys and values, heads
+        long, budget = ids.repeat(1, 6), 60 * token_bytes + 7
+        cache = memory(model, "window", recent_bytes=budget, cache_bits=cache_bits)
+        assert cache.policy.options["recent_tokens"] == 60
+        sizes = []
+        for start in range(0, 400, 50):
+            in_parts(model, long[:, start : start + 50], cache, range(1, 50))
+            sizes.append(cache.device_bytes())
+        on_top = 4 + 9 + 31  # sinks, the sentence being written, and room to grow
+        assert budget - 9 * token_bytes <= max(sizes) <= budget + on_top * token_bytes
+        assert (
+            max(sizes[2:]) == min(sizes[2:]) < 0.3 * cache.full_bytes() * (1 if cache_bits is None else 0.5)
+        )
+        exact = memory(model, "window", recent_tokens=60, cache_bits=cache_bits)
+        in_parts(model, long[:, :400], exact, range(1, 400))
+        assert exact.device_bytes() == cache.device_bytes()
+        cache.save(tmp_path / "prefix")
+        for other in (cache.copy(), SentenceMemory.load(tmp_path / "prefix", model, tokenizer())):
+            assert other.policy.options == cache.policy.options
+            assert other.device_bytes() == cache.device_bytes()
+        with pytest.raises(
+            InputError, match=rf"9 bytes are less than one token.*\n.*at least {token_bytes}$"
+        ):
+            memory(model, "window", recent_bytes=9, cache_bits=cache_bits)
+
+    def test_a_budget_that_cannot_be(self, model):
+        for name, options, message in (
+            ("window", {"recent_tokens": 5}, "recent_bytes and recent_tokens exclude each other"),
+            ("window+recall", {"recent_share": 0.5}, "recent_bytes and recent_share exclude each other"),
+            ("recall", {}, r"'recall' keeps no recent tokens.*\n.*window\+recall"),
+            ("window", {"recent_bytes": "2MB"}, "recent_bytes: '2MB'"),
+            ("window", {"recent_bytes": 0}, "recent_bytes: 0"),
+        ):
+            given = {"recent_sentences": 1} if "window" in name else {}
+            with pytest.raises(InputError, match=message):
+                SentenceMemory(model, tokenizer(), name, **{"recent_bytes": 10**6, **given, **options})
+
     def test_what_the_last_token_attended_to(self, model, ids):
         cache = memory(model, "window", recent_sentences=99)
         in_parts(model, ids, cache, [99])
