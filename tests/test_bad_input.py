@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -274,11 +275,14 @@ def test_documents_of_one_sentence_are_no_error(shop, tmp_path, capsys):
 def test_a_hub_name_while_offline(shop, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     command = [*train(shop, tmp_path), "--backbone", "facebook/opt-999m"]
-    refused(command, "facebook/opt-999m", "offline", "opt-tiny")
+    message = refused(command, "facebook/opt-999m", "offline", "opt-tiny")
+    assert "http" not in re.sub(r"'https://[^' ]*'", "", message), "a URL is cut"
 
 
 def test_a_misspelt_alias(shop, tmp_path, refused):
     refused([*train(shop, tmp_path), "--backbone", "opt-tinny"], "opt-tinny", "Did you mean 'opt-tiny'")
+    message = refused(["generate", "opt-tinny", "Hello."], "opt-tiny, ", "docs/backbones.md lists all")
+    assert len(message) < 350
 
 
 def test_a_folder_that_is_not_ours(tmp_path, shop, refused):

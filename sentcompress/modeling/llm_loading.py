@@ -12,10 +12,12 @@ import socket
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -99,11 +101,12 @@ def resolve_backbone(spec: BackboneSpec) -> Source:
         return Source(str(path.parent), path.name)
     if "/" not in target or target.startswith((".", "/", "~")):
         adapter = f"the '{spec.name}' adapter" if spec.name else "any adapter"
+        near = ", ".join(get_close_matches(spec.model, aliases, cutoff=0))
+        alias = f"an alias such as {near} (docs/backbones.md lists all), " if near else ""
         raise InputError(
             f"backbone.model: '{spec.model}' is neither an alias of {adapter} nor a folder."
             f"{did_you_mean(spec.model, aliases)}",
-            fix=f"use an alias ({', '.join(sorted(aliases))}), a hub name such as facebook/opt-125m, a local folder "
-            "or a GGUF file",
+            fix=f"use {alias}a hub name such as facebook/opt-125m, a local folder or a GGUF file",
         )
     return Source(target)
 
@@ -242,9 +245,10 @@ def _load(spec: BackboneSpec, part: str, load: Any, **arguments: Any) -> Any:
         if not isinstance(error, OSError | ValueError | ImportError | KeyError | NotImplementedError):
             raise
         near = did_you_mean(spec.model.rpartition("/")[2].lower(), _aliases(None))
+        first = shorten(re.split(r"(?<=[.!?]) ", text)[0], 200, placeholder=" ...")
         raise OfflineError(
             f"backbone.model: '{source.path}' is not in the local cache and could not be fetched from the hub: "
-            f"{text[:200]}{near}",
+            f"{first}{near}",
             fix="check the name and the network; offline, download it elsewhere, copy the folder here and give "
             "its path, or use the alias opt-tiny, which is part of this package",
         ) from error
