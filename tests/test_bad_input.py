@@ -285,6 +285,18 @@ def test_a_misspelt_alias(shop, tmp_path, refused):
     assert len(message) < 350
 
 
+def test_a_folder_without_a_configuration(tmp_path, shop, refused):
+    """It may be meant as an LLM, so it is not called a SentenceLM."""
+    generate = ["generate", tmp_path, "Hello."]
+    said = [refused(generate, "has no config.json", "save_pretrained")]
+    said.append(refused(["generate", shop.run, "Hello."], "config.json; it holds baseline, graft, vae: give"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    said.append(refused(generate, "holds a LoRA adapter", "merge_and_unload"))
+    (tmp_path / "adapter_config.json").rename(tmp_path / "weights.gguf")
+    said.append(refused(generate, f"give the file: {tmp_path}/weights.gguf"))
+    assert "SentenceLM" not in "".join(said)
+
+
 def test_a_folder_that_is_not_ours(tmp_path, shop, refused):
     refused(["generate", tmp_path, "Hello."], str(tmp_path), "config.json")
     refused(["reconstruct", shop.backbone, "Hello."], "type 'opt'", "sentcompress model")

@@ -116,10 +116,10 @@ def _is_llm(model: Path) -> bool:
         ModelFolderError: a path to a folder that does not exist.
     """
     if model.is_dir():
+        if not (model / "config.json").is_file():
+            return not any(model.glob("*/config.json"))  # not a run: the LLM's loader says what is missing
         config = read_json(model / "config.json")
-        if not isinstance(config, dict):
-            return any(model.glob("*.gguf"))
-        return config.get("model_type") not in ("sentence-lm", "sentence-vae")
+        return isinstance(config, dict) and config.get("model_type") not in ("sentence-lm", "sentence-vae")
     within = len(model.parts) > 2 or (len(model.parts) == 2 and model.parent.is_dir())
     if within and model.suffix != ".gguf":
         raise ModelFolderError(

@@ -45,7 +45,7 @@ def read_config(folder: Path | str, expected: str | None = None) -> dict[str, An
     if not file.is_file():
         inside = [p.parent.name for p in folder.glob("*/config.json")]
         hint = f"; it holds {', '.join(sorted(inside))}: give one of these" if inside else ""
-        raise ModelFolderError(f"folder '{folder}' has no config.json, so it is not {what}{hint}")
+        raise ModelFolderError(f"folder '{folder}' has no config.json" + (hint or f", so it is not {what}"))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         model_type = config["model_type"]
