@@ -353,6 +353,15 @@ def test_empty_and_overlong_prompts(shop, refused):
     refused(["reconstruct", shop.run / "vae", ""], "empty")
 
 
+def test_an_overlong_prompt_is_not_shown(shop, capsys):
+    for model in (shop.run / "graft", shop.backbone):
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", str(model), "The people met here. " * 300])
+        printed = capsys.readouterr()
+        assert (stopped.value.code, printed.out) == (2, "")
+        assert "shorten" in printed.err
+
+
 def test_options_of_a_sentence_lm_and_of_an_llm(shop, refused):
     lm, llm = shop.run / "graft", shop.backbone
     refused(["generate", lm, "Hello.", "--memory", "window"], "--memory is for an LLM", "leave it out")

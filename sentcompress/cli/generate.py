@@ -94,8 +94,9 @@ def generate(
         _refuse("--dtype", "an LLM", "--quantize makes a SentenceLM smaller")
     parts = [part.strip() for part in quantize.split(",") if part.strip()]
     generator = SentenceGenerator(quantized(load_sentence_lm(model), parts), load_saved_tokenizer(model))
+    pieces = generator.stream(text, asked)
     _show(text)
-    for piece in generator.stream(text, asked):
+    for piece in pieces:
         _show(piece)
     typer.echo()
 
@@ -159,7 +160,6 @@ def _write_with_llm(
         SentenceMemory.check(memory, **changes)
     llm = load_causal_lm(spec).eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
     held = None if memory is None else SentenceMemory(llm, tokenizer, memory, **changes)
-    _show(prompt)
     write_text(llm, tokenizer, prompt, _show, memory=held, **arguments)
     typer.echo()
     if held is not None:

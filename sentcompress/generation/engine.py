@@ -215,12 +215,10 @@ class SentenceGenerator:
     def stream(
         self, prompt: str, settings: GenerationSettings | None = None, prefix: Prefix | None = None
     ) -> Iterator[str]:
-        """Yield the new text of one prompt piece by piece, a sentence at a time."""
+        """The new text of one prompt piece by piece, a sentence at a time; the prompt is checked at once."""
         settings = GenerationSettings.given(settings)
         texts = [self._read(0, Generation(prompt), prefix)]
-        for _, _, piece in self._run(texts, settings, prefix):
-            if piece:
-                yield piece
+        return (piece for _, _, piece in self._run(texts, settings, prefix) if piece)
 
     @torch.no_grad()
     def _run(

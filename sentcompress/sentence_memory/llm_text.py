@@ -46,7 +46,7 @@ def write_text(
     """Continue a prompt with transformers' ``generate``, up to the LLM's last position if it has one.
 
     Args:
-        show: called with each new piece of text.
+        show: called with the prompt, once it is known to fit, and then with each new piece of text.
         memory: new, or reset; None uses the LLM's own cache of all tokens.
         arguments: of ``generate``.
 
@@ -60,6 +60,7 @@ def write_text(
         raise InputError(
             f"the prompt has {length:,} tokens, but the LLM has {limit:,} positions", fix="shorten the prompt"
         )
+    show(prompt)
     if seed is not None:
         torch.manual_seed(seed)
     model.generate(

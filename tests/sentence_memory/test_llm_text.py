@@ -122,9 +122,12 @@ def test_text_ends_where_the_positions_end(llm: Path, tokenizer: Any):
         pieces: list[str] = []
         write_text(model, tokenizer, words, pieces.append, memory=memory, max_new_tokens=50, do_sample=False)
         room = limit - len(tokenizer(words)["input_ids"])
-        assert 0 < len([piece for piece in pieces if piece]) <= room
+        assert pieces[0] == words
+        assert 0 < len([piece for piece in pieces[1:] if piece]) <= room
+    pieces = []
     with pytest.raises(InputError, match=rf"tokens, but the LLM has {limit} positions"):
         write_text(model, tokenizer, PROMPT * 20, pieces.append, max_new_tokens=1)
+    assert not pieces, "a prompt that does not fit is not shown"
 
 
 def test_text_goes_on_where_positions_are_reindexed(tmp_path: Path, tokenizer: Any, generate: Generate):
