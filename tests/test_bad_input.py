@@ -374,6 +374,14 @@ def test_options_of_a_sentence_lm_and_of_an_llm(shop, refused):
     refused(["generate", llm, "Hello.", "--dtype", "int3"], "'int3'", "fp32, bf16, fp16")
 
 
+def test_sampling_options_need_sampling(shop, refused):
+    for model in (shop.run / "graft", shop.backbone):
+        for option, value in (("--temperature", "0.5"), ("--top-k", "5"), ("--top-p", "0.9")):
+            refused(
+                ["generate", model, "Hello.", option, value], f"{option} is for sampling", "add --do-sample"
+            )
+
+
 def test_memories_that_cannot_be(shop, refused):
     llm = shop.backbone
     memory = ["generate", llm, "Hello.", "--memory"]

@@ -75,10 +75,15 @@ def generate(
 
     with quick_imports():
         from sentcompress.generation import GenerationSettings, SentenceGenerator
+        from sentcompress.generation.settings import LLM_SAMPLING
         from sentcompress.modeling.int8 import quantize as quantized
         from sentcompress.modeling.saved_models import load_saved_tokenizer, load_sentence_lm
 
     asked = GenerationSettings.checked(settings)
+    changed = asked.model_dump(exclude_defaults=True)
+    if not asked.do_sample and (unused := [name for name in LLM_SAMPLING if name in changed]):
+        option = f"--{unused[0].replace('_', '-')}"
+        _refuse(option, "sampling, which is off", "add --do-sample, or leave it out")
     if _is_llm(model):
         if quantize:
             _refuse("--quantize", "a SentenceLM", "--dtype bf16 halves the bytes of an LLM's weights")
