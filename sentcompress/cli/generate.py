@@ -158,13 +158,17 @@ def _write_with_llm(
     if memory is not None:
         SentenceMemory.check(memory, **changes)  # the tokenizer and the LLM may take half a minute to load
     spec = BackboneSpec(model=name)
+    typer.echo(f"generate: loading {printable(name)} ...", err=True)
     tokenizer = load_backbone_tokenizer(spec)
     if trained:
         memory, saved = read_settings(name, tokenizer, memory)
         changes = saved | changes
         SentenceMemory.check(memory, **changes)
     llm = load_causal_lm(spec).eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
-    held = None if memory is None else SentenceMemory(llm, tokenizer, memory, **changes)
+    held = None
+    if memory is not None:
+        typer.echo(f"generate: testing it with the memory {memory} ...", err=True)
+        held = SentenceMemory(llm, tokenizer, memory, **changes)
     write_text(llm, tokenizer, prompt, _show, memory=held, **arguments)
     typer.echo()
     if held is not None:

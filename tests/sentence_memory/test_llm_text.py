@@ -88,6 +88,14 @@ def test_the_memory_changes_the_text_and_its_size_is_said(llm: Path, generate: G
     )
 
 
+def test_what_takes_long_is_said_while_it_runs(llm: Path, trained: Path, generate: Generate):
+    loading, testing = f"generate: loading {llm} ...\n", "generate: testing it with the memory window ...\n"
+    assert generate(llm)[1].endswith(loading)
+    said = generate(llm, "--memory", "window")[1]
+    assert said.index(loading) < said.index(testing) < said.index("The memory window holds")
+    assert testing in generate(trained)[1]
+
+
 def test_a_budget_in_bytes(llm: Path, trained: Path, tokenizer: Any, generate: Generate):
     model = AutoModelForCausalLM.from_pretrained(llm)
     token_bytes = model.config.num_hidden_layers * 2 * model.config.hidden_size * 4
