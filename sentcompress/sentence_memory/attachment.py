@@ -20,6 +20,11 @@ from sentcompress.sentence_memory.attention import attention_configs, memory_att
 _locks: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
 """One call of an LLM at a time: its configuration says how it attends."""
 _ATTACHED = "_takes_sentence_memories"
+USE_ANOTHER = (
+    "use another LLM: Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-2, GPT-NeoX and most others work "
+    "(docs/memory.md)"
+)
+"""What to do about an LLM that does not take memories; the page has the same families."""
 
 
 @runtime_checkable
@@ -81,12 +86,12 @@ def attach(model: PreTrainedModel) -> None:
     if not getattr(model, "_supports_attention_backend", False) or not attention_configs(model):
         raise InputError(
             f"{type(model).__name__} does not compute attention through the attention interface of transformers",
-            fix="use another LLM: Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-2 and most others do",
+            fix=USE_ANOTHER,
         )
     if getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
         raise InputError(
             f"{type(model).__name__} attends in chunks of its text, which a memory does not know",
-            fix="use another LLM",
+            fix=USE_ANOTHER,
         )
 
     # Not hooks: those are left out by an interrupt (Ctrl-C), and where peft calls forward itself.

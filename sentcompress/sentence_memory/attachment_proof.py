@@ -14,6 +14,7 @@ from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.contracts.proof import Finding
 from sentcompress.errors import InputError, is_out_of_memory
+from sentcompress.sentence_memory.attachment import USE_ANOTHER
 
 TOLERANCE = 1e-5
 """Largest difference allowed in fp32 between logits that should be equal, relative to the largest (at least 1)."""
@@ -60,7 +61,7 @@ def check_attachment(model: PreTrainedModel, make: MakeMemory) -> None:
         if not finding.passed:
             raise InputError(
                 f"{type(model).__name__} cannot be used with a memory: {finding.problem}",
-                fix="use another LLM; docs/memory.md lists those that work",
+                fix=USE_ANOTHER,
             ) from finding.cause
     _proven[model] = None
 

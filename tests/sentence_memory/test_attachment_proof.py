@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -76,8 +78,11 @@ def test_so_do_others(model_type):
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_the_rest_is_refused_with_a_reason(model_type):
-    with pytest.raises(InputError, match=REFUSED[model_type]):
+    with pytest.raises(InputError, match=REFUSED[model_type]) as refused:
         SentenceMemory(tiny(model_type), Words())
+    page = " ".join((Path(__file__).parents[2] / "docs/memory.md").read_text(encoding="utf-8").split())
+    named = str(refused.value.fix).removeprefix("use another LLM: ").removesuffix(" work (docs/memory.md)")
+    assert f"as that of {named} does" in page
 
 
 def test_attention_in_chunks_is_refused():
