@@ -72,9 +72,12 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
             fix="load it with AutoTokenizer.from_pretrained",
         )
     known = len(model.get_input_embeddings().weight)
-    if hasattr(tokenizer, "__len__") and len(tokenizer) > known:
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    # Some LLMs have added tokens that they do not know themselves, such as the image of Gemma 3.
+    ordinary = {*vocabulary.values()} - {*getattr(tokenizer, "added_tokens_decoder", ())}
+    if (largest := max(ordinary, default=0)) >= known:
         raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens, but the LLM knows {known:,}",
+            f"the tokenizer has tokens up to number {largest:,}, but the LLM knows {known:,}, from 0",
             fix="give the tokenizer that belongs to this LLM",
         )
 

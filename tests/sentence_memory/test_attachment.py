@@ -263,3 +263,14 @@ def test_what_is_no_llm_or_no_tokenizer(model: PreTrainedModel) -> None:
     ):
         with pytest.raises(InputError, match=problem):
             SentenceMemory(llm, words)
+
+
+def test_the_tokenizer_of_a_larger_llm(model: PreTrainedModel) -> None:
+    known = len(model.get_input_embeddings().weight)
+    larger = copy.deepcopy(tokenizer())
+    larger.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(larger) == known + 1
+    SentenceMemory(model, larger, prove=False)  # a token that the LLM need not know
+    model.resize_token_embeddings(max(tokenizer().get_vocab().values()) // 2)
+    with pytest.raises(InputError, match=r"tokens up to number \d+, but the LLM knows \d+"):
+        SentenceMemory(model, tokenizer(), prove=False)
