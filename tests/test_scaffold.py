@@ -127,6 +127,21 @@ def test_the_packages_pass_their_tests_and_a_broken_one_beside_them_changes_only
     assert re.search(r"^1\d passed", said, re.M), said
 
 
+@pytest.mark.slow
+def test_the_tests_of_a_memory_are_for_the_authors_own_too(tmp_path: Path):
+    package = tmp_path / "package"
+    with pytest.raises(SystemExit):
+        main(["plugins", "new", "own", "--kind", "memory", "--out", str(package)])
+    installed(package, tmp_path)
+    (package / "sentcompress_own/memory.py").write_text(
+        "import sentcompress\n\n\nclass OwnMemory(sentcompress.Memory):\n"
+        "    def keep(self, tokens):\n        return tokens.ids % 2 == 0\n"
+    )
+    options = ("-q", "-p", "no:cacheprovider", "-p", "sentcompress.testing.pytest_plugin")
+    said = run(tmp_path, "-m", "pytest", *options, str(package), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert re.search(r"^2 passed", said, re.M), said
+
+
 def test_neither_writing_nor_listing_imports_torch(site: Path, tmp_path: Path):
     for arguments in (["plugins"], ["plugins", "new", "other", "--kind", "backbone", "--out", str(tmp_path)]):
         code = (
