@@ -142,6 +142,7 @@ def _write_with_llm(
         import torch
 
         from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
+        from sentcompress.modeling.saved_models import SPLIT, load_split
         from sentcompress.recipe import BackboneSpec
         from sentcompress.sentence_memory.arguments import SETTINGS, read_settings
         from sentcompress.sentence_memory.llm_text import write_text
@@ -155,6 +156,9 @@ def _write_with_llm(
     trained = (Path(name) / SETTINGS).is_file()
     if changes and not trained and memory is None:
         raise InputError("--memory-option needs a memory", fix="add --memory window+recall")
+    is_split = (Path(name) / SPLIT).is_file()
+    if is_split and memory is not None:
+        _refuse("--memory", "an LLM that is not split", "leave it out")
     if memory is not None:
         SentenceMemory.check(memory, **changes)  # the tokenizer and the LLM may take half a minute to load
     spec = BackboneSpec(model=name)
@@ -164,7 +168,8 @@ def _write_with_llm(
         memory, saved = read_settings(name, tokenizer, memory)
         changes = saved | changes
         SentenceMemory.check(memory, **changes)
-    llm = load_causal_lm(spec).eval().to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
+    llm = load_split(name)[0] if is_split else load_causal_lm(spec).eval()
+    llm = llm.to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
     held = None
     if memory is not None:
         typer.echo(f"generate: testing it with the memory {memory} ...", err=True)
