@@ -45,6 +45,13 @@ REFUSED = {
     "section is a number": ("name: x\ngraft: 5\n", ["graft: ", "(got 5)"]),
     "out of range": ("name: x\nvae: {dropout: 1.5}\n", ["vae.dropout: ", "less than 1"]),
     "not a choice": ("name: x\nvae: {conditioning: magic}\n", ["vae.conditioning: ", "'cross-attention'"]),
+    **{
+        f"{section} that learns nothing": (
+            f"name: x\n{section.replace('.', ': {')}: {{tune: frozen}}{'}' * section.count('.')}\n",
+            [f"{section}.tune: ", "'full', 'lora' or 'last-n'", "(got 'frozen')"],
+        )
+        for section in ("baseline", "memory", "opponents.one")
+    },
     "no name": ("seed: 1\n", ["name: required, but missing"]),
     "empty name": ("name: ''\n", ["name: ", "non-empty"]),
     "list": ("- a\n- b\n", ["a recipe must be a mapping of sections, not list"]),

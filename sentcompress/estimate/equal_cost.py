@@ -102,10 +102,6 @@ def cost_share(
 
 def _check(recipe: Recipe, settings: OpponentSettings, where: str) -> None:
     """Refuse settings that would do nothing."""
-    if settings.tune == "frozen":
-        raise InputError(
-            f"{where}.tune: frozen leaves no trainable parameters", fix="use full, lora or last-n"
-        )
     if recipe.backbone.init == "random" and settings.keep != "ends":
         raise InputError(
             f"{where}.keep: {settings.keep} compares trained blocks, but the LLM's weights are random",

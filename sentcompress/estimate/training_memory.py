@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError
 from sentcompress.estimate.fake_tensors import FakeExecution
 from sentcompress.estimate.shapes import count_weights
 from sentcompress.modeling.device_map import blocks_of
@@ -135,7 +134,7 @@ def model_sizes(
         bf16: products in bf16, weights in fp32.
 
     Raises:
-        InputError: the baseline has no trainable parameters.
+        InputError: ``tune`` does not fit the LLM.
     """
     copied = copy.deepcopy(model)
     with torch.device("meta"):
@@ -227,11 +226,6 @@ def saving_bytes(sizes: ModelSizes, settings: TrainingSettings) -> float:
 def _trained_part(model: TrainedModel, recipe: Recipe, stage: StageName) -> nn.Module:
     """What a stage trains, with the parameters that it does not train frozen."""
     if isinstance(model, TokenLM):
-        if recipe.baseline.tune == "frozen":
-            raise InputError(
-                "baseline.tune: frozen leaves no trainable parameters",
-                fix="set baseline.enabled to false instead",
-            )
         apply_tune(model.lm, _blocks(model), recipe.baseline, "baseline")
         return model
     if recipe.vae.freeze == "embeddings":

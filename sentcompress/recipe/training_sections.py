@@ -140,6 +140,13 @@ class TuneSettings(Section):
     """Adapters for ``tune: lora``."""
 
 
+class TokenTuneSettings(TuneSettings):
+    """Which weights of a token-level LLM are trained: with none there would be nothing to train."""
+
+    tune: Literal["full", "lora", "last-n"] = "full"
+    """What to train of the LLM: all weights, low-rank adapters, or the last blocks."""
+
+
 class PassageSettings(TrainingSettings):
     """Training on passages: consecutive sentences of a document."""
 
@@ -203,10 +210,14 @@ class GraftSettings(PassageSettings, TuneSettings):
             raise ValueError("split keeps the LLM's own layers and needs no SentenceVAE; remove vae")
         if self.split and self.shortlist_rank:
             raise ValueError("split has no sentence decoder for a shortlist; set shortlist_rank to 0")
+        if self.split and self.tune == "frozen":
+            raise ValueError(
+                "split adds no weights, so tune: frozen leaves none to train; use full, lora or last-n"
+            )
         return self
 
 
-class MemorySettings(PassageSettings, TuneSettings):
+class MemorySettings(PassageSettings, TokenTuneSettings):
     """Fine-tuning of an LLM, token by token, with a sentence memory in effect; its backbone is not grafted.
 
     One model then serves all settings of the memory that were drawn in training.
@@ -219,7 +230,7 @@ class MemorySettings(PassageSettings, TuneSettings):
     draw: dict[str, tuple[int, int]] | None = None
     """Options drawn anew for each micro-batch, with the least and the most; ``{}`` draws none. Null draws what the
     memory has of ``recent_sentences`` (2 to 24), ``recall`` (2 to 16) and ``entries`` (1 to 8)."""
-    tune: Literal["full", "lora", "frozen", "last-n"] = "lora"
+    tune: Literal["full", "lora", "last-n"] = "lora"
     """What to train of the backbone: all weights, low-rank adapters (merged when it is saved), or the last blocks."""
     passages_per_batch: int = Field(default=1, ge=1)
     """Passages per micro-batch."""
@@ -238,7 +249,7 @@ class MemorySettings(PassageSettings, TuneSettings):
         return self
 
 
-class BaselineSettings(TuneSettings):
+class BaselineSettings(TokenTuneSettings):
     """The baseline: the same LLM, fine-tuned token by token on the same passages for the same number of steps.
 
     They are the graft's, or the memory's if the recipe has a section ``memory``. All its weights are trained by
@@ -255,7 +266,7 @@ EQUAL_COST = 0.1
 """Costs that differ by this share or less count as equal."""
 
 
-class OpponentSettings(TuneSettings):
+class OpponentSettings(TokenTuneSettings):
     """An opponent of the graft: the same LLM with fewer blocks, so that a token costs as much as with the graft.
 
     It is trained token by token on the graft's passages for as many steps, as the baseline is. A pretrained LLM is

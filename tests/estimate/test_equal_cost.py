@@ -133,7 +133,6 @@ def test_what_has_no_opponent_is_refused():
         ),
         ([], {"config": {"blocks": 1}}, r"opponents\.x\.config\.blocks: not a field of 'opt'"),
         ([], {"keep": "least-similar"}, r"opponents\.x\.keep: least-similar compares trained blocks"),
-        ([], {"tune": "frozen"}, r"opponents\.x\.tune: frozen leaves no trainable parameters"),
         (
             ["backbone.init=pretrained", "backbone.config={}"],
             {"config": {"dropout": 0.1}},

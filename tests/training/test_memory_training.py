@@ -286,7 +286,6 @@ def test_it_resumes_bit_by_bit(tmp_path, backbone, interrupted, tune):
         ({"draw": {"recal": [1, 2]}}, r"has no option 'recal'\. Did you mean 'recall'"),
         ({"draw": {"recall": [0, 2]}}, r"recall\.recall: Input should be greater than or equal to 1"),
         ({"options": {"sink": 1}}, r"has no option 'sink'"),
-        ({"tune": "frozen"}, r"memory\.tune: frozen leaves no trainable parameters"),
         ({"gradient_checkpointing": True}, r"memory\.gradient_checkpointing: MemoryLM does not support it"),
         ({"compile": True}, r"memory\.compile: the attention of a memory cannot be compiled"),
         ({"name": "window+window"}, r"is not a list of different memories"),

@@ -226,8 +226,6 @@ class MemoryJob(TokenLevelJob):
         assert recipe.memory is not None
         self.recipe, self.settings = recipe, recipe.memory
         ranges = drawn_ranges(self.settings)
-        if self.settings.tune == "frozen":
-            raise InputError("memory.tune: frozen leaves no trainable parameters", fix="use lora or full")
         if self.settings.compile:
             raise InputError(
                 "memory.compile: the attention of a memory cannot be compiled", fix="set it to false"

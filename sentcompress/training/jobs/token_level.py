@@ -291,10 +291,6 @@ class PassageJob(TokenLevelJob):
         rate: float | None,
         where: str,
     ) -> None:
-        if tune.tune == "frozen":
-            raise InputError(
-                f"{where}.tune: frozen leaves no trainable parameters", fix="use full, lora or last-n"
-            )
         self.recipe, self.stage, self.text = recipe, stage, text
         self.batch_fields = passage_fields(stage)
         self.settings = recipe.passages.model_copy(
