@@ -43,14 +43,16 @@ def estimate(
 ) -> None:
     """Predict speed, memory and training time from shapes alone.
 
-    Shows the token-level baseline's figures beside them. Loads no data and no weights. Batch sizes and the numbers of
-    prompt tokens and new tokens come from the recipe's bench section. With --devices: the memory that each device needs
-    to train each stage, whether that requires FSDP or gradient checkpointing, and the hours of all stages together.
+    Shows the figures of the token-level baseline and of the recipe's opponents beside them. Loads no data and no
+    weights. Batch sizes and the numbers of prompt tokens and new tokens come from the recipe's bench section. With
+    --devices: the memory that each device needs to train each stage, whether that requires FSDP or gradient
+    checkpointing, and the hours of all stages together.
     """
     from sentcompress.errors import InputError
     from sentcompress.estimate.decoding import estimate as predict
     from sentcompress.estimate.decoding import estimate_table
     from sentcompress.estimate.devices import device as find
+    from sentcompress.estimate.equal_cost import meta_opponent
     from sentcompress.estimate.plan import token_budget
     from sentcompress.estimate.shapes import meta_models
     from sentcompress.table import as_rich
@@ -77,6 +79,7 @@ def estimate(
             console().print(as_rich(table))
         return
     model, baseline = meta_models(resolved)
+    opponents = {name: meta_opponent(resolved, name, sentence_tokens) for name in resolved.opponents}
     machine = find(device)
     bench = resolved.bench
     estimates = [
@@ -88,12 +91,13 @@ def estimate(
             prompt_tokens=bench.prompt_tokens,
             new_tokens=bench.new_tokens,
             sentence_tokens=sentence_tokens,
+            opponents={name: llm for name, (_, llm) in opponents.items()},
         )
         for size in bench.batch_sizes
     ]
-    console().print(
-        as_rich(estimate_table(estimates, machine, sentence_tokens, token_budget(resolved)["graft"]))
-    )
+    shapes = {name: shape for name, (shape, _) in opponents.items()}
+    tokens = token_budget(resolved)["graft"]
+    console().print(as_rich(estimate_table(estimates, machine, sentence_tokens, tokens, shapes)))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,9 +1,10 @@
-"""``estimate``: speed, memory and training cost of a recipe's model and of its token-level LLM, from shapes alone."""
+"""``estimate``: speed, memory and training cost of a recipe's model and of its token-level LLMs, from shapes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from sentcompress.estimate.shapes import count_weights
 from sentcompress.estimate.training_memory import FP32_BYTES, training_bytes
 from sentcompress.generation.engine import BACKBONE_BATCH_SHARE
 from sentcompress.generation.output_head import MIN_WEIGHTS_FOR_SHORTLIST
+from sentcompress.modeling.pruning import Match
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.table import GIB, Table
 
@@ -35,6 +37,7 @@ class ModelEstimate:
         cache_bytes_per_token: of text.
         weight_bytes: in the device's precision.
         training_seconds_per_token: of training text.
+        training_bytes: weights, gradients and AdamW state where all of it is trained, without activations.
     """
 
     seconds_per_token: float
@@ -42,21 +45,22 @@ class ModelEstimate:
     cache_bytes_per_token: float
     weight_bytes: float
     training_seconds_per_token: float
+    training_bytes: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What both models are expected to cost on a device.
+    """What the models are expected to cost on a device.
 
     Attributes:
         batch_size: texts written together.
-        training_bytes: weights, gradients and AdamW state of a graft that trains all of it, without activations.
+        opponents: token-level LLMs of equal cost, by their names in the recipe.
     """
 
     batch_size: int
     backbone: ModelEstimate
     sentence: ModelEstimate
-    training_bytes: float
+    opponents: dict[str, ModelEstimate]
 
     @property
     def output_ratio(self) -> float:
@@ -76,26 +80,34 @@ def estimate(
     prompt_tokens: int,
     new_tokens: int,
     sentence_tokens: float,
+    opponents: Mapping[str, PreTrainedModel] = MappingProxyType({}),
 ) -> Estimate:
     """Expected seconds and bytes.
 
     Args:
         model, backbone: on any device, the meta device too.
         sentence_tokens: mean length of a sentence.
+        opponents: on any device, by name.
     """
     text_tokens = prompt_tokens + new_tokens / 2
     prompts = batch_size * prompt_tokens
     cache = backbone_cache_bytes(backbone.config, device.element_size)
+
+    def token_level(llm: PreTrainedModel) -> ModelEstimate:
+        return ModelEstimate(
+            seconds_per_token=_backbone_step(model, llm, device, batch_size, text_tokens),
+            prefill_seconds=device.product(products(llm.base_model), prompts)
+            + _blocks(llm) * device.block_seconds,
+            cache_bytes_per_token=backbone_cache_bytes(llm.config, device.element_size),
+            weight_bytes=count_weights(llm) * device.element_size,
+            training_seconds_per_token=_training_seconds(token_products(model, llm), device),
+            training_bytes=training_bytes(count_weights(llm), count_weights(llm)),
+        )
+
     return Estimate(
         batch_size=batch_size,
-        backbone=ModelEstimate(
-            seconds_per_token=_backbone_step(model, backbone, device, batch_size, text_tokens),
-            prefill_seconds=device.product(products(backbone.base_model), prompts)
-            + _blocks(backbone) * device.block_seconds,
-            cache_bytes_per_token=cache,
-            weight_bytes=count_weights(backbone) * device.element_size,
-            training_seconds_per_token=_training_seconds(token_products(model, backbone), device),
-        ),
+        backbone=token_level(backbone),
+        opponents={name: token_level(llm) for name, llm in opponents.items()},
         sentence=ModelEstimate(
             seconds_per_token=_sentence_step(
                 model, backbone, device, batch_size, text_tokens, sentence_tokens
@@ -104,8 +116,8 @@ def estimate(
             cache_bytes_per_token=cache * model.latents / sentence_tokens,
             weight_bytes=count_weights(model) * device.element_size,
             training_seconds_per_token=_training_seconds(graft_products(model, sentence_tokens), device),
+            training_bytes=training_bytes(count_weights(model), count_weights(model)),
         ),
-        training_bytes=training_bytes(count_weights(model), count_weights(model)),
     )
 
 
@@ -191,12 +203,24 @@ def _sentence_prefill(
 
 
 def estimate_table(
-    estimates: Sequence[Estimate], device: Device, sentence_tokens: float, training_tokens: int
+    estimates: Sequence[Estimate],
+    device: Device,
+    sentence_tokens: float,
+    training_tokens: int,
+    shapes: Mapping[str, Match],
 ) -> Table:
-    """The estimates side by side, with a column for each batch size."""
+    """The estimates side by side, with a column for each batch size.
+
+    Args:
+        shapes: of the opponents.
+    """
     backbone, sentence = estimates[0].backbone, estimates[0].sentence
     rows = [
         ["backbone, output tokens/s", *(_rate(e, e.backbone) for e in estimates)],
+        *(
+            [f"opponent {name}, output tokens/s", *(_rate(e, e.opponents[name]) for e in estimates)]
+            for name in shapes
+        ),
         ["sentence model, output tokens/s", *(_rate(e, e.sentence) for e in estimates)],
         ["output ratio", *(f"{e.output_ratio:.2f}x" for e in estimates)],
         ["prefill ratio", *(f"{e.prefill_ratio:.2f}x" for e in estimates)],
@@ -215,9 +239,17 @@ def estimate_table(
         f"Longest single text that fits with the weights in {device.memory_bytes / GIB:.0f} GiB: "
         f"{_longest(device, backbone):,} tokens and {_longest(device, sentence):,}.",
         f"Training on {training_tokens:,} tokens: graft {graft_hours:.2f} h, token-level baseline "
-        f"{baseline_hours:.2f} h ({speedup:.2f}x); weights, gradients and AdamW state of the graft "
-        f"{estimates[0].training_bytes / GIB:.2f} GiB, activations not included.",
+        f"{baseline_hours:.2f} h ({speedup:.2f}x); weights, gradients and AdamW state "
+        f"{sentence.training_bytes / GIB:.2f} and {backbone.training_bytes / GIB:.2f} GiB, activations not included.",
     ]
+    for name, shape in shapes.items():
+        opponent = estimates[0].opponents[name]
+        hours = training_tokens * opponent.training_seconds_per_token / 3600
+        notes.append(
+            f"Opponent {name}: {shape}. Weights {opponent.weight_bytes / GIB:.2f} GiB; cache per token of text "
+            f"{opponent.cache_bytes_per_token:,.0f} bytes; training on as many tokens {hours:.2f} h; weights, "
+            f"gradients and AdamW state {opponent.training_bytes / GIB:.2f} GiB."
+        )
     columns = ["", *(f"batch {e.batch_size}" for e in estimates)]
     return Table("Estimate, from shapes alone", columns, rows, notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -47,11 +48,7 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
 
     @cache
     def share(blocks: int, width: int | None = None) -> float:
-        with explain_shape(recipe), torch.device("meta"):
-            feedforward = {} if width is None else {field: width}
-            config = opponent_config(whole, settings, ends(number, blocks), feedforward, f"{where}.config")
-            short = AutoModelForCausalLM.from_config(config).eval()
-            short.tie_weights()  # which transformers 5.0 leaves undone on the meta device
+        short = _meta_opponent(recipe, name, whole, blocks, {} if width is None else {field: width})
         return cost_share(short, model, settings, settings.text_tokens, sentence_tokens)
 
     def distance(shape: tuple[int, int | None]) -> float:
@@ -75,6 +72,24 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
         if distance(best) < distance((blocks, None)) / 2:  # and not where no width comes near
             return found(*best)
     return found(blocks)
+
+
+def meta_opponent(recipe: Recipe, name: str, sentence_tokens: float) -> tuple[Match, PreTrainedModel]:
+    """An opponent's shape, and an LLM of it on the meta device, without weights; arguments as for :func:`match`."""
+    found = match(recipe, name, sentence_tokens)
+    whole = load_backbone_config(recipe.backbone, weights=False)
+    return found, _meta_opponent(recipe, name, whole, found.blocks, found.feedforward)
+
+
+def _meta_opponent(
+    recipe: Recipe, name: str, whole: Any, blocks: int, feedforward: dict[str, int]
+) -> PreTrainedModel:
+    settings, kept = recipe.opponents[name], ends(int(whole.num_hidden_layers), blocks)
+    with explain_shape(recipe), torch.device("meta"):
+        config = opponent_config(whole, settings, kept, feedforward, f"opponents.{name}.config")
+        short: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+        short.tie_weights()  # which transformers 5.0 leaves undone on the meta device
+    return short
 
 
 def cost_share(

@@ -13,6 +13,7 @@ from sentcompress.modeling import SentenceVAE
 from sentcompress.recipe import MemorySettings, Recipe, SplitSettings
 from sentcompress.table import GIB
 from sentcompress.training.inputs import backbone_shape
+from sentcompress.training.run_folder import BASELINE, opponent_stage
 
 TOKENS_PER_SENTENCE = 15
 """Assumed where only sentences are counted; the corpus decides (``bench data`` prints it)."""
@@ -160,7 +161,9 @@ def token_budget(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage of a grafting recipe trains on at most, by the stage's name."""
     tokens = {} if recipe.graft.vae else {"vae": _sentences(recipe) * TOKENS_PER_SENTENCE}
     tokens["graft"] = _passages(recipe) * recipe.graft.max_sentences * TOKENS_PER_SENTENCE
-    return tokens | ({"baseline": tokens["graft"]} if recipe.baseline.enabled else {})
+    others = [BASELINE.name] if recipe.baseline.enabled else []
+    others += [opponent_stage(name).name for name in recipe.opponents]
+    return tokens | dict.fromkeys(others, tokens["graft"])
 
 
 def _sentences(recipe: Recipe) -> int:

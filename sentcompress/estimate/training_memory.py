@@ -25,9 +25,10 @@ from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.grafting import freeze_embeddings
 from sentcompress.modeling.losses import TokenLoss, rows_at_once, rows_in_cache
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.recipe import Recipe, TrainingSettings
+from sentcompress.recipe import Recipe, TrainingSettings, TuneSettings
 from sentcompress.training.jobs.token_level import TokenLM
 from sentcompress.training.preparation import trainable
+from sentcompress.training.run_folder import BASELINE, OPPONENT
 from sentcompress.training.tuning import apply_tune, recompute_activations
 
 StageName = str
@@ -35,7 +36,7 @@ StageName = str
 TrainedModel = SentenceLM | TokenLM
 """The model that a stage trains, or takes its part from."""
 SENTENCES, ROWS = (16, 32), (1, 2)
-"""Sizes of the two runs from which activations are extrapolated: sentences, or the baseline's rows of tokens."""
+"""Sizes of the two runs from which activations are extrapolated: sentences, or a token-level LLM's rows of tokens."""
 SMALL_VOCABULARY = 64
 """Tokens of the vocabulary in these runs: activations do not depend on it."""
 FP32_BYTES = 4
@@ -129,7 +130,7 @@ def model_sizes(
     """Count a stage's parameters and activations. Takes seconds, and hardly any memory.
 
     Args:
-        model: the recipe's on the meta device; for ``baseline`` its token-level LLM.
+        model: the recipe's on the meta device; for the baseline and the opponents a token-level LLM.
         sentence_tokens: mean length of a sentence.
         bf16: products in bf16, weights in fp32.
 
@@ -138,15 +139,15 @@ def model_sizes(
     """
     copied = copy.deepcopy(model)
     with torch.device("meta"):
-        part = _trained_part(copied, recipe, stage)
+        part = _trained_part(copied, recipe, stage, tuning(recipe, stage))
     blocks = [] if stage == "vae" else list(_blocks(copied))
     in_blocks = {id(p) for block in blocks for p in block.parameters()}
     learning = trainable(part).values()
     head = _output_weight(copied)
-    # The baseline is trained on tokens only, the others on an end mark for each sentence too.
+    # Token-level LLMs are trained on tokens only, the others on an end mark for each sentence too.
     targets = recipe.graft.passages_per_batch * recipe.graft.max_sentences * sentence_tokens
     vae_blocks = 0
-    if stage != "baseline":
+    if not isinstance(model, TokenLM):
         targets = _sentences(recipe, stage) * (sentence_tokens + 1)
         vae_blocks = recipe.vae.encoder_layers + recipe.vae.decoder_layers
 
@@ -223,16 +224,27 @@ def saving_bytes(sizes: ModelSizes, settings: TrainingSettings) -> float:
     return weight_bytes(sizes.weights) + (state_bytes(sizes, settings) if settings.background_saves else 0)
 
 
-def _trained_part(model: TrainedModel, recipe: Recipe, stage: StageName) -> nn.Module:
+def tuning(recipe: Recipe, stage: StageName) -> tuple[str, TuneSettings]:
+    """Which weights of the LLM a stage trains, after the name of the recipe section that says so."""
+    if stage.startswith(OPPONENT):
+        name = stage.removeprefix(OPPONENT)
+        return f"opponents.{name}", recipe.opponents[name]
+    return (stage, recipe.baseline) if stage == BASELINE.name else ("graft", recipe.graft)
+
+
+def _trained_part(
+    model: TrainedModel, recipe: Recipe, stage: StageName, tuning: tuple[str, TuneSettings]
+) -> nn.Module:
     """What a stage trains, with the parameters that it does not train frozen."""
+    where, settings = tuning
     if isinstance(model, TokenLM):
-        apply_tune(model.lm, _blocks(model), recipe.baseline, "baseline")
+        apply_tune(model.lm, _blocks(model), settings, where)
         return model
     if recipe.vae.freeze == "embeddings":
         freeze_embeddings(model.vae)
     if stage == "vae":
         return model.vae
-    apply_tune(model.backbone, model.backbone.blocks, recipe.graft, "graft")
+    apply_tune(model.backbone, model.backbone.blocks, settings, where)
     return model
 
 
@@ -258,41 +270,33 @@ def _activations(
     size: float
     if isinstance(model, TokenLM):
         few, many = ROWS
-        size, length = _baseline_rows(model, recipe, sentence_tokens)
+        size, length = _token_rows(model, recipe, sentence_tokens)
         batches = {rows: _token_batch(rows, length) for rows in ROWS}
     else:
         few, many = SENTENCES
         size, longest = _sentences(recipe, stage), model.vae.config.max_sentence_tokens
         make_batch = _graft_batch if stage == "graft" else _vae_batch
         batches = {n: make_batch(uneven_lengths(n, sentence_tokens, longest)) for n in SENTENCES}
-    recipe, saved = _train_all_blocks(recipe), {}
-    for blocks in (1,) if stage == "vae" else (1, 2):
+    where, settings = tuning(recipe, stage)
+    if settings.tune == "last-n":  # as if all blocks were trained: frozen blocks below save no less
+        settings = settings.model_copy(update={"tune": "full"})
+    saved, depth = {}, len(_blocks(model))
+    one = stage == "vae" or depth == 1
+    for blocks in (1,) if one else (1, 2):
         shallow = _with_blocks(model, blocks)
         with torch.device("meta"):
-            part = _trained_part(shallow, recipe, stage)  # adapters are made here
+            part = _trained_part(shallow, recipe, stage, (where, settings))  # adapters are made here
         _cut_vocabulary(part, len(_output_weight(shallow)))
         part = (fake := FakeExecution()).fake_copy(part).train()
         if recomputed:
             recompute_activations(part)
         for n, batch in batches.items():
             saved[blocks, n] = _saved_bytes(part, batch, fake, bf16=bf16)
-    depth = len(_blocks(model))
-    if stage == "vae":
+    if one:
         whole = {n: saved[1, n] for n in batches}
     else:
         whole = {n: saved[1, n] + (depth - 1) * (saved[2, n] - saved[1, n]) for n in batches}
     return whole[few] + (whole[many] - whole[few]) / (many - few) * (size - few)
-
-
-def _train_all_blocks(recipe: Recipe) -> Recipe:
-    """With ``tune: last-n`` as if all blocks were trained: frozen blocks below save no less."""
-    sections = {"graft": recipe.graft, "baseline": recipe.baseline}
-    changed = {
-        name: section.model_copy(update={"tune": "full"})
-        for name, section in sections.items()
-        if section.tune == "last-n"
-    }
-    return recipe.model_copy(update=changed)
 
 
 def _with_blocks(model: TrainedModel, number: int) -> TrainedModel:
@@ -317,8 +321,8 @@ def _sentences(recipe: Recipe, stage: StageName) -> int:
     return recipe.train_vae.sentences_per_batch
 
 
-def _baseline_rows(model: TokenLM, recipe: Recipe, sentence_tokens: float) -> tuple[float, int]:
-    """Rows in a micro-batch of the baseline, and tokens in each, start token included.
+def _token_rows(model: TokenLM, recipe: Recipe, sentence_tokens: float) -> tuple[float, int]:
+    """Rows in a micro-batch of a token-level LLM, and tokens in each, start token included.
 
     As in training, a passage longer than the LLM has positions becomes several rows.
     """

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sentcompress.errors import InputError
 from sentcompress.estimate.decoding import graft_products, token_products, vae_products
 from sentcompress.estimate.devices import GPU_UTILIZATION, GPUS, Device, device
+from sentcompress.estimate.equal_cost import meta_opponent
 from sentcompress.estimate.plan import token_budget
 from sentcompress.estimate.roofline import TRAINING_PASSES, training_flops
 from sentcompress.estimate.shapes import explain_shape, meta_models
@@ -24,12 +25,14 @@ from sentcompress.estimate.training_memory import (
     model_sizes,
     saving_bytes,
     state_bytes,
+    tuning,
     weight_bytes,
 )
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import GraftSettings, Recipe, TrainVAESettings
 from sentcompress.table import GIB, Table, gib
 from sentcompress.training.jobs.token_level import TokenLM
+from sentcompress.training.run_folder import BASELINE, GRAFT, OPPONENT, VAE, opponent_stage
 
 GPU_CONTEXT_BYTES = 1e9
 """What a GPU's driver and libraries take: an assumption."""
@@ -94,21 +97,21 @@ def training_modes(
 
     Args:
         sentence_tokens: mean length of a sentence.
-        models: the recipe's, on the meta device; None builds them.
+        models: the recipe's, or its sentence model and the opponent of the stage, on the meta device; None builds them.
     """
     settings = _settings(recipe, stage)
-    model, backbone = models or meta_models(recipe)
+    model, llm = models or _models(recipe, stage, sentence_tokens)
     on_cpu = machine.name == "cpu"
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and not on_cpu)
     process = psutil.Process().memory_info().rss  # before counting, which leaves some memory behind
-    trained = TokenLM(backbone) if stage == "baseline" else model
+    of_sentences = stage in (VAE.name, GRAFT.name)
+    trained = model if of_sentences else TokenLM(llm)
     with explain_shape(recipe):
         sizes = model_sizes(trained, recipe, stage, sentence_tokens, bf16=bf16)
-    products = {
-        "vae": lambda: vae_products(model),
-        "graft": lambda: graft_products(model, sentence_tokens),
-        "baseline": lambda: token_products(model, backbone),
-    }[stage]()
+    if of_sentences:
+        products = vae_products(model) if stage == VAE.name else graft_products(model, sentence_tokens)
+    else:
+        products = token_products(model, llm)
     compute = token_budget(recipe).get(stage, 0) * (training_flops(products) / machine.training_flops)
     micro_batches = settings.steps * settings.gradient_accumulation
     compute += sizes.blocks * TRAINING_PASSES * machine.block_seconds * micro_batches
@@ -126,13 +129,21 @@ def training_modes(
     return sizes, sorted(modes, key=lambda mode: mode.hours)
 
 
+def _models(recipe: Recipe, stage: StageName, sentence_tokens: float) -> Models:
+    if stage.startswith(OPPONENT):
+        opponent = meta_opponent(recipe, stage.removeprefix(OPPONENT), sentence_tokens)[1]
+        return meta_models(recipe)[0], opponent
+    return meta_models(recipe)
+
+
 def fastest(modes: Sequence[TrainingMode]) -> TrainingMode | None:
     """The first mode that fits, None where none does."""
     return next((mode for mode in modes if mode.fits), None)
 
 
 def _settings(recipe: Recipe, stage: StageName) -> GraftSettings | TrainVAESettings:
-    return recipe.train_vae if stage == "vae" else recipe.graft  # the baseline's are the graft's
+    # Token-level LLMs are trained like the graft.
+    return recipe.train_vae if stage == VAE.name else recipe.graft
 
 
 def _exchanged_bytes(
@@ -158,20 +169,25 @@ def mode_tables(
         sentence_tokens: mean length of a sentence.
         price: of one device for an hour.
     """
-    models = meta_models(recipe)
-    found = {
-        stage: training_modes(recipe, stage, machine, number, sentence_tokens, models)
-        for stage in _stages(recipe)
+    model, backbone = meta_models(recipe)
+    opponents = {
+        opponent_stage(name).name: meta_opponent(recipe, name, sentence_tokens) for name in recipe.opponents
     }
-    tables = [_stage_table(recipe, stage, machine, number, price, *each) for stage, each in found.items()]
-    chosen = {stage: fastest(modes) for stage, (_, modes) in found.items()}
+    tables, chosen = [], {}
+    for stage in _stages(recipe):
+        shape, llm = opponents.get(stage, (None, backbone))
+        sizes, modes = training_modes(recipe, stage, machine, number, sentence_tokens, (model, llm))
+        tables.append(_stage_table(recipe, stage, machine, number, price, sizes, modes))
+        tables[-1].notes.extend([f"{shape}."] if shape else [])
+        chosen[stage] = fastest(modes)
     return [*tables, _total_table(recipe, machine, number, price, chosen)]
 
 
 def _stages(recipe: Recipe) -> list[StageName]:
     stages: list[StageName] = [] if recipe.graft.vae or not recipe.train_vae.steps else ["vae"]
     stages.append("graft")
-    return [*stages, "baseline"] if recipe.baseline.enabled else stages
+    stages += [BASELINE.name] if recipe.baseline.enabled else []
+    return stages + [opponent_stage(name).name for name in recipe.opponents]
 
 
 def _stage_table(
@@ -186,7 +202,7 @@ def _stage_table(
     settings = _settings(recipe, stage)
     checkpoint = weight_bytes(sizes.weights) + state_bytes(sizes, settings)
     notes = [
-        f"GiB on each device. {_verdict(modes, stage)}",
+        f"GiB on each device. {_verdict(modes, recipe, stage)}",
         f"A checkpoint takes {checkpoint / GIB:.2f} GiB on disk; saving one takes "
         f"{saving_bytes(sizes, settings) / GIB:.2f} GiB of main memory (in the first process with ddp, in all "
         "processes together with fsdp).",
@@ -250,11 +266,12 @@ def _total_table(
     )
 
 
-def _verdict(modes: Sequence[TrainingMode], stage: StageName) -> str:
+def _verdict(modes: Sequence[TrainingMode], recipe: Recipe, stage: StageName) -> str:
     mode = fastest(modes)
     if mode is not None:
         return "The fastest mode fits." if mode is modes[0] else f"The fastest mode that fits: {mode.name}."
     if stage == "vae":
         return "Nothing fits: lower train_vae.sentences_per_batch."
-    fields = f"graft.passages_per_batch or graft.max_sentences, or set {stage}.tune=lora"
+    section, _ = tuning(recipe, stage)
+    fields = f"graft.passages_per_batch or graft.max_sentences, or set {section}.tune=lora"
     return f"Nothing fits: lower {fields}."

@@ -81,9 +81,9 @@ def test_plan_estimate_and_devices_agree_on_the_bytes_of_training():
     found = estimate(
         model, backbone, PLAIN, batch_size=1, prompt_tokens=1, new_tokens=1, sentence_tokens=15.0
     )
-    assert memory.weights + memory.gradients + memory.optimizer == found.training_bytes
+    assert memory.weights + memory.gradients + memory.optimizer == found.sentence.training_bytes
     planned = count(recipe).sentence_lm
-    assert training_bytes(planned, planned) == pytest.approx(found.training_bytes, rel=0.01)
+    assert training_bytes(planned, planned) == pytest.approx(found.sentence.training_bytes, rel=0.01)
 
 
 def test_shapes_take_no_memory():
@@ -118,6 +118,20 @@ def test_the_command_prints_ratios_and_says_what_was_not_run():
     assert result.exit_code == 0
     assert "output ratio" in result.stdout
     assert "not run here" in result.stdout
+
+
+def test_opponents_stand_beside_the_sentence_model():
+    shallow = tiny_opt(num_hidden_layers=1)
+    found = of_tiny(opponents={"x": shallow})
+    alone = of_tiny(opponents={"x": tiny_opt()})
+    assert alone.opponents["x"] == alone.backbone
+    assert found.opponents["x"].cache_bytes_per_token == found.backbone.cache_bytes_per_token / 3
+    weights = sum(p.numel() for p in shallow.parameters())
+    assert found.opponents["x"].training_bytes == 16 * weights
+    result = CliRunner().invoke(app, ["estimate", "strong", "--device", "a100"])
+    assert result.exit_code == 0, result.output
+    assert "opponent equal-cost, output tokens/s" in result.stdout
+    assert "Opponent equal-cost: 1 of 6 blocks" in result.stdout
 
 
 def test_unknown_devices_are_refused():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sentcompress.estimate.plan import count, plan
+from sentcompress.estimate.plan import count, plan, token_budget
 from sentcompress.recipe import load_recipe
 
 PUBLISHED = {
@@ -42,3 +42,12 @@ def test_the_plan_touches_nothing(tmp_path, monkeypatch):
     assert "214.38 M" in text
     assert "1,600,000 steps" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_opponents_read_what_the_baseline_reads():
+    changes = ["opponents={one: {blocks: 1}, two: {blocks: 2}}"]
+    tokens = token_budget(load_recipe("strong", changes))
+    assert list(tokens) == ["vae", "graft", "baseline", "opponent-one", "opponent-two"]
+    assert tokens["opponent-one"] == tokens["opponent-two"] == tokens["baseline"] == tokens["graft"] > 0
+    alone = token_budget(load_recipe("strong", [*changes, "baseline.enabled=false"]))
+    assert list(alone) == ["vae", "graft", "opponent-one", "opponent-two"]

@@ -10,12 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sentcompress.cli.app import app
 from sentcompress.errors import InputError
 from sentcompress.estimate.devices import device
+from sentcompress.estimate.equal_cost import meta_opponent
 from sentcompress.estimate.shapes import meta_models, random_models
 from sentcompress.estimate.training_memory import count_saved, device_memory, model_sizes, uneven_lengths
 from sentcompress.estimate.training_time import mode_tables, parse_devices, training_modes
@@ -71,6 +72,24 @@ def test_activations_of_the_baseline_are_what_it_saves(checkpointing, bf16):
     assert predicted == pytest.approx(kept, rel=1e-3)
     assert found.weights == sum(p.numel() for p in model.parameters())
     assert found.head == model.lm.get_output_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_an_opponent_has_memory_and_hours_of_its_own(blocks):
+    recipe = load_recipe(
+        "strong", [*SMALL, f"opponents={{x: {{blocks: {blocks}, tune: last-n, last_n: 1}}}}"]
+    )
+    config = meta_opponent(recipe, "x", 15.0)[1].config
+    model = TokenLM(AutoModelForCausalLM.from_config(config)).train()
+    ids = torch.ones(1, 24 * 15 + 1, dtype=torch.long)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    _, kept = count_saved(lambda: model(ids, torch.ones_like(ids), ids)[0].mean(), weights)
+    found, (mode, *_) = training_modes(recipe, "opponent-x", device("a100"), 1, 15.0)
+    assert found.activations == pytest.approx(kept, rel=1e-3)
+    assert found.weights == sum(p.numel() for p in model.parameters())
+    assert found.trainable == sum(p.numel() for p in model.lm.model.decoder.layers[-1].parameters())
+    _, (whole, *_) = training_modes(recipe, "baseline", device("a100"), 1, 15.0)
+    assert 0 < mode.hours < whole.hours
 
 
 def test_a_passage_longer_than_the_baseline_has_positions_is_several_rows():
@@ -224,9 +243,11 @@ def test_an_a100_has_40_or_80_gigabytes():
 def test_the_command_prints_every_way():
     done = CliRunner().invoke(app, ["estimate", "strong", "--devices", "2xA100", "--price", "2"])
     assert done.exit_code == 0, done.output
-    assert len(re.findall(r"^fsdp", done.output, re.M)) == 4  # of graft and baseline
+    assert len(re.findall(r"^fsdp", done.output, re.M)) == 6  # of graft, baseline and opponent
     assert "Training graft of strong on 2 x a100" in done.output
     assert "Training baseline of strong on 2 x a100" in done.output
+    assert "Training opponent-equal-cost of strong on 2 x a100" in done.output
+    assert "1 of 6 blocks, ffn_dim" in done.output
     assert "Training vae" not in done.output  # it takes no step
 
 
@@ -234,16 +255,23 @@ def test_the_command_prints_every_way():
 def test_the_last_table_is_the_sum_of_the_stages_in_the_fastest_way_that_fits():
     recipe = load_recipe("quickstart")
     together = mode_tables(recipe, 2, device("a100"), 15.0, price=1000.0)[-1]
-    assert [row[0] for row in together.rows] == ["vae", "graft", "baseline", "together"]
+    assert [row[0] for row in together.rows] == [
+        "vae",
+        "graft",
+        "baseline",
+        "opponent-equal-cost",
+        "together",
+    ]
     hours, device_hours, cost = (
         [float(row[column].replace(",", "")) for row in together.rows] for column in (2, 3, 4)
     )
     assert cost[-1] == pytest.approx(sum(cost[:-1]), abs=0.02)
     assert cost[-1] > 0
     assert device_hours[-1] == pytest.approx(2 * hours[-1], abs=0.02)
-    without = mode_tables(load_recipe("quickstart", ["baseline.enabled=false"]), 2, device("a100"), 15.0)[-1]
+    few = load_recipe("quickstart", ["baseline.enabled=false", "opponents={}"])
+    without = mode_tables(few, 2, device("a100"), 15.0)[-1]
     assert [row[0] for row in without.rows] == ["vae", "graft", "together"]
-    nothing = load_recipe("strong", ["backbone.model=opt-30b", "backbone.config={}"])
+    nothing = load_recipe("strong", ["backbone.model=opt-30b", "backbone.config={}", "opponents={}"])
     assert mode_tables(nothing, 1, device("4090"), 15.0)[-1].rows[-1][1] == "without graft, baseline"
 
 
