@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sentcompress.benchmark.measurement import (
     BASELINES,
+    OPPONENT_SYSTEM,
     SENTENCE_MODEL,
     Excerpts,
     Flag,
@@ -17,6 +18,7 @@ from sentcompress.benchmark.measurement import (
 from sentcompress.benchmark.measurements.causality import Causality, require_causal
 from sentcompress.provenance import Record
 from sentcompress.table import Figure, Table
+from sentcompress.training.run_folder import OPPONENT
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.judge import Judge
@@ -88,9 +90,9 @@ class TextReport(Record):
 class GeneratedText(Measurement[TextReport | None]):
     """Repetition and variety of generated text, and a judge's bits per byte.
 
-    The sentence model, its equal-data baseline and the backbone continue the same beginnings of held-out documents by
-    the same number of tokens, sampled with the same settings; the human text is shown beside them. Refuses a model that
-    sees the future.
+    The sentence model, its equal-data baseline, its opponents and the backbone continue the same beginnings of held-out
+    documents by the same number of tokens, sampled with the same settings; the human text is shown beside them. Refuses
+    a model that sees the future.
     """
 
     title = "Generated text after the same prompts"
@@ -127,6 +129,7 @@ class GeneratedText(Measurement[TextReport | None]):
         load: dict[str, Callable[[], Any]] = {
             SENTENCE_MODEL: lambda: models.sentence_lm,
             baseline: lambda: models.baseline,
+            **{OPPONENT_SYSTEM + name: partial(models.opponent, name) for name in models.opponents},
             as_it_came: lambda: models.as_it_came,
         }
         placements: dict[str, tuple[str, str]] = {}
@@ -165,6 +168,7 @@ class GeneratedText(Measurement[TextReport | None]):
             ],
         )
         stages = {SENTENCE_MODEL: bench.graft_stages, baseline: ("baseline",)}
+        stages |= {OPPONENT_SYSTEM + name: (OPPONENT + name,) for name in models.opponents}
         for score in report.scores:
             where = placements.get(score.system)
             bench.row(

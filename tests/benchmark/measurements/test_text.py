@@ -10,7 +10,7 @@ import torch
 from sentcompress.benchmark.judge import Judge
 from sentcompress.benchmark.measurements.causality import Causality, CausalityCheck, CausalityReport
 from sentcompress.benchmark.measurements.text import DIFFERENCES_TITLE, HUMAN, GeneratedText
-from sentcompress.benchmark.models import Missing
+from sentcompress.benchmark.models import Missing, ModelFolder
 from sentcompress.benchmark.report import render_report, tables
 from sentcompress.benchmark.results import Results
 from sentcompress.benchmark.runner import run_bench
@@ -270,6 +270,26 @@ def test_without_a_baseline_and_a_judge_the_rest_is_measured_and_said(run_folder
     assert {row[1] for row in titles[GeneratedText.title].rows} == {"no judge"}
     assert any("--judge" in note for note in titles[GeneratedText.title].notes)
     assert next(row for row in found.rows if row.part == "text").figures["judge"] == "no judge"
+
+
+def test_opponents_write_too(run_folder, tmp_path, tokenizer):
+    """One that is not there is listed as not measured."""
+    import shutil
+
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    stage = shutil.copytree(out / "baseline", out / "opponent-small")
+    tiny_opt(len(tokenizer), num_hidden_layers=1).save_pretrained(stage)
+    (stage / "run.json").write_text('{"stage": "opponent-small", "tokens": 700}', encoding="utf-8")
+    recipe = ModelFolder(out).recipe(["opponents={absent: {}, small: {blocks: 1}}"])
+    found = run_bench(["text"], out, recipe, out=tmp_path / "bench", quiet=True)
+    report = GeneratedText.of(found)
+    systems = [score.system for score in report.scores]
+    assert systems[:3] == ["sentence model", "baseline, equal data", "opponent small"]
+    assert "opponent absent" in {skipped.what for skipped in found.skipped}
+    assert report.scores[2].texts != report.scores[1].texts
+    assert report.scores[2].differences
+    row = next(row for row in found.rows_of("text") if row.system == "opponent small")
+    assert row.honesty.training_tokens == 700
 
 
 def test_a_judge_that_is_the_backbone_is_said(run_folder, tmp_path):
