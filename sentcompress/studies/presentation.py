@@ -1,4 +1,4 @@
-"""What the pictures and pages of all studies have in common: style, markers, legends, PNG files, sections. No torch."""
+"""What the pictures and pages of all studies have in common: style, markers, legends, files, cautions. No torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sentcompress.benchmark.drawing import MATPLOTLIB_STYLE
+from sentcompress.benchmark.measurements.quality import Quality
+from sentcompress.benchmark.results import Results
 from sentcompress.errors import InputError
 from sentcompress.files import storage_errors
+from sentcompress.recipe.training_sections import EQUAL_COST
 from sentcompress.table import Table, as_markdown
 
 MARKERS = "osD^vP*X"
@@ -64,6 +67,20 @@ def legend_line(color: Color, label: str) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, linewidth=2, label=label)
+
+
+def cost_cautions(results: Sequence[Results]) -> list[str]:
+    """Names the opponents that do not cost what the sentence models beside them cost."""
+    shares: dict[str, list[float]] = {}
+    for result in results:
+        for score in Quality.of(result):
+            if score.cost_share is not None:
+                shares.setdefault(score.system, []).append(score.cost_share)
+    return [
+        f"{system} is not of equal cost: {min(found):.2f} to {max(found):.2f} times the sentence model's"
+        for system, found in shares.items()
+        if max(abs(share - 1) for share in found) > EQUAL_COST
+    ]
 
 
 def heading(title: str, command: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from sentcompress.studies.presentation import (
 from sentcompress.studies.sweep_results import RunFigures, SweepResults, SweepRun
 from sentcompress.table import Table, as_markdown, as_rich, number, percent
 
-COLUMNS: list[tuple[str, Callable[[RunFigures], str]]] = [
+Column = tuple[str, Callable[[RunFigures], str]]
+"""Its title, and what it shows of a run."""
+BASELINE_RATIO = "ratio to baseline"
+"""The opponents' columns follow this one."""
+COLUMNS: list[Column] = [
     ("tokens per sentence", lambda f: number(f.mean_sentence_tokens, 1)),
     ("tokens right", lambda f: percent(f.token_accuracy)),
     ("sentences exact", lambda f: percent(f.exact_sentences)),
     ("forced perplexity", lambda f: number(f.forced_perplexity, 2)),
     ("bits/byte", lambda f: number(f.bits_per_byte, 4)),
     ("baseline", lambda f: number(f.baseline_bits_per_byte, 4)),
-    ("ratio to baseline", lambda f: number(f.baseline_ratio, 4)),
+    (BASELINE_RATIO, lambda f: number(f.baseline_ratio, 4)),
     ("backbone as it came", lambda f: number(f.backbone_bits_per_byte, 4)),
     ("ratio to backbone", lambda f: number(f.backbone_ratio, 4)),
     ("output tok/s", lambda f: number(f.output_tokens_per_second, 1)),
@@ -51,7 +56,7 @@ def sweep_table(sweep: SweepResults) -> Table:
     runs = sweep.ranked()
     columns = ["#", *sweep.axes]
     rows = [[str(rank), *run.values] for rank, run in enumerate(runs, 1)]
-    for title, show in COLUMNS:
+    for title, show in _columns(runs):
         cells = [show(run.figures or RunFigures()) for run in runs]
         if any(cell != "-" for cell in cells):
             columns.append(title)
@@ -62,6 +67,26 @@ def sweep_table(sweep: SweepResults) -> Table:
         for row, run in zip(rows, runs, strict=True):
             row.append(run.state if run.state != "failed" else f"failed: {_one_line(run.error or '')}")
     return Table(f"{sweep.title}, best first by {sweep.order}", columns, rows)
+
+
+def _columns(runs: list[SweepRun]) -> Iterator[Column]:
+    """All columns; two for each opponent that some run has."""
+    names = dict.fromkeys(name for run in runs if run.figures for name in run.figures.opponents)
+    for column in COLUMNS:
+        yield column
+        if column[0] == BASELINE_RATIO:
+            for name in names:
+                yield f"opponent {name}", partial(_opponent_score, name)
+                yield f"ratio to opponent {name}", partial(_opponent_ratio, name)
+
+
+def _opponent_score(name: str, figures: RunFigures) -> str:
+    return number(figures.opponents.get(name), 4)
+
+
+def _opponent_ratio(name: str, figures: RunFigures) -> str:
+    ours, theirs = figures.bits_per_byte, figures.opponents.get(name)
+    return number(ours / theirs if ours and theirs else None, 4)
 
 
 def render(sweep: SweepResults, console: Console) -> None:

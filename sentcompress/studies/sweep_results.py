@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
+from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL
 from sentcompress.benchmark.measurements.quality import Quality
 from sentcompress.benchmark.measurements.reconstruct import Reconstruct
 from sentcompress.benchmark.measurements.speed import Speed
@@ -17,6 +17,7 @@ from sentcompress.benchmark.results import Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
+from sentcompress.studies.presentation import cost_cautions
 
 SCHEMA_VERSION = 1
 FILE = "sweep.json"
@@ -41,6 +42,8 @@ class RunFigures(Record):
     baseline_bits_per_byte: float | None = None
     """Of the equal-data baseline, on the same bytes."""
     baseline_ratio: float | None = None
+    opponents: dict[str, float] = {}
+    """Bits per byte of the recipe's opponents, by name, on the same bytes."""
     output_tokens_per_second: float | None = None
     """At the smallest batch that was measured."""
     speed_ratio: float | None = None
@@ -125,6 +128,11 @@ def read_figures(folder: Path) -> tuple[RunFigures, Results]:
     ours = figures.bits_per_byte = scores.get(SENTENCE_MODEL)
     figures.backbone_bits_per_byte = scores.get(BACKBONE)
     figures.baseline_bits_per_byte = scores.get(BASELINE)
+    figures.opponents = {
+        system.removeprefix(OPPONENT_SYSTEM): score
+        for system, score in scores.items()
+        if system.startswith(OPPONENT_SYSTEM)
+    }
     if ours is not None:
         figures.backbone_ratio = _ratio(ours, scores.get(BACKBONE))
         figures.baseline_ratio = _ratio(ours, scores.get(BASELINE))
@@ -171,6 +179,7 @@ def count_parameters(folder: Path) -> int | None:
 def comparison_notes(done: list[tuple[SweepRun, Results]]) -> list[str]:
     """Why the figures of these runs may not be comparable, and by how much."""
     notes = setting_warnings([results for _, results in done])
+    notes += cost_cautions([results for _, results in done])
     scored = [scores[0] for _, results in done if (scores := Quality.of(results))]
     texts = {tuple((d.source, d.bytes) for d in score.documents) for score in scored}
     figures = [run.figures.backbone_bits_per_byte for run, _ in done if run.figures]

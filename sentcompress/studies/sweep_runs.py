@@ -22,11 +22,13 @@ from rich.text import Text
 from sentcompress.benchmark.results import Results, is_current
 from sentcompress.distributed import Interruption
 from sentcompress.errors import InputError, RunError
-from sentcompress.estimate.plan import count
+from sentcompress.estimate.equal_cost import match
+from sentcompress.estimate.plan import TOKENS_PER_SENTENCE, count
 from sentcompress.files import storage_errors, write_atomically
 from sentcompress.locks import try_lock
 from sentcompress.pipeline import check_folder
 from sentcompress.provenance import command
+from sentcompress.recipe import Recipe
 from sentcompress.studies.grid import Axis, GridPoint, check_each
 from sentcompress.studies.presentation import require_matplotlib
 from sentcompress.studies.sweep_report import draw, markdown
@@ -59,8 +61,15 @@ def check_grid(points: Sequence[GridPoint], out: Path) -> None:
         raise InputError("a sweep starts the process of each run itself", fix="start it without torchrun")
     require_matplotlib()
     named = [(point.name, point) for point in points]
-    check_each(named, lambda point: count(point.recipe))
+    check_each(named, lambda point: _check_models(point.recipe))
     check_each(named, lambda point: check_folder(point.recipe, out / point.name))
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Build the models of a run without weights."""
+    count(recipe)
+    for name in recipe.opponents:
+        match(recipe, name, TOKENS_PER_SENTENCE)
 
 
 def run_sweep(

@@ -219,6 +219,7 @@ def test_a_dry_run_prints_the_runs_and_touches_nothing(tmp_path, capsys, recipe_
         ("vae.num_heads=4,3", 2, "run num_heads-3: vae.num_heads: 3 does not divide"),
         ("fusion.name=mean,meen", 3, "run fusion-meen: no fusion is called 'meen'"),
         ("backbone.model=/nowhere,/neither", 2, "/nowhere"),
+        ("opponents={},{x: {blocks: 9}}", 2, "opponents.x: 9 blocks, but"),
         ("seed", 2, "write FIELD=VALUE,VALUE"),
     ],
 )

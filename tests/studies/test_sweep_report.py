@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from rich.console import Console
 
-from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
-from sentcompress.benchmark.results import Results
+from sentcompress.benchmark.measurements.quality import DocumentScore, Quality, QualityScore
+from sentcompress.benchmark.results import Results, write_results
 from sentcompress.studies.sweep_report import draw, markdown, render, sweep_table
-from sentcompress.studies.sweep_results import RunFigures, SweepResults, SweepRun, comparison_notes
+from sentcompress.studies.sweep_results import (
+    RunFigures,
+    SweepResults,
+    SweepRun,
+    comparison_notes,
+    read_figures,
+)
 
 
-def row(name: str, *, state: str = "done", error: str | None = None, **figures: float) -> SweepRun:
+def row(name: str, *, state: str = "done", error: str | None = None, **figures: Any) -> SweepRun:
     return SweepRun(
         name=name,
         values=[name],
@@ -68,11 +77,24 @@ def test_columns_that_nobody_has_are_left_out():
 
 
 def test_every_figure_has_a_column():
-    figures = dict.fromkeys(RunFigures.model_fields, 1)
+    figures = dict.fromkeys(RunFigures.model_fields, 1) | {"opponents": {"small": 2}}
     columns, lines = shown(sweep(row("a", **figures)))
     unshown = {"batch_size"}  # said in the text below the table
-    assert len(columns) == 2 + len(figures) - len(unshown)
+    computed = {"ratio to opponent small"}
+    assert len(columns) == 2 + len(figures) - len(unshown) + len(computed)
     assert "-" not in lines[0]
+
+
+def test_opponents_stand_behind_the_baseline():
+    a = row("a", bits_per_byte=3.0, baseline_bits_per_byte=1.5, baseline_ratio=2.0, opponents={"x": 2.0})
+    b = row("b", bits_per_byte=2.0, baseline_bits_per_byte=1.0, baseline_ratio=2.0)
+    columns, lines = shown(sweep(a, b))
+    quality = ["bits/byte", "baseline", "ratio to baseline", "opponent x", "ratio to opponent x"]
+    assert columns == ["#", "seed", *quality]
+    assert [line[2:] for line in lines] == [
+        ["3.0000", "1.5000", "2.0000", "2.0000", "1.5000"],
+        ["2.0000", "1.0000", "2.0000", "-", "-"],
+    ]
 
 
 def test_the_page_keeps_its_columns_whatever_a_value_holds(capsys):
@@ -117,6 +139,29 @@ def test_other_bytes_are_said():
     # The same sum is not the same text.
     (note,) = comparison_notes([(row("a"), scored((700, 300))), (row("b"), scored((300, 700)))])
     assert note.endswith("rather than bits per byte")
+
+
+def with_opponent(share: float) -> Results:
+    found = scored((700, 300))
+    ours = Quality.of(found)[0]
+    theirs = {"system": "opponent x", "bits_per_byte": 1.25, "cost_share": share}
+    Quality.put(found, [ours, ours.model_copy(update=theirs)])
+    return found
+
+
+def test_opponents_are_read_from_a_runs_results(tmp_path: Path):
+    write_results(with_opponent(1.0), tmp_path / "bench")
+    figures, _ = read_figures(tmp_path)
+    assert figures.opponents == {"x": 1.25}
+    write_results(scored((700, 300)), tmp_path / "bench")
+    assert read_figures(tmp_path)[0].opponents == {}
+
+
+def test_an_opponent_of_another_cost_is_said():
+    equal, other = with_opponent(1.05), with_opponent(1.5)
+    assert comparison_notes([(row("a"), equal), (row("b"), equal)]) == []
+    (note,) = comparison_notes([(row("a"), equal), (row("b"), other)])
+    assert note == "opponent x is not of equal cost: 1.05 to 1.50 times the sentence model's"
 
 
 @pytest.mark.parametrize("points", [0, 1, 9])
