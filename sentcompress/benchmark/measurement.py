@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get
 
 from sentcompress.recipe.sections import measurement_names
 from sentcompress.table import Figure, Table
+from sentcompress.training.run_folder import BASELINE, GRAFT, OPPONENT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,13 @@ BASELINES = ("baseline, equal data", "backbone, as it came")
 """Systems the sentence model is compared with, in the order in which they are preferred."""
 OPPONENT_SYSTEM = "opponent "
 """What the names of the recipe's opponents begin with, as systems."""
+
+
+def stage_of(system: str) -> str | None:
+    """The stage that a system was last trained in; None for what no stage trained."""
+    if system.startswith(OPPONENT_SYSTEM):
+        return OPPONENT + system.removeprefix(OPPONENT_SYSTEM)
+    return {SENTENCE_MODEL: GRAFT.name, BASELINES[0]: BASELINE.name}.get(system)
 
 
 @dataclass(frozen=True)

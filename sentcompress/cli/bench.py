@@ -224,7 +224,7 @@ def scaling_law(
         Path, typer.Option("--out", metavar="DIR", parser=user_path, help="Where the results go.")
     ],
 ) -> None:
-    """Fit bits per byte against tokens and parameters, for the sentence model and its equal-data baseline.
+    """Fit bits per byte against tokens and parameters, for the sentence model, its baseline and its opponents.
 
     Does the gap between them close with more tokens or a larger backbone? All runs must be scored on the same held-out
     bytes; seeds of one size and budget are averaged. Writes scaling-law.json, scaling-law.md and scaling-law.png.

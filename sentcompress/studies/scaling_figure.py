@@ -10,21 +10,34 @@ import numpy as np
 
 from sentcompress.benchmark.drawing import BASELINE_COLOR, SENTENCE_COLOR
 from sentcompress.benchmark.measurement import SENTENCE_MODEL
-from sentcompress.studies.presentation import DARK, MARKERS, cycled, legend_line, legend_marker, save_png
+from sentcompress.studies.presentation import (
+    DARK,
+    MARKERS,
+    PALETTE,
+    cycled,
+    legend_line,
+    legend_marker,
+    save_png,
+)
 from sentcompress.studies.scaling_law import (
     PARAMETERS,
     RATIO,
     TOKENS,
     Against,
     ScalingLaw,
+    curves,
     fixed,
     groups,
+    is_ratio,
+    on_curve,
+    systems,
     x_of,
     y_of,
 )
 from sentcompress.studies.scaling_points import BASELINE, Point
 
 COLORS = {SENTENCE_MODEL: SENTENCE_COLOR, BASELINE: BASELINE_COLOR, RATIO: DARK}
+"""By curve; those of an opponent have one of the palette's."""
 
 
 def draw(law: ScalingLaw, path: Path) -> None:
@@ -37,32 +50,42 @@ def draw(law: ScalingLaw, path: Path) -> None:
         InputError: matplotlib is not installed.
         StorageError: it cannot be written.
     """
+    shown = systems(law.points)
+    ratios = [curve for curve in curves(law.points) if is_ratio(curve)]
+    label = "ratio of bits per byte" + (", to the baseline's" if ratios == [RATIO] else "")
     both: list[Against] = [TOKENS, PARAMETERS]
     wanted = [a for a in both if len({x_of(point, SENTENCE_MODEL, a) for point in law.points}) > 1]
 
     def panels(figure: Any) -> None:
         axes = figure.subplots(2, len(wanted), squeeze=False)
         for column, against in enumerate(wanted):
-            _panel(axes[0, column], law, against, (SENTENCE_MODEL, BASELINE), "bits per byte")
-            _panel(axes[1, column], law, against, (RATIO,), "ratio of bits per byte, to the baseline's")
+            _panel(axes[0, column], law, against, shown, "bits per byte")
+            _panel(axes[1, column], law, against, ratios, label)
             axes[1, column].axhline(1.0, color="#dc2626", linewidth=1.0, linestyle="--", zorder=1)
 
     save_png(path, (6.4 * len(wanted), 8.2), panels)
 
 
-def _panel(axes: Any, law: ScalingLaw, against: Against, curves: Sequence[str], label: str) -> None:
+def _panel(axes: Any, law: ScalingLaw, against: Against, drawn: Sequence[str], label: str) -> None:
     lines = groups(law.points, against)
     for number, (at, members) in enumerate(lines.items()):
-        for curve in curves:
-            color = _tint(COLORS[curve], number, len(lines))
-            _line(axes, law, against, at, members, curve, color, cycled(MARKERS, number))
+        for place, curve in enumerate(drawn):
+            color = _tint(_color(curve, place), number, len(lines))
+            if through := on_curve(members, curve):
+                _line(axes, law, against, at, through, curve, color, cycled(MARKERS, number))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training tokens" if against == TOKENS else "backbone parameters")
     axes.set_ylabel(label)
     _decimal_ticks(axes)
     axes.margins(x=0.08, y=0.12)
-    _legend(axes, against, list(lines), curves)
+    _legend(axes, against, list(lines), drawn)
+
+
+def _color(curve: str, place: int) -> str:
+    """Color of a curve, by its place among those of a panel; an opponent's ratio has the color of its bits per byte."""
+    opponent = place - (1 if is_ratio(curve) else 2)
+    return COLORS.get(curve) or cycled(PALETTE[2:], opponent)
 
 
 def _line(
@@ -108,8 +131,11 @@ def _decimal_ticks(axes: Any) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Any, against: Against, values: Sequence[int], curves: Sequence[str]) -> None:
-    entries = [legend_line(COLORS[curve], curve) for curve in curves if curve != RATIO]
+def _legend(axes: Any, against: Against, values: Sequence[int], drawn: Sequence[str]) -> None:
+    names = {RATIO: "ratio to the baseline"}
+    entries = [legend_line(_color(curve, i), names.get(curve, curve)) for i, curve in enumerate(drawn)]
+    if drawn == [RATIO]:
+        entries = []
     for i, value in enumerate(values):
         label = f"backbone of {fixed(against, value)}" if against == TOKENS else fixed(against, value)
         entries.append(legend_marker(cycled(MARKERS, i), _tint(DARK, i, len(values)), label))

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from sentcompress.benchmark.measurement import SENTENCE_MODEL
+from sentcompress.benchmark.measurement import OPPONENT_SYSTEM, SENTENCE_MODEL
 from sentcompress.benchmark.results import Skipped
 from sentcompress.provenance import Record, command, commit, packages
 from sentcompress.studies.power_laws import (
@@ -37,15 +37,14 @@ Against = Literal["training tokens", "backbone parameters"]
 TOKENS: Against = "training tokens"
 PARAMETERS: Against = "backbone parameters"
 RATIO = "ratio"
-CURVES = (SENTENCE_MODEL, BASELINE, RATIO)
-"""What is fitted: bits per byte of both systems, and their ratio."""
+"""The curve of the sentence model's bits per byte over the baseline's; begins the names of those over an opponent's."""
 
 
 class Fit(Record):
     """``y = coefficient * x^-exponent`` through the points of one size or one budget."""
 
     curve: str
-    """One of :data:`CURVES`."""
+    """One of :func:`figures_of`."""
     against: Against
     at: int
     """The backbone parameters, or the tokens of the budget, that the points have in common."""
@@ -66,6 +65,8 @@ class Fit(Record):
 class Gap(Record):
     """Where a fitted ratio is 1.00: from there on the sentence model has fewer bits per byte, or no longer has."""
 
+    to: str = BASELINE
+    """The system whose bits per byte the sentence model's are divided by."""
     against: Against
     at: int
     crossing: float | None
@@ -97,7 +98,7 @@ class Joint(Record):
 
 
 class ScalingLaw(Record):
-    """Everything that is known from some runs about the scaling of both systems."""
+    """Everything that is known from some runs about the scaling of all systems."""
 
     schema_version: int = SCHEMA_VERSION
     command: str
@@ -119,7 +120,7 @@ class ScalingLaw(Record):
 
 
 def scaling_law(sources: Sequence[Path]) -> ScalingLaw:
-    """Fit the scaling of the sentence model and of its equal-data baseline over finished runs.
+    """Fit the scaling of the sentence model, of its equal-data baseline and of its opponents over finished runs.
 
     Args:
         sources: folders of a finished run each, or of several runs (a sweep); or an earlier ``scaling-law.json``.
@@ -159,15 +160,51 @@ def groups(points: Sequence[Point], against: Against) -> dict[int, list[Point]]:
 
 
 def x_of(point: Point, curve: str, against: Against) -> float:
-    """Where a point stands on an axis; the baseline's tokens are its own, which are a few more or fewer."""
+    """Where a point stands on an axis; a token-level model's tokens are its own, which are a few more or fewer."""
     if against == PARAMETERS:
         return float(point.backbone_parameters)
-    return point.twin_tokens if curve == BASELINE else point.ours_tokens
+    own = {BASELINE: point.twin_tokens}
+    own |= {OPPONENT_SYSTEM + name: opponent.tokens for name, opponent in point.opponents.items()}
+    return own.get(curve, point.ours_tokens)
+
+
+def figures_of(point: Point) -> dict[str, SeedFigures]:
+    """What is fitted: bits per byte of each system, and the ratio of the sentence model's to each of the others'."""
+    figures = {SENTENCE_MODEL: point.ours, BASELINE: point.twin, RATIO: point.ratio}
+    for name, opponent in point.opponents.items():
+        system = OPPONENT_SYSTEM + name
+        figures |= {system: opponent.bits_per_byte, ratio_to(system): opponent.ratio}
+    return figures
 
 
 def y_of(point: Point, curve: str) -> SeedFigures:
-    """Bits per byte of a system, or their ratio."""
-    return {SENTENCE_MODEL: point.ours, BASELINE: point.twin, RATIO: point.ratio}[curve]
+    """One of :func:`figures_of`."""
+    return figures_of(point)[curve]
+
+
+def curves(points: Sequence[Point]) -> list[str]:
+    """Names of the curves that some of the points are on."""
+    return list(dict.fromkeys(curve for point in points for curve in figures_of(point)))
+
+
+def systems(points: Sequence[Point]) -> list[str]:
+    """Those of the curves that are not a ratio."""
+    return [curve for curve in curves(points) if not is_ratio(curve)]
+
+
+def on_curve(points: Sequence[Point], curve: str) -> list[Point]:
+    """The points that a curve goes through."""
+    return [point for point in points if curve in figures_of(point)]
+
+
+def ratio_to(system: str) -> str:
+    """Name of the curve of the sentence model's bits per byte over another system's."""
+    return RATIO if system == BASELINE else f"{RATIO} to {system}"
+
+
+def is_ratio(curve: str) -> bool:
+    """Whether a curve is that of a ratio."""
+    return curve.startswith(RATIO)
 
 
 def fixed(against: Against, value: int) -> str:
@@ -192,9 +229,15 @@ def _fit_lines(law: ScalingLaw, against: Against) -> None:
                 )
             )
             continue
-        for curve in CURVES:
-            x = [x_of(point, curve, against) for point in members]
-            y = [y_of(point, curve) for point in members]
+        for curve in curves(members):
+            through = on_curve(members, curve)
+            if len(through) < LEAST_POINTS:
+                what = f"a line of {curve} against {against} at {fixed(against, at)}"
+                reason = f"{len(through)} of at least {LEAST_POINTS} {kind}"
+                law.skipped.append(Skipped(part="scaling-law", what=what, reason=reason))
+                continue
+            x = [x_of(point, curve, against) for point in through]
+            y = [y_of(point, curve) for point in through]
             line = fit_line(x, [figures.mean for figures in y])
             law.fits.append(
                 Fit(
@@ -211,11 +254,12 @@ def _fit_lines(law: ScalingLaw, against: Against) -> None:
                     residual=line.residual,
                 )
             )
-            if curve == RATIO:
-                law.gaps.append(_gap(line, against, at, min(x), max(x)))
+            if is_ratio(curve):
+                to = next(system for system in systems(members) if ratio_to(system) == curve)
+                law.gaps.append(_gap(line, to, against, at, min(x), max(x)))
 
 
-def _gap(line: Line, against: Against, at: int, smallest: float, largest: float) -> Gap:
+def _gap(line: Line, to: str, against: Against, at: int, smallest: float, largest: float) -> Gap:
     """What a fitted ratio says: does the gap close?"""
     unit = "tokens" if against == TOKENS else "parameters"
     crossing = line.crossing
@@ -245,6 +289,7 @@ def _gap(line: Line, against: Against, at: int, smallest: float, largest: float)
         doubt = "not shown whether the ratio moves (the 95% interval of its alpha includes 0)"
         verdict = f"{doubt}. The fitted line alone says: {verdict}"
     return Gap(
+        to=to,
         against=against,
         at=at,
         crossing=crossing,
@@ -271,35 +316,46 @@ def _times(factor: float) -> str:
 
 
 def _fit_joint(law: ScalingLaw) -> None:
-    sizes = len({point.backbone_parameters for point in law.points})
-    budgets = len({point.budget for point in law.points})
-    why = None
-    if sizes < LEAST_POINTS or budgets < LEAST_POINTS:
-        why = f"{sizes} sizes and {budgets} budgets, of at least {LEAST_POINTS} each"
-    elif len(law.points) <= JOINT_PARAMETERS:
-        why = f"{len(law.points)} points for its {JOINT_PARAMETERS} parameters, of at least {JOINT_PARAMETERS + 1}"
-    if why:
-        what = "the joint law L = E + A N^-alpha + B D^-beta"
+    what = "the joint law L = E + A N^-alpha + B D^-beta"
+    if why := _too_few(law.points):
         law.skipped.append(Skipped(part="scaling-law", what=what, reason=why))
         return
-    for system in (SENTENCE_MODEL, BASELINE):
+    for system in systems(law.points):
+        points = on_curve(law.points, system)
+        if why := _too_few(points):
+            law.skipped.append(Skipped(part="scaling-law", what=f"{what} of {system}", reason=why))
+            continue
         surface = fit_surface(
-            [x_of(point, system, PARAMETERS) for point in law.points],
-            [x_of(point, system, TOKENS) for point in law.points],
-            [y_of(point, system).mean for point in law.points],
+            [x_of(point, system, PARAMETERS) for point in points],
+            [x_of(point, system, TOKENS) for point in points],
+            [y_of(point, system).mean for point in points],
         )
         law.joint.append(Joint(system=system, **vars(surface)))
 
 
+def _too_few(points: Sequence[Point]) -> str | None:
+    """Why the joint law cannot be fitted through these points; None where it can."""
+    sizes = len({point.backbone_parameters for point in points})
+    budgets = len({point.budget for point in points})
+    if sizes < LEAST_POINTS or budgets < LEAST_POINTS:
+        return f"{sizes} sizes and {budgets} budgets, of at least {LEAST_POINTS} each"
+    if len(points) <= JOINT_PARAMETERS:
+        return (
+            f"{len(points)} points for its {JOINT_PARAMETERS} parameters, of at least {JOINT_PARAMETERS + 1}"
+        )
+    return None
+
+
 def _limit(joint: Sequence[Joint], gap: Gap) -> float | None:
     """The joint laws' ratio for infinitely many tokens at a size, or an infinitely large backbone at a budget."""
-    if len(joint) != 2 or not all(fit.intervals for fit in joint):
+    fits = {fit.system: fit for fit in joint if fit.intervals}
+    if not {SENTENCE_MODEL, gap.to} <= set(fits):
         return None
-    ours, baseline = (
+    ours, theirs = (
         fit.E + (fit.A * gap.at**-fit.alpha if gap.against == TOKENS else fit.B * gap.at**-fit.beta)
-        for fit in joint
+        for fit in (fits[SENTENCE_MODEL], fits[gap.to])
     )
-    return ours / baseline if baseline > 0 else None
+    return ours / theirs if theirs > 0 else None
 
 
 def mean_flops(law: ScalingLaw, point: Point) -> tuple[float, float]:

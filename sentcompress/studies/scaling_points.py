@@ -12,17 +12,16 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
-from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
+from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL, stage_of
 from sentcompress.benchmark.measurements.quality import DecodingCost, ModelCounts, Quality, QualityScore
 from sentcompress.benchmark.results import FILE, Results, read_results
 from sentcompress.errors import InputError
 from sentcompress.files import read_json
 from sentcompress.provenance import Honesty, Record
 from sentcompress.recipe import by_dotted_name
+from sentcompress.studies.presentation import cost_cautions
 
 BASELINE = BASELINES[0]
-STAGE_OF_SYSTEM = {SENTENCE_MODEL: "graft", BASELINE: "baseline"}
-"""The stage whose tokens are the budget of each system."""
 SAME_BUDGET = 1.05
 """Runs whose tokens differ by less are one budget: another seed reads other passages."""
 EXPECTED = ("name", "description", "seed", "backbone", "bench", "graft.steps", "train_vae.steps")
@@ -36,9 +35,9 @@ class SystemPoint(Record):
     parameters: int
     trainable_parameters: int | None
     training_tokens: int
-    """Of the graft, or of the baseline."""
+    """Of the graft, or of the baseline or opponent."""
     vae_tokens: int | None = None
-    """On top, of the SentenceVAE; None for the baseline, and where they are not known."""
+    """On top, of the SentenceVAE; None for token-level models, and where they are not known."""
     flops: float
     """Of training, SentenceVAE included: 6 N D, each weight by the tokens it multiplies."""
     cost: DecodingCost | None = None
@@ -57,6 +56,8 @@ class RunPoint(Record):
     """The sentence model."""
     twin: SystemPoint
     """The baseline: the same LLM, trained on the same data."""
+    opponents: dict[str, SystemPoint] = {}
+    """Of those the recipe names, by name."""
     ratio: float
     """Of bits per byte, the sentence model's to the baseline's."""
     honesty: Honesty
@@ -70,6 +71,16 @@ class SeedFigures(Record):
     low: float
     high: float
     seeds: list[float]
+
+
+class OpponentFigures(Record):
+    """An opponent at a point."""
+
+    bits_per_byte: SeedFigures
+    ratio: SeedFigures
+    """Of the sentence model's bits per byte to its own."""
+    tokens: float
+    """Mean over the seeds."""
 
 
 class Point(Record):
@@ -86,6 +97,8 @@ class Point(Record):
     ours_tokens: float
     """Mean over the seeds."""
     twin_tokens: float
+    opponents: dict[str, OpponentFigures] = {}
+    """Those that every run of the point has, by name."""
 
 
 class Heldout(Record):
@@ -152,6 +165,7 @@ def gather(sources: Sequence[Path]) -> Gathered:
             fix="give runs of at least three budgets or sizes, such as the folder of: "
             "sentcompress sweep RECIPE --grid graft.steps=100,300,900",
         )
+    notes += _missing_opponents(runs)
     notes += _differences([results.recipe for _, results in read])
     if earlier and read:
         notes.append(
@@ -162,6 +176,7 @@ def gather(sources: Sequence[Path]) -> Gathered:
             "the backbones were pretrained: token counts leave that out, and the exponents are those of fine-tuning"
         )
     notes += setting_warnings([_quality_only(results) for _, results in read])
+    notes += cost_cautions([results for _, results in read])
     return Gathered(runs, points, heldout, notes)
 
 
@@ -213,7 +228,8 @@ def _run(folder: Path, results: Results) -> RunPoint:
         raise InputError(
             f"'{folder}': its {FILE} has no row of the {SENTENCE_MODEL}", fix=_measure_again(folder)
         )
-    systems = {score.system: _system(folder, score) for score in (ours, baseline)}
+    others = [_score(folder, results, system) for system in _opponents(results)]
+    systems = {score.system: _system(folder, score) for score in (ours, baseline, *others)}
     assert ours.counts is not None
     return RunPoint(
         folder=str(folder),
@@ -222,9 +238,24 @@ def _run(folder: Path, results: Results) -> RunPoint:
         backbone_parameters=ours.counts.backbone_parameters,
         ours=systems[SENTENCE_MODEL],
         twin=systems[BASELINE],
+        opponents={s.system.removeprefix(OPPONENT_SYSTEM): systems[s.system] for s in others},
         ratio=ours.bits_per_byte / baseline.bits_per_byte,
         honesty=rows[0].honesty,
     )
+
+
+def _opponents(results: Results) -> list[str]:
+    """The opponents that were measured, as systems."""
+    return [score.system for score in Quality.of(results) if score.system.startswith(OPPONENT_SYSTEM)]
+
+
+def _missing_opponents(runs: Sequence[RunPoint]) -> list[str]:
+    """Notes on runs without figures of an opponent that other runs have."""
+    notes = []
+    for name in dict.fromkeys(name for run in runs for name in run.opponents):
+        if without := [f"'{run.folder}'" for run in runs if name not in run.opponents]:
+            notes.append(f"{OPPONENT_SYSTEM}{name} was not measured in {', '.join(without)}")
+    return notes
 
 
 def _measure_again(folder: Path) -> str:
@@ -252,7 +283,8 @@ def _score(folder: Path, results: Results, system: str) -> QualityScore:
 
 
 def _system(folder: Path, score: QualityScore) -> SystemPoint:
-    counts, stage = score.counts, STAGE_OF_SYSTEM[score.system]
+    counts, stage = score.counts, stage_of(score.system)
+    assert stage is not None
     if counts is None:
         raise InputError(
             f"'{folder}' was measured by a version that did not count parameters and tokens",
@@ -293,12 +325,11 @@ def _same_text(read: Sequence[tuple[Path, Results]]) -> Heldout:
     texts = []
     for folder, results in read:
         scores = {score.system: score for score in Quality.of(results)}
-        keys = {
-            tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in STAGE_OF_SYSTEM
-        }
+        systems = [SENTENCE_MODEL, BASELINE, *_opponents(results)]
+        keys = {tuple((d.source, d.covered_bytes) for d in scores[system].documents) for system in systems}
         if len(keys) > 1:
             raise InputError(
-                f"'{folder}': the {SENTENCE_MODEL} and the {BASELINE} were scored on different bytes",
+                f"'{folder}': the {' and the '.join(systems)} were scored on different bytes",
                 fix=_measure_again(folder),
             )
         texts.append((folder, keys.pop()))
@@ -344,9 +375,23 @@ def _points(runs: list[RunPoint]) -> list[Point]:
                 ratio=_over_seeds([run.ratio for run in group]),
                 ours_tokens=_mean([run.ours.training_tokens for run in group]),
                 twin_tokens=_mean([run.twin.training_tokens for run in group]),
+                opponents={
+                    name: _opponent_figures(name, group)
+                    for name in group[0].opponents
+                    if all(name in run.opponents for run in group)
+                },
             )
         )
     return points
+
+
+def _opponent_figures(name: str, group: Sequence[RunPoint]) -> OpponentFigures:
+    pairs = [(run.ours, run.opponents[name]) for run in group]
+    return OpponentFigures(
+        bits_per_byte=_over_seeds([theirs.bits_per_byte for _, theirs in pairs]),
+        ratio=_over_seeds([ours.bits_per_byte / theirs.bits_per_byte for ours, theirs in pairs]),
+        tokens=_mean([theirs.training_tokens for _, theirs in pairs]),
+    )
 
 
 def _budgets(runs: list[RunPoint]) -> Iterator[tuple[int, list[RunPoint]]]:
@@ -382,5 +427,5 @@ def _differences(recipes: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _quality_only(results: Results) -> Results:
-    rows = [row for row in results.rows if row.part == "quality" and row.system in STAGE_OF_SYSTEM]
+    rows = [row for row in results.rows if row.part == "quality" and stage_of(row.system)]
     return results.model_copy(update={"rows": rows})

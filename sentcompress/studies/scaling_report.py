@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 from rich.console import Console
@@ -11,17 +12,17 @@ from sentcompress.files import storage_errors, write_atomically
 from sentcompress.studies.presentation import heading, section
 from sentcompress.studies.scaling_figure import draw
 from sentcompress.studies.scaling_law import (
-    RATIO,
     TOKENS,
     Fit,
     Gap,
     ScalingLaw,
     fixed,
+    is_ratio,
     mean_flops,
     millions,
     runs_of,
 )
-from sentcompress.studies.scaling_points import RunPoint, SeedFigures
+from sentcompress.studies.scaling_points import BASELINE, RunPoint, SeedFigures, SystemPoint
 from sentcompress.table import Table, as_rich, number
 
 NAME = "scaling-law"
@@ -51,7 +52,7 @@ def points_table(law: ScalingLaw) -> Table:
                 number(first.ours.vae_tokens),
                 f"{ours:.2e}",
                 f"{baseline:.2e}",
-                decoding(first),
+                decoding(first.ours, first.twin),
             ]
         )
     columns = [
@@ -80,18 +81,56 @@ def points_table(law: ScalingLaw) -> Table:
     return Table("Points", columns, rows, notes)
 
 
+def opponents_table(law: ScalingLaw) -> Table:
+    """One row for each opponent at each size and budget."""
+    rows = []
+    for point in law.points:
+        runs = runs_of(law, point)
+        for name, opponent in point.opponents.items():
+            first = runs[0].opponents[name]
+            rows.append(
+                [
+                    millions(point.backbone_parameters),
+                    f"{opponent.tokens:,.0f}",
+                    str(len(point.seeds)),
+                    name,
+                    _over_seeds(opponent.bits_per_byte),
+                    _over_seeds(opponent.ratio),
+                    _sizes(first.parameters, first.trainable_parameters),
+                    f"{statistics.mean(run.opponents[name].flops for run in runs):.2e}",
+                    decoding(first, runs[0].twin),
+                ]
+            )
+    columns = [
+        "backbone",
+        "tokens",
+        "seeds",
+        "opponent",
+        "bits/byte",
+        "ratio",
+        "its weights (trained)",
+        "its FLOPs",
+        "decoding",
+    ]
+    notes = [
+        "Backbone: that of the sentence model it is compared with. Ratio: of the sentence model's bits per byte to the "
+        "opponent's. Decoding: as above, as shares of the baseline's."
+    ]
+    return Table("Opponents", columns, rows, notes)
+
+
 def _over_seeds(figures: SeedFigures) -> str:
     if len(figures.seeds) == 1:
         return f"{figures.mean:.4f}"
     return f"{figures.mean:.4f} ({figures.low:.4f} to {figures.high:.4f})"
 
 
-def decoding(run: RunPoint) -> str:
+def decoding(system: SystemPoint, baseline: SystemPoint) -> str:
     """FLOPs and bytes of writing a token, as shares of the baseline's; ``-`` where they are not known."""
-    ours, baseline = run.ours.cost, run.twin.cost
-    if ours is None or baseline is None:
+    own, whole = system.cost, baseline.cost
+    if own is None or whole is None:
         return "-"
-    return f"{ours.flops / baseline.flops:.0%}, {ours.bytes / baseline.bytes:.0%}"
+    return f"{own.flops / whole.flops:.0%}, {own.bytes / whole.bytes:.0%}"
 
 
 def _sizes(total: int, trainable: int | None) -> str:
@@ -103,7 +142,7 @@ def fits_table(law: ScalingLaw) -> Table:
     rows = [
         [fit.curve, fit.against, fixed(fit.against, fit.at), *_fitted(fit)]
         for fit in law.fits
-        if fit.curve != RATIO
+        if not is_ratio(fit.curve)
     ]
     return Table(
         "Bits per byte: L = A x^-alpha",
@@ -148,15 +187,18 @@ def _interval_notes(law: ScalingLaw) -> list[str]:
 def gaps_table(law: ScalingLaw) -> Table:
     """One row for each fitted line of the ratio."""
     rows = []
-    for fit in law.fits:
-        if fit.curve == RATIO:
-            first, last = (fit.coefficient * x**-fit.exponent for x in (fit.smallest, fit.largest))
-            rows.append(
-                [fit.against, fixed(fit.against, fit.at), *_fitted(fit), f"{first:.4f}", f"{last:.4f}"]
-            )
+    for fit in filter(lambda fit: is_ratio(fit.curve), law.fits):
+        first, last = (fit.coefficient * x**-fit.exponent for x in (fit.smallest, fit.largest))
+        rows.append([fit.against, fixed(fit.against, fit.at), *_fitted(fit), f"{first:.4f}", f"{last:.4f}"])
     columns = ["x", "at", *FIT_COLUMNS, "at the smallest", "at the largest"]
+    over = "baseline"
+    if any(gap.to != BASELINE for gap in law.gaps):
+        over = "baseline or opponent"
+        columns.insert(0, "to")
+        for row, gap in zip(rows, law.gaps, strict=True):
+            row.insert(0, gap.to)
     notes = [
-        "Sentence model over baseline: a positive alpha closes the gap. The last two columns are the fit's."
+        f"Sentence model over {over}: a positive alpha closes the gap. The last two columns are the fit's."
     ]
     return Table("Ratio of bits per byte: does the gap close?", columns, rows, notes if rows else [])
 
@@ -196,7 +238,8 @@ def joint_table(law: ScalingLaw) -> Table:
 def gap_line(gap: Gap) -> str:
     """One fitted ratio in a line."""
     kind = "tokens" if gap.against == TOKENS else "size"
-    line = f"Against {kind}, at {fixed(gap.against, gap.at)}: {gap.verdict}."
+    to = "" if gap.to == BASELINE else f", over {gap.to}"
+    line = f"Against {kind}, at {fixed(gap.against, gap.at)}{to}: {gap.verdict}."
     if gap.times_beyond and gap.joint_limit is not None:
         line += f" By the joint laws, which have floors, the ratio tends to {gap.joint_limit:.3f}."
     return line
@@ -210,7 +253,13 @@ def caveats(law: ScalingLaw) -> list[str]:
 
 def render(law: ScalingLaw, console: Console) -> None:
     """Print the tables, what the ratio says, and what to be careful about."""
-    for table in (points_table(law), fits_table(law), joint_table(law), gaps_table(law)):
+    for table in (
+        points_table(law),
+        opponents_table(law),
+        fits_table(law),
+        joint_table(law),
+        gaps_table(law),
+    ):
         if table.rows:
             console.print(as_rich(table))
     for gap in law.gaps:
@@ -231,7 +280,7 @@ def markdown(law: ScalingLaw, picture: str) -> str:
     lines = heading(f"Scaling law: {names}", law.command)
     lines += [f"{law.created}, commit `{law.commit}`, {_versions(law)}.", ""]
     lines += [f"![Bits per byte and ratio against tokens and parameters]({picture})", ""]
-    lines += section(points_table(law)) + section(fits_table(law))
+    lines += section(points_table(law)) + section(opponents_table(law)) + section(fits_table(law))
     if law.joint:
         lines += section(joint_table(law))
     gaps = gaps_table(law)

@@ -68,6 +68,7 @@ def write_run(
     twin: float,
     *,
     seed: int = 0,
+    opponent: float | None = None,
     change: Callable[[Results], None] = lambda _: None,
     **recipe: object,
 ) -> Path:
@@ -97,6 +98,14 @@ def write_run(
         score(BASELINE, twin, counts[BASELINE]),
         score("unigram", 2.2, None),
     ]
+    if opponent is not None:
+        small = counts[BASELINE].model_copy(
+            update={
+                "backbone_parameters": int(size / 4),
+                "training_tokens": {"opponent-x": int(tokens * 1.01)},
+            }
+        )
+        scores.append(score("opponent x", opponent, small))
     honesty = Honesty(
         command=f"sentcompress run law --out {folder}",
         commit="0" * 12,
@@ -251,6 +260,63 @@ def test_a_joint_law_comes_back_for_both(tmp_path):
     around = 50 * SIZES[0] ** -0.3
     assert gap.joint_limit == pytest.approx((0.6 + around) / (0.5 + around), rel=1e-3)
     assert f"the ratio tends to {gap.joint_limit:.3f}" in gap_line(gap)
+
+
+def with_opponent(folder: Path, *, without: tuple[float, ...] = ()) -> Path:
+    """A grid of runs with an opponent, but for those of some budgets."""
+    for n in SIZES:
+        for d in BUDGETS:
+            theirs = 0.5 + 50 * n**-0.3 + 20 * (d * 1.01) ** -0.2
+            bits = (0.6 + 50 * n**-0.3 + 40 * d**-0.3, 0.5 + 50 * n**-0.3 + 30 * (d * 1.01) ** -0.25)
+            run = folder / f"n{n:.0f}-d{d:.0f}"
+            write_run(run, n, d, *bits, opponent=None if d in without else theirs)
+    return folder
+
+
+def test_opponents_are_fitted_as_the_baseline_is(tmp_path, capsys):
+    with_opponent(tmp_path / "runs")
+    code, shown, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
+    assert code == 0, err
+    law = ScalingLaw.model_validate_json((tmp_path / "out" / "scaling-law.json").read_text(encoding="utf-8"))
+    ours, _, theirs = law.joint
+    assert theirs.system == "opponent x"
+    assert (theirs.E, theirs.alpha, theirs.beta) == pytest.approx((0.5, 0.3, 0.2), rel=1e-3)
+    for curve in ("opponent x", "ratio to opponent x"):
+        assert len(fitted(law, curve, TOKENS)) == len(SIZES)
+        assert len(fitted(law, curve, PARAMETERS)) == len(BUDGETS)
+    run, point = law.runs[0], law.points[0]
+    assert run.opponents["x"].flops == 6 * (run.twin.parameters) * run.opponents["x"].training_tokens
+    assert point.opponents["x"].tokens == run.opponents["x"].training_tokens
+    assert point.opponents["x"].ratio.mean == pytest.approx(
+        run.ours.bits_per_byte / run.opponents["x"].bits_per_byte
+    )
+    gap = next(
+        gap for gap in law.gaps if gap.to == "opponent x" and (gap.against, gap.at) == (TOKENS, SIZES[0])
+    )
+    assert gap.joint_limit == pytest.approx(
+        (ours.E + 50 * SIZES[0] ** -0.3) / (0.5 + 50 * SIZES[0] ** -0.3), rel=1e-3
+    )
+    assert ", over opponent x: " in gap_line(gap)
+    assert {gap.to for gap in law.gaps} == {BASELINE, "opponent x"}
+    page = (tmp_path / "out" / "scaling-law.md").read_text(encoding="utf-8")
+    assert "## Opponents" in page
+    assert "| opponent x | training tokens |" in page.partition("## Ratio")[2]
+    assert (tmp_path / "out" / "scaling-law.png").read_bytes().startswith(b"\x89PNG")
+    assert "\nOpponents" in shown
+
+
+def test_an_opponent_that_some_runs_lack_is_fitted_through_the_others(tmp_path, capsys):
+    with_opponent(tmp_path / "runs", without=BUDGETS[:2])
+    code, shown, err = call(capsys, tmp_path / "runs", "--out", tmp_path / "out")
+    assert code == 0, err
+    law = ScalingLaw.model_validate_json((tmp_path / "out" / "scaling-law.json").read_text(encoding="utf-8"))
+    (note,) = [note for note in law.notes if note.startswith("opponent x was not measured in ")]
+    assert f"'{tmp_path / 'runs' / 'n1000000-d100000'}'" in note
+    assert [bool(point.opponents) for point in law.points] == [False, False, True, True] * len(SIZES)
+    assert not fitted(law, "opponent x", TOKENS)
+    assert len(fitted(law, "opponent x", PARAMETERS)) == 2
+    assert {fit.system for fit in law.joint} == {SENTENCE_MODEL, BASELINE}
+    assert "B D^-beta of opponent x: 3 sizes and 2 budgets" in " ".join(shown.split())
 
 
 def test_seeds_of_a_point_are_averaged_with_their_spread(tmp_path):
@@ -519,6 +585,7 @@ def test_folders_that_make_no_law_are_refused(tmp_path, capsys):
 def test_two_trained_runs(tmp_path, capsys, recipe_file):
     """Trained, measured and fitted by the real program: counts and tokens are those of the models."""
     raw = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) | {"baseline": {"enabled": True}}
+    raw["opponents"] = {"one": {"blocks": 1}}
     tiny = {"precision": "fp32", "eval_batches": 1}
     raw |= {"train_vae": {"steps": 2, "sentences_per_batch": 8, **tiny}}
     for steps in (1, 3):
@@ -540,12 +607,14 @@ def test_two_trained_runs(tmp_path, capsys, recipe_file):
     for run in law.runs:
         written = {
             stage: json.loads((Path(run.folder) / stage / "run.json").read_text(encoding="utf-8"))
-            for stage in ("vae", "graft", "baseline")
+            for stage in ("vae", "graft", "baseline", "opponent-one")
         }
         assert run.ours.training_tokens == written["graft"]["tokens"]
         assert run.ours.vae_tokens == written["vae"]["tokens"]
         assert run.twin.training_tokens == written["baseline"]["tokens"]
         assert run.twin.trainable_parameters == run.twin.parameters  # all of it learns
+        assert run.opponents["one"].training_tokens == written["opponent-one"]["tokens"]
+        assert run.opponents["one"].parameters < run.twin.parameters
         assert run.ours.trainable_parameters < run.ours.parameters - run.backbone_parameters + 1
     scores = {s.system: s for s in Quality.of(read_results(tmp_path / "runs" / "3"))}
     assert scores[SENTENCE_MODEL].counts.tokens_per_position > 2

@@ -37,7 +37,7 @@ def row(label: str, law: ScalingLaw, point: Point) -> list[str]:
         over_seeds(point.ours),
         over_seeds(point.twin),
         over_seeds(point.ratio),
-        decoding(runs[0]),
+        decoding(runs[0].ours, runs[0].twin),
         ", ".join(dict.fromkeys(f"`{run.honesty.recipe_digest}`" for run in runs)),
         ", ".join(dict.fromkeys(f"`{run.honesty.commit}`" for run in runs)),
     ]
