@@ -10,7 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sentcompress.estimate.devices import Device
-from sentcompress.estimate.roofline import backbone_cache_bytes, products, products_per_token, training_flops
+from sentcompress.estimate.roofline import (
+    attended_positions,
+    backbone_cache_bytes,
+    products,
+    products_per_token,
+    training_flops,
+)
 from sentcompress.estimate.shapes import count_weights
 from sentcompress.estimate.training_memory import FP32_BYTES, training_bytes
 from sentcompress.generation.engine import BACKBONE_BATCH_SHARE
@@ -156,7 +162,8 @@ def _backbone_step(
     """Seconds until every text has one more token, in transformers ``generate``."""
     cache = backbone_cache_bytes(backbone.config, device.element_size)
     seconds = device.product(token_products(model, backbone), batch_size)
-    seconds += CACHE_PASSES * device.read(batch_size * text_tokens * cache)
+    positions = attended_positions(backbone.config, text_tokens)
+    seconds += CACHE_PASSES * device.read(batch_size * positions * cache)
     logits = _logits(model, device, batch_size, GENERATE_PASSES)
     return seconds + (logits + _blocks(backbone) * device.block_seconds + device.step_seconds)
 
@@ -179,7 +186,8 @@ def _sentence_step(
     read = device.product(products(vae.encoder), share * b * sentence_tokens)
     read += device.product(products(model.backbone), share * b * latents)
     read += (_blocks(backbone) + vae.config.encoder_layers) * device.block_seconds
-    seconds = read / share + CACHE_PASSES * device.read(b * text_tokens / sentence_tokens * latents * cache)
+    positions = attended_positions(backbone.config, text_tokens / sentence_tokens * latents)
+    seconds = read / share + CACHE_PASSES * device.read(b * positions * cache)
     step = device.product(products(vae.decoder), writing) + vae.config.decoder_layers * device.block_seconds
     head = vae.output_weight.numel()
     proves = bool(device.per_int8_weight) and head >= MIN_WEIGHTS_FOR_SHORTLIST
@@ -244,10 +252,11 @@ def estimate_table(
     ]
     for name, shape in shapes.items():
         opponent = estimates[0].opponents[name]
+        kept = "" if shape.window is None else f", of {shape.window:,} tokens at most"
         hours = training_tokens * opponent.training_seconds_per_token / 3600
         notes.append(
             f"Opponent {name}: {shape}. Weights {opponent.weight_bytes / GIB:.2f} GiB; cache per token of text "
-            f"{opponent.cache_bytes_per_token:,.0f} bytes; training on as many tokens {hours:.2f} h; weights, "
+            f"{opponent.cache_bytes_per_token:,.0f} bytes{kept}; training on as many tokens {hours:.2f} h; weights, "
             f"gradients and AdamW state {opponent.training_bytes / GIB:.2f} GiB."
         )
     columns = ["", *(f"batch {e.batch_size}" for e in estimates)]

@@ -13,7 +13,7 @@ from sentcompress.errors import InputError
 from sentcompress.estimate.roofline import decoding_cost, serving_cost
 from sentcompress.estimate.shapes import explain_shape, meta_graft
 from sentcompress.modeling.llm_loading import load_backbone_config
-from sentcompress.modeling.pruning import Match, ends, opponent_config
+from sentcompress.modeling.pruning import WINDOWED, Match, ends, opponent_config
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.recipe import OpponentSettings, Recipe
 
@@ -36,8 +36,8 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
     spec, settings, where = recipe.backbone, recipe.opponents[name], f"opponents.{name}"
     whole = load_backbone_config(spec, weights=False)
     number = int(whole.num_hidden_layers)
-    most = number if settings.blocks else number - 1
-    _check(recipe, settings, where)
+    most = number if settings.blocks or settings.window == "auto" else number - 1
+    _check(recipe, settings, where, whole.model_type)
     if not most or (settings.blocks or 1) > most:
         raise InputError(
             f"{where}: {settings.blocks or 'fewer'} blocks, but '{spec.model}' has {number}",
@@ -46,19 +46,27 @@ def match(recipe: Recipe, name: str, sentence_tokens: float) -> Match:
 
     model = meta_graft(recipe)
 
+    given = None if settings.window == "auto" else settings.window
+
     @cache
-    def share(blocks: int, width: int | None = None) -> float:
-        short = _meta_opponent(recipe, name, whole, blocks, {} if width is None else {field: width})
+    def share(blocks: int, width: int | None = None, window: int | None = given) -> float:
+        feedforward = {} if width is None else {field: width}
+        short = _meta_opponent(recipe, name, whole, blocks, feedforward, window)
         return cost_share(short, model, settings, settings.text_tokens, sentence_tokens)
 
-    def distance(shape: tuple[int, int | None]) -> float:
+    def distance(shape: tuple[int | None, ...]) -> float:
         return abs(share(*shape) - 1)
 
-    def found(blocks: int, width: int | None = None) -> Match:
+    def found(blocks: int, width: int | None = None, window: int | None = given) -> Match:
         feedforward = {} if width is None else {field: width}
-        return Match(blocks, number, settings.cost, feedforward, share(blocks, width))
+        return Match(blocks, number, settings.cost, feedforward, share(blocks, width, window), window)
 
     field = next((name for name in FEEDFORWARD if hasattr(whole, name)), "")
+    if settings.window == "auto":
+        blocks, windows = settings.blocks or number, range(2, settings.text_tokens + 2)
+        wide = bisect_left(windows, 1.0, key=lambda window: share(blocks, None, window))
+        near = windows[max(0, wide - 1) : wide + 1]
+        return found(*min(((blocks, None, window) for window in near), key=distance))
     if settings.blocks:
         return found(settings.blocks)
     above = bisect_left(range(1, most + 1), 1.0, key=lambda blocks: share(blocks)) + 1
@@ -78,15 +86,15 @@ def meta_opponent(recipe: Recipe, name: str, sentence_tokens: float) -> tuple[Ma
     """An opponent's shape, and an LLM of it on the meta device, without weights; arguments as for :func:`match`."""
     found = match(recipe, name, sentence_tokens)
     whole = load_backbone_config(recipe.backbone, weights=False)
-    return found, _meta_opponent(recipe, name, whole, found.blocks, found.feedforward)
+    return found, _meta_opponent(recipe, name, whole, found.blocks, found.feedforward, found.window)
 
 
 def _meta_opponent(
-    recipe: Recipe, name: str, whole: Any, blocks: int, feedforward: dict[str, int]
+    recipe: Recipe, name: str, whole: Any, blocks: int, feedforward: dict[str, int], window: int | None
 ) -> PreTrainedModel:
     settings, kept = recipe.opponents[name], ends(int(whole.num_hidden_layers), blocks)
     with explain_shape(recipe), torch.device("meta"):
-        config = opponent_config(whole, settings, kept, feedforward, f"opponents.{name}.config")
+        config = opponent_config(whole, settings, kept, feedforward, f"opponents.{name}.config", window)
         short: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
         short.tie_weights()  # which transformers 5.0 leaves undone on the meta device
     return short
@@ -115,8 +123,29 @@ def cost_share(
     return costs[0] / costs[1]
 
 
-def _check(recipe: Recipe, settings: OpponentSettings, where: str) -> None:
+def shape_note(config: Any, whole: int, settings: OpponentSettings) -> str:
+    """An opponent's blocks of ``whole``, and its window, for the note of a row."""
+    window = f"a window of {config.sliding_window:,} tokens; " if settings.window else ""
+    return f"{config.num_hidden_layers} of {whole} blocks; {window}"
+
+
+def _check(recipe: Recipe, settings: OpponentSettings, where: str, model_type: str) -> None:
     """Refuse settings that would do nothing."""
+    if settings.window is not None and model_type not in WINDOWED:
+        raise InputError(
+            f"{where}.window: attention of LLMs of type '{model_type}' has no sliding window",
+            fix=f"remove it, or use a backbone of one of these types: {', '.join(WINDOWED)}",
+        )
+    if settings.window is not None and recipe.backbone.init != "random":
+        raise InputError(
+            f"{where}.window: the LLM is pretrained, and has learned to attend to all tokens",
+            fix="remove it, or use backbone.init: random",
+        )
+    if settings.window == "auto" and settings.cost != "serving":
+        raise InputError(
+            f"{where}.window: auto matches the cost of serving, and cost is {settings.cost}",
+            fix="set cost: serving, or give a number of tokens",
+        )
     if recipe.backbone.init == "random" and settings.keep != "ends":
         raise InputError(
             f"{where}.keep: {settings.keep} compares trained blocks, but the LLM's weights are random",

@@ -18,6 +18,8 @@ from sentcompress.modeling.device_map import blocks_of
 from sentcompress.recipe import OpponentSettings
 from sentcompress.recipe.training_sections import EQUAL_COST
 
+WINDOWED = ("gemma2", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3")
+"""Types of LLMs whose blocks can all attend through a sliding window."""
 _TOKENS = 8
 """Tokens on which a pruned LLM is compared with the whole one."""
 
@@ -32,6 +34,7 @@ class Match:
         cost: as in its settings.
         feedforward: field of the configuration and width of its feed-forward layers; empty where that is the LLM's.
         share: its cost over the sentence model's.
+        window: tokens that a block attends to; None for as many as the LLM's.
     """
 
     blocks: int
@@ -39,6 +42,7 @@ class Match:
     cost: str
     feedforward: dict[str, int]
     share: float
+    window: int | None = None
 
     @property
     def is_equal(self) -> bool:
@@ -47,10 +51,13 @@ class Match:
 
     def inputs(self) -> dict[str, str]:
         """What a run records of it."""
-        return {"blocks": str(self.blocks)} | {field: str(width) for field, width in self.feedforward.items()}
+        window = {} if self.window is None else {"window": str(self.window)}
+        widths = {field: str(width) for field, width in self.feedforward.items()}
+        return {"blocks": str(self.blocks)} | widths | window
 
     def __str__(self) -> str:
         widths = "".join(f", {field} {width}" for field, width in self.feedforward.items())
+        widths += "" if self.window is None else f", a window of {self.window:,} tokens"
         what = "operations per token" if self.cost == "operations" else "bytes read per token when serving"
         return f"{self.blocks} of {self.whole} blocks{widths}; {self.share:.2f} times the sentence model's {what}"
 
@@ -121,7 +128,12 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
 
 
 def opponent_config(
-    whole: Any, settings: OpponentSettings, kept: Sequence[int], feedforward: dict[str, int], where: str
+    whole: Any,
+    settings: OpponentSettings,
+    kept: Sequence[int],
+    feedforward: dict[str, int],
+    where: str,
+    window: int | None = None,
 ) -> Any:
     """The configuration of an opponent.
 
@@ -130,11 +142,23 @@ def opponent_config(
         whole: that of the LLM.
         kept: numbers of the blocks.
         feedforward: field and width, as in a :class:`Match`.
+        window: as in a :class:`Match`.
     """
     config = cut_config(whole, kept)
-    if changes := feedforward | settings.config:
+    sliding = {} if window is None else _sliding(config, window)
+    if changes := feedforward | sliding | settings.config:
         config = shaped_config({**config.to_diff_dict(), "model_type": config.model_type}, changes, where)
     return config
+
+
+def _sliding(config: Any, window: int) -> dict[str, Any]:
+    """Fields of a configuration all of whose blocks attend through a sliding window."""
+    fields = {
+        "sliding_window": window,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * config.num_hidden_layers,
+    }
+    return {name: value for name, value in fields.items() if hasattr(config, name)}
 
 
 @torch.no_grad()

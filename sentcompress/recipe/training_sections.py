@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -267,7 +267,7 @@ EQUAL_COST = 0.1
 
 
 class OpponentSettings(TokenTuneSettings):
-    """An opponent of the graft: the same LLM with fewer blocks, so that a token costs as much as with the graft.
+    """An opponent of the graft: the same LLM with fewer blocks or a sliding window, so that a token costs as much.
 
     It is trained token by token on the graft's passages for as many steps, as the baseline is. A pretrained LLM is
     pruned. One with random weights is built with fewer blocks, and the width of their feed-forward layers makes up
@@ -283,6 +283,10 @@ class OpponentSettings(TokenTuneSettings):
     """Memory for the weights and caches of the largest batch."""
     blocks: int | None = Field(default=None, ge=1)
     """Number of blocks, whatever they cost; null finds the number whose cost is closest."""
+    window: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None
+    """Tokens that a block attends to, the token itself included, so that the cache holds no more; null: all tokens.
+    ``auto`` finds the window whose cost is closest, for all blocks of the LLM or the given number of them. Either needs
+    random weights, and an LLM of a type that has such a window."""
     keep: Literal["ends", "least-similar"] = "ends"
     """Which blocks of a pretrained LLM are kept: the first and last ones, or those whose output is least similar to
     their input (arXiv 2403.03853)."""

@@ -14,7 +14,7 @@ from sentcompress.estimate.equal_cost import match
 from sentcompress.estimate.roofline import decoding_cost, serving_cost
 from sentcompress.estimate.shapes import meta_models, random_models
 from sentcompress.modeling.llm_loading import load_backbone_config
-from sentcompress.modeling.pruning import ends, opponent_config
+from sentcompress.modeling.pruning import WINDOWED, ends, opponent_config
 from sentcompress.recipe import OpponentSettings, load_recipe
 from sentcompress.registry import get_registry
 
@@ -34,7 +34,7 @@ def shallow(recipe, found):
     whole = load_backbone_config(recipe.backbone, weights=False)
     kept = ends(int(whole.num_hidden_layers), found.blocks)
     return AutoModelForCausalLM.from_config(
-        opponent_config(whole, settings, kept, found.feedforward, "x")
+        opponent_config(whole, settings, kept, found.feedforward, "x", found.window)
     ).eval()
 
 
@@ -89,6 +89,79 @@ def test_no_width_is_spoilt_where_no_shape_comes_near():
     assert "times the sentence model's bytes read per token" in str(found)
 
 
+@pytest.fixture
+def mistral(tmp_path, tokenizer):
+    """Overrides of a recipe that name a folder with the shape of a small Mistral."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    config = AutoConfig.for_model("mistral", vocab_size=len(tokenizer), **shape, num_key_value_heads=4, **ids)
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return [f"backbone={{model: {tmp_path}, init: random}}"]
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_a_window_makes_the_cost_of_serving_equal_and_the_cache_is_counted(mistral, blocks):
+    tokens, memory = 600, 2**26
+    serving = {"cost": "serving", "text_tokens": tokens, "serving_bytes": memory, "blocks": blocks}
+    recipe, found = with_opponent("strong", mistral, **serving, window="auto")
+    assert found.blocks == (blocks or 4)
+    assert found.share == pytest.approx(1, abs=0.05)
+    assert 2 < found.window < tokens
+    assert with_opponent("strong", mistral, **serving)[1].share > 1.1
+    opponent = shallow(recipe, found)
+    with torch.no_grad():
+        cache = opponent(input_ids=torch.full((1, tokens), 5), use_cache=True)[CACHE]
+    kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    # Between two tokens it holds one position fewer than a token attends to.
+    assert kept == found.blocks * (found.window - 1) * 2 * 64 * 4
+    held = sum(p.nbytes for p in opponent.parameters())
+    stored = kept * found.window / (found.window - 1)
+    weights = decoding_cost(opponent, 0, SENTENCE)[1]
+    counted = weights / ((memory - held) / stored) + stored
+    assert counted == pytest.approx(serving_cost(meta_models(recipe)[0], tokens, SENTENCE, memory), rel=0.05)
+
+
+def test_a_given_window_is_part_of_the_shape(mistral):
+    _, wide = with_opponent("strong", mistral, text_tokens=900)
+    recipe, found = with_opponent("strong", mistral, text_tokens=900, window=20)
+    assert (found.window, found.inputs()["window"]) == (20, "20")
+    assert ", a window of 20 tokens; " in str(found)
+    assert found.share != wide.share
+    assert shallow(recipe, found).config.sliding_window == 20
+
+
+WITH_WINDOW = [
+    shape
+    for name in get_registry().names("backbone")
+    for shape in get_registry().get("backbone", name).tiny_configs
+    if "sliding_window" in AutoConfig.for_model(shape["model_type"]).to_dict()
+]
+
+
+def test_the_types_with_a_window_are_all_of_ours_that_have_one():
+    assert {shape["model_type"] for shape in WITH_WINDOW} == set(WINDOWED)
+
+
+@pytest.mark.parametrize("shape", WITH_WINDOW, ids=lambda shape: shape["model_type"])
+def test_no_block_sees_past_its_window(shape):
+    fields = dict(shape)
+    whole = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = opponent_config(whole, OpponentSettings(), ends(whole.num_hidden_layers, 2), {}, "x", 5)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(20)[None] + 5
+    changed = ids.clone()
+    changed[0, 3] = 99
+    with torch.no_grad():
+        difference = (model(input_ids=ids).logits - model(input_ids=changed).logits).abs().amax(-1)[0]
+        cache = model(input_ids=ids, use_cache=True)[CACHE]
+    affected = [place for place, change in enumerate(difference.tolist()) if change > 1e-6]
+    assert affected[0] == 3
+    assert affected[-1] <= 3 + 2 * (5 - 1)  # two blocks
+    assert {layer.keys.shape[-2] for layer in cache.layers} == {4}
+
+
 def test_gpt2_names_no_width_but_has_one():
     spec = "backbone={model: gpt2, init: random}"
     _, found = with_opponent("strong", [spec], text_tokens=300)
@@ -132,6 +205,17 @@ def test_what_has_no_opponent_is_refused():
             r"serving_bytes: .* no room .*\n.*lower text_tokens",
         ),
         ([], {"config": {"blocks": 1}}, r"opponents\.x\.config\.blocks: not a field of 'opt'"),
+        ([], {"window": 8}, r"opponents\.x\.window: .* 'opt' has no sliding window\n.*mistral, phi3"),
+        (
+            ["backbone={model: mistral-7b, init: pretrained}"],
+            {"window": 8},
+            r"opponents\.x\.window: the LLM is pretrained",
+        ),
+        (
+            ["backbone={model: mistral-7b, init: random}"],
+            {"window": "auto"},
+            r"opponents\.x\.window: auto matches the cost of serving, and cost is operations",
+        ),
         ([], {"keep": "least-similar"}, r"opponents\.x\.keep: least-similar compares trained blocks"),
         (
             ["backbone.init=pretrained", "backbone.config={}"],

@@ -125,6 +125,28 @@ def test_a_pretrained_llm_is_pruned(keep):
         assert job.kept == [0, 5]
 
 
+def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    config = AutoConfig.for_model("mistral", vocab_size=len(tokenizer), **shape, num_key_value_heads=2, **ids)
+    config.save_pretrained(tmp_path / "mistral")
+    tokenizer.save_pretrained(tmp_path / "mistral")
+    serving = {"cost": "serving", "text_tokens": 400, "serving_bytes": 2**25, "window": "auto"}
+    made = recipe({"windowed": serving}, f"backbone={{model: {tmp_path / 'mistral'}, init: random}}")
+    made.bench.metrics = ["causality", "quality"]
+    made.bench.max_documents, made.bench.max_bytes_per_document = 1, 600
+    run_recipe(made, tmp_path / "out")
+    folder = tmp_path / "out" / "opponent-windowed"
+    window = AutoModelForCausalLM.from_pretrained(folder).config.sliding_window
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert about["fields"]["inputs.window"] == str(window)
+    results = read_results(tmp_path / "out")
+    row = next(row for row in results.rows_of("quality") if row.system == "opponent windowed")
+    assert row.note.startswith(f"3 of 3 blocks; a window of {window} tokens; ")
+    score = next(score for score in Quality.of(results) if score.system == "opponent windowed")
+    assert score.cost_share == pytest.approx(1, abs=0.1)
+
+
 def test_lora(tmp_path):
     run_recipe(recipe({"low": {"blocks": 2, "tune": "lora"}}), tmp_path, stages=["opponent-low"])
 

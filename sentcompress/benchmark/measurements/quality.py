@@ -164,7 +164,7 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.benchmark.breakdown import Breakdown
         from sentcompress.benchmark.heldout_text import heldout_documents
         from sentcompress.benchmark.models import model_counts
-        from sentcompress.estimate.equal_cost import cost_share
+        from sentcompress.estimate.equal_cost import cost_share, shape_note
         from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
         from sentcompress.modeling.sentence_lm import SentenceLM
@@ -235,7 +235,7 @@ class Quality(Measurement[list[QualityScore]]):
             if system.startswith(OPPONENT_SYSTEM):
                 own = models.opponent_settings(system.removeprefix(OPPONENT_SYSTEM))
                 found.cost_share = cost_share(candidate, model, own, middle, sentence)
-                note = f"{candidate.config.num_hidden_layers} of {whole} blocks; "
+                note = shape_note(candidate.config, whole, own)
             note += f"left context: up to {found.context}"
             bench.row(self.name, system, found.figures(), stages, note, candidate)
             candidate = None  # free its memory before the next one is loaded

@@ -1,4 +1,4 @@
-"""The opponents of equal cost: the graft's LLM with fewer blocks, trained on the graft's passages."""
+"""The opponents of equal cost: the graft's LLM with fewer blocks or a window, trained on the graft's passages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OpponentJob(PassageJob):
         kept = ends(found.whole, found.blocks)
         if spec.init == "random":
             whole = load_backbone_config(spec, weights=False)
-            config = opponent_config(whole, own, kept, found.feedforward, f"{where}.config")
+            config = opponent_config(whole, own, kept, found.feedforward, f"{where}.config", found.window)
             lm = load_causal_lm(spec, config=config)
         else:
             whole_lm = load_causal_lm(spec)
@@ -58,11 +58,7 @@ class OpponentJob(PassageJob):
 
     def card(self) -> Card:
         kept = ", ".join(map(str, self.kept))
-        made = (
-            "built with fewer blocks"
-            if self.recipe.backbone.init == "random"
-            else f"pruned to its blocks {kept}"
-        )
+        made = "built anew" if self.recipe.backbone.init == "random" else f"pruned to its blocks {kept}"
         return Card(
             title=f"{self.recipe.backbone.model} with {self.found.blocks} of its {self.found.whole} blocks",
             summary=f"An opponent of a SentenceLM: {self.recipe.backbone.model}, {made}, {self.parameters}, trained "
