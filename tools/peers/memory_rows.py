@@ -32,7 +32,8 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
     options = {key: json.loads(value) for key, value in (setting.split("=", 1) for setting in settings)}
     spec = None if name == EVERYTHING else ComponentSpec(name=name, options=options)
     system = MemorySystem(name, model, tokenizer, spec)
-    nats = size = needles = found = most = 0
+    nats = size = most = 0
+    found: dict[str, list[bool]] = {}
     for task in tasks:
         memory = system.cache()
         if task["kind"] == "text":
@@ -52,8 +53,8 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
             nats += float(F.cross_entropy(predicted.float(), asked, reduction="sum"))
             size += task["bytes"]
         else:
-            found += bool((predicted.argmax(-1) == asked).all())
-            needles += 1
+            kind = task["id"].partition("-")[0]
+            found.setdefault(kind, []).append(bool((predicted.argmax(-1) == asked).all()))
         most = max(most, device_bytes(memory))
     row: dict[str, Any] = {
         "memory": name,
@@ -63,7 +64,12 @@ def row_of(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], words: list[
     }
     if size:
         row |= {"bits_per_byte": round(nats / math.log(2) / size, 4), "bytes": size}
-    return row | ({"found": f"{found} of {needles}"} if needles else {})
+    if found:
+        every = [one for kind in found.values() for one in kind]
+        row["found"] = f"{sum(every)} of {len(every)}"
+        # A needle that full attention misses too is in the column of another row.
+        row["by_kind"] = {kind: "".join("x" if one else "." for one in ones) for kind, ones in found.items()}
+    return row
 
 
 def main() -> None:
