@@ -81,6 +81,14 @@ class Run:
         Raises:
             InputError: naming the folder.
         """
+        if self.recipe.graft.split is not None:
+            from sentcompress.estimate.shapes import meta_graft
+
+            if VAE.name in stages:
+                raise InputError(
+                    "graft.split: a split LLM needs no SentenceVAE", fix="use sentcompress graft"
+                )
+            meta_graft(self.recipe)
         if GRAFT.name not in stages:
             return
         done = (self.out / GRAFT.name / COMPLETE).is_file()  # no longer needs its SentenceVAE
@@ -203,7 +211,7 @@ def _grafts(recipe: Recipe) -> bool:
 
 
 def _trains_vae(recipe: Recipe) -> bool:
-    return _grafts(recipe) and recipe.graft.vae is None and recipe.graft.split is None
+    return _grafts(recipe) and recipe.trains_vae
 
 
 def _compares(recipe: Recipe) -> bool:

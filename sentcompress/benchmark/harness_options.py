@@ -16,6 +16,7 @@ from sentcompress.errors import InputError, ModelFolderError
 from sentcompress.files import expand_home, read_json
 from sentcompress.generation import GenerationSettings
 from sentcompress.modeling.saved_models import read_config
+from sentcompress.modeling.split import SPLIT
 from sentcompress.registry import describe_validation_error
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ def model_folder(pretrained: str) -> Path:
         about = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
         if (folder / "graft" / "config.json").is_file():
             fix = f"this is the folder of a run: give pretrained={pretrained}/graft"
+        elif (folder / SPLIT).is_file():
+            fix = "a split LLM cannot be evaluated with the harness yet: use sentcompress bench quality"
         elif isinstance(about, dict) and about.get("model_type") == "sentence-vae":
             fix = "a SentenceVAE cannot be evaluated alone: give the folder of the graft made with it"
         elif isinstance(about, dict):

@@ -28,7 +28,6 @@ from sentcompress.modeling.device_map import DeviceName, blocks_of, dispatch_blo
 from sentcompress.modeling.int8 import quantize
 from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.saved_models import (
-    SPLIT,
     load_saved_tokenizer,
     load_sentence_lm,
     load_split,
@@ -36,6 +35,7 @@ from sentcompress.modeling.saved_models import (
     read_config,
 )
 from sentcompress.modeling.sentence_lm import SentenceLM
+from sentcompress.modeling.split import SPLIT, split_of
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import OpponentSettings, Recipe, load_recipe
@@ -240,14 +240,18 @@ class Models:
     def sentence_lm(self) -> SentenceLM:
         folder = self._stage(GRAFT.name)
         if (folder / SPLIT).is_file():
-            raise Missing("this is not measured for a split LLM")
+            raise Missing("split LLMs cannot be measured here yet")
         return quantize(self.place(load_sentence_lm(folder)), self.recipe.bench.quantize)
 
     @cached_property
     def grafted(self) -> SentenceLM | PreTrainedModel:
         """What the graft made: a SentenceLM or a split LLM."""
         folder = self._stage(GRAFT.name)
-        return self.place(load_split(folder)[0]) if (folder / SPLIT).is_file() else self.sentence_lm
+        if not (folder / SPLIT).is_file():
+            return self.sentence_lm
+        if self.is_sharded or self.recipe.bench.quantize:
+            raise InputError("bench.quantize and bench.device_map are not for a split LLM", fix="remove them")
+        return self.place(load_split(folder)[0])
 
     @cached_property
     def vae(self) -> tuple[str, SentenceVAE]:
@@ -399,7 +403,9 @@ def model_counts(
             backbone += count(blocks_of(model))[0] - count(grafted.backbone.blocks)[0]
     else:
         assert isinstance(model, PreTrainedModel)
-        backbone, positions = count(blocks_of(model))
+        made, blocks = split_of(model), blocks_of(model)
+        backbone, positions = count(blocks if made is None else blocks[made.first : made.after])
+        per_position = 1.0 if made is None else mean_sentence_tokens
     return ModelCounts(
         parameters=total,
         trainable_parameters=learned,

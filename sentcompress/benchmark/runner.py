@@ -96,7 +96,7 @@ def run_bench(
         # Keep what is measured if a later measurement is killed; `is_current` does not take it for the whole.
         write_results(merged(earlier, results.model_copy(deep=True), wanted[:number]), target)
     headlines = {m.name for m in measurements() if m.headline}
-    writes_samples = names is None and recipe.memory is None
+    writes_samples = names is None and recipe.memory is None and recipe.graft.split is None
     if folder is not None and (writes_samples or headlines <= set(wanted)):
         bench.attempt("samples", "samples", bench.write_samples)
     results = merged(earlier, results, wanted)
@@ -239,5 +239,4 @@ class Bench:
     @property
     def graft_stages(self) -> tuple[str, ...]:
         """Stages the sentence model was trained in."""
-        alone = self.recipe.graft.vae or self.recipe.graft.split
-        return ("graft",) if alone else ("vae", "graft")
+        return ("vae", "graft") if self.recipe.trains_vae else ("graft",)

@@ -142,7 +142,8 @@ def _write_with_llm(
         import torch
 
         from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
-        from sentcompress.modeling.saved_models import SPLIT, load_split
+        from sentcompress.modeling.saved_models import load_split
+        from sentcompress.modeling.split import SPLIT
         from sentcompress.recipe import BackboneSpec
         from sentcompress.sentence_memory.arguments import SETTINGS, read_settings
         from sentcompress.sentence_memory.llm_text import write_text

@@ -159,7 +159,7 @@ def _split_plan(recipe: Recipe, split: SplitSettings) -> str:
 
 def token_budget(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage of a grafting recipe trains on at most, by the stage's name."""
-    tokens = {} if recipe.graft.vae else {"vae": _sentences(recipe) * TOKENS_PER_SENTENCE}
+    tokens = {} if not recipe.trains_vae else {"vae": _sentences(recipe) * TOKENS_PER_SENTENCE}
     tokens["graft"] = _passages(recipe) * recipe.graft.max_sentences * TOKENS_PER_SENTENCE
     others = [BASELINE.name] if recipe.baseline.enabled else []
     others += [opponent_stage(name).name for name in recipe.opponents]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sentcompress.errors import InputError
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.int8 import Int8Linear
+from sentcompress.modeling.pruning import cut_config
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.split import Split, split_of
 
@@ -156,11 +157,10 @@ def split_flops_per_token(
     outside = products(lm.base_model) - first - middle - last + lm.get_output_embeddings().weight.numel()
     weights = outside + first + last + (middle + last) / sentence_tokens
     sentences, config = text_tokens / sentence_tokens, lm.config
-    attended = len(parts[0]) * attended_positions(config, text_tokens)
-    attended += len(parts[1]) * attended_positions(config, sentences) / sentence_tokens
-    attended += (
-        len(parts[2]) * attended_positions(config, text_tokens + sentences) * (1 + 1 / sentence_tokens)
-    )
+    attended = len(parts[0]) * attended_positions(cut_config(config, range(made.first)), text_tokens)
+    # What a window hides is computed and masked.
+    attended += len(parts[1]) * sentences / sentence_tokens
+    attended += len(parts[2]) * (text_tokens + sentences) * (1 + 1 / sentence_tokens)
     return FLOPS_PER_PRODUCT * weights + ATTENTION_FLOPS * _attention_width(config) * attended
 
 
@@ -170,10 +170,10 @@ def split_bytes_per_token(
     """Weights and caches that a token of a split LLM reads; its middle blocks once per sentence."""
     middle = sum(module_bytes(block) for block in _split_parts(lm, made)[1])
     weights = backbone_bytes_per_token(lm, 0) - middle * (1 - 1 / sentence_tokens)
-    return weights + _split_caches(lm, made, text_tokens, sentence_tokens)[1]
+    return weights + split_caches(lm, made, text_tokens, sentence_tokens)[1]
 
 
-def _split_caches(
+def split_caches(
     lm: PreTrainedModel, made: Split, text_tokens: float, sentence_tokens: float
 ) -> tuple[float, float]:
     """Bytes of a text's cache, and how many of them a token reads."""
@@ -183,12 +183,11 @@ def _split_caches(
         text_tokens / sentence_tokens,
     )
     of_block = backbone_cache_bytes(config, size) / config.num_hidden_layers
-    first, middle, last = (
-        len(part) * of_block * attended_positions(config, positions)
-        for part, positions in zip(
-            _split_parts(lm, made), (text_tokens, sentences, text_tokens + sentences), strict=True
-        )
-    )
+    near = attended_positions(cut_config(config, range(made.first)), text_tokens)
+    # The middle and last blocks keep all of them, whatever their windows are.
+    positions = (near, sentences, text_tokens + sentences)
+    parts = zip(_split_parts(lm, made), positions, strict=True)
+    first, middle, last = (len(part) * of_block * number for part, number in parts)
     return first + middle + last, first + middle / sentence_tokens + last
 
 
@@ -322,7 +321,7 @@ def serving_cost(
         stored = of_decoder + of_backbone
         read = (of_decoder * (sentence_tokens + 1) + of_backbone) / sentence_tokens
     elif (made := split_of(model)) is not None:
-        stored, read = _split_caches(model, made, text_tokens, sentence_tokens)
+        stored, read = split_caches(model, made, text_tokens, sentence_tokens)
     else:
         stored = read = _backbone_cache(model, text_tokens)
     held = sum(p.nbytes for p in model.parameters())

@@ -64,8 +64,8 @@ def random_models(recipe: Recipe) -> tuple[SentenceLM, PreTrainedModel]:
     """
     if recipe.graft.split is not None:
         raise InputError(
-            "graft.split: this is not predicted or timed for a split LLM",
-            fix="leave graft.split out, or train it and measure its quality: sentcompress run",
+            "graft.split: sentcompress cannot predict the speed and memory of a split LLM yet",
+            fix="leave graft.split out",
         )
     spec = recipe.backbone.model_copy(update={"init": "random"})
     config = load_backbone_config(spec, weights=False)

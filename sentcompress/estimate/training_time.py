@@ -184,7 +184,7 @@ def mode_tables(
 
 
 def _stages(recipe: Recipe) -> list[StageName]:
-    stages: list[StageName] = [] if recipe.graft.vae or not recipe.train_vae.steps else ["vae"]
+    stages: list[StageName] = [] if not (recipe.trains_vae and recipe.train_vae.steps) else ["vae"]
     stages.append("graft")
     stages += [BASELINE.name] if recipe.baseline.enabled else []
     return stages + [opponent_stage(name).name for name in recipe.opponents]

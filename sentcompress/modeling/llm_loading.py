@@ -38,6 +38,7 @@ from sentcompress.errors import (
     did_you_mean,
 )
 from sentcompress.modeling.backbone_config import explain_build, refuse_unknown_code, shaped_config
+from sentcompress.modeling.split import SPLIT
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import BackboneSpec
 from sentcompress.registry import get_registry
@@ -368,14 +369,21 @@ def load_backbone_config(spec: BackboneSpec, *, weights: bool = True) -> Any:
 
 
 def load_causal_lm(
-    spec: BackboneSpec, attn_implementation: str | None = None, config: Any = None
+    spec: BackboneSpec,
+    attn_implementation: str | None = None,
+    config: Any = None,
+    *,
+    is_split: bool = False,
 ) -> PreTrainedModel:
     """The LLM in fp32, pretrained or (``init: random``) with random weights.
 
     Args:
         attn_implementation: None takes the adapter's first.
         config: of one with random weights, in place of its own.
+        is_split: accept the folder of a split LLM, which the caller splits.
     """
+    if not is_split and (Path(spec.model) / SPLIT).is_file():
+        raise ModelFolderError(f"'{spec.model}' holds a split LLM", fix="name the LLM that it was made from")
     config = config or load_backbone_config(spec, weights=spec.init == "pretrained")
     adapter: Any = get_registry().get("backbone", adapter_name(spec))
     attention = attn_implementation or adapter.attention_implementations(config)[0]

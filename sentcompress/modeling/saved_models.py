@@ -13,15 +13,13 @@ from sentcompress.files import read_json
 from sentcompress.modeling.configuration import SentenceLMConfig, SentenceVAEConfig
 from sentcompress.modeling.llm_loading import SAFE, load_backbone_tokenizer, load_causal_lm, quiet
 from sentcompress.modeling.sentence_lm import SentenceLM
-from sentcompress.modeling.split import split
+from sentcompress.modeling.split import SPLIT, split
 from sentcompress.modeling.vae import SentenceVAE
 from sentcompress.modeling.weight_checks import CANNOT
 from sentcompress.recipe import BackboneSpec
 from sentcompress.text.boundaries import BoundaryFinder
 from sentcompress.text.segmentation import saved_segmenter
 
-SPLIT = "split.json"
-"""The file that makes the folder of an LLM that of a split one."""
 LONGEST_SENTENCE = 64
 """Tokens after which a sentence of a split LLM is cut, if its segmenter has not cut it before."""
 
@@ -124,12 +122,13 @@ def load_split(folder: Path | str) -> tuple[PreTrainedModel, Any]:
         )
     spec = BackboneSpec(model=str(folder.resolve()))
     tokenizer, saved = load_backbone_tokenizer(spec), read_json(file)
-    lm = load_causal_lm(spec).eval()
+    lm = load_causal_lm(spec, is_split=True).eval()
     try:
         own = saved["segmenter"]
         segmenter = saved_segmenter(own["name"], own["options"], own["state"], tokenizer)
         first, last = int(saved["first_blocks"]), int(saved["last_blocks"])
-        split(lm, BoundaryFinder(segmenter, tokenizer, LONGEST_SENTENCE), first, last)
+        finder = BoundaryFinder(segmenter, tokenizer, int(saved["max_sentence_tokens"]))
+        split(lm, finder, first, last)
     except (KeyError, TypeError, ValueError, InputError) as error:
         text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise ModelFolderError(f"{file}: damaged: {text}", fix="copy or train the model again") from None

@@ -33,6 +33,8 @@ _CACHES = (CACHE, "past_key_values", "layer_past")
 _BY_POSITION = ("position_ids", "position_embeddings")
 """Arguments of blocks with a column for each token."""
 _ATTRIBUTE = "_sentence_split"
+SPLIT = "split.json"
+"""The file that makes the folder of an LLM that of a split one."""
 
 
 class Finder(Protocol):
@@ -99,11 +101,17 @@ class Split:
         past = state_of.get_seq_length()
         new = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -length:]
         ends: list[list[int]] = []
-        for sentence, ids, real in zip(state_of.sentences, input_ids.tolist(), new.tolist(), strict=True):
+        lasts = state_of.valid[:, -1].tolist() if past else [True] * batch
+        rows = zip(state_of.sentences, input_ids.tolist(), new.tolist(), lasts, strict=True)
+        for sentence, ids, real, after_token in rows:
             ends.append([])
             for column, token in enumerate(ids):
                 if not real[column]:
+                    after_token = False
                     continue
+                if sentence and not after_token:
+                    raise InputError("tokens follow padding on the right", fix="pad on the left")
+                after_token = True
                 if finder.begins(sentence, token):
                     ends[-1].append(column)  # of the token before: see Call.take
                     sentence.clear()
@@ -211,20 +219,22 @@ def split(lm: PreTrainedModel, finder: Finder | None, first: int, last: int) -> 
         first, last: how many blocks run at every token; at least one each.
 
     Raises:
-        InputError: no block is left for the middle, or the LLM cannot be split there.
+        InputError: no block is left for the middle, or the LLM cannot be split there, or is split already.
     """
+    if split_of(lm) is not None:
+        raise InputError("graft.split: this LLM is split already", fix="load it again")
     blocks = blocks_of(lm)
     number = len(blocks)
     if min(first, last) < 1 or first + last >= number:
         raise InputError(
-            f"{first} first and {last} last of {number} blocks cannot run at every token and leave a middle",
+            f"graft.split: {first} first and {last} last of {number} blocks leave no middle",
             fix=f"choose at least 1 each, and at most {number - 1} together",
         )
     kinds = getattr(lm.config, "layer_types", None) or [""] * number
     if missing := {*kinds[first:]} - {*kinds[:first]}:
         # transformers takes the length of the text from the first block of each kind.
         raise InputError(
-            f"the first {first} blocks have none of the kind {', '.join(sorted(missing))}",
+            f"graft.split: the first {first} blocks have none of the kind {', '.join(sorted(missing))}",
             fix=f"choose at least {max(map(kinds.index, missing)) + 1} first blocks",
         )
     made = Split(lm, finder, first, last)
@@ -247,11 +257,12 @@ def _replace_forward(module: Any, call: Callable[..., Any]) -> None:
     """Have ``call(forward, arguments)`` answer in place of a module's forward."""
     forward = module.forward
     names = [*inspect.signature(forward).parameters]
+    # Not a closure, which a copy of the LLM would share with it.
+    module.forward = functools.update_wrapper(functools.partial(_replaced, call, forward, names), forward)
 
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return call(forward, kwargs | dict(zip(names, args, strict=False)))
 
-    module.forward = functools.update_wrapper(replaced, forward)
+def _replaced(call: Callable[..., Any], forward: Any, names: list[str], /, *args: Any, **kwargs: Any) -> Any:
+    return call(forward, kwargs | dict(zip(names, args, strict=False)))
 
 
 def _state(cache: Any, input_ids: Tensor) -> SplitState:

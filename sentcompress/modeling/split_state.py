@@ -152,7 +152,8 @@ class Call:
         """
 
         def taken(tensor: Tensor, before: Tensor) -> Tensor:
-            whole = torch.cat([before.expand(len(tensor), *before.shape[1:]), tensor], 1)
+            most = max(len(before), len(tensor))
+            whole = torch.cat([t.expand(most, *t.shape[1:]) for t in (before, tensor)], 1)
             return gather(whole.expand(len(self.valid), *whole.shape[1:])[rows], columns)
 
         before = each(lambda tensor: tensor[:, :1], value) if held is None else held

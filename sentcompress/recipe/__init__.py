@@ -145,6 +145,11 @@ class Recipe(Section):
                 "graft.teacher: the backbone has random weights, so there is nothing to learn from it",
                 fix="set graft.teacher=baseline",
             )
+        if self.graft.split and (self.memory or self.pretrain):
+            raise RecipeError(
+                "graft.split: a recipe with a section 'memory' or 'pretrain' grafts nothing",
+                fix="remove graft.split or that section",
+            )
         section, passages = "memory" if self.memory else "graft", self.passages
         if passages.overlap_sentences >= passages.max_sentences:
             raise RecipeError(
@@ -152,6 +157,11 @@ class Recipe(Section):
                 f"({passages.max_sentences})",
                 fix="lower the first or raise the second",
             )
+
+    @property
+    def trains_vae(self) -> bool:
+        """Whether the graft needs a SentenceVAE of this recipe's own."""
+        return self.graft.vae is None and self.graft.split is None
 
     @property
     def passages(self) -> PassageSettings:

@@ -210,6 +210,10 @@ class GraftSettings(PassageSettings, TuneSettings):
             raise ValueError("split keeps the LLM's own layers and needs no SentenceVAE; remove vae")
         if self.split and self.shortlist_rank:
             raise ValueError("split has no sentence decoder for a shortlist; set shortlist_rank to 0")
+        if self.split and (self.compile or self.gradient_checkpointing or self.distributed == "fsdp"):
+            raise ValueError(
+                "split cannot be combined with compile, gradient_checkpointing or distributed: fsdp; remove these"
+            )
         if self.split and self.tune == "frozen":
             raise ValueError(
                 "split adds no weights, so tune: frozen leaves none to train; use full, lora or last-n"

@@ -15,7 +15,6 @@ from sentcompress.errors import InputError
 from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
 from sentcompress.modeling.losses import Teaching
 from sentcompress.recipe import BackboneSpec, Recipe
-from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.training.jobs.token_level import hidden_states_by_length
 
 TOLERANCE = 1e-3
@@ -42,7 +41,7 @@ class Teacher:
         self.weight = lm.get_output_embeddings().weight[:vocab_size]
         if len(self.weight) < vocab_size:
             raise InputError(
-                f"graft.teacher: it has {len(self.weight)} tokens, but the backbone's tokenizer has {vocab_size}",
+                f"graft.teacher: it has {len(self.weight)} tokens, but the model that it teaches has {vocab_size}",
                 fix="use a teacher with the backbone's own tokenizer",
             )
         check_output_head(lm, "graft.teacher", "graft without a teacher")
@@ -89,10 +88,13 @@ class Teacher:
         return torch.cat([found[row] for row in range(len(texts))])
 
 
-def graft_teacher(recipe: Recipe, tokenizer: Any, bos_token_id: int, folder: Path | None) -> Teacher | None:
+def graft_teacher(
+    recipe: Recipe, tokenizer: Any, vocab_size: int, bos_token_id: int, folder: Path | None
+) -> Teacher | None:
     """The teacher that ``graft.teacher`` names; None if it names none.
 
     Args:
+        vocab_size: number of tokens that the student's output head has.
         bos_token_id: put before each text.
         folder: of the LLM; None if it is the backbone itself.
 
@@ -109,8 +111,7 @@ def graft_teacher(recipe: Recipe, tokenizer: Any, bos_token_id: int, folder: Pat
                 f"graft.teacher: '{folder}' has another tokenizer than the backbone",
                 fix="use a teacher with the backbone's tokenizer",
             )
-    lm, size = load_causal_lm(spec), lossless(tokenizer).vocab_size
-    return Teacher(lm, size, bos_token_id, recipe.graft.teacher_share)
+    return Teacher(load_causal_lm(spec), vocab_size, bos_token_id, recipe.graft.teacher_share)
 
 
 @torch.no_grad()

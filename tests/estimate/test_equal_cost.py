@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sentcompress.contracts.causal_lm import CACHE
 from sentcompress.errors import InputError
 from sentcompress.estimate.equal_cost import match
-from sentcompress.estimate.roofline import decoding_cost, serving_cost
+from sentcompress.estimate.roofline import decoding_cost, serving_cost, split_caches
 from sentcompress.estimate.shapes import meta_models, random_models
 from sentcompress.modeling.llm_loading import load_backbone_config
 from sentcompress.modeling.pruning import WINDOWED, ends, opponent_config
+from sentcompress.modeling.split import split
 from sentcompress.recipe import OpponentSettings, load_recipe
 from sentcompress.registry import get_registry
 
@@ -225,3 +226,31 @@ def test_what_has_no_opponent_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             with_opponent("strong", changes, **settings)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_cost_of_a_split_llm_is_counted(model_type):
+    """Token by token, and the bytes that are then in its cache."""
+
+    class EachTenth:
+        def begins(self, sentence, token):
+            return len(sentence) == 10
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    window = {"sliding_window": 20} if model_type == "mistral" else {}
+    config = AutoConfig.for_model(model_type, vocab_size=100, num_hidden_layers=6, **sizes, **window)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    made = split(lm, EachTenth(), 2, 2)
+    tokens, steps = 200, 10
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        cache = lm(input_ids=torch.full((1, tokens), 5), use_cache=True)[CACHE]
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(steps):
+                lm(input_ids=torch.full((1, 1), 5), use_cache=True, **{CACHE: cache})
+    counted = counter.get_total_flops() / steps
+    assert decoding_cost(lm, tokens + steps / 2, 10)[0] == pytest.approx(counted, rel=0.05)
+    state = cache.layers[-1]
+    pairs = [*state.tokens.values(), *state.entries.values()]
+    pairs += [(layer.keys, layer.values) for layer in cache.layers[: made.first]]
+    held = sum(key.nbytes + value.nbytes for key, value in pairs)
+    assert held == pytest.approx(split_caches(lm, made, tokens + steps, 10)[0], rel=0.05)

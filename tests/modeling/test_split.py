@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -204,6 +206,49 @@ def test_a_cache_of_the_whole_llm_is_refused(ids):
     split(lm, Finder(), 2, 2)
     with pytest.raises(InputError, match="filled by an LLM that is not split"):
         lm(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_tokens_after_padding_on_the_right_are_refused(ids):
+    lm = made(CONFIGS[0])
+    split(lm, Finder(), 2, 2)
+    mask = torch.ones_like(ids)
+    mask[0, 20:23] = 0
+    with pytest.raises(InputError, match="tokens follow padding on the right"):
+        lm(input_ids=ids, attention_mask=mask)
+    mask[0, 20:] = 0
+    cache = lm(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values  # nothing follows yet
+    longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    with pytest.raises(InputError, match="padding on the right"):
+        lm(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache)
+
+
+def test_positions_may_be_given_for_the_prompt_only(ids):
+    lm = made(CONFIGS[0])
+    split(lm, Finder(), 2, 2)
+    positions = torch.arange(PROMPT - 1).expand(2, -1)
+    cache = lm(input_ids=ids[:, :-1], position_ids=positions, use_cache=True).past_key_values
+    last = lm(input_ids=ids[:, -1:], past_key_values=cache).logits
+    assert torch.allclose(last, lm(input_ids=ids).logits[:, -1:], atol=1e-4)
+
+
+def test_a_copy_is_independent(ids):
+    lm = made(CONFIGS[0])
+    split(lm, Finder(), 2, 2)
+    before = lm(input_ids=ids).logits
+    copied = copy.deepcopy(lm)
+    assert copied(input_ids=ids).logits.equal(before)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert lm(input_ids=ids).logits.equal(before)
+    assert not copied(input_ids=ids).logits.any()
+
+
+def test_it_is_split_once():
+    lm = made(CONFIGS[0])
+    split(lm, Finder(), 2, 2)
+    with pytest.raises(InputError, match="split already"):
+        split(lm, Finder(), 1, 1)
 
 
 def test_assisted_decoding_is_refused(ids):

@@ -62,7 +62,7 @@ def test_the_loss_moves_towards_the_teacher_and_the_nll_does_not():
 
 def test_a_teacher_that_does_not_fit_is_refused():
     with pytest.raises(
-        InputError, match=r"graft\.teacher: it has 500 tokens, but the backbone's tokenizer has 600"
+        InputError, match=r"graft\.teacher: it has 500 tokens, but the model that it teaches has 600"
     ):
         Teacher(tiny_opt(), 600, BOS, 0.5)
     scaled = tiny_opt()

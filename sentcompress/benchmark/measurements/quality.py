@@ -73,8 +73,8 @@ class ModelCounts(Record):
     trainable_parameters: int | None
     """What learned in the model's last stage, adapters included; None when that is not known."""
     backbone_parameters: int
-    """Weights of the LLM's blocks, without embedding tables: the same for the sentence model and its baseline. An
-    opponent has fewer."""
+    """Weights of the LLM's blocks (of a split LLM: its middle blocks), without embedding tables: the same for the
+    sentence model and its baseline. An opponent has fewer."""
     table_parameters: int
     """Weights of embedding tables that are only looked up, so that they cost no multiplication."""
     tokens_per_position: float
@@ -309,8 +309,8 @@ def _coverage_note(scores: Sequence[QualityScore]) -> list[str]:
     first = scores[0]
     return [
         f"Every system scored the same {first.bytes:,} bytes of {len(first.documents)} held-out documents: "
-        "everything after the first sentence of each. Coverage proven: each byte scored exactly once, one end mark "
-        "per sentence, no padding. Perplexity is per token of the uncut text by the baseline's tokenizer "
+        "everything after the first sentence of each. Coverage proven: each byte scored exactly once, no "
+        "padding. Perplexity is per token of the uncut text by the baseline's tokenizer "
         f"({first.baseline_tokens:,})."
         + (
             " The sentence model also has to predict end marks and stop decisions; their share of its bits per byte "

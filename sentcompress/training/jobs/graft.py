@@ -72,7 +72,7 @@ class GraftJob:
             label_smoothing=self.settings.label_smoothing,
         )
         start = self.model.vae.config.bos_token_id
-        self.teacher = graft_teacher(recipe, tokenizer, start, teacher)
+        self.teacher = graft_teacher(recipe, tokenizer, vocab_size, start, teacher)
         if teacher is not None:
             self.inputs["teacher"] = folder_digest(teacher)
         self._train = self._sampler(corpus.train, shuffle=True)

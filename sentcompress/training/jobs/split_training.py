@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sentcompress.errors import InputError
 from sentcompress.files import folder_digest
 from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss
-from sentcompress.modeling.saved_models import LONGEST_SENTENCE, SPLIT
-from sentcompress.modeling.split import split
+from sentcompress.modeling.saved_models import LONGEST_SENTENCE
+from sentcompress.modeling.split import SPLIT, split
 from sentcompress.modeling.split_proof import check_split
 from sentcompress.recipe import Recipe
 from sentcompress.text.boundaries import BoundaryFinder
@@ -63,21 +62,16 @@ class SplitJob(PassageJob):
     def __init__(self, recipe: Recipe, text: Inputs, teacher: Path | None = None) -> None:
         own = recipe.graft
         assert own.split is not None
-        if own.compile:
-            raise InputError("graft.compile: a split LLM cannot be compiled", fix="set it to false")
-        if own.distributed == "fsdp":
-            raise InputError(
-                "graft.distributed: the blocks of a split LLM are not sharded", fix="set it to ddp"
-            )
         lm = load_causal_lm(recipe.backbone)
         finder = BoundaryFinder(text.segmenter, text.tokenizer, LONGEST_SENTENCE)
         split(lm, finder, own.split.first_blocks, own.split.last_blocks)
         check_split(lm)
         super().__init__(recipe, GRAFT, text, lm, own, None, "graft")
         self.own = own.split
-        start = text.tokenizer.bos_token_id
         loss = TokenLoss(own.focal_gamma if own.loss == "focal" else 0.0, own.label_smoothing)
-        taught = graft_teacher(recipe, text.tokenizer, start if start is not None else 0, teacher)
+        size = len(lm.get_output_embeddings().weight)
+        # It puts no token before a text: passages begin with one.
+        taught = graft_teacher(recipe, text.tokenizer, size, text.tokenizer.eos_token_id, teacher)
         self.model = SplitLM(lm, loss, taught)
         if teacher is not None:
             self.inputs["teacher"] = folder_digest(teacher)
@@ -85,7 +79,8 @@ class SplitJob(PassageJob):
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         super().save(folder, state)
         segmenter = self.recipe.segmenter.model_dump(mode="json") | {"state": self.text.segmenter.state()}
-        write_json(folder / SPLIT, {**self.own.model_dump(), "segmenter": segmenter})
+        about = {"max_sentence_tokens": LONGEST_SENTENCE, "segmenter": segmenter}
+        write_json(folder / SPLIT, self.own.model_dump() | about)
 
     def card(self) -> Card:
         first, last = self.own.first_blocks, self.own.last_blocks
