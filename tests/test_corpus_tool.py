@@ -249,3 +249,14 @@ def test_the_other_formats(prose_module):
 def test_what_is_no_prose(prose_module, paragraph: str):
     assert not prose_module.is_prose(paragraph)
     assert prose_module.is_prose(LONG[0])
+
+
+def test_the_manifest_of_the_english_corpus_is_complete():
+    manifest = yaml.safe_load((TOOL / "english.yaml").read_text(encoding="utf-8"))
+    names = [entry["name"] for entry in manifest["packages"]]
+    assert names == sorted(set(names))
+    assert len(manifest["sha256"]) == 64
+    for entry in manifest["packages"]:
+        assert set(entry) - {"files"} == {"name", "version", "sha256", "licence", "path"}
+        assert len(entry["sha256"]) == 64
+        assert entry["path"].startswith("pool/main/"), "only what Debian holds to be free"
