@@ -61,7 +61,9 @@ class Split:
         self.windows = _windows(lm.config)
         self.has_middle = True
         self._call: Call | None = None
-        self._in_tuple = False
+        self._in_tuple = (
+            False  # whether blocks return their states in a tuple: the first ones, which run, say so
+        )
 
     def in_call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call the LLM without its head.

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import not_
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL, stage_of
@@ -56,7 +57,7 @@ class RunPoint(Record):
     """The sentence model."""
     twin: SystemPoint
     """The baseline: the same LLM, trained on the same data."""
-    opponents: dict[str, SystemPoint] = {}
+    opponents: dict[str, SystemPoint] = Field(default={}, exclude_if=not_)
     """Of those the recipe names, by name."""
     ratio: float
     """Of bits per byte, the sentence model's to the baseline's."""
@@ -97,7 +98,7 @@ class Point(Record):
     ours_tokens: float
     """Mean over the seeds."""
     twin_tokens: float
-    opponents: dict[str, OpponentFigures] = {}
+    opponents: dict[str, OpponentFigures] = Field(default={}, exclude_if=not_)
     """Those that every run of the point has, by name."""
 
 

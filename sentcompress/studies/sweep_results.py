@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from operator import not_
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sentcompress.benchmark.compare import setting_warnings
 from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL
@@ -42,7 +43,7 @@ class RunFigures(Record):
     baseline_bits_per_byte: float | None = None
     """Of the equal-data baseline, on the same bytes."""
     baseline_ratio: float | None = None
-    opponents: dict[str, float] = {}
+    opponents: dict[str, float] = Field(default={}, exclude_if=not_)
     """Bits per byte of the recipe's opponents, by name, on the same bytes."""
     output_tokens_per_second: float | None = None
     """At the smallest batch that was measured."""
