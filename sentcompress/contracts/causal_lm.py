@@ -43,7 +43,7 @@ class CausalLMBackbone(Backbone):
         self.config = decoder.config
         self.decoder = decoder
         self._takes = frozenset(inspect.signature(decoder.forward).parameters)
-        self._windows = _windows(decoder.config)
+        self._windows = sliding_windows(decoder.config)
 
     @classmethod
     def attention_implementations(cls, config: Any) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def sliding_windows(config: Any) -> dict[str, int | None]:
     """The sliding window of each layer type; None for full attention."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:

@@ -206,7 +206,7 @@ class _Proof:
             given, expected = tuple(states.shape), tuple(self.reference.hidden_states.shape)
             return float("inf"), self.allowed, f"it returns states of shape {given} instead of {expected}"
         return (
-            _delta(states, self.reference.hidden_states),
+            largest_difference(states, self.reference.hidden_states),
             self.allowed,
             "given token embeddings instead of latents, it does not return the library's own hidden states",
         )
@@ -215,9 +215,9 @@ class _Proof:
         """Also checks that there is attention at all: earlier positions must have an effect."""
         before = self._states()
         changed = torch.cat([self.embeddings[:, : self.cut], self.embeddings[:, self.cut :].flip(1) * 2], 1)
-        leak = _delta(before[:, : self.cut], self._states(changed)[:, : self.cut])
+        leak = largest_difference(before[:, : self.cut], self._states(changed)[:, : self.cut])
         first = torch.cat([self.embeddings[:, :1] * 2 + 1, self.embeddings[:, 1:]], 1)
-        if _delta(before[:, -1], self._states(first)[:, -1]) == 0:
+        if largest_difference(before[:, -1], self._states(first)[:, -1]) == 0:
             return float("inf"), 0.0, "earlier positions have no effect on later ones"
         return leak, 1e-6 * self.scale, "later positions change earlier states: it leaks the future"
 
@@ -229,7 +229,9 @@ class _Proof:
 
     def mask(self) -> tuple[float, float, str]:
         changed = torch.cat([self.embeddings[:, : self.cut].flip(1) * 2, self.embeddings[:, self.cut :]], 1)
-        delta = _delta(self._packed(self.embeddings)[:, self.cut :], self._packed(changed)[:, self.cut :])
+        delta = largest_difference(
+            self._packed(self.embeddings)[:, self.cut :], self._packed(changed)[:, self.cut :]
+        )
         return (
             delta,
             1e-6 * self.scale,
@@ -243,7 +245,7 @@ class _Proof:
         problem = (
             "it does not honour positions: a document packed after another gives other states than on its own"
         )
-        return _delta(self._packed(self.embeddings)[:, self.cut :], alone), self.allowed, problem
+        return largest_difference(self._packed(self.embeddings)[:, self.cut :], alone), self.allowed, problem
 
     def padding(self) -> tuple[float, float, str]:
         pad = 3
@@ -253,7 +255,11 @@ class _Proof:
         allowed = (columns[:, None] >= columns[None, :]) & real[None, :] & real[:, None]
         allowed |= columns[:, None] == columns[None, :]
         states = self._run(embeddings, allowed, (columns - pad).clamp_min(0))[0]
-        return _delta(states[:, pad:], self._states()), self.allowed, "left padding changes the result"
+        return (
+            largest_difference(states[:, pad:], self._states()),
+            self.allowed,
+            "left padding changes the result",
+        )
 
     def cache(self) -> tuple[float, float, str]:
         parts, past = [], None
@@ -269,7 +275,7 @@ class _Proof:
             if past is None:
                 return float("inf"), self.allowed, "it returns no cache although use_cache is set"
         return (
-            _delta(torch.cat(parts, 1), self._states()),
+            largest_difference(torch.cat(parts, 1), self._states()),
             self.allowed,
             "its states with a cache differ from those without",
         )
@@ -280,7 +286,7 @@ def _cut(length: int) -> int:
     return max(1, min(length - 1, length * 5 // 8))
 
 
-def _delta(a: Tensor, b: Tensor) -> float:
+def largest_difference(a: Tensor, b: Tensor) -> float:
     """Largest difference; infinite if it is NaN."""
     difference = (a.double() - b.double()).abs().max()
     return float(difference) if torch.isfinite(difference) else float("inf")

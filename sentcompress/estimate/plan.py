@@ -100,11 +100,7 @@ def plan(recipe: Recipe) -> str:
         f"  vae                {vae.steps:,} steps, {sentences:,} sentences, {vae_tokens:,} tokens",
         f"  graft              {graft.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
         f"{most * TOKENS_PER_SENTENCE:,} tokens",
-        f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
-        *(
-            f"  opponent           {name}: {match(recipe, name, TOKENS_PER_SENTENCE)}"
-            for name in recipe.opponents
-        ),
+        *_compared(recipe),
         f"  bench              {', '.join(recipe.bench.metrics)}",
         UNTOUCHED,
     ]
@@ -146,15 +142,22 @@ def _split_plan(recipe: Recipe, split: SplitSettings) -> str:
             "not included)",
             f"                     {graft.steps:,} steps, {passages:,} passages, at most {most:,} sentences, "
             f"{most * TOKENS_PER_SENTENCE:,} tokens at {TOKENS_PER_SENTENCE} per sentence",
-            f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
-            *(
-                f"  opponent           {name}: {match(recipe, name, TOKENS_PER_SENTENCE)}"
-                for name in recipe.opponents
-            ),
+            *_compared(recipe),
             f"  bench              {', '.join(recipe.bench.metrics) or 'nothing'}",
             UNTOUCHED,
         ]
     )
+
+
+def _compared(recipe: Recipe) -> list[str]:
+    """The lines of what a graft is compared with."""
+    return [
+        f"  baseline           {'the same passages and steps' if recipe.baseline.enabled else 'off'}",
+        *(
+            f"  opponent           {name}: {match(recipe, name, TOKENS_PER_SENTENCE)}"
+            for name in recipe.opponents
+        ),
+    ]
 
 
 def token_budget(recipe: Recipe) -> dict[str, int]:

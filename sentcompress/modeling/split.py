@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sentcompress.contracts.causal_lm import CACHE, additive_mask
+from sentcompress.contracts.causal_lm import CACHE, additive_mask, sliding_windows
 from sentcompress.errors import InputError
 from sentcompress.modeling.device_map import blocks_of
 from sentcompress.modeling.split_state import BlockCache, Call, SplitState, each, gather
@@ -56,14 +56,17 @@ class Split:
     def __init__(self, lm: PreTrainedModel, finder: Finder | None, first: int, last: int) -> None:
         self.finder, self.first, self.last = finder, first, last
         self.config = lm.config
-        self.after = len(blocks_of(lm)) - last
+        windows, number = sliding_windows(lm.config), len(blocks_of(lm))
+        self.windows = [
+            windows[kind] for kind in getattr(lm.config, "layer_types", None) or [*windows] * number
+        ]
+        """The sliding window of each block; None where there is none."""
+        self.after = number - last
         """Number of the block after the middle ones."""
-        self.windows = _windows(lm.config)
         self.has_middle = True
         self._call: Call | None = None
-        self._in_tuple = (
-            False  # whether blocks return their states in a tuple: the first ones, which run, say so
-        )
+        # Whether blocks return their states in a tuple: the first ones, which always run, show it.
+        self._in_tuple = False
 
     def in_call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call the LLM without its head.
@@ -278,12 +281,3 @@ def _state(cache: Any, input_ids: Tensor) -> SplitState:
     if cache.get_seq_length():
         raise InputError("this cache was filled by an LLM that is not split", fix="start with an empty one")
     return SplitState(len(input_ids), input_ids.device)
-
-
-def _windows(config: Any) -> list[int | None]:
-    """The sliding window of each block; None where there is none."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentcompress.contracts.causal_lm import CACHE, position_limit
-from sentcompress.contracts.proof import TOLERANCE, Finding
+from sentcompress.contracts.proof import TOLERANCE, Finding, largest_difference
 from sentcompress.errors import InputError, is_out_of_memory
 from sentcompress.modeling.split import Split, split_of
 
@@ -85,7 +85,7 @@ class _Proof:
         seen = self.length // 2
         ids = self.ids.clone()
         ids[:, seen:] = (ids[:, seen:] + 1) % self.vocab_size
-        delta = _delta(self._run(ids)[:, :seen], self.logits[:, :seen])
+        delta = largest_difference(self._run(ids)[:, :seen], self.logits[:, :seen])
         return delta, 0.0, "a token changes the logits of tokens before it"
 
     def sentences(self) -> tuple[float, float, str]:
@@ -106,7 +106,7 @@ class _Proof:
             more = {CACHE: getattr(output, CACHE), "use_cache": True}
             output = self.lm(input_ids=self.ids[:, n : n + 1], **more)
             parts.append(output.logits)
-        delta = _delta(torch.cat(parts, 1).float(), self.logits)
+        delta = largest_difference(torch.cat(parts, 1).float(), self.logits)
         return delta, self.allowed, "token by token its logits differ from those of one pass"
 
     def padding(self) -> tuple[float, float, str]:
@@ -116,11 +116,5 @@ class _Proof:
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         ids = torch.stack([self.ids[0].roll(_PADDING), self.ids[1]])
         found = self._run(ids, attention_mask=mask, **positions)
-        delta = _delta(found[0, _PADDING:], self.logits[0, :-_PADDING])
+        delta = largest_difference(found[0, _PADDING:], self.logits[0, :-_PADDING])
         return delta, self.allowed, "in a batch with padding its logits differ"
-
-
-def _delta(a: Tensor, b: Tensor) -> float:
-    """Largest difference; infinite if it is NaN."""
-    delta = float((a - b).abs().max())
-    return delta if delta == delta else float("inf")

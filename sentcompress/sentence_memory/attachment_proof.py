@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.contracts.proof import Finding
+from sentcompress.contracts.proof import Finding, largest_difference
 from sentcompress.errors import InputError, is_out_of_memory
 from sentcompress.sentence_memory.attachment import USE_ANOTHER
 
@@ -134,7 +134,7 @@ class _Proof:
         before, after = (
             self._run(ids, self.make(name, **options)) for ids in (self.ids, self._changed(start, stop))
         )
-        return _delta(before[:, seen_from:], after[:, seen_from:])
+        return largest_difference(before[:, seen_from:], after[:, seen_from:])
 
     def equivalence(self) -> tuple[float, float, str]:
         """A memory that keeps everything gives the LLM's own logits."""
@@ -142,7 +142,7 @@ class _Proof:
         self.allowed = self.tolerance * max(1.0, float(own.abs().max()))
         whole = self._run(self.ids, self.make("window", recent_sentences=_LENGTH))
         return (
-            _delta(own, whole),
+            largest_difference(own, whole),
             self.allowed,
             "with a memory that keeps everything its logits are not its own",
         )
@@ -158,7 +158,7 @@ class _Proof:
         others = torch.cat([self.ids[:1], self._changed(0, self.ids.shape[1])[1:]])
         options = {"recent_sentences": 0, "sinks": 2}
         before, after = (self._run(ids, self.make("window", **options)) for ids in (self.ids, others))
-        return _delta(before[:1], after[:1])
+        return largest_difference(before[:1], after[:1])
 
     def keeping(self) -> tuple[float, float, str]:
         """What is kept has an influence."""
@@ -175,7 +175,7 @@ class _Proof:
     def steps(self) -> tuple[float, float, str]:
         """Token by token equals one pass."""
         options = {"recent_sentences": 1}
-        delta = _delta(
+        delta = largest_difference(
             self._run(self.ids, self.make("window+entries", **options)),
             self._by_steps(self.make("window+entries", **options)),
         )
@@ -184,7 +184,7 @@ class _Proof:
     def recalling(self) -> tuple[float, float, str]:
         """Token by token with every sentence recalled, it gives the LLM's own logits."""
         memory = self.make("recall", recall=_LENGTH)
-        delta = _delta(self._run(self.ids, None), self._by_steps(memory))
+        delta = largest_difference(self._run(self.ids, None), self._by_steps(memory))
         return delta, self.allowed, "with every sentence recalled its logits are not its own"
 
     def batches(self) -> tuple[float, float, str]:
@@ -198,10 +198,8 @@ class _Proof:
         alone = self._run(text, self.make("window", **options))
         ids = torch.cat([torch.cat([self.ids[:1, :pad], text], 1), self.ids[1:]])
         together = self._run(ids, self.make("window", **options), attention_mask=mask, position_ids=positions)
-        return _delta(together[:1, pad:], alone), self.allowed, "in a batch with padding its logits differ"
-
-
-def _delta(a: Tensor, b: Tensor) -> float:
-    """Largest difference; infinite if it is NaN."""
-    difference = (a - b).abs().max()
-    return float(difference) if torch.isfinite(difference) else float("inf")
+        return (
+            largest_difference(together[:1, pad:], alone),
+            self.allowed,
+            "in a batch with padding its logits differ",
+        )
