@@ -1,6 +1,6 @@
 """How many tokens a step would be written if words were guessed ahead inside a sentence, by guesses that cost nothing.
 
-    python tools/measure/draft_hits.py smollm2
+    python tools/measure/draft_hits.py smollm2-sentence-model
 
 Counted on held-out text, as if the model wrote exactly that: a guess is a token that is verified in the same pass as
 the one before it. Two ways to guess: what followed the same words before in this text (prompt lookup), and what follows

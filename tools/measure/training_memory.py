@@ -1,6 +1,6 @@
 """Peak memory of training, predicted (``estimate --devices 1xcpu``) and measured here, on a machine without a GPU.
 
-    python tools/measure/training_memory.py quickstart reconstruction strong smollm2
+    python tools/measure/training_memory.py quickstart reconstruction strong smollm2-sentence-model
     python tools/measure/training_memory.py strong --set "backbone.config={hidden_size: 512, word_embed_proj_dim: 512}"
 
 Each stage that learns is a process of its own, of a few steps; what the system says it had at most is compared.
