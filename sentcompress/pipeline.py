@@ -71,9 +71,17 @@ class Run:
     def graft_inputs(self) -> dict[str, str]:
         """Digests of the model folders that a graft starts from."""
         digests = {} if self.recipe.graft.split else {"vae": folder_digest(self.vae)}
-        if self.teacher is not None and (self.teacher / COMPLETE).is_file():
-            digests["teacher"] = folder_digest(self.teacher)
-        return digests
+        return digests | self._teacher_digest()
+
+    def opponent_inputs(self, name: str) -> dict[str, str]:
+        """The shape of an opponent, and the digest of the folder that it learns from."""
+        taught = self.recipe.opponents[name].taught
+        return self.match(name).inputs() | (self._teacher_digest() if taught else {})
+
+    def _teacher_digest(self) -> dict[str, str]:
+        if self.teacher is None or not (self.teacher / COMPLETE).is_file():
+            return {}
+        return {"teacher": folder_digest(self.teacher)}
 
     def check_graft(self, stages: Sequence[str]) -> None:
         """Refuse a graft that will lack its SentenceVAE or teacher, before anything is read or trained.
@@ -89,6 +97,9 @@ class Run:
                     "graft.split: a split LLM needs no SentenceVAE", fix="use sentcompress graft"
                 )
             meta_graft(self.recipe)
+        taught = {opponent_stage(name).name for name, own in self.recipe.opponents.items() if own.taught}
+        if self.teacher is not None and (taught | {GRAFT.name}) & {*stages}:
+            self._check_teacher(stages)
         if GRAFT.name not in stages:
             return
         done = (self.out / GRAFT.name / COMPLETE).is_file()  # no longer needs its SentenceVAE
@@ -98,10 +109,11 @@ class Run:
                 f"graft: no SentenceVAE in '{self.vae}'",
                 fix="train it first, with the same recipe and --out: sentcompress train-vae; or name one: --vae DIR",
             )
+
+    def _check_teacher(self, stages: Sequence[str]) -> None:
         folder, own = self.teacher, self.recipe.graft.teacher == BASELINE.name
-        if folder is None or (own and BASELINE.name in stages):
-            return
-        if not (folder / COMPLETE).is_file():
+        assert folder is not None
+        if not (own and BASELINE.name in stages) and not (folder / COMPLETE).is_file():
             raise InputError(
                 f"graft.teacher: no model in '{folder}'",
                 fix="train it first: sentcompress baseline" if own else "give the folder of a causal LM",
@@ -197,7 +209,7 @@ def _baseline(run: Run) -> Job:
 def _opponent(name: str, run: Run) -> Job:
     from sentcompress.training.jobs.opponents import OpponentJob
 
-    return OpponentJob(run.recipe, name, run.match(name), run.text)
+    return OpponentJob(run.recipe, name, run.match(name), run.text, run.teacher)
 
 
 def _memory(run: Run) -> Job:
@@ -239,7 +251,7 @@ def training_stages(recipe: Recipe) -> dict[str, TrainingStage]:
             opponent_stage(name),
             _grafts,
             partial(_opponent, name),
-            lambda run, name=name: run.match(name).inputs(),  # type: ignore[misc]
+            lambda run, name=name: run.opponent_inputs(name),  # type: ignore[misc]
         )
         for name in (recipe.opponents if _grafts(recipe) else ())
     ]

@@ -294,6 +294,8 @@ class OpponentSettings(TokenTuneSettings):
     keep: Literal["ends", "least-similar"] = "ends"
     """Which blocks of a pretrained LLM are kept: the first and last ones, or those whose output is least similar to
     their input (arXiv 2403.03853)."""
+    taught: bool = True
+    """Learn from ``graft.teacher`` as the graft does, if it names one."""
     config: dict[str, Any] = {}
     """Fields of the LLM's configuration to change, such as its dropout or the size of its initial weights."""
     learning_rate: float | None = Field(default=None, gt=0)

@@ -89,13 +89,18 @@ def stage_record(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> dic
     if accumulation in record:
         # Three processes with one micro-batch each take the same steps as one process with three.
         record[micro_batches] = record.pop(accumulation) * process_count()
+    taught = False
     if stage.name.startswith(OPPONENT):
         named = recipe.opponents.get(stage.name.removeprefix(OPPONENT), OpponentSettings())
         own = named.model_dump(mode="json")
         own["learning_rate"] = own["learning_rate"] or recipe.baseline.learning_rate
+        taught = own.pop("taught") and recipe.graft.teacher is not None
         record |= by_dotted_name({"opponent": own})
     if stage.name == BASELINE.name or stage.name.startswith(OPPONENT):
-        others = {f"{stage.section}.{name}" for name in NOT_OF_THE_BASELINE[stage.section]}
+        read = ("teacher", "teacher_share") if taught else ()
+        others = {
+            f"{stage.section}.{name}" for name in NOT_OF_THE_BASELINE[stage.section] if name not in read
+        }
         # A field such as options may have fields of its own.
         record = {name: value for name, value in record.items() if not _within(name, others)}
     return record | {f"inputs.{name}": digest for name, digest in inputs.items()}

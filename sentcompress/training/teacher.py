@@ -1,4 +1,4 @@
-"""A token-level LLM as the teacher of a graft: its predictions for each token of the same text."""
+"""A token-level LLM as a teacher: its predictions for each token of the same text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.errors import InputError
 from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_causal_lm
-from sentcompress.modeling.losses import Teaching
+from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss
 from sentcompress.recipe import BackboneSpec, Recipe
-from sentcompress.training.jobs.token_level import hidden_states_by_length
+from sentcompress.training.jobs.token_level import TokenLM, hidden_states_by_length, states_and_targets
 
 TOLERANCE = 1e-3
 """Allowed difference between the logits and the product of last hidden states and output head."""
@@ -86,6 +86,44 @@ class Teacher:
         for rows, states in hidden_states_by_length(self.lm, ids, mask.long()):
             found |= {row: states[i, : len(texts[row])] for i, row in enumerate(rows.tolist())}
         return torch.cat([found[row] for row in range(len(texts))])
+
+
+class TaughtLM(TokenLM):
+    """A token-level LLM that learns from a teacher.
+
+    Args:
+        lm: to train.
+        token_loss: against the text.
+        teacher: an LLM that reads the same tokens; None if there is none.
+    """
+
+    def __init__(self, lm: PreTrainedModel, token_loss: TokenLoss, teacher: Teacher | None) -> None:
+        super().__init__(lm)
+        self.token_loss = token_loss
+        self._teacher = (teacher,)  # in a tuple, so that it is neither trained nor saved
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        states, targets = states_and_targets(self.lm, input_ids, attention_mask, labels, self.similar)
+        weight, teacher = self.lm.get_output_embeddings().weight, self._teacher[0]
+        if teacher is None or not self.training:
+            return self.token_loss(states, weight, targets)
+        teacher.move(input_ids.device)
+        with torch.no_grad():
+            expected, _ = states_and_targets(teacher.lm, input_ids, attention_mask, labels, self.similar)
+        teaching = Teaching(expected, teacher.weight, teacher.share)
+        return distillation_loss(states, weight, targets, teaching, expected, self.token_loss.gamma)
+
+
+def token_teacher(recipe: Recipe, tokenizer: Any, lm: PreTrainedModel, folder: Path | None) -> Teacher | None:
+    """The teacher that ``graft.teacher`` names, for an LLM that writes tokens; None if it names none.
+
+    Args:
+        lm: that it teaches.
+        folder: as for :func:`graft_teacher`, which this raises the errors of.
+    """
+    size = len(lm.get_output_embeddings().weight)
+    # It puts no token before a text: passages begin with one.
+    return graft_teacher(recipe, tokenizer, size, tokenizer.eos_token_id, folder)
 
 
 def graft_teacher(

@@ -109,6 +109,30 @@ def test_another_learning_rate_of_the_baseline_makes_another_opponent(tmp_path):
         )
 
 
+def test_an_opponent_learns_from_the_teacher_of_the_graft(tmp_path):
+    """Otherwise the graft would be compared with an opponent that is not at its best."""
+    opponents = {"taught": {"blocks": 2}, "untaught": {"blocks": 2, "taught": False}}
+    made = recipe(opponents, teacher="baseline", teacher_share=1.0)
+    stages = ["opponent-taught", "opponent-untaught"]
+    with pytest.raises(InputError, match=r"graft\.teacher: no model in '.*baseline'"):
+        run_recipe(made, tmp_path / "taught", stages=stages)
+    run_recipe(made, tmp_path / "taught", stages=["baseline", *stages])
+    run_recipe(recipe(opponents), tmp_path / "plain", stages=stages)
+    taught, untaught, plain = (
+        file_digest(tmp_path / name / "model.safetensors")
+        for name in ("taught/opponent-taught", "taught/opponent-untaught", "plain/opponent-taught")
+    )
+    assert taught != plain
+    assert untaught == plain
+    fields = json.loads((tmp_path / "taught/opponent-taught/run.json").read_text(encoding="utf-8"))["fields"]
+    assert fields["graft.teacher"] == "baseline"
+    assert "inputs.teacher" in fields
+    run_recipe(made, tmp_path / "taught", stages=stages)  # done already
+    run_recipe(recipe(opponents, teacher="baseline"), tmp_path / "taught", stages=["opponent-untaught"])
+    with pytest.raises(InputError, match=r"opponent-taught: .*\n  graft\.teacher_share: "):
+        run_recipe(recipe(opponents, teacher="baseline"), tmp_path / "taught", stages=["opponent-taught"])
+
+
 @pytest.mark.parametrize("keep", ["ends", "least-similar"])
 def test_a_pretrained_llm_is_pruned(keep):
     folder = str(Path(pretrained.__path__[0]) / "opt-tiny")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sentcompress.files import folder_digest
 from sentcompress.modeling.llm_loading import load_backbone_config, load_causal_lm
+from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.pruning import (
     Match,
     block_similarity,
@@ -21,6 +24,7 @@ from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs
 from sentcompress.training.jobs.token_level import USAGE, PassageJob, passage_samplers
 from sentcompress.training.run_folder import opponent_stage
+from sentcompress.training.teacher import TaughtLM, token_teacher
 
 SIMILARITY_BATCHES = 8
 """Micro-batches of training passages on which blocks are compared."""
@@ -32,12 +36,15 @@ class OpponentJob(PassageJob):
     Args:
         name: of the opponent in the recipe.
         found: its shape.
+        teacher: folder of the LLM that ``graft.teacher`` names; None if it is the backbone itself.
 
     Raises:
         InputError: the LLM has too few blocks, or the settings do not fit it.
     """
 
-    def __init__(self, recipe: Recipe, name: str, found: Match, text: Inputs) -> None:
+    def __init__(
+        self, recipe: Recipe, name: str, found: Match, text: Inputs, teacher: Path | None = None
+    ) -> None:
         own, spec = recipe.opponents[name], recipe.backbone
         where = f"opponents.{name}"
         kept = ends(found.whole, found.blocks)
@@ -55,6 +62,11 @@ class OpponentJob(PassageJob):
         super().__init__(recipe, opponent_stage(name), text, lm, own, rate, where)
         self.own, self.found, self.kept = own, found, kept
         self.inputs |= found.inputs()
+        if own.taught:
+            taught_by = token_teacher(recipe, text.tokenizer, lm, teacher)
+            self.model = TaughtLM(self.model.lm, TokenLoss(gamma=0.0), taught_by)
+            if teacher is not None:
+                self.inputs["teacher"] = folder_digest(teacher)
 
     def card(self) -> Card:
         kept = ", ".join(map(str, self.kept))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sentcompress.files import folder_digest
 from sentcompress.modeling.llm_loading import load_causal_lm
-from sentcompress.modeling.losses import Teaching, TokenLoss, distillation_loss
+from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.saved_models import LONGEST_SENTENCE
 from sentcompress.modeling.split import SPLIT, split
 from sentcompress.modeling.split_proof import check_split
@@ -18,35 +16,9 @@ from sentcompress.recipe import Recipe
 from sentcompress.text.boundaries import BoundaryFinder
 from sentcompress.training.card import Card
 from sentcompress.training.inputs import Inputs
-from sentcompress.training.jobs.token_level import PassageJob, TokenLM, states_and_targets
+from sentcompress.training.jobs.token_level import PassageJob
 from sentcompress.training.run_folder import GRAFT, write_json
-from sentcompress.training.teacher import Teacher, graft_teacher
-
-
-class SplitLM(TokenLM):
-    """A split LLM with the loss of the graft.
-
-    Args:
-        lm: split.
-        token_loss: against the text.
-        teacher: an LLM that reads the same tokens; None if there is none.
-    """
-
-    def __init__(self, lm: PreTrainedModel, token_loss: TokenLoss, teacher: Teacher | None) -> None:
-        super().__init__(lm)
-        self.token_loss = token_loss
-        self._teacher = (teacher,)  # in a tuple, so that it is neither trained nor saved
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        states, targets = states_and_targets(self.lm, input_ids, attention_mask, labels, self.similar)
-        weight, teacher = self.lm.get_output_embeddings().weight, self._teacher[0]
-        if teacher is None or not self.training:
-            return self.token_loss(states, weight, targets)
-        teacher.move(input_ids.device)
-        with torch.no_grad():
-            expected, _ = states_and_targets(teacher.lm, input_ids, attention_mask, labels, self.similar)
-        teaching = Teaching(expected, teacher.weight, teacher.share)
-        return distillation_loss(states, weight, targets, teaching, expected, self.token_loss.gamma)
+from sentcompress.training.teacher import TaughtLM, token_teacher
 
 
 class SplitJob(PassageJob):
@@ -69,10 +41,7 @@ class SplitJob(PassageJob):
         super().__init__(recipe, GRAFT, text, lm, own, None, "graft")
         self.own = own.split
         loss = TokenLoss(own.focal_gamma if own.loss == "focal" else 0.0, own.label_smoothing)
-        size = len(lm.get_output_embeddings().weight)
-        # It puts no token before a text: passages begin with one.
-        taught = graft_teacher(recipe, text.tokenizer, size, text.tokenizer.eos_token_id, teacher)
-        self.model = SplitLM(lm, loss, taught)
+        self.model = TaughtLM(lm, loss, token_teacher(recipe, text.tokenizer, lm, teacher))
         if teacher is not None:
             self.inputs["teacher"] = folder_digest(teacher)
 
