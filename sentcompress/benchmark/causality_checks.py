@@ -18,7 +18,7 @@ from torch import Tensor
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
 from sentcompress.generation import GenerationSettings, SentenceGenerator
 from sentcompress.generation.conditioned_text import ConditionedText
-from sentcompress.generation.sentence_writer import Sampler, SentenceWriter
+from sentcompress.generation.sentence_writer import SentenceWriter
 from sentcompress.modeling.int8 import Int8Linear
 from sentcompress.modeling.layers import Ragged
 from sentcompress.modeling.losses import TokenLoss
@@ -79,7 +79,7 @@ def first_difference(
         before = prompt + one[:n]
         states = checks._states(*checks._prompts([before], "left"))[0]
         unseen = states.new_zeros(1 - checks.start, *states.shape[1:])
-        writer = SentenceWriter(model.vae, Sampler(GenerationSettings(), checks.device), use_cache=False)
+        writer = SentenceWriter(model.vae, use_cache=False)
         writer.read([ConditionedText(before, torch.cat([unseen, states[:-1]]))])
         logits = model.vae.logits(writer.last_hidden(states[-1:], [x[:at]])[0]).float()
         return logits, (([*x, eos])[at], ([*y, eos])[at])

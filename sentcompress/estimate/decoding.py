@@ -19,8 +19,8 @@ from sentcompress.estimate.roofline import (
 )
 from sentcompress.estimate.shapes import count_weights
 from sentcompress.estimate.training_memory import FP32_BYTES, training_bytes
-from sentcompress.generation.engine import BACKBONE_BATCH_SHARE
 from sentcompress.generation.output_head import MIN_WEIGHTS_FOR_SHORTLIST
+from sentcompress.generation.text_batch import BACKBONE_BATCH_SHARE
 from sentcompress.modeling.pruning import Match
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.table import GIB, Table

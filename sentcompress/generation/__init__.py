@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sentcompress.generation.engine import Generation, SentenceGenerator
+    from sentcompress.generation.engine import SentenceGenerator
     from sentcompress.generation.prefix import Prefix
     from sentcompress.generation.round_trip import Difference, differences, reconstruct
     from sentcompress.generation.settings import GenerationSettings
+    from sentcompress.generation.text_batch import Generation
 
 _MODULES = {
     "Difference": "round_trip",
-    "Generation": "engine",
+    "Generation": "text_batch",
     "GenerationSettings": "settings",
     "Prefix": "prefix",
     "SentenceGenerator": "engine",

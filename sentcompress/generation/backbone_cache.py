@@ -109,6 +109,21 @@ class BackboneCache:
             self._store.extend(rows)
         self.hidden_states = self.hidden_states.index_copy(0, index, states[:, -1])
 
+    def join(self, other: BackboneCache) -> None:
+        """Add the texts of another cache of the same kind as the last rows."""
+        self.lengths += other.lengths
+        self.hidden_states = torch.cat([self.hidden_states, other.hidden_states])
+        self.states = self.states[:0]  # the prompts that it began with are read
+        if self._store is None or other._store is None:
+            self._inputs += other._inputs
+        else:
+            self._store.join(other._store)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the keys and values now, with room to grow."""
+        return 0 if self._store is None else self._store.nbytes
+
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
         index = torch.tensor(rows, device=self.hidden_states.device)
@@ -191,6 +206,9 @@ class _StoredStates:
     def keep(self, rows: Tensor) -> None:
         self.tensors = [x[rows.to(self.storage_device)] for x in self.tensors]
 
+    def join(self, other: _StoredStates) -> None:
+        self.tensors = [torch.cat(pair) for pair in zip(self.tensors, other.tensors, strict=True)]
+
     @property
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.tensors)
@@ -233,9 +251,7 @@ class _KeyValueStore:
             backbone has used it.
         """
         if max(self.ends[row] for row in rows) + self.step > self.capacity:
-            for states in itertools.chain.from_iterable(self.layers):
-                states.grow(GROWTH_SLOTS * self.step)
-            self.capacity += GROWTH_SLOTS * self.step
+            self._grow(GROWTH_SLOTS * self.step)
         longest = max(self.columns[row] for row in rows)
         ends = torch.tensor([self.ends[row] for row in rows], device=self.device)[:, None]
         local = ends - longest + torch.arange(longest + self.step, device=self.device)
@@ -248,6 +264,23 @@ class _KeyValueStore:
         slots = torch.tensor([self.columns[row] for row in rows], device=self.device) // self.step
         index_of_slot = torch.arange(longest // self.step, device=self.device)
         return cache, index_of_slot >= longest // self.step - slots[:, None]
+
+    def _grow(self, columns: int) -> None:
+        """Add columns at the end."""
+        for states in itertools.chain.from_iterable(self.layers):
+            states.grow(columns)
+        self.capacity += columns
+
+    def join(self, other: _KeyValueStore) -> None:
+        """Add the texts of another store; the smaller one of the two grows."""
+        for store in (self, other):
+            if (lacking := max(self.capacity, other.capacity) - store.capacity) > 0:
+                store._grow(lacking)
+        for own, others in zip(self.layers, other.layers, strict=True):
+            for states, more in zip(own, others, strict=True):
+                states.join(more)
+        self.ends += other.ends
+        self.columns += other.columns
 
     def extend(self, rows: Sequence[int]) -> None:
         """Count the slot that was added to each of these texts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +13,14 @@ from sentcompress.errors import InputError
 from sentcompress.files import checked_text
 from sentcompress.generation.backbone_cache import BackboneCache
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.conditioned_text import ConditionedText
 from sentcompress.generation.output_head import OutputHead, make_head
-from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
+from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.generation.settings import GenerationSettings
+from sentcompress.generation.text_batch import Generation, TextBatch, TextState
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.modeling.vae import pad_sentences
 from sentcompress.recipe.sections import CacheKind, HeadKind
-from sentcompress.text.lossless_tokenizer import TextStream, lossless
+from sentcompress.text.lossless_tokenizer import lossless
 from sentcompress.text.segmentation import sentences_to_ids
 
 if TYPE_CHECKING:
@@ -29,47 +28,6 @@ if TYPE_CHECKING:
 
 ENCODE_BATCH_SIZE = 512
 """Sentences encoded together; bounds memory for long prompts."""
-BACKBONE_BATCH_SHARE = 0.5
-"""Share of the unfinished texts that must have completed a sentence before the backbone reads those sentences. Its step
-costs about the same for few as for many, and the other texts continue in the meantime."""
-COMPACTION_SHARE = 0.75
-"""Share of unfinished texts below which the finished ones are dropped from the caches."""
-
-
-@dataclass
-class Generation:
-    """The continuation of one prompt.
-
-    Attributes:
-        prompt: the prompt.
-        text: the new text, to be appended to the prompt unchanged.
-        sentences: the new text in the pieces in which it was generated; joined, they are ``text``.
-        token_ids: the new tokens, without end marks.
-        finish_reason: ``stop`` (the termination layer), ``length`` (a limit), or ``context`` (no positions left).
-    """
-
-    prompt: str
-    text: str = ""
-    sentences: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-
-
-@dataclass
-class _Text:
-    """The state of one prompt in the batch."""
-
-    index: int
-    sentences: list[list[int]]
-    """Token ids of every complete sentence so far."""
-    unfinished: list[int]
-    """Token ids of the prompt's last sentence: the model says where it ends."""
-    result: Generation
-    stream: TextStream | None = None
-    """Decodes the new tokens."""
-    new_sentences: int = 0
-    unread: bool = False
-    """Its last sentence was not read by the backbone."""
 
 
 class SentenceGenerator:
@@ -145,7 +103,7 @@ class SentenceGenerator:
                 fix='put a single prompt in a list: generate(["The sun is up."])',
             )
         settings = GenerationSettings.given(settings)
-        texts = [self._read(index, Generation(prompt), prefix) for index, prompt in enumerate(prompts)]
+        texts = [self.read(index, Generation(prompt), prefix) for index, prompt in enumerate(prompts)]
         if not texts:
             return []
         for index, _, piece in self._run(texts, settings, prefix):
@@ -197,7 +155,7 @@ class SentenceGenerator:
             the prompt's index and the tokens of each new sentence, without its end mark.
         """
         texts = [
-            _Text(index, [list(ids) for ids in sentences], [], Generation(""))
+            TextState(index, [list(ids) for ids in sentences], [], Generation(""))
             for index, sentences in enumerate(contexts)
         ]
         for index, tokens, _ in self._run(texts, settings, prefix):
@@ -217,71 +175,22 @@ class SentenceGenerator:
     ) -> Iterator[str]:
         """The new text of one prompt piece by piece, a sentence at a time; the prompt is checked at once."""
         settings = GenerationSettings.given(settings)
-        texts = [self._read(0, Generation(prompt), prefix)]
+        texts = [self.read(0, Generation(prompt), prefix)]
         return (piece for _, _, piece in self._run(texts, settings, prefix) if piece)
 
-    @torch.no_grad()
     def _run(
-        self, texts: list[_Text], settings: GenerationSettings, prefix: Prefix | None = None
+        self, texts: list[TextState], settings: GenerationSettings, prefix: Prefix | None = None
     ) -> Iterator[tuple[int, list[int], str]]:
         """Fill the texts' results; yield each prompt's index with a new sentence's tokens and the new text."""
-        model = self.model.eval()
-        prefix = prefix and prefix.common(text.sentences for text in texts)
-        shared = len(prefix.sentences) if prefix else 0
-        cache = BackboneCache(
-            model,
-            [self.encode(text.sentences[shared:]) for text in texts],
-            use_cache=settings.use_cache,
-            kind=settings.cache,
-            prefix=prefix,
-        )
-        writer = SentenceWriter(
-            model.vae,
-            Sampler(settings, self.device),
-            head=self.head(settings.head, settings.shortlist_tokens),
-            use_cache=settings.use_cache,
-            compiled=self.compiled() if settings.compile else None,
-        )
-        writer.read(
-            [
-                ConditionedText(text.sentences, cache.conditioning(row, len(text.sentences)))
-                for row, text in enumerate(texts)
-            ]
-        )
-        waiting = list(range(len(texts)))  # rows of texts that wait for the backbone
-        while waiting or writer.busy:
-            unfinished = sum(not text.result.finish_reason for text in texts)
-            if waiting and (not writer.busy or len(waiting) >= BACKBONE_BATCH_SHARE * unfinished):
-                # The backbone has read the prompts already, but not the sentences generated since.
-                if unread := [row for row in waiting if texts[row].unread]:
-                    cache.append(unread, self.encode([texts[row].sentences[-1] for row in unread]))
-                    for row in unread:
-                        texts[row].unread = False
-                stop = model.stop_logits(cache.hidden_states[waiting]).float().softmax(-1)[:, 1].tolist()
-                begun = [
-                    row
-                    for row, probability in zip(waiting, stop, strict=True)
-                    if not self._finished(texts[row], probability, cache.lengths[row], settings)
-                ]
-                for row in waiting:
-                    if texts[row].result.finish_reason and (rest := self._new_text(texts[row])):
-                        yield texts[row].index, [], rest  # an incomplete character, held back until now
-                if begun:
-                    plans = [self._plan(texts[row], settings) for row in begun]
-                    writer.begin(begun, cache.hidden_states[begun], plans)
-                waiting = []
-                left = [row for row, text in enumerate(texts) if not text.result.finish_reason]
-                if left and len(left) <= COMPACTION_SHARE * len(texts):
-                    texts = [texts[row] for row in left]
-                    cache.keep(left)
-                    writer.keep(left)
-            for sentence in writer.step() if writer.busy else ():
-                text = texts[sentence.row]
-                yield text.index, sentence.tokens, self._add(text, sentence.tokens, settings)
-                if not text.result.finish_reason:
-                    waiting.append(sentence.row)
+        batch, sampler = TextBatch(self, settings), Sampler(settings, self.device)
+        for text in texts:
+            text.settings, text.sampler = settings, sampler
+        batch.join(texts, prefix and prefix.common(text.sentences for text in texts))
+        while batch.busy:
+            for text, tokens, piece in batch.step():
+                yield text.index, tokens, piece
 
-    def _read(self, index: int, result: Generation, before: Prefix | None = None) -> _Text:
+    def read(self, index: int, result: Generation, before: Prefix | None = None) -> TextState:
         """Split a prompt into sentences, the last of which may go on.
 
         Whether it does cannot be seen: a line end or a quotation mark may follow, and belong to it.
@@ -300,17 +209,17 @@ class SentenceGenerator:
             unfinished = sentences.pop()
         self._require_room("the prompt", len(sentences))
         stream = lossless(self.tokenizer).streamed(spaces=len(text) - len(read))
-        return _Text(index, sentences, unfinished, result, stream)
+        return TextState(index, sentences, unfinished, result, stream)
 
     def _require_room(self, what: str, sentences: int) -> None:
-        room = self._max_slots() - 1
+        room = self.max_slots() - 1
         if sentences > room:
             raise InputError(
                 f"{what} has {sentences} sentences, but the model's context holds {room}",
                 fix=f"shorten {what}, or graft onto a backbone with more positions",
             )
 
-    def _max_slots(self) -> int:
+    def max_slots(self) -> int:
         """Sentences (and the start latent) that the backbone has positions for."""
         return self.model.backbone.max_positions // self.model.latents
 
@@ -322,61 +231,6 @@ class SentenceGenerator:
         starts = range(0, len(sentences), ENCODE_BATCH_SIZE)
         batches = [pad_sentences(sentences[i : i + ENCODE_BATCH_SIZE], self.device) for i in starts]
         return torch.cat([self.model.encode(*batch) for batch in batches])
-
-    def _finished(self, text: _Text, stop: float, slots: int, settings: GenerationSettings) -> bool:
-        """Whether a text ends here; records the reason."""
-        if text.unfinished:
-            return False
-        if slots >= self._max_slots():
-            text.result.finish_reason = "context"
-        elif (
-            settings.sentence_lengths is None
-            and settings.stop_threshold < 1
-            and stop >= settings.stop_threshold
-        ):
-            text.result.finish_reason = "stop"
-        return bool(text.result.finish_reason)
-
-    def _plan(self, text: _Text, settings: GenerationSettings) -> SentencePlan:
-        longest = self.model.config.vae_config.max_sentence_tokens
-        begun = len(text.unfinished)
-        limit = min(longest, max(settings.max_sentence_tokens or longest, begun + 1))
-        exact = None
-        if lengths := settings.sentence_lengths:
-            # Texts start at different lengths, so that a batch is as uneven as real text.
-            exact = min(longest, max(lengths[(text.index + text.new_sentences) % len(lengths)], begun + 1))
-        if settings.max_new_tokens is not None:
-            left = settings.max_new_tokens - len(text.result.token_ids) + begun
-            limit = min(limit, left)
-            exact = min(exact, left) if exact else None
-        history = []
-        if settings.repetition_penalty != 1.0:
-            history = [token for sentence in text.sentences for token in sentence]
-        return SentencePlan(limit, text.unfinished, exact, history)
-
-    def _add(self, text: _Text, tokens: list[int], settings: GenerationSettings) -> str:
-        """Add a finished sentence to a text; return what is new of it."""
-        result, begun = text.result, len(text.unfinished)
-        result.token_ids += tokens[begun:]
-        text.sentences.append(tokens)
-        text.unfinished, text.unread = [], True
-        tokens_left = settings.max_new_tokens is None or len(result.token_ids) < settings.max_new_tokens
-        new = "" if text.stream is None else text.stream.add(tokens[begun:])
-        text.new_sentences += not begun or bool(new.strip())  # the prompt's last one may only have ended
-        sentences_left = settings.max_new_sentences is None or text.new_sentences < settings.max_new_sentences
-        if not (tokens_left and sentences_left):
-            result.finish_reason = "length"
-        return self._new_text(text, new)
-
-    def _new_text(self, text: _Text, new: str = "") -> str:
-        """Add new text to a result; an incomplete character is held back until the text is finished."""
-        result = text.result
-        if result.finish_reason and text.stream is not None:
-            new += text.stream.add([], ends=True)
-        result.text += new
-        if new:
-            result.sentences.append(new)
-        return new
 
 
 def _require_tokenizer(tokenizer: Any) -> None:

@@ -11,8 +11,7 @@ import torch
 
 from sentcompress.contracts import Reconstruction
 from sentcompress.generation.output_head import make_head
-from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
-from sentcompress.generation.settings import GenerationSettings
+from sentcompress.generation.sentence_writer import SentencePlan, SentenceWriter
 from sentcompress.modeling.vae import SentenceVAE, pad_sentences
 from sentcompress.text.lossless_tokenizer import lossless
 
@@ -32,13 +31,13 @@ def reconstruct(
     """Free-running greedy reconstruction of tokenized sentences (no special tokens), in their order."""
     device, text = next(vae.parameters()).device, lossless(tokenizer)
     vae.eval()
-    sampler, head = Sampler(GenerationSettings(), device), make_head(vae.output_weight, "auto")
+    head = make_head(vae.output_weight, "auto")
     results: list[Reconstruction] = []
     for begin in range(0, len(sentences), batch_size):
         batch = [list(map(int, ids)) for ids in sentences[begin : begin + batch_size]]
         latents = vae.encode(*pad_sentences(batch, device))
         plans = [SentencePlan(max_tokens=vae.config.max_sentence_tokens) for _ in batch]
-        written = SentenceWriter(vae, sampler, head=head).write(latents, plans)
+        written = SentenceWriter(vae, head=head).write(latents, plans)
         for ids, new in zip(batch, (sentence.tokens for sentence in written), strict=True):
             results.append(
                 Reconstruction(

@@ -32,12 +32,19 @@ class SentencePlan:
         prefix: tokens it begins with (the unfinished end of a prompt).
         exact_tokens: number of tokens; None lets the model end it.
         history: tokens before it, for the repetition penalty.
+        sampler: picks its tokens; None takes the most likely ones.
     """
 
     max_tokens: int
     prefix: Sequence[int] = ()
     exact_tokens: int | None = None
     history: list[int] = field(default_factory=list)
+    sampler: Sampler | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the one with the largest logit."""
+        return self.sampler is None or self.sampler.greedy
 
 
 class Sampler:
@@ -120,7 +127,6 @@ class SentenceWriter:
 
     Args:
         vae: the model with the decoder.
-        sampler: picks tokens.
         head: the output head; None computes every logit.
         use_cache: False runs the decoder over everything again for each token.
         compiled: the compiled decoder step, for ``use_cache``; None runs it uncompiled.
@@ -129,7 +135,6 @@ class SentenceWriter:
     def __init__(
         self,
         vae: SentenceVAE,
-        sampler: Sampler,
         *,
         head: OutputHead | None = None,
         use_cache: bool = True,
@@ -138,7 +143,6 @@ class SentenceWriter:
         self.vae = vae
         self.head = head or OutputHead(vae.output_weight)
         self.decoder = cast(Any, vae.decoder)  # ours, or one of the LLM's own blocks
-        self.sampler = sampler
         self.use_cache = use_cache
         self.compiled = compiled
         self.cache: Any = None
@@ -179,6 +183,22 @@ class SentenceWriter:
             self.decoder.keep(self.cache, torch.tensor(rows, device=self.vae.device))
             if self.compiled is not None:
                 self.compiled.mark_static(self.cache)
+
+    def join(self, other: SentenceWriter) -> None:
+        """Add the texts of another writer, which has not begun a sentence yet, as the last rows."""
+        self.sentences += other.sentences
+        self.next_input_ids += other.next_input_ids
+        self.past_texts += other.past_texts
+        if self.cache is not None:
+            self.decoder.join(self.cache, other.cache)
+            if self.compiled is not None:
+                self.compiled.mark_static(self.cache)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the decoder's keys and values."""
+        layers = [] if self.cache is None else self.cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     @torch.no_grad()
     def begin(self, rows: Sequence[int], latents: Tensor, plans: Sequence[SentencePlan]) -> None:
@@ -261,12 +281,29 @@ class SentenceWriter:
         no_end = [s.plan.exact_tokens is not None or not s.tokens for s in sentences]
         banned = torch.tensor(no_end, device=hidden_states.device)
         candidates = [s.candidates for s in sentences]
-        if self.sampler.greedy:
-            picked = self.head.argmax(hidden_states, candidates, banned, config.eos_token_id).tolist()
-        else:
-            logits = self.head.logits(hidden_states, candidates)
-            logits[banned, config.eos_token_id] = float("-inf")
-            picked = self.sampler.pick(logits, [s.plan.history + s.tokens for s in sentences]).tolist()
+        greedy = [n for n, s in enumerate(sentences) if s.plan.greedy]
+        sampled: dict[Sampler, list[int]] = {}
+        for n, s in enumerate(sentences):
+            if s.plan.sampler is not None and not s.plan.greedy:
+                sampled.setdefault(s.plan.sampler, []).append(n)
+        picked = [0] * len(ready)
+
+        def chosen(numbers: list[int]) -> tuple[Tensor, list[CandidateTokens | None], Tensor]:
+            if len(numbers) == len(ready):
+                return hidden_states, candidates, banned
+            return hidden_states[numbers], [candidates[n] for n in numbers], banned[numbers]
+
+        if greedy:
+            tokens = self.head.argmax(*chosen(greedy), config.eos_token_id).tolist()
+            for n, token in zip(greedy, tokens, strict=True):
+                picked[n] = token
+        for sampler, numbers in sampled.items():
+            states, allowed, no_end_yet = chosen(numbers)
+            logits = self.head.logits(states, allowed)
+            logits[no_end_yet, config.eos_token_id] = float("-inf")
+            histories = [sentences[n].plan.history + sentences[n].tokens for n in numbers]
+            for n, token in zip(numbers, sampler.pick(logits, histories).tolist(), strict=True):
+                picked[n] = token
         # A sentence of a given length also takes the step of its end mark.
         return [
             config.eos_token_id if len(s.tokens) == s.plan.exact_tokens else token

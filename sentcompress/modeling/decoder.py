@@ -327,6 +327,30 @@ class SentenceDecoder(nn.Module):
         context.filled[rows] = torch.cat([context.filled[rows], own], 1).gather(1, indices)
         context.stream_positions[rows] += used
 
+    def join(self, cache: DecoderCache, other: DecoderCache) -> None:
+        """Add the rows of another cache, in which no sentence was begun yet, as the last ones."""
+        more = len(other.positions)
+
+        def padded(states: Tensor) -> Tensor:
+            return torch.cat([states, states.new_zeros(more, *states.shape[1:])])
+
+        for layer, new in zip(cache.layers, other.layers, strict=True):
+            layer.keys, layer.values = (
+                torch.cat([layer.keys, new.keys]),
+                torch.cat([layer.values, new.values]),
+            )
+        cache.latents = padded(cache.latents)
+        cache.prepared = [tuple(map(padded, prepared)) for prepared in cache.prepared]
+        cache.unpacked = None if cache.unpacked is None else padded(cache.unpacked)
+        cache.angles = None if cache.angles is None else (padded(cache.angles[0]), padded(cache.angles[1]))
+        cache.positions = torch.cat([cache.positions, other.positions])
+        cache.context = DecoderContext(
+            [],
+            torch.cat([cache.context.filled, other.context.filled]),
+            torch.cat([cache.context.stream_positions, other.context.stream_positions]),
+        )
+        cache.shared_position = None
+
     def keep(self, cache: DecoderCache, rows: Tensor) -> None:
         """Drop all other rows."""
         cache.layers = [layer.keep(rows) for layer in cache.layers]

@@ -154,6 +154,16 @@ class LLMDecoder(nn.Module):
     def retire(self, cache: LLMDecoderCache, rows: Tensor, lengths: Tensor) -> None:
         """Do nothing: these blocks have no context."""
 
+    def join(self, cache: LLMDecoderCache, other: LLMDecoderCache) -> None:
+        """Add the rows of another cache, in which no sentence was begun yet, as the last ones."""
+        more = len(other.starts)
+        cache.starts = torch.cat([cache.starts, other.starts + cache.filled])  # they see no column so far
+        cache.latents = torch.cat([cache.latents, other.latents])
+        for layer in cache.layers:
+            layer.keys, layer.values = (
+                torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for x in (layer.keys, layer.values)
+            )
+
     def keep(self, cache: LLMDecoderCache, rows: Tensor) -> None:
         """Drop all other rows."""
         cache.starts, cache.latents = cache.starts[rows], cache.latents[rows]

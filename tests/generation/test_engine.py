@@ -259,14 +259,14 @@ def test_a_prefix_may_not_be_empty_or_too_long(generator):
 def test_text_is_lossless_against_the_tokens(generator, tokenizer):
     for result in run(generator, PROMPTS):
         assert "".join(result.sentences) == result.text
-        unfinished = generator._read(0, type(result)(result.prompt)).unfinished
+        unfinished = generator.read(0, type(result)(result.prompt)).unfinished
         everything = tokenizer.decode(unfinished + result.token_ids, skip_special_tokens=True)
         assert everything == tokenizer.decode(unfinished) + result.text
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
 def test_the_model_says_where_the_last_sentence_of_a_prompt_ends(generator, prompt):
-    text = generator._read(0, Generation(prompt))
+    text = generator.read(0, Generation(prompt))
     assert len(text.sentences) == prompt.count(".") - prompt.endswith(".")
     last = lossless(generator.tokenizer).decode(text.unfinished)
     assert prompt.endswith(last)

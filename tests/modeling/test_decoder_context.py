@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from sentcompress.generation import GenerationSettings
 from sentcompress.generation.conditioned_text import ConditionedText
-from sentcompress.generation.sentence_writer import Sampler, SentenceWriter
+from sentcompress.generation.sentence_writer import SentenceWriter
 from sentcompress.modeling.losses import TokenLoss
 from sentcompress.modeling.sentence_lm import SentenceLM
 from sentcompress.testing import tiny_passages, tiny_sentence_lm, tiny_vae
@@ -88,7 +87,7 @@ def test_the_training_forward_charges_what_the_writer_computes(start):
     states = output.hidden_states[0]
     sentences = [row[:n].tolist() for row, n in zip(ids, LENGTHS, strict=True)]
     told = states[:-1] if start else torch.cat([torch.zeros_like(states[:1]), states[:-1]])
-    writer = SentenceWriter(model.vae, Sampler(GenerationSettings(), torch.device("cpu")), use_cache=False)
+    writer = SentenceWriter(model.vae, use_cache=False)
     for number in range(1, 5):
         writer.read([ConditionedText(sentences[:number], told[:number])])
         charged = 0.0

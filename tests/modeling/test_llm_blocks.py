@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentcompress.errors import InputError
-from sentcompress.generation import GenerationSettings
 from sentcompress.generation.compiled import CompiledStep
-from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
+from sentcompress.generation.conditioned_text import ConditionedText
+from sentcompress.generation.sentence_writer import SentencePlan, SentenceWriter
 from sentcompress.modeling import SentenceVAE
 from sentcompress.modeling.grafting import start_from_backbone, vae_config
 from sentcompress.recipe import Recipe
@@ -70,12 +70,30 @@ def test_with_all_blocks_the_encoder_is_the_llm(name, shape, tmp_path):
 
     latents = vae.encode(ids, mask)
     plans = [SentencePlan(max_tokens=8), SentencePlan(max_tokens=6, prefix=[5, 6])]
-    sampler = Sampler(GenerationSettings(max_new_tokens=8), torch.device("cpu"))
-    plain = SentenceWriter(vae, sampler, use_cache=False).write(latents, plans)
-    assert SentenceWriter(vae, sampler).write(latents, plans) == plain
+    plain = SentenceWriter(vae, use_cache=False).write(latents, plans)
+    assert SentenceWriter(vae).write(latents, plans) == plain
     vae.save_pretrained(tmp_path)
     loaded = SentenceVAE.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids, mask).nll, vae(ids, mask).nll)
+
+
+def test_a_sentence_that_joins_later_is_written_as_alone():
+    vae = warm("opt", tiny_opt(), encoder_layers=1, decoder_layers=2)
+    latents = vae.encode(*sentences())
+    plans = [SentencePlan(max_tokens=20), SentencePlan(max_tokens=9, prefix=[5, 6])]
+    alone = [SentenceWriter(vae).write(latents[n : n + 1], [plans[n]])[0].tokens for n in (0, 1)]
+    writers = [SentenceWriter(vae), SentenceWriter(vae)]
+    for writer in writers:
+        writer.read([ConditionedText([], latents[:0])])
+    first = writers[0]
+    first.begin([0], latents[:1], plans[:1])
+    finished = [each for _ in range(4) for each in first.step()]
+    assert not finished
+    first.join(writers[1])
+    first.begin([1], latents[1:], plans[1:])
+    while first.busy:
+        finished += first.step()
+    assert [each.tokens for each in sorted(finished, key=lambda each: each.row)] == alone
 
 
 def test_the_decoder_has_the_last_blocks_and_the_head():
