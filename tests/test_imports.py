@@ -42,11 +42,12 @@ _TABLE = {
     "estimate": "errors table contracts registry recipe modeling generation training",
     "benchmark": "errors files table contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance training estimate",
+    "serving": "errors files contracts generation sentence_memory text distributed",
     "pipeline": "errors files recipe distributed modeling training estimate benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
     "testing": "errors contracts registry recipe text modeling",
     "cli": "errors files table packages registry recipe distributed datasets text modeling generation "
-    "sentence_memory training estimate benchmark pipeline studies",
+    "sentence_memory training estimate benchmark serving pipeline studies",
     "__main__": "cli",
 }
 """What each part of the package imports besides itself, from the ground floor up: no more, and no less."""

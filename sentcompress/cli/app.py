@@ -20,6 +20,7 @@ from sentcompress.cli import (
     plugins,
     recipes,
     run,
+    serve,
     streams,
     sweep,
     train,
@@ -77,6 +78,7 @@ train.add_to(app)
 launch.add_to(app)
 watch.add_to(app)
 generate.add_to(app)
+serve.add_to(app)
 bench.add_to(app)
 harness.add_to(app)
 recipes.add_to(app)

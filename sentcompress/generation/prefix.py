@@ -46,6 +46,26 @@ class Prefix:
         )
         return cls(text, sentences, latents, states, layers)
 
+    @torch.no_grad()
+    def followed_by(self, model: SentenceLM, sentences: list[list[int]], latents: Tensor) -> Prefix:
+        """The prefix with more sentences, which are read after it.
+
+        Args:
+            model: the one the prefix was read with.
+            sentences, latents: token ids of each, and their ``[m, k, H]``.
+        """
+        whole, both = self.sentences + sentences, torch.cat([self.latents, latents])
+        if self.cache is None:
+            return Prefix.read(model, self.text, whole, both)
+        states, cache = self.run(model, *batch_texts(model, [latents], start=False))
+        return Prefix(self.text, whole, both, states, [(layer.keys, layer.values) for layer in cache.layers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        layers = [tensor for layer in self.cache or [] for tensor in layer]
+        return sum(tensor.nbytes for tensor in [self.latents, self.states, *layers])
+
     def common(self, texts: Iterable[list[list[int]]]) -> Prefix:
         """The part that all texts, given as sentences, share: the words that follow can change the last split."""
         shared = len(self.sentences)

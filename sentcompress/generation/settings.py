@@ -18,6 +18,8 @@ from sentcompress.registry import describe_validation_error
 LLM_LIMITS = ("max_new_tokens", "do_sample", "repetition_penalty", "seed")
 LLM_SAMPLING = ("temperature", "top_k", "top_p")
 """Settings that transformers' ``generate`` has too; these only with ``do_sample``."""
+MIN_TEMPERATURE = 1e-6
+"""Smaller ones would divide logits to infinity."""
 
 
 class GenerationSettings(DecodingOptions):
@@ -33,7 +35,7 @@ class GenerationSettings(DecodingOptions):
     """Maximum number of tokens per sentence; without it, the model's limit."""
     do_sample: bool = False
     """Sample tokens instead of taking the most likely one."""
-    temperature: float = Field(default=1.0, ge=1e-6)
+    temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE)
     """Divides the logits when sampling."""
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens; 0 samples from all."""

@@ -348,6 +348,17 @@ class SentenceMemory(Cache):
         shares = [(seen.sum(2).float().mean(1).cpu() / lengths).mean() for seen in self._attended]
         return float(torch.stack(shares).mean())
 
+    def recalled_sentences(self) -> list[list[tuple[int, int]]]:
+        """For each text, first and last token (exclusive) of the sentences that the last token recalled in any block.
+
+        Empty if the last one did not come alone.
+        """
+        found: list[set[int]] = [set() for _ in self._table.rows]
+        for number in self.recall_blocks if self._attended else ():
+            for text, tokens in zip(found, self.layers[number].recalled(self._attended[number]), strict=True):
+                text |= tokens
+        return [row.stored_spans(tokens) for row, tokens in zip(self._table.rows, found, strict=True)]
+
     @property
     def longest_text(self) -> int:
         """Tokens that a text may have: without re-indexing, as many as the LLM has positions."""

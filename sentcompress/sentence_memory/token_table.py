@@ -95,6 +95,12 @@ class Row:
         kept = policy.keep(Tokens(age=age, distance=distance, **fields)) | (age == 0)
         return ~kept.expand(len(tokens)).numpy()
 
+    def stored_spans(self, places: set[int]) -> list[tuple[int, int]]:
+        """First and last token (exclusive) of the sentences that tokens in slow storage belong to."""
+        tokens = np.asarray([self.stored[place] for place in places], dtype=np.int64)
+        ends = [*self.starts[1:], len(self.ids)]
+        return [(self.starts[s], ends[s]) for s in np.unique(self.sentences(tokens)).tolist()]
+
     def store(self, dropped: np.ndarray) -> np.ndarray:
         """The tokens that have to be stored when these are dropped: their whole sentences, in order."""
         new = [s for s in np.unique(self.sentences(dropped)).tolist() if s not in self._stored_sentences]

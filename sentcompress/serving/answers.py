@@ -1,0 +1,197 @@
+"""Puts a request's pieces together: the text of each choice up to its stop text, and the tokens that were used."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from sentcompress.errors import SentCompressError, is_out_of_memory
+from sentcompress.serving.openai_form import APIError
+from sentcompress.serving.scheduler import (
+    Begun,
+    Job,
+    Piece,
+    Scheduler,
+    ServerBusyError,
+    ServerEndingError,
+    TimeoutEndedError,
+    TokenScore,
+)
+
+GRACE_SECONDS = 5
+"""How long after a request's time the scheduler may still report that it is over: a prompt is read in one go."""
+RETRY_SECONDS = 2
+
+
+class ChoiceText:
+    """The text of one choice, as it may be shown: what could begin a stop text is held back.
+
+    Attributes:
+        new_tokens: tokens written so far.
+        finish_reason: once it has ended.
+    """
+
+    def __init__(self, stops: Sequence[str], begins: str = "") -> None:
+        self._stops, self._shown, self._held = stops, len(begins), ""
+        self._scores: list[tuple[int, TokenScore]] = []
+        """Tokens whose text was not shown yet, each with the characters before it."""
+        self.new_tokens = 0
+        self.finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> tuple[str, list[tuple[int, TokenScore]]]:
+        """The text that a piece lets us show, and the tokens in it."""
+        offset = self._shown + len(self._held)
+        self._scores += [(offset, score) for score in piece.scores]
+        self._held += piece.text
+        self.new_tokens, self.finish_reason = piece.tokens, piece.finish_reason
+        ends = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        if ends is not None:
+            self._held, self.finish_reason = self._held[:ends], "stop"
+        keep = 0 if self.finish_reason else self._may_begin_a_stop()
+        text = self._held[: len(self._held) - keep]
+        self._held = self._held[len(text) :]
+        self._shown += len(text)
+        ready = [
+            (at, score)
+            for at, score in self._scores
+            if at < self._shown or (ends is None and self.finish_reason)
+        ]
+        self._scores = self._scores[len(ready) :]
+        return text, ready
+
+    def _may_begin_a_stop(self) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        return max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
+
+
+class Answer:
+    """The texts of one request, while they are written.
+
+    Args:
+        scheduler: writes them.
+        jobs: one for each choice; their ``deliver`` is set here.
+        request: of the client.
+    """
+
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], request: Request) -> None:
+        self.scheduler, self.jobs, self.request = scheduler, jobs, request
+        self._events: asyncio.Queue[tuple[int, Begun | Piece | Exception]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for number, job in enumerate(jobs):
+            job.deliver = partial(self._deliver, loop, number)
+
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, number: int, event: Begun | Piece | Exception
+    ) -> None:
+        """Called in the scheduler's thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+    async def start(self) -> dict[int, Begun]:
+        """Queue the texts and wait until all prompts are read, so that an error can still have its own status.
+
+        Raises:
+            APIError: the queue is full, the server is ending, a prompt does not fit, or the client is gone.
+        """
+        try:
+            self.scheduler.submit(self.jobs)
+        except ServerBusyError as error:
+            raise APIError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS) from None
+        except ServerEndingError as error:
+            raise APIError(503, str(error), code="shutting_down", retry_after=RETRY_SECONDS) from None
+        begun: dict[int, Begun] = {}
+        pieces = []
+        try:
+            while len(begun) < len(self.jobs):
+                number, event = await self._next(watched=True)
+                if isinstance(event, Begun):
+                    begun[number] = event
+                else:
+                    pieces.append((number, event))
+        except BaseException:
+            self.cancel()
+            raise
+        for early in pieces:
+            self._events.put_nowait(early)
+        return begun
+
+    async def pieces(self, *, watched: bool) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all choices until each has ended, or :meth:`stop` was called for it.
+
+        Args:
+            watched: end when the client is gone. Not for a stream, which the server watches itself.
+        """
+        self._open = set(range(len(self.jobs)))
+        try:
+            while self._open:
+                number, event = await self._next(watched)
+                if number not in self._open or isinstance(event, Begun):
+                    continue
+                if event.finish_reason:
+                    self._open.discard(number)
+                yield number, event
+        finally:
+            self.cancel()
+
+    def stop(self, number: int) -> None:
+        """End one choice: its stop text has come."""
+        self._open.discard(number)
+        self.scheduler.cancel([self.jobs[number]])
+
+    def cancel(self) -> None:
+        """End all choices; those that have ended are left as they are."""
+        self.scheduler.cancel(self.jobs)
+
+    async def _next(self, watched: bool) -> tuple[int, Begun | Piece]:
+        """The next event. Raises APIError if it is an error, or does not come in time."""
+        seconds = max(0.0, self.jobs[0].deadline - time.monotonic()) + GRACE_SECONDS
+        try:
+            async with asyncio.timeout(seconds):
+                number, event = await (self._or_gone() if watched else self._events.get())
+        except TimeoutError:
+            raise APIError(504, "the request took too long", code="timeout") from None
+        if isinstance(event, Exception):
+            raise as_api_error(event)
+        return number, event
+
+    async def _or_gone(self) -> Any:
+        """The next event, unless the client goes away first."""
+        if not self._events.empty():
+            return self._events.get_nowait()
+        event = asyncio.ensure_future(self._events.get())
+        gone = asyncio.ensure_future(_disconnected(self.request))
+        try:
+            await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                return event.result()
+            raise APIError(499, "the client is gone", code="client_gone")
+        finally:
+            event.cancel()
+            gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told about an error: the message of one that it caused, and no details of others."""
+    if isinstance(error, TimeoutEndedError):
+        return APIError(504, str(error), code="timeout")
+    if isinstance(error, ServerEndingError):
+        return APIError(503, str(error), code="shutting_down", retry_after=RETRY_SECONDS)
+    if is_out_of_memory(error):
+        return APIError(503, "the server has too little memory for this request", code="out_of_memory")
+    if isinstance(error, SentCompressError) and error.exit_code == 2:
+        return APIError(400, str(error))
+    return APIError(500, "the server failed to answer; its log says why", code="internal_error")
