@@ -136,7 +136,7 @@ class SentenceGenerator:
         """Like :meth:`read_prefix` for complete sentences given as token ids; for :meth:`continue_sentences`."""
         from sentcompress.generation.prefix import Prefix
 
-        return Prefix.read(self.model.eval(), text, sentences, self.encode(sentences))
+        return Prefix.read(self.model.eval(), text, [*sentences], self.encode(sentences))
 
     def continue_sentences(
         self,

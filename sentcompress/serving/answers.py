@@ -185,7 +185,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told about an error: the message of one that it caused, and no details of others."""
+    """What a client learns of an error: the message of one that it caused, and no details of others."""
     if isinstance(error, TimeoutEndedError):
         return APIError(504, str(error), code="timeout")
     if isinstance(error, ServerEndingError):

@@ -32,7 +32,7 @@ from sentcompress.serving.openai_form import (
 from sentcompress.serving.prometheus import Metrics
 from sentcompress.serving.scheduler import Begun, Job, Scheduler
 
-log = logging.getLogger("sentcompress.serve")
+log = logging.getLogger(__package__)
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that names none, as OpenAI has it."""
 

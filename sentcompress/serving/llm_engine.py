@@ -105,7 +105,8 @@ class LLMEngine:
     def _token_ids(self, prompt: str | list[int], rendered: bool) -> list[int]:
         """Token ids of a prompt. Raises InputError for an empty one, and for tokens that the LLM does not have."""
         if isinstance(prompt, str):
-            checked_text(prompt, "the prompt")
+            if not checked_text(prompt, "the prompt").strip():
+                raise InputError("the prompt is empty", fix="give some text to continue")
             ids: list[int] = self.tokenizer(prompt, add_special_tokens=not rendered)["input_ids"]
         else:
             ids, known = prompt, len(self.model.get_input_embeddings().weight)

@@ -16,7 +16,7 @@ from sentcompress.errors import SentCompressError
 from sentcompress.generation import GenerationSettings
 from sentcompress.serving.limits import ServeLimits
 
-log = logging.getLogger("sentcompress.serve")
+log = logging.getLogger(__package__)
 RATE_SECONDS = 10
 """Tokens per second are those of the last so many seconds."""
 
@@ -264,8 +264,6 @@ class Scheduler:
                 self._cancelled.clear()
             for job in cancelled:
                 self._end(job)
-            if cancelled:
-                self._note(0)
             self._end_overdue()
             self._admit()
             if self._running:
@@ -337,6 +335,7 @@ class Scheduler:
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """Forget a text; say why, unless its reader is gone."""
         self.engine.drop(job)
+        self._note(0)
         with self._changed:
             self._running.pop(job, None)
             if job in self._waiting:

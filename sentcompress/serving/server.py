@@ -16,7 +16,7 @@ from sentcompress.serving.guard import Guard, is_loopback, timed_protocol
 from sentcompress.serving.http_app import Service, create_app
 from sentcompress.serving.limits import KEY_VARIABLE
 
-log = logging.getLogger("sentcompress.serve")
+log = logging.getLogger(__package__)
 POLL_SECONDS = 0.2
 """How often the main thread looks for a signal."""
 CLOSE_SECONDS = 5

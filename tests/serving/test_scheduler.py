@@ -1,0 +1,189 @@
+"""Many requests: turns, the queue and its limits, clients that go away, time that is over, failures and the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import httpx
+import openai
+import pytest
+
+from sentcompress.serving.limits import ServeLimits
+from sentcompress.serving.llm_engine import LLMEngine
+
+LONG = "The state of the Union is"
+"""opt-tiny goes on after it until it has no positions left."""
+LIMITS = ServeLimits(max_batch=2, max_waiting=1, request_seconds=60)
+
+
+@pytest.fixture
+def make_server(opt_tiny, run_server):
+    """``with make_server(**limits) as server``: opt-tiny, two texts at a time, one that may wait."""
+
+    def make(**limits):
+        allowed = LIMITS.model_copy(update=limits)
+        return run_server(LLMEngine(*opt_tiny, None, allowed), opt_tiny[1], allowed)
+
+    return make
+
+
+@pytest.fixture
+def server(make_server):
+    with make_server() as server:
+        yield server
+
+
+def wait_for(condition, seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+def idle(server) -> bool:
+    now = server.figures
+    return now.running == now.waiting == 0 and now.engine.device_bytes == 0
+
+
+def test_a_long_text_does_not_hold_up_a_short_one(server):
+    stream = iter(server.complete(LONG, max_tokens=480, stream=True))
+    next(stream)
+    server.text("My fellow citizens,", max_tokens=5)
+    assert server.figures.running == 1, "the short one has ended, the long one has not"
+    assert sum(1 for _ in stream) > 400
+
+
+def test_when_the_queue_is_full_clients_are_asked_to_come_back(server):
+    streams = [iter(server.complete(LONG, max_tokens=480, stream=True)) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(server.text, "My fellow citizens,", max_tokens=3)
+        assert wait_for(lambda: server.figures.waiting == 1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            server.text("One more", max_tokens=3)
+        assert caught.value.code == "queue_full"
+        assert int(caught.value.response.headers["retry-after"]) > 0
+        with pytest.raises(openai.RateLimitError):
+            server.complete("One more", n=2, max_tokens=3)
+        for stream in streams:
+            assert sum(1 for _ in stream) > 400, "what is running is left alone"
+        assert third.result(30)
+
+
+def test_texts_of_clients_that_go_away_are_dropped(server):
+    stream = server.complete(LONG, max_tokens=480, stream=True)
+    next(iter(stream))
+    assert server.figures.running == 1
+    stream.close()
+    assert wait_for(lambda: idle(server)), server.figures
+    body = {"model": "test", "prompt": LONG, "max_tokens": 480, "temperature": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.3)
+    assert wait_for(lambda: idle(server)), server.figures
+    assert server.text(LONG, max_tokens=3)
+
+
+def test_a_client_that_waits_and_goes_away_leaves_the_queue(server):
+    streams = [iter(server.complete(LONG, max_tokens=480, stream=True)) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    body = {"model": "test", "prompt": LONG, "max_tokens": 3, "temperature": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
+    assert wait_for(lambda: server.figures.waiting == 0, 1)
+    assert server.figures.running == 2
+
+
+def test_a_stop_text_frees_the_place_at_once(server):
+    answer = server.complete(LONG, max_tokens=480, stop=" States")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 100
+    assert wait_for(lambda: idle(server), 2)
+
+
+def test_a_request_that_takes_too_long_is_ended(make_server):
+    with make_server(request_seconds=0.4) as server:
+        with pytest.raises(openai.InternalServerError) as caught:
+            server.text(LONG, max_tokens=480)
+        assert caught.value.status_code == 504
+        assert "took longer than 0.4 seconds" in caught.value.body["message"]
+        stream = server.complete(LONG, max_tokens=480, stream=True)
+        with pytest.raises(openai.APIError, match="took longer"):
+            list(stream)
+        assert wait_for(lambda: idle(server))
+        assert server.text(LONG, max_tokens=3)
+
+
+def test_a_failure_of_the_model_loses_its_texts_and_not_the_server(server, monkeypatch):
+    engine = server.service.scheduler.engine
+
+    def fails():
+        monkeypatch.undo()
+        raise RuntimeError("a secret path /home/me")
+
+    monkeypatch.setattr(engine, "step", fails)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.text(LONG, max_tokens=5)
+    assert caught.value.status_code == 500
+    assert "secret" not in str(caught.value.body)
+    assert server.text(LONG, max_tokens=5)
+
+    def too_large(_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "add", too_large)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.text(LONG, max_tokens=5)
+    assert caught.value.code == "out_of_memory"
+    assert server.text(LONG, max_tokens=5)
+
+
+def test_a_server_that_ends_lets_texts_end_and_takes_no_new_ones(make_server):
+    with make_server() as server:
+        stream = iter(server.complete(LONG, max_tokens=300, stream=True))
+        next(stream)
+        ended = []
+        drain = threading.Thread(target=lambda: ended.append(server.service.scheduler.drain(30)))
+        drain.start()
+        assert wait_for(lambda: server.service.scheduler.draining)
+        with pytest.raises(openai.InternalServerError) as caught:
+            server.text(LONG, max_tokens=3)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "shutting_down"
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert sum(1 for _ in stream) >= 298
+        drain.join(30)
+        assert ended == [True]
+
+
+def test_a_server_that_cannot_wait_says_so_to_its_clients(make_server):
+    errors = []
+    with make_server() as server:
+        stream = server.complete(LONG, max_tokens=480, stream=True)
+        next(iter(stream))
+        assert server.service.scheduler.drain(0.1) is False
+        server.service.scheduler.close()
+        with suppress(httpx.HTTPError):
+            try:
+                list(stream)
+            except openai.APIError as error:
+                errors.append(str(error))
+    assert errors
+    assert "shut down before the text was complete" in errors[0]
+
+
+def test_a_log_has_lengths_and_no_text(server, caplog):
+    caplog.set_level("INFO", "sentcompress.serving")
+    server.text("A secret prompt.", max_tokens=3)
+    assert wait_for(lambda: "/v1/completions 200" in caplog.text, 2)
+    assert "+ 3 tokens" in caplog.text
+    assert "secret" not in caplog.text
+    server.service.logs_text = True
+    text = server.text("A secret prompt.", max_tokens=3)
+    assert wait_for(lambda: "A secret prompt." in caplog.text, 2)
+    assert text.strip() in caplog.text
