@@ -78,6 +78,14 @@ class BackboneCache:
         padding = real.new_zeros(1 - start, *real.shape[1:])
         return torch.cat([padding, real])[:sentences]
 
+    def read(self, row: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
+        """States ``[1, n, k, H]`` of a text as it was read, and keys and values ``[1, heads, columns, d]`` by layer.
+
+        The latter is None if the cache holds more than keys and values.
+        """
+        states = self.states[row : row + 1, self.states.shape[1] - self.lengths[row] :].clone()
+        return states, None if self._store is None else self._store.read(row)
+
     def append(self, rows: Sequence[int], latents: Tensor) -> None:
         """Append one sentence to some texts: ``[b, k, H]``."""
         index = torch.tensor(rows, device=latents.device)
@@ -193,6 +201,12 @@ class _StoredStates:
         found = [tensor.flatten(0, 1)[columns].to(self.device) for tensor in self.tensors]
         return found[0] if len(found) == 1 else found[0].to(self.dtype) * found[1]
 
+    def read(self, row: int, start: int, end: int) -> Tensor:
+        """A copy of the states of one text: ``[1, heads, n, d]``."""
+        parts = [tensor[row : row + 1, start:end].to(self.device) for tensor in self.tensors]
+        full = parts[0] if len(parts) == 1 else parts[0].to(self.dtype) * parts[1]
+        return full.transpose(1, 2).clone()
+
     def put(self, rows: Tensor, columns: Tensor, states: Tensor) -> None:
         """Write ``[b, heads, n, d]`` at columns ``[b, n]`` of texts ``[b, 1]``."""
         new = self._encoded(states.transpose(1, 2))
@@ -264,6 +278,11 @@ class _KeyValueStore:
         slots = torch.tensor([self.columns[row] for row in rows], device=self.device) // self.step
         index_of_slot = torch.arange(longest // self.step, device=self.device)
         return cache, index_of_slot >= longest // self.step - slots[:, None]
+
+    def read(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the keys and values of one text, of each layer: ``[1, heads, columns, d]``."""
+        span = self.ends[row] - self.columns[row], self.ends[row]
+        return [(keys.read(row, *span), values.read(row, *span)) for keys, values in self.layers]
 
     def _grow(self, columns: int) -> None:
         """Add columns at the end."""

@@ -167,8 +167,7 @@ class SentenceGenerator:
         self, contexts: Sequence[Sequence[Sequence[int]]], cache: CacheKind = "full"
     ) -> BackboneCache:
         """Encode complete sentences given as token ids and run the backbone over them; for benchmarks."""
-        latents = [self.encode(sentences) for sentences in contexts]
-        return BackboneCache(self.model.eval(), latents, use_cache=True, kind=cache)
+        return BackboneCache(self.model.eval(), self.encode_texts(contexts), use_cache=True, kind=cache)
 
     def stream(
         self, prompt: str, settings: GenerationSettings | None = None, prefix: Prefix | None = None
@@ -222,6 +221,11 @@ class SentenceGenerator:
     def max_slots(self) -> int:
         """Sentences (and the start latent) that the backbone has positions for."""
         return self.model.backbone.max_positions // self.model.latents
+
+    def encode_texts(self, texts: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
+        """Encode the sentences of texts, all in one batch: ``[n, k, H]`` for each text."""
+        latents = self.encode([ids for sentences in texts for ids in sentences])
+        return list(latents.split([len(sentences) for sentences in texts]))
 
     def encode(self, sentences: Sequence[Sequence[int]]) -> Tensor:
         """Encode sentences given as token ids for the backbone: ``[S, k, H]``."""

@@ -46,20 +46,6 @@ class Prefix:
         )
         return cls(text, sentences, latents, states, layers)
 
-    @torch.no_grad()
-    def followed_by(self, model: SentenceLM, sentences: list[list[int]], latents: Tensor) -> Prefix:
-        """The prefix with more sentences, which are read after it.
-
-        Args:
-            model: the one the prefix was read with.
-            sentences, latents: token ids of each, and their ``[m, k, H]``.
-        """
-        whole, both = self.sentences + sentences, torch.cat([self.latents, latents])
-        if self.cache is None:
-            return Prefix.read(model, self.text, whole, both)
-        states, cache = self.run(model, *batch_texts(model, [latents], start=False))
-        return Prefix(self.text, whole, both, states, [(layer.keys, layer.values) for layer in cache.layers])
-
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""

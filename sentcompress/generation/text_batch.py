@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ import torch
 
 from sentcompress.generation.backbone_cache import BackboneCache
 from sentcompress.generation.conditioned_text import ConditionedText
+from sentcompress.generation.prefix import Prefix
 from sentcompress.generation.sentence_writer import Sampler, SentencePlan, SentenceWriter
 from sentcompress.generation.settings import DEFAULT_SETTINGS, GenerationSettings
 from sentcompress.text.lossless_tokenizer import TextStream
 
 if TYPE_CHECKING:
     from sentcompress.generation.engine import SentenceGenerator
-    from sentcompress.generation.prefix import Prefix
 
 BACKBONE_BATCH_SHARE = 0.5
 """Share of the unfinished texts that must have completed a sentence before the backbone reads those sentences. Its step
@@ -108,19 +108,26 @@ class TextBatch:
         return self.cache.stored_bytes + self.writer.cache_bytes
 
     @torch.no_grad()
-    def join(self, texts: Sequence[TextState], prefix: Prefix | None = None) -> None:
+    def join(
+        self,
+        texts: Sequence[TextState],
+        prefix: Prefix | None = None,
+        keep: Callable[[Prefix], None] | None = None,
+    ) -> None:
         """Read texts; they are written from the next step on.
 
         Args:
             texts: each with its settings and a sampler.
             prefix: sentences that all of them begin with.
+            keep: called with what was read of each text, for later texts that begin with it.
         """
         if not texts:
             return
         shared = len(prefix.sentences) if prefix else 0
+        latents = self.generator.encode_texts([text.sentences[shared:] for text in texts])
         cache = BackboneCache(
             self.model,
-            [self.generator.encode(text.sentences[shared:]) for text in texts],
+            latents,
             use_cache=self.settings.use_cache,
             kind=self.settings.cache,
             prefix=prefix,
@@ -137,6 +144,10 @@ class TextBatch:
                 for row, text in enumerate(texts)
             ]
         )
+        for row, (text, own) in enumerate(zip(texts, latents, strict=True)) if keep else ():
+            assert keep is not None
+            whole = own if prefix is None else torch.cat([prefix.latents, own])
+            keep(Prefix("", [*text.sentences], whole, *cache.read(row)))
         self._keep([row for row, text in enumerate(self.texts) if not text.result.finish_reason])
         if self.cache is None or self.writer is None:
             self.cache, self.writer = cache, writer

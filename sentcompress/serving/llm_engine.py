@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, SentCompressError
 from sentcompress.files import checked_text
 from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
@@ -77,8 +77,18 @@ class LLMEngine:
 
     # ---- prompts
 
-    def add(self, job: Job) -> Begun:
+    def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """As :meth:`sentcompress.serving.scheduler.Engine.add`."""
+        found: list[Begun | Exception] = []
+        for job in jobs:
+            try:
+                found.append(self._add(job))
+            except SentCompressError as error:
+                found.append(error)
+        return found
+
+    def _add(self, job: Job) -> Begun:
+        """Read one prompt. Raises InputError."""
         ids = self._token_ids(job.prompt, job.rendered)
         check_length(len(ids), self.limits)
         if len(ids) >= self.longest:

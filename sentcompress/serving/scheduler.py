@@ -135,8 +135,8 @@ class Engine(Protocol):
 
     joins_per_step: int
 
-    def add(self, job: Job) -> Begun:
-        """Read a prompt; its text is written from the next step on. Raises InputError for one that does not fit."""
+    def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
+        """Read prompts; their texts are written from the next step on. An error stands for one that does not fit."""
 
     def step(self) -> Iterable[tuple[Job, Piece]]:
         """Go on with every text. A text whose piece has a ``finish_reason`` is no longer there."""
@@ -273,23 +273,25 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting texts join, in their order."""
-        for _ in range(self.engine.joins_per_step):
-            with self._changed:
-                if not self._waiting or len(self._running) >= self.limits.max_batch:
-                    return
-                job = self._waiting.popleft()
-                self._running[job] = 0
-            try:
-                begun = self.engine.add(job)
-            except Exception as error:
-                if not isinstance(error, SentCompressError):
-                    log.exception("a prompt could not be read")
-                self._end(job, error)
+        with self._changed:
+            free = min(self.limits.max_batch - len(self._running), self.engine.joins_per_step)
+            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._running.update((job, 0) for job in jobs)
+        if not jobs:
+            return
+        try:
+            begun = self.engine.add(jobs)
+        except Exception as error:
+            log.exception("%d prompts could not be read", len(jobs))
+            begun = [error] * len(jobs)
+        for job, each in zip(jobs, begun, strict=True):
+            if isinstance(each, Exception):
+                self._end(job, each)
                 continue
             with self._changed:
-                self._figures.prompt_tokens += begun.prompt_tokens
-                self._figures.cached_tokens += begun.cached_tokens
-            job.deliver(begun)
+                self._figures.prompt_tokens += each.prompt_tokens
+                self._figures.cached_tokens += each.cached_tokens
+            job.deliver(each)
 
     def _step(self) -> None:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, SentCompressError
 from sentcompress.generation import Generation, GenerationSettings, Prefix, SentenceGenerator
 from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.generation.text_batch import TextBatch, TextState
@@ -12,20 +13,16 @@ from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece
 from sentcompress.text.lossless_tokenizer import lossless
 
-JOINS_PER_STEP = 8
-"""Prompts read between two steps, so that many new ones do not hold up the texts that are being written."""
-
 
 class ReadPrompts:
     """Prompts that were read lately. A new one is read from the sentence where it differs from all of them.
 
     Args:
-        generator: the model.
         max_bytes: of all that is kept; 0 keeps nothing.
     """
 
-    def __init__(self, generator: SentenceGenerator, max_bytes: int) -> None:
-        self._generator, self._max_bytes = generator, max_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._kept: list[Prefix] = []
         """The one used last at the end."""
 
@@ -34,31 +31,31 @@ class ReadPrompts:
         """Bytes of what is kept."""
         return sum(prompt.nbytes for prompt in self._kept)
 
-    def read(self, sentences: list[list[int]]) -> tuple[Prefix | None, int]:
-        """A prompt, read, and how many of its sentences had been read before."""
-        if not self._max_bytes or not sentences:
-            return None, 0
-        model, best = self._generator.model, None
+    def find(self, sentences: list[list[int]]) -> tuple[Prefix | None, int]:
+        """The kept prompt with the longest beginning that these sentences share, and how many they share."""
+        best, most = None, 0
         for prompt in self._kept:
-            common = prompt.common([sentences])
-            if common.sentences and (best is None or len(common.sentences) > len(best[1].sentences)):
-                best = prompt, common
-        if best is None:
-            shared, whole = 0, self._generator.prefix_of(sentences)
-        else:
-            shared = len(best[1].sentences)
-            if shared == len(sentences):
-                self._kept.remove(best[0])
-                self._kept.append(best[0])
-                return best[1], shared
-            new = sentences[shared:]
-            whole = best[1].followed_by(model, new, self._generator.encode(new))
-            if shared == len(best[0].sentences):  # a longer text of the same beginning serves as well
-                self._kept.remove(best[0])
-        self._kept.append(whole)
-        while self._kept and self.nbytes > self._max_bytes:
+            pairs = zip(prompt.sentences, sentences, strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if shared > most:
+                best, most = prompt, shared
+        if best is not None:
+            self._kept.remove(best)
+            self._kept.append(best)
+        return best, most
+
+    def keep(self, prompt: Prefix) -> None:
+        """Keep a prompt that was read, in place of those that it begins with; forget old ones if there is no room."""
+        if any(other.sentences == prompt.sentences for other in self._kept):
+            return
+        begins = (
+            other for other in self._kept if other.sentences == prompt.sentences[: len(other.sentences)]
+        )
+        for other in [*begins]:
+            self._kept.remove(other)
+        self._kept.append(prompt)
+        while self._kept and self.nbytes > self.max_bytes:
             self._kept.pop(0)
-        return whole, shared
 
 
 class SentenceEngine:
@@ -70,19 +67,44 @@ class SentenceEngine:
         limits: of the server.
     """
 
-    joins_per_step = JOINS_PER_STEP
+    joins_per_step = 32
 
     def __init__(
         self, generator: SentenceGenerator, settings: GenerationSettings, limits: ServeLimits
     ) -> None:
         self.generator, self.settings, self.limits = generator, settings, limits
-        self.prompts = ReadPrompts(generator, limits.prompt_cache_bytes)
+        self.prompts = ReadPrompts(limits.prompt_cache_bytes)
         self.batch = TextBatch(generator, settings)
         self._texts: dict[Job, TextState] = {}
         self._jobs: dict[int, Job] = {}
 
-    def add(self, job: Job) -> Begun:
-        """As :meth:`sentcompress.serving.scheduler.Engine.add`."""
+    def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
+        """As :meth:`sentcompress.serving.scheduler.Engine.add`. Prompts that begin alike are read together."""
+        found: list[Begun | Exception] = []
+        groups: dict[tuple[int, int], list[TextState]] = {}
+        prefixes: dict[tuple[int, int], Prefix | None] = {}
+        for job in jobs:
+            try:
+                text, prompt = self._read(job)
+            except SentCompressError as error:
+                found.append(error)
+                continue
+            prefix, shared = self.prompts.find(text.sentences)
+            group = id(prefix), shared
+            groups.setdefault(group, []).append(text)
+            prefixes[group] = prefix
+            self._texts[job], self._jobs[id(text)] = text, job
+            cached = sum(map(len, text.sentences[:shared]))
+            found.append(Begun(self._tokens(text), cached, prompt))
+        for group, texts in groups.items():
+            prefix = prefixes[group]
+            if prefix is not None:
+                prefix = prefix.common([texts[0].sentences])
+            self.batch.join(texts, prefix, self.prompts.keep if self.prompts.max_bytes else None)
+        return found
+
+    def _read(self, job: Job) -> tuple[TextState, str]:
+        """The state of a job's text, and its prompt as text. Raises InputError."""
         if job.logprobs is not None:
             raise InputError(
                 "logprobs: a SentenceLM has no probability of its own for each token of a text",
@@ -96,13 +118,13 @@ class SentenceEngine:
         text = self.generator.read(0, Generation(prompt))
         text.settings = job.settings
         text.sampler = Sampler(job.settings, self.generator.device)
-        tokens = sum(map(len, text.sentences)) + len(text.unfinished)
-        check_length(tokens, self.limits)
-        prefix, shared = self.prompts.read(text.sentences)
-        cached = sum(map(len, text.sentences[:shared]))
-        self.batch.join([text], prefix)
-        self._texts[job], self._jobs[id(text)] = text, job
-        return Begun(tokens, cached, prompt)
+        check_length(self._tokens(text), self.limits)
+        return text, prompt
+
+    @staticmethod
+    def _tokens(text: TextState) -> int:
+        """Tokens of its prompt, before anything is written."""
+        return sum(map(len, text.sentences)) + len(text.unfinished)
 
     def step(self) -> Iterator[tuple[Job, Piece]]:
         """As :meth:`sentcompress.serving.scheduler.Engine.step`."""

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 
