@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from starlette.requests import Request
 
@@ -85,6 +84,10 @@ class Answer:
     def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], request: Request) -> None:
         self.scheduler, self.jobs, self.request = scheduler, jobs, request
         self._events: asyncio.Queue[tuple[int, Begun | Piece | Exception]] = asyncio.Queue()
+        self._open = set(range(len(jobs)))
+        """Choices that have not ended."""
+        self._gone: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         loop = asyncio.get_running_loop()
         for number, job in enumerate(jobs):
             job.deliver = partial(self._deliver, loop, number)
@@ -108,11 +111,15 @@ class Answer:
             raise APIError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS) from None
         except ServerEndingError as error:
             raise APIError(503, str(error), code="shutting_down", retry_after=RETRY_SECONDS) from None
+        self._gone = asyncio.create_task(self._watch_client())
+        seconds = max(0.0, self.jobs[0].deadline - time.monotonic()) + GRACE_SECONDS
+        late = TimeoutEndedError("the request took too long")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._events.put_nowait, (0, late))
         begun: dict[int, Begun] = {}
         pieces = []
         try:
             while len(begun) < len(self.jobs):
-                number, event = await self._next(watched=True)
+                number, event = await self._next()
                 if isinstance(event, Begun):
                     begun[number] = event
                 else:
@@ -124,16 +131,11 @@ class Answer:
             self._events.put_nowait(early)
         return begun
 
-    async def pieces(self, *, watched: bool) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all choices until each has ended, or :meth:`stop` was called for it.
-
-        Args:
-            watched: end when the client is gone. Not for a stream, which the server watches itself.
-        """
-        self._open = set(range(len(self.jobs)))
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all choices until each has ended, or :meth:`stop` was called for it. Raises APIError."""
         try:
             while self._open:
-                number, event = await self._next(watched)
+                number, event = await self._next()
                 if number not in self._open or isinstance(event, Begun):
                     continue
                 if event.finish_reason:
@@ -149,43 +151,33 @@ class Answer:
 
     def cancel(self) -> None:
         """End all choices; those that have ended are left as they are."""
+        self.leave_client()
+        if self._timer is not None:
+            self._timer.cancel()
         self.scheduler.cancel(self.jobs)
 
-    async def _next(self, watched: bool) -> tuple[int, Begun | Piece]:
-        """The next event. Raises APIError if it is an error, or does not come in time."""
-        seconds = max(0.0, self.jobs[0].deadline - time.monotonic()) + GRACE_SECONDS
-        try:
-            async with asyncio.timeout(seconds):
-                number, event = await (self._or_gone() if watched else self._events.get())
-        except TimeoutError:
-            raise APIError(504, "the request took too long", code="timeout") from None
+    def leave_client(self) -> None:
+        """Look no longer whether the client goes away: a stream notices by itself."""
+        if self._gone is not None:
+            self._gone.cancel()
+
+    async def _watch_client(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait((0, APIError(499, "the client is gone", code="client_gone")))
+
+    async def _next(self) -> tuple[int, Begun | Piece]:
+        """The next event. Raises APIError if it is an error."""
+        number, event = await self._events.get()
         if isinstance(event, Exception):
             raise as_api_error(event)
         return number, event
 
-    async def _or_gone(self) -> Any:
-        """The next event, unless the client goes away first."""
-        if not self._events.empty():
-            return self._events.get_nowait()
-        event = asyncio.ensure_future(self._events.get())
-        gone = asyncio.ensure_future(_disconnected(self.request))
-        try:
-            await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
-            if event.done():
-                return event.result()
-            raise APIError(499, "the client is gone", code="client_gone")
-        finally:
-            event.cancel()
-            gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
 
 def as_api_error(error: Exception) -> APIError:
     """What a client learns of an error: the message of one that it caused, and no details of others."""
+    if isinstance(error, APIError):
+        return error
     if isinstance(error, TimeoutEndedError):
         return APIError(504, str(error), code="timeout")
     if isinstance(error, ServerEndingError):

@@ -161,6 +161,7 @@ class _Endpoint:
         begun = await answer.start()
         choices = {number: ChoiceText(stops, self.begins(begun[number])) for number in begun}
         if self.body.stream:
+            answer.leave_client()
             chunks = self._chunks(answer, begun, choices)
             return StreamingResponse(
                 chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"}
@@ -172,7 +173,7 @@ class _Endpoint:
     ) -> dict[str, Any]:
         texts = {number: self.begins(each) for number, each in begun.items()}
         scored = {number: [*self._prompt_scores(each)] for number, each in begun.items()}
-        async for number, piece in answer.pieces(watched=True):
+        async for number, piece in answer.pieces():
             new, scores = choices[number].add(piece)
             texts[number] += new
             scored[number] += scores
@@ -196,7 +197,7 @@ class _Endpoint:
             for number, each in begun.items():
                 if first := self.first_delta(texts[number], self._prompt_scores(each)):
                     yield _event(head | {"choices": [{"index": number} | first]})
-            async for number, piece in answer.pieces(watched=False):
+            async for number, piece in answer.pieces():
                 choice = choices[number]
                 new, scores = choice.add(piece)
                 texts[number] += new

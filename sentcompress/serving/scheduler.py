@@ -17,6 +17,8 @@ from sentcompress.generation import GenerationSettings
 from sentcompress.serving.limits import ServeLimits
 
 log = logging.getLogger(__package__)
+GATHER_SECONDS = 0.005
+"""How long the first request after a pause waits for others, which are then read together."""
 RATE_SECONDS = 10
 """Tokens per second are those of the last so many seconds."""
 
@@ -265,6 +267,8 @@ class Scheduler:
             for job in cancelled:
                 self._end(job)
             self._end_overdue()
+            if not self._running:
+                time.sleep(GATHER_SECONDS)
             self._admit()
             if self._running:
                 self._step()

@@ -19,17 +19,16 @@ class ReadPrompts:
 
     Args:
         max_bytes: of all that is kept; 0 keeps nothing.
+
+    Attributes:
+        nbytes: of what is kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.nbytes = 0
         self._kept: list[Prefix] = []
         """The one used last at the end."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept."""
-        return sum(prompt.nbytes for prompt in self._kept)
 
     def find(self, sentences: list[list[int]]) -> tuple[Prefix | None, int]:
         """The kept prompt with the longest beginning that these sentences share, and how many they share."""
@@ -40,8 +39,7 @@ class ReadPrompts:
             if shared > most:
                 best, most = prompt, shared
         if best is not None:
-            self._kept.remove(best)
-            self._kept.append(best)
+            self._kept = [*(other for other in self._kept if other is not best), best]
         return best, most
 
     def keep(self, prompt: Prefix) -> None:

@@ -81,7 +81,7 @@ class Sizes:
     hostile: int = 1000
     disconnects: int = 200
     rounds: int = 5
-    tokens: int = 128
+    tokens: int = 256
     least_throughput: float = 0.9
 
 
