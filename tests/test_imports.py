@@ -36,13 +36,13 @@ _TABLE = {
     "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",
     "sentence_memory": "errors files contracts registry text",
+    "serving": "errors files contracts distributed text generation sentence_memory",
     "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance",
     "estimate": "errors table contracts registry recipe modeling generation training",
     "benchmark": "errors files table contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance training estimate",
-    "serving": "errors files contracts generation sentence_memory text distributed",
     "pipeline": "errors files recipe distributed modeling training estimate benchmark",
     "studies": "errors files locks table recipe distributed provenance estimate benchmark pipeline",
     "testing": "errors contracts registry recipe text modeling",
