@@ -36,7 +36,7 @@ _TABLE = {
     "modeling": "errors files contracts registry recipe text",
     "generation": "errors files contracts registry recipe text modeling",
     "sentence_memory": "errors files contracts registry text",
-    "serving": "errors files contracts distributed text generation sentence_memory",
+    "serving": "errors files contracts registry distributed text generation sentence_memory",
     "provenance": "errors packages registry recipe modeling",
     "training": "errors files locks contracts registry recipe distributed text modeling generation "
     "sentence_memory provenance",

@@ -89,7 +89,7 @@ def serve(
             f"sentcompress serve needs {error.name}", fix="pip install 'sentcompress[serve]'"
         ) from None
 
-    allowed = ServeLimits(**limits)
+    allowed = ServeLimits.checked(limits)
     key = read_api_key(api_key_file)
     check_address(host, key)
     bound = bind(host, port)

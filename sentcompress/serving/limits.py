@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sentcompress.errors import InputError
+from sentcompress.registry import describe_validation_error
 
 KEY_VARIABLE = "SENTCOMPRESS_API_KEY"
 """Environment variable with the API key."""
@@ -42,6 +45,14 @@ class ServeLimits(BaseModel):
     """After SIGTERM: time for running requests to end; new ones are refused with status 503."""
     prompt_cache_bytes: int = Field(default=2**28, ge=0)
     """Bytes of prompts that stay read, so that a later prompt with the same beginning need not be read again."""
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> ServeLimits:
+        """Limits as a user gave them. Raises InputError, which names the option."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InputError(describe_validation_error(error, cls, "")) from None
 
 
 def read_api_key(file: Path | None) -> str | None:

@@ -7,10 +7,12 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -560,3 +562,49 @@ def test_the_commands_of_the_page_run(line, run_folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert re.search(r"sentcompress_sotu_choice.+acc", printed)
     assert re.search(r"sentcompress_heldout.+bits_per_byte", printed)
+
+
+@needs_harness
+@pytest.mark.slow
+def test_the_harness_asks_a_server(tmp_path):
+    """The command of docs/serving.md, on another port and on few items."""
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'; the extra 'eval' has it")
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    command = re.search(r"^lm_eval .+\\\n.+$", page, re.M)[0].replace("\\\n", "")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "sentcompress", "serve", "opt-tiny", "--port", "0"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = next(found[1] for line in server.stderr if (found := re.search(r" at (http://\S+)/v1 ", line)))
+        command = command.replace("http://127.0.0.1:8000", url)
+        command = command.replace("lm_eval ", f"{shlex.quote(sys.executable)} -m lm_eval ", 1)
+        command = command.replace("$(sentcompress", f"$({shlex.quote(sys.executable)} -m sentcompress")
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --limit 8 --output_path {tmp_path}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        server.kill()
+        server.wait()
+    served = re.search(r"sentcompress_sotu_choice.+\|acc +\|. *\|([\d.]+)\|", done.stdout)
+    model = "--model hf --model_args pretrained=sentcompress/pretrained/opt-tiny,dtype=float32 --device cpu"
+    tasks = "--tasks sentcompress_sotu_choice --include_path sentcompress/benchmark/lm_eval_tasks --limit 8"
+    direct = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *f"{model} {tasks}".split()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert served[1] in direct.stdout, "the same accuracy as with the LLM itself"

@@ -162,10 +162,13 @@ def test_without_the_extra_the_command_says_what_to_install(said, monkeypatch):
         (["opt-tiny", "--api-key-file", "nowhere.txt"], "--api-key-file: nowhere.txt: No such file"),
         (["opt-tiny", "--memory-option", "recall=2", "--port", "0"], "--memory-option needs a memory"),
         (["opt-tiny", "--quantize", "decoder", "--port", "0"], "--quantize is for a SentenceLM"),
-        (["opt-tiny", "--memory", "windows", "--port", "0"], "windows"),
+        (
+            ["opt-tiny", "--memory", "window", "--memory-option", "recal=2", "--port", "0"],
+            "no option 'recal'",
+        ),
         (["nowhere/model", "--port", "0"], "nowhere/model"),
         (["opt-tiny", "--chat-template", "nowhere.jinja", "--port", "0"], "--chat-template: nowhere.jinja"),
-        (["opt-tiny", "--max-batch", "0"], "--max-batch"),
+        (["opt-tiny", "--max-batch", "0"], "max_batch"),
         (["opt-tiny", "--request-seconds", "nan"], "request_seconds"),
     ],
 )
