@@ -20,6 +20,7 @@ ATTRIBUTES = 12
 SHORT = {
     "__main__.py": "python -m sentcompress needs a file of this name",
     "hookspecs.py": "plugin authors read the whole contract in it",
+    "serving/try_page.py": "the page itself is in serving/page/, as HTML, CSS and JavaScript",
     "testing/pytest_plugin.py": "pytest loads it by name in every project, so it imports nothing else",
 }
 """Files that may be short, each with its reason."""

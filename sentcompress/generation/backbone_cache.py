@@ -132,6 +132,11 @@ class BackboneCache:
         """Bytes of the keys and values now, with room to grow."""
         return 0 if self._store is None else self._store.nbytes
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one slot; 0 if they are not kept."""
+        return 0 if self._store is None else self._store.nbytes // self._store.slots
+
     def keep(self, rows: list[int]) -> None:
         """Drop all other texts."""
         index = torch.tensor(rows, device=self.hidden_states.device)
@@ -256,6 +261,11 @@ class _KeyValueStore:
     @property
     def nbytes(self) -> int:
         return sum(states.nbytes for states in itertools.chain.from_iterable(self.layers))
+
+    @property
+    def slots(self) -> int:
+        """Slots of all texts, used or not."""
+        return len(self.columns) * self.capacity // self.step
 
     def view(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
         """A transformers cache of some texts, padded on the left, with room for one more slot each.

@@ -107,6 +107,11 @@ class TextBatch:
             return 0
         return self.cache.stored_bytes + self.writer.cache_bytes
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the backbone's keys and values of one sentence; 0 if they are not kept."""
+        return 0 if self.cache is None else self.cache.slot_bytes
+
     @torch.no_grad()
     def join(
         self,

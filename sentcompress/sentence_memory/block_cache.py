@@ -117,11 +117,14 @@ class BlockCache(CacheLayerMixin):
         sizes = (t.shape[3] - (SCALE_BYTES if self._packs else 0) for t in (self.keys, self.values))
         return int(self.keys.shape[1] * sum(sizes) * self.dtype.itemsize)
 
-    def recalled(self, attended: Tensor) -> list[set[int]]:
-        """Places in slow storage of what the last token recalled, by text; ``attended`` is that of the plan."""
+    def recalled(self, attended: Tensor) -> Tensor:
+        """Places in slow storage of what the last token recalled: ``[B, kv heads, N]``, -1 in slots it did not use.
+
+        Args:
+            attended: that of the plan.
+        """
         seen = attended[:, :, self._kept_slots :]
-        held = self.held[:, :, : seen.shape[2]].masked_fill(~seen, -1)
-        return [set(row.unique().tolist()) - {-1} for row in held]
+        return self.held[:, :, : seen.shape[2]].masked_fill(~seen, -1)
 
     # ---- a prefix
 

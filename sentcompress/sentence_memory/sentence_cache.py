@@ -353,11 +353,24 @@ class SentenceMemory(Cache):
 
         Empty if the last one did not come alone.
         """
-        found: list[set[int]] = [set() for _ in self._table.rows]
-        for number in self.recall_blocks if self._attended else ():
-            for text, tokens in zip(found, self.layers[number].recalled(self._attended[number]), strict=True):
-                text |= tokens
-        return [row.stored_spans(tokens) for row, tokens in zip(self._table.rows, found, strict=True)]
+        return [[*shares] for shares in self.recall_shares()]
+
+    def recall_shares(self) -> list[dict[tuple[int, int], float]]:
+        """For each text and each of its :meth:`recalled_sentences`: the share of the heads that recalled it.
+
+        Heads are the key-value heads of :attr:`recall_blocks`: each looks up sentences of its own.
+        """
+        if not (self._attended and self.recall_blocks):
+            return [{} for _ in self._table.rows]
+        places = [self.layers[n].recalled(self._attended[n]) for n in self.recall_blocks]
+        heads = sum(held.shape[1] for held in places)
+        shares = []
+        for number, row in enumerate(self._table.rows):
+            held = torch.cat([each[number].flatten().cpu() for each in places])
+            # -1, which becomes 0, is a slot that was not used.
+            times = torch.bincount(held + 1, minlength=len(row.stored) + 1)[1:]
+            shares.append({span: most / heads for span, most in row.stored_spans(times.numpy()).items()})
+        return shares
 
     @property
     def longest_text(self) -> int:

@@ -95,11 +95,19 @@ class Row:
         kept = policy.keep(Tokens(age=age, distance=distance, **fields)) | (age == 0)
         return ~kept.expand(len(tokens)).numpy()
 
-    def stored_spans(self, places: set[int]) -> list[tuple[int, int]]:
-        """First and last token (exclusive) of the sentences that tokens in slow storage belong to."""
-        tokens = np.asarray([self.stored[place] for place in places], dtype=np.int64)
+    def stored_spans(self, times: np.ndarray) -> dict[tuple[int, int], int]:
+        """First and last token (exclusive) of sentences in slow storage, each with its largest number of times.
+
+        Args:
+            times: for each token in slow storage; sentences whose tokens all have 0 are left out.
+        """
+        places = np.flatnonzero(times)
+        most: dict[int, int] = {}
+        sentences = self.sentences(np.asarray(self.stored, dtype=np.int64)[places]).tolist()
+        for sentence, number in zip(sentences, times[places].tolist(), strict=True):
+            most[sentence] = max(number, most.get(sentence, 0))
         ends = [*self.starts[1:], len(self.ids)]
-        return [(self.starts[s], ends[s]) for s in np.unique(self.sentences(tokens)).tolist()]
+        return {(self.starts[s], ends[s]): most[s] for s in sorted(most)}
 
     def store(self, dropped: np.ndarray) -> np.ndarray:
         """The tokens that have to be stored when these are dropped: their whole sentences, in order."""

@@ -16,8 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.openai_form import APIError
+from sentcompress.serving.try_page import PAGE
 
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", *PAGE}
 """Answered without an API key."""
 CLOSE = {"connection": "close"}
 """A body that is not read to its end cannot be followed by another request."""

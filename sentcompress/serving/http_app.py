@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints, ``/health`` and ``/metrics``."""
+"""The HTTP application: OpenAI's endpoints, ``/health``, ``/metrics``, and a page to try them with."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from sentcompress.serving.openai_form import (
 )
 from sentcompress.serving.prometheus import Metrics
 from sentcompress.serving.scheduler import Begun, Job, Scheduler
+from sentcompress.serving.try_page import add_page
 
 log = logging.getLogger(__package__)
 DEFAULT_COMPLETION_TOKENS = 16
@@ -69,6 +70,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
+
+    add_page(app)
 
     @app.get("/health")
     def health() -> Response:
@@ -195,7 +198,11 @@ class _Endpoint:
         status = 499  # unless the stream comes to its end, the client has gone away
         try:
             for number, each in begun.items():
-                if first := self.first_delta(texts[number], self._prompt_scores(each)):
+                first = self.first_delta(texts[number], self._prompt_scores(each))
+                if each.cache is not None:
+                    cache = each.cache.first_chunk(each.prompt_tokens, each.prompt)
+                    first = (first or self.delta("", [], None)) | {"cache": cache}
+                if first:
                     yield _event(head | {"choices": [{"index": number} | first]})
             async for number, piece in answer.pieces():
                 choice = choices[number]
@@ -205,6 +212,8 @@ class _Endpoint:
                     answer.stop(number)
                 if new or scores or choice.finish_reason:
                     form = self.delta(new, scores, choice.finish_reason)
+                    if piece.cache is not None:
+                        form["cache"] = piece.cache.chunk(begun[number].prompt_tokens, piece.tokens)
                     yield _event(head | {"choices": [{"index": number} | form]})
             if counted:
                 yield _event(head | {"choices": [], "usage": self._usage(begun, choices)})
@@ -260,6 +269,7 @@ class _Endpoint:
             )
         tokens = min(default, limits.max_new_tokens) if asked is None else asked
         deadline = self.arrived + limits.request_seconds
+        more["reports_cache"] = self.body.reports_cache
         return [
             Job(prompt, self.body.settings(tokens, choice), _nowhere, deadline, tokens, **more)
             for prompt in prompts

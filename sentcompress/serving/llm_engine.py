@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sentcompress.errors import InputError, SentCompressError
 from sentcompress.files import checked_text
 from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+from sentcompress.serving.cache_state import CacheState, TokenPlaces
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece, TokenScore
 from sentcompress.serving.sentence_engine import check_length
@@ -36,6 +37,8 @@ class _Text:
         logits: ``[1, V]`` of the next token, in fp32.
         room: tokens that may still be written.
         written: tokens written so far.
+        places: of its tokens in the text, if what it recalls is reported.
+        recalled: sentences that the last token recalled, as tokens, with the share of the heads.
     """
 
     cache: Any
@@ -44,6 +47,8 @@ class _Text:
     logits: Tensor
     room: int
     written: int = 0
+    places: TokenPlaces | None = None
+    recalled: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
 class LLMEngine:
@@ -109,8 +114,11 @@ class LLMEngine:
             cache, read, known = self._with_prefix(job, ids)
             cache, logits = self._read(cache, ids, read, longest=len(ids) + room)
         sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
-        self._texts[job] = _Text(cache, sampler, stream, logits[:, -1].float(), room)
-        return Begun(len(ids), known, prompt, scores)
+        text = self._texts[job] = _Text(cache, sampler, stream, logits[:, -1].float(), room)
+        if job.reports_cache:
+            encoded = not job.rendered if isinstance(job.prompt, str) else None
+            text.places = TokenPlaces(self.tokenizer, prompt, ids, encoded)
+        return Begun(len(ids), known, prompt, scores, _cache_state(text))
 
     def _token_ids(self, prompt: str | list[int], rendered: bool) -> list[int]:
         """Token ids of a prompt. Raises InputError for an empty one, and for tokens that the LLM does not have."""
@@ -142,7 +150,7 @@ class LLMEngine:
         known = len(prefix) if key in self._prefixes else 0
         cache = self._prefixes.pop(key) if known else self._read(self._empty(), prefix, 0)[0]
         self._prefixes[key] = cache
-        while sum(map(_nbytes, self._prefixes.values())) > self.limits.prompt_cache_bytes:
+        while sum(sum(_held(kept)[:2]) for kept in self._prefixes.values()) > self.limits.prompt_cache_bytes:
             self._prefixes.popitem(last=False)
         own = cache.copy() if isinstance(cache, SentenceMemory) else copy.deepcopy(cache)
         return own, len(prefix), known
@@ -189,17 +197,20 @@ class LLMEngine:
             return Piece("", 0, "length")
         token = int(text.sampler.pick(text.logits, [[]]))
         if token in self.end_ids:
-            return Piece(text.stream.add([], ends=True), text.written, "stop")
+            return Piece(text.stream.add([], ends=True), text.written, "stop", cache=_cache_state(text))
         scores = [] if job.logprobs is None else [self._score(token, text.logits[0], job.logprobs)]
         text.written += 1
         ends = text.written == text.room
         new = text.stream.add([token], ends=ends)
+        if text.places is not None:
+            text.places.add(new)
         if not ends:
             text.cache, logits = self._forward(text.cache, [token], **self._last_only)
             text.logits = logits[:, -1].float()
             if isinstance(text.cache, SentenceMemory):
-                self._recalled += len(text.cache.recalled_sentences()[0])
-        return Piece(new, text.written, "length" if ends else None, scores)
+                text.recalled = text.cache.recall_shares()[0]
+                self._recalled += len(text.recalled)
+        return Piece(new, text.written, "length" if ends else None, scores, _cache_state(text))
 
     def _score(self, token: int, logits: Tensor, number: int) -> TokenScore:
         """The log probability of a token, given the logits ``[V]`` in its place."""
@@ -230,20 +241,24 @@ class LLMEngine:
         caches = [*(text.cache for text in self._texts.values()), *self._prefixes.values()]
         device = host = full = 0
         for cache in caches:
-            if isinstance(cache, SentenceMemory):
-                device += cache.device_bytes()
-                host += cache.storage_bytes()
-                full += cache.full_bytes()
-            else:
-                device += _nbytes(cache)
-                full += _nbytes(cache)
+            held = _held(cache)
+            device, host, full = device + held[0], host + held[1], full + held[2]
         recalls = self.memory is not None and self.memory.policy.recall
         return EngineFigures(device, host, full, self._recalled if recalls else None)
 
 
-def _nbytes(cache: Any) -> int:
-    """Bytes of a cache, on the device and in slow storage."""
+def _held(cache: Any) -> tuple[int, int, int]:
+    """Bytes of a cache on the device and in slow storage, and what the LLM's own would hold of the same tokens."""
     if isinstance(cache, SentenceMemory):
-        return cache.device_bytes() + cache.storage_bytes()
+        return cache.device_bytes(), cache.storage_bytes(), cache.full_bytes()
     states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(tensor.nbytes for tensor in states if isinstance(tensor, Tensor))
+    held = sum(tensor.nbytes for tensor in states if isinstance(tensor, Tensor))
+    return held, 0, held
+
+
+def _cache_state(text: _Text) -> CacheState | None:
+    """What a text's cache holds, if that is reported."""
+    if text.places is None:
+        return None
+    recalled = {text.places.span(*tokens): share for tokens, share in text.recalled.items()}
+    return CacheState(*_held(text.cache), recalled)

@@ -71,6 +71,8 @@ class _Form(BaseModel):
 class StreamOptions(_Form):
     include_usage: bool = False
     include_obfuscation: bool = False
+    include_cache: bool = False
+    """Not OpenAI's: each chunk says what the text's cache holds."""
 
 
 class _Request(_Form):
@@ -102,6 +104,11 @@ class _Request(_Form):
         if len(stops) > MAX_STOPS or not all(stops):
             raise APIError(400, f"stop: give at most {MAX_STOPS} texts, none of them empty", param="stop")
         return stops
+
+    @property
+    def reports_cache(self) -> bool:
+        """The stream says what the caches hold."""
+        return self.stream_options is not None and self.stream_options.include_cache
 
     def refuse_unsupported(self) -> None:
         """Refuse arguments that would change the answer and cannot here. Raises APIError."""

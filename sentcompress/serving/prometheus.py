@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from sentcompress.serving.scheduler import Scheduler
 
 PREFIX = "sentcompress"
-COUNTED = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"}
+COUNTED = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/"}
 """Endpoints that are counted one by one: clients can name any number of others."""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sentcompress.errors import SentCompressError
 from sentcompress.generation import GenerationSettings
+from sentcompress.serving.cache_state import CacheState
 from sentcompress.serving.limits import ServeLimits
 
 log = logging.getLogger(__package__)
@@ -47,12 +48,14 @@ class Begun:
         cached_tokens: how many of them had been read before, for another request.
         prompt: its text, for ``echo``.
         scores: of its tokens, for ``echo`` with ``logprobs``.
+        cache: what its cache holds, if asked for.
     """
 
     prompt_tokens: int
     cached_tokens: int
     prompt: str
     scores: Sequence[TokenScore] = ()
+    cache: CacheState | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Piece:
         tokens: tokens written so far, without end marks.
         finish_reason: ``stop`` or ``length`` with the last piece.
         scores: of the new tokens, if asked for.
+        cache: what the text's cache holds now, if asked for.
     """
 
     text: str
     tokens: int
     finish_reason: str | None = None
     scores: Sequence[TokenScore] = ()
+    cache: CacheState | None = None
 
 
 class TimeoutEndedError(SentCompressError):
@@ -98,6 +103,7 @@ class Job:
         echo: the prompt's tokens are scored too, with ``logprobs``.
         prefix: beginning of the prompt that other prompts share: a chat's system message.
         rendered: the prompt has its special tokens already, by a chat template.
+        reports_cache: say with each piece what the text's cache holds.
     """
 
     prompt: str | list[int]
@@ -109,6 +115,7 @@ class Job:
     echo: bool = False
     prefix: str = ""
     rendered: bool = False
+    reports_cache: bool = False
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from sentcompress.errors import InputError, SentCompressError
 from sentcompress.generation import Generation, GenerationSettings, Prefix, SentenceGenerator
 from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.generation.text_batch import TextBatch, TextState
+from sentcompress.serving.cache_state import CacheState
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece
 from sentcompress.text.lossless_tokenizer import lossless
@@ -75,6 +77,8 @@ class SentenceEngine:
         self.batch = TextBatch(generator, settings)
         self._texts: dict[Job, TextState] = {}
         self._jobs: dict[int, Job] = {}
+        self._slot_bytes = 0
+        """Of one sentence in the backbone's cache."""
 
     def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """As :meth:`sentcompress.serving.scheduler.Engine.add`. Prompts that begin alike are read together."""
@@ -99,7 +103,13 @@ class SentenceEngine:
             if prefix is not None:
                 prefix = prefix.common([texts[0].sentences])
             self.batch.join(texts, prefix, self.prompts.keep if self.prompts.max_bytes else None)
-        return found
+        self._slot_bytes = self.batch.slot_bytes
+        return [
+            replace(each, cache=self._cache_state(self._texts[job]))
+            if job.reports_cache and isinstance(each, Begun)
+            else each
+            for job, each in zip(jobs, found, strict=True)
+        ]
 
     def _read(self, job: Job) -> tuple[TextState, str]:
         """The state of a job's text, and its prompt as text. Raises InputError."""
@@ -121,7 +131,7 @@ class SentenceEngine:
 
     @staticmethod
     def _tokens(text: TextState) -> int:
-        """Tokens of its prompt, before anything is written."""
+        """Tokens of its prompt and of the sentences that were written."""
         return sum(map(len, text.sentences)) + len(text.unfinished)
 
     def step(self) -> Iterator[tuple[Job, Piece]]:
@@ -132,7 +142,19 @@ class SentenceEngine:
                 del self._jobs[id(text)], self._texts[job]
             # No positions left: as a limit of tokens.
             ended = "length" if reason == "context" else reason
-            yield job, Piece(new, len(text.result.token_ids), ended or None)
+            cache = self._cache_state(text) if job.reports_cache else None
+            yield job, Piece(new, len(text.result.token_ids), ended or None, cache=cache)
+
+    def _cache_state(self, text: TextState) -> CacheState:
+        """The backbone's keys and values of a text, without padding and room to grow.
+
+        The LLM of the same blocks has as many bytes for each token as the backbone for each latent.
+        """
+        model = self.generator.model
+        slots = len(text.sentences) - text.unread + model.config.start_latent
+        held, full = slots * self._slot_bytes, self._tokens(text) * self._slot_bytes // model.latents
+        offloaded = self.settings.cache.startswith("offloaded")
+        return CacheState(0 if offloaded else held, held if offloaded else 0, full)
 
     def drop(self, job: Job) -> None:
         """As :meth:`sentcompress.serving.scheduler.Engine.drop`."""
