@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -301,6 +302,25 @@ class TestSize:
         whole = memory(model)
         in_parts(model, ids, whole, [])
         assert math.isnan(whole.attended_share())
+
+    def test_which_sentences_the_last_token_recalled(self, model, ids):
+        recall = 2
+        cache = memory(model, recall=recall, recall_blocks="all")
+        in_parts(model, ids, cache, [99])
+        (shares,) = cache.recall_shares()
+        assert cache.recalled_sentences() == [[*shares]]
+        # Each of the heads recalls as many sentences as it may, each of them whole.
+        assert sum(shares.values()) == pytest.approx(recall)
+        assert all(0 < share <= 1 for share in shares.values())
+        starts = cache._table.rows[0].starts
+        assert {first for first, _ in shares} <= {*starts[:-2]}, "the last ones are there without that"
+        assert {last for _, last in shares} <= {*starts[1:]}
+        alike = memory(model, recall=99, recall_blocks=[1])
+        in_parts(model, ids, alike, [99])
+        assert alike.recall_shares() == [dict.fromkeys(pairwise(starts[:-1]), 1.0)]
+        window = memory(model, "window")
+        in_parts(model, ids, window, [99])
+        assert window.recall_shares() == [{}]
 
     def test_sentences_without_an_end_are_cut(self, model):
         words = torch.tensor([tokenizer().encode("on and " * 200)])

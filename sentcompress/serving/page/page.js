@@ -1,9 +1,10 @@
 // Everything that the server sends is shown as text, never as HTML.
 "use strict";
 
-const OFTEN = 0.5; // of the heads: underlined in full
+const SOME = 0.2; // of the heads: a dotted line under the sentence
+const OFTEN = 0.5; // a full line
 const LISTED = 3; // of the most recalled sentences
-const GRAPH = { left: 84, right: 12, top: 14, bottom: 34, width: 720, height: 240 };
+const GRAPH = { left: 76, right: 10, top: 14, bottom: 34, width: 480, height: 260 };
 const LINES = [["full", "full_bytes"], ["host", "all_bytes"], ["device", "device_bytes"]];
 
 const element = (id) => document.getElementById(id);
@@ -153,9 +154,10 @@ function showText(answer, recalled) {
     if (start < answer.promptLength) node.classList.add("prompt");
     else if (start >= answer.newest && !answer.ended) node.classList.add("newest");
     if (marked) {
+      node.dataset.start = start;
       node.style.setProperty("--share", mark.share.toFixed(3));
       node.title = `recalled by ${percent(mark.share)} of the heads`;
-      node.classList.toggle("often", mark.share >= OFTEN);
+      if (mark.share >= SOME) node.classList.add(mark.share >= OFTEN ? "often" : "some");
     }
     nodes.push(node);
   }
@@ -170,13 +172,20 @@ function showRecalled(answer, recalled) {
   if (legend.hidden) return;
   const what = answer.ended ? "for the new tokens, on average" : "for the latest token";
   legend.textContent =
-    `Marked: ${number(recalled.length)} older sentences recalled ${what}; the darker, the more heads recall them, ` +
-    `and underlined in full from ${percent(OFTEN)} of the heads. Most recalled:`;
+    `Marked: ${number(recalled.length)} older sentences recalled ${what}. The stronger the mark, the more of the ` +
+    `heads recall it: a dotted line from ${percent(SOME)} on, a full one from ${percent(OFTEN)}. Most recalled:`;
   const most = [...recalled].sort((a, b) => b.share - a.share).slice(0, LISTED);
   list.replaceChildren(
     ...most.map(({ start, end, share }) => {
       const item = document.createElement("li");
-      item.textContent = `${percent(share)} of the heads: ${answer.part(start, end)}`;
+      // While it writes, the list changes with each token: nothing to press, and no focus to lose.
+      const content = document.createElement(answer.ended ? "button" : "span");
+      content.textContent = answer.part(start, end);
+      content.type = "button";
+      content.addEventListener("click", () => {
+        element("text").querySelector(`[data-start="${start}"]`).scrollIntoView({ block: "center" });
+      });
+      item.append(`${percent(share)}: `, content);
       return item;
     }),
   );
