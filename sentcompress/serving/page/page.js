@@ -4,6 +4,7 @@
 const SOME = 0.2; // of the heads: a dotted line under the sentence
 const OFTEN = 0.5; // a full line
 const LISTED = 3; // of the most recalled sentences
+const SHORTEST = 0.1; // seconds: less than that says nothing about the speed
 const GRAPH = { left: 76, right: 10, top: 14, bottom: 34, width: 480, height: 260 };
 const LINES = [["full", "full_bytes"], ["host", "all_bytes"], ["device", "device_bytes"]];
 
@@ -195,7 +196,7 @@ function showFigures(answer) {
   const { prompt_tokens, completion_tokens, device_bytes, all_bytes, full_bytes } = answer.last;
   element("count").textContent = `${number(prompt_tokens)} + ${number(completion_tokens)}`;
   element("rate").textContent =
-    completion_tokens && answer.seconds > 0 ? number(completion_tokens / answer.seconds, 1) : "–";
+    completion_tokens && answer.seconds > SHORTEST ? number(completion_tokens / answer.seconds, 1) : "–";
   element("device").textContent = bytes(device_bytes);
   element("host").textContent = bytes(all_bytes);
   element("full").textContent = bytes(full_bytes);
