@@ -134,9 +134,12 @@ class _Body:
 
 
 def timed_protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which also closes connections whose headers do not arrive in time."""
+    """uvicorn's protocol, which also closes connections whose headers do not arrive in time, or that nobody reads."""
 
     class Timed(H11Protocol):
+        unread: asyncio.TimerHandle | None = None
+        """Runs while more is waiting to be read than buffers hold."""
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect_headers()
@@ -153,5 +156,19 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
                     self.transport.close()
 
             self.loop.call_later(seconds, close_if_idle)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.unread = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self.unread is not None:
+                self.unread.cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.unread is not None:
+                self.unread.cancel()
 
     return Timed

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from sentcompress.files import printable
 from sentcompress.serving.answers import Answer, ChoiceText
@@ -166,9 +167,7 @@ class _Endpoint:
         if self.body.stream:
             answer.leave_client()
             chunks = self._chunks(answer, begun, choices)
-            return StreamingResponse(
-                chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
+            return _Stream(answer, chunks)
         return JSONResponse(await self._whole(answer, begun, choices))
 
     async def _whole(
@@ -275,6 +274,20 @@ class _Endpoint:
             for prompt in prompts
             for choice in range(choices)
         ]
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events. When it ends, for whatever reason, so do its texts: it may end before its first chunk."""
+
+    def __init__(self, answer: Answer, chunks: AsyncIterator[str]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 def _nowhere(_: Any) -> None:

@@ -38,7 +38,7 @@ class ServeLimits(BaseModel):
     max_connections: int = Field(default=256, ge=1)
     """Connections at a time; further ones are refused with status 503."""
     body_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
-    """Time in which the headers of a request, and then its body, must arrive."""
+    """Time for the headers of a request, and then for its body, to arrive; and for an unread answer to be read on."""
     request_seconds: float = Field(default=600, gt=0, allow_inf_nan=False)
     """Longest time for one request, from its arrival to its last token."""
     drain_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)

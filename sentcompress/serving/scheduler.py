@@ -317,15 +317,15 @@ class Scheduler:
                 self._changed.notify_all()
             return
         new = 0
-        for job, piece in pieces:
-            new += piece.tokens - self._running[job]
-            self._running[job] = piece.tokens
-            if piece.finish_reason:
-                with self._changed:
+        with self._changed:
+            for job, piece in pieces:
+                new += piece.tokens - self._running[job]
+                self._running[job] = piece.tokens
+                if piece.finish_reason:
                     del self._running[job]
-                    self._changed.notify_all()
+        self._note(new)  # whoever gets a piece finds it in the figures
+        for job, piece in pieces:
             job.deliver(piece)
-        self._note(new)
 
     def _note(self, new: int) -> None:
         """Keep the figures of now, after ``new`` tokens."""
@@ -336,6 +336,7 @@ class Scheduler:
             self._rates.append((now, new))
             while self._rates[0][0] < now - RATE_SECONDS:
                 self._rates.popleft()
+            self._changed.notify_all()
 
     def _end_overdue(self) -> None:
         now = time.monotonic()

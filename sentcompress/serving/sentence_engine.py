@@ -46,16 +46,17 @@ class ReadPrompts:
 
     def keep(self, prompt: Prefix) -> None:
         """Keep a prompt that was read, in place of those that it begins with; forget old ones if there is no room."""
-        if any(other.sentences == prompt.sentences for other in self._kept):
+        if not prompt.sentences or any(_begins(other, prompt) for other in self._kept):
             return
-        begins = (
-            other for other in self._kept if other.sentences == prompt.sentences[: len(other.sentences)]
-        )
-        for other in [*begins]:
-            self._kept.remove(other)
-        self._kept.append(prompt)
-        while self._kept and self.nbytes > self.max_bytes:
-            self._kept.pop(0)
+        self._kept = [other for other in self._kept if not _begins(prompt, other)] + [prompt]
+        self.nbytes = sum(each.nbytes for each in self._kept)
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._kept.pop(0).nbytes
+
+
+def _begins(whole: Prefix, prompt: Prefix) -> bool:
+    """Whether a prompt is the beginning of another."""
+    return whole.sentences[: len(prompt.sentences)] == prompt.sentences
 
 
 class SentenceEngine:

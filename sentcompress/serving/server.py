@@ -11,7 +11,7 @@ from collections.abc import Callable
 import uvicorn
 
 from sentcompress.distributed import Interruption
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, RunError
 from sentcompress.serving.guard import Guard, is_loopback, timed_protocol
 from sentcompress.serving.http_app import Service, create_app
 from sentcompress.serving.limits import KEY_VARIABLE
@@ -70,6 +70,9 @@ def serve(
         host: as the user gave it.
         key: of the API; None: anyone who reaches the address may come.
         ready: called with the URL once requests are answered.
+
+    Raises:
+        RunError: it ended without a signal.
     """
     limits = service.limits
     app = Guard(
@@ -99,8 +102,11 @@ def serve(
                 ready(f"http://{shown}:{bound.getsockname()[1]}")
                 announced = True
             thread.join(POLL_SECONDS)
+        failed = interruption.signal is None and not service.scheduler.draining
         if not service.scheduler.drain(limits.drain_seconds):
             log.info("some texts were not complete after %g seconds", limits.drain_seconds)
         service.scheduler.close()
         server.should_exit = True
         thread.join()
+    if failed:
+        raise RunError("the server ended by itself", fix="its log above says why; start it again")

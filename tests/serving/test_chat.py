@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from sentcompress.errors import InputError
+from sentcompress.generation import GenerationSettings
 from sentcompress.serving.chat_template import ChatTemplate
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.openai_form import APIError
+from sentcompress.serving.sentence_engine import SentenceEngine
 
 SYSTEM = {"role": "system", "content": "The people are free. " * 8 + "Congress has met."}
 
@@ -69,6 +71,25 @@ def test_a_prompt_that_continues_another_is_read_from_there(server, kind):
     assert answer.usage.prompt_tokens_details.cached_tokens > 0
     fresh = server.service.scheduler.engine.generator.generate([text + "But the people are"])[0].text
     assert answer.choices[0].text == fresh[: len(answer.choices[0].text)]
+
+
+def test_prompts_that_stay_read_have_a_budget(generator, run_server):
+    engine = SentenceEngine(generator, GenerationSettings(), ServeLimits())
+    prompts = [f"We meet in year {n}. The year was good to us. Our army is paid. And" for n in range(12)]
+    with run_server(engine, generator.tokenizer, ServeLimits()) as server:
+        server.complete(prompts[0], max_tokens=2)
+        one = server.figures.engine.device_bytes
+        server.complete(prompts[0].replace("And", "But it is late. And"), max_tokens=2)
+        assert one < server.figures.engine.device_bytes < 2 * one, "the longer one stands for both"
+    limits = ServeLimits(prompt_cache_bytes=3 * one + 1)
+    engine = SentenceEngine(generator, GenerationSettings(), limits)
+    with run_server(engine, generator.tokenizer, limits) as server:
+        for prompt in prompts:
+            server.complete(prompt, max_tokens=2)
+            assert server.figures.engine.device_bytes <= limits.prompt_cache_bytes
+        for number, cached in ((11, True), (0, False)):
+            found = server.complete(prompts[number], max_tokens=2).usage.prompt_tokens_details.cached_tokens
+            assert (found > 20) is cached, "the oldest ones are forgotten"
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +87,26 @@ def test_texts_of_clients_that_go_away_are_dropped(server):
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.3)
     assert wait_for(lambda: idle(server)), server.figures
     assert server.text(LONG, max_tokens=3)
+
+
+def test_an_answer_that_nobody_reads_is_dropped(make_server):
+    with make_server(body_seconds=1) as server:
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        body = json.dumps({"model": "test", "prompt": LONG, "max_tokens": 450, "logprobs": 5, "stream": True})
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            # Several answers, so that the buffers of the system are full in the midst of them.
+            connection.sendall((f"{head}content-length: {len(body)}\r\n\r\n{body}" * 12).encode())
+            assert wait_for(lambda: server.figures.running == 1)
+            time.sleep(3)
+            before = server.figures.new_tokens
+            assert wait_for(lambda: idle(server), 60)
+            time.sleep(2)
+            assert idle(server), "nothing goes on for a connection that is closed"
+            assert server.figures.new_tokens < 12 * 450, before
+        assert server.text(LONG, max_tokens=3)
 
 
 def test_a_client_that_waits_and_goes_away_leaves_the_queue(server):
