@@ -192,7 +192,7 @@ class Scheduler:
         """Texts that are being written, with their tokens so far."""
         self._cancelled: set[Job] = set()
         self._draining = self._closed = False
-        self._figures = Figures()
+        self._figures = Figures(engine=engine.figures())
         self._rates: deque[tuple[float, int]] = deque()
         """Time and number of tokens of the last steps."""
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)

@@ -104,6 +104,13 @@ def test_usage_counts_tokens(server, kind, opt_tiny):
         assert answer.usage.completion_tokens == 10
 
 
+def test_sentences_that_are_recalled_are_counted(server, kind):
+    before = server.figures.engine.recalled_sentences
+    server.text(PROMPTS[3], max_tokens=10)
+    after = server.figures.engine.recalled_sentences
+    assert (after > before) if kind == "memory" else (after is None)
+
+
 def test_a_prompt_of_tokens_is_its_text(server, kind, opt_tiny, generator):
     tokenizer = generator.tokenizer if kind == "sentence" else opt_tiny[1]
     ids = tokenizer(PROMPTS[1])["input_ids"]
