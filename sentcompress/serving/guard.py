@@ -144,9 +144,10 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
             super().connection_made(transport)
             self._expect_headers()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._expect_headers()
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is None or self.cycle.response_complete:  # there is more of a request to come
+                self._expect_headers()
 
         def _expect_headers(self) -> None:
             before = self.cycle

@@ -19,6 +19,8 @@ from sentcompress.serving.limits import KEY_VARIABLE
 log = logging.getLogger(__package__)
 POLL_SECONDS = 0.2
 """How often the main thread looks for a signal."""
+KEEP_ALIVE_SECONDS = 20
+"""How long an idle connection stays open: longer than clients use it again, whose request would be lost otherwise."""
 CLOSE_SECONDS = 5
 """After the last answer was written: time for connections to take it."""
 
@@ -88,6 +90,7 @@ def serve(
         proxy_headers=False,
         server_header=False,
         limit_concurrency=limits.max_connections,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     server = uvicorn.Server(config)

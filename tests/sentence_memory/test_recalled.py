@@ -8,7 +8,9 @@ from sentcompress.modeling.llm_loading import load_backbone_tokenizer, load_caus
 from sentcompress.recipe import BackboneSpec
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 
-TEXT = "The people are free. Congress has met. The treasury is full! We meet again. Our army is paid. And so we"
+TEXT = (
+    "The people are free. Congress has met. The treasury is full! We meet again. Our army is paid. And so we"
+)
 
 
 @torch.no_grad()

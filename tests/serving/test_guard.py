@@ -182,6 +182,21 @@ def test_metrics_are_prometheus(open_server):
     assert float(lines['sentcompress_cache_bytes{place="device"}']) > 0, "prompts that stay read"
 
 
+def test_an_idle_connection_can_be_used_again(open_server):
+    with httpx.Client() as client:
+        for wait in (0, 2.5):  # longer than headers may take
+            time.sleep(wait)
+            assert client.get(f"{open_server.url}/health").status_code == 200
+    host, _, port = open_server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        found = connection.recv(65536)
+        connection.sendall(b"GET /hea")
+        while new := connection.recv(65536):
+            found += new
+        assert found.count(b" 200 OK") == 1, "the second one's headers did not arrive in time"
+
+
 # ---- before the server starts
 
 
