@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def running(
         ready.set()
 
     bound = bind("127.0.0.1", 0)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # an answer that is not read is soon noticed
     thread = threading.Thread(target=serve, args=(service, bound, "127.0.0.1", key, answers))
     thread.start()
     assert ready.wait(30)

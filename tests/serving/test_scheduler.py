@@ -97,15 +97,10 @@ def test_an_answer_that_nobody_reads_is_dropped(make_server):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect((host, int(port)))
             head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-            # Several answers, so that the buffers of the system are full in the midst of them.
-            connection.sendall((f"{head}content-length: {len(body)}\r\n\r\n{body}" * 12).encode())
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
             assert wait_for(lambda: server.figures.running == 1)
-            time.sleep(3)
-            before = server.figures.new_tokens
-            assert wait_for(lambda: idle(server), 60)
-            time.sleep(2)
-            assert idle(server), "nothing goes on for a connection that is closed"
-            assert server.figures.new_tokens < 12 * 450, before
+            assert wait_for(lambda: idle(server), 30)
+            assert server.figures.new_tokens < 450, "it was not written to its end"
         assert server.text(LONG, max_tokens=3)
 
 
