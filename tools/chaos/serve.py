@@ -1,6 +1,6 @@
 """Asks a server everything at once, badly, and kills it; measures what it still does.
 
-    python tools/chaos/serve.py --short            # one or two minutes: what the tests run
+    python tools/chaos/serve.py --short            # a few minutes; the tests run it without the speeds
     python tools/chaos/serve.py                    # the whole table: about half an hour
     python tools/chaos/serve.py --model out/quickstart/graft --only throughput
 
