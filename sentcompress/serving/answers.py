@@ -116,7 +116,7 @@ class Answer:
         late = TimeoutEndedError("the request took too long")
         self._timer = asyncio.get_running_loop().call_later(seconds, self._events.put_nowait, (0, late))
         begun: dict[int, Begun] = {}
-        pieces = []
+        pieces: list[tuple[int, Begun | Piece | Exception]] = []
         try:
             while len(begun) < len(self.jobs):
                 number, event = await self._next()
@@ -127,8 +127,10 @@ class Answer:
         except BaseException:
             self.cancel()
             raise
-        for early in pieces:
-            self._events.put_nowait(early)
+        # Texts that began first are ahead already, and more of theirs may be waiting behind.
+        pieces += [self._events.get_nowait() for _ in range(self._events.qsize())]
+        for piece in pieces:
+            self._events.put_nowait(piece)
         return begun
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,8 +14,11 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from sentcompress.generation import GenerationSettings
+from sentcompress.serving.answers import Answer
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.llm_engine import LLMEngine
+from sentcompress.serving.scheduler import Begun, Job, Piece
 
 LONG = "The state of the Union is"
 """opt-tiny goes on after it until it has no positions left."""
@@ -204,3 +208,37 @@ def test_a_log_has_lengths_and_no_text(server, caplog):
     text = server.text("A secret prompt.", max_tokens=3)
     assert wait_for(lambda: "A secret prompt." in caplog.text, 2)
     assert text.strip() in caplog.text
+
+
+def test_pieces_keep_their_order_while_other_prompts_are_read():
+    """A request of several texts waits for all prompts; the first text may be far ahead by then."""
+
+    class Ready:
+        """A scheduler that has written everything before the server looks."""
+
+        def submit(self, jobs):
+            first, second = jobs
+            for job, event in (
+                (first, Begun(1, 0, "")),
+                (first, Piece("a", 1)),
+                (second, Begun(1, 0, "")),
+                (first, Piece("b", 2)),
+                (second, Piece("c", 1, "stop")),
+                (first, Piece("d", 3, "stop")),
+            ):
+                job.deliver(event)
+
+        def cancel(self, jobs):
+            pass
+
+    class Client:
+        async def receive(self):
+            await asyncio.Event().wait()
+
+    async def answer():
+        jobs = [Job("x", GenerationSettings(), print, time.monotonic() + 60, 3) for _ in range(2)]
+        answer = Answer(Ready(), jobs, Client())
+        await answer.start()
+        return [(number, piece.text) async for number, piece in answer.pieces()]
+
+    assert asyncio.run(answer()) == [(0, "a"), (0, "b"), (1, "c"), (0, "d")]
