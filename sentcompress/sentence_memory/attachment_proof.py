@@ -20,6 +20,8 @@ TOLERANCE = 1e-5
 """Largest difference allowed in fp32 between logits that should be equal, relative to the largest (at least 1)."""
 SENTENCE, _LENGTH, _FIRST = 4, 16, 10
 """Tokens of a sentence, of a text, and of its beginning that is read at once before single tokens."""
+_OTHER_TEXTS = 4
+"""Texts that are put beside one, to see how much they change it by rounding."""
 _proven: weakref.WeakKeyDictionary[PreTrainedModel, None] = weakref.WeakKeyDictionary()
 
 MakeMemory = Callable[..., Cache]
@@ -151,14 +153,22 @@ class _Proof:
         """What is dropped has no influence at all: after the first sentence only its sinks are left."""
         options = {"recent_sentences": 0, "sinks": 2}
         influence = self._influence(2, SENTENCE, SENTENCE, "window", **options)
-        return influence, 10 * self._noise(), "it attends to tokens that its memory has dropped"
+        allowed = 10 * self._noise() if influence else 0.0
+        return influence, allowed, "it attends to tokens that its memory has dropped"
 
     def _noise(self) -> float:
-        """How much other texts in the batch change the logits: 0, but for rounding in a mixture of experts."""
-        others = torch.cat([self.ids[:1], self._changed(0, self.ids.shape[1])[1:]])
+        """How much other texts in the batch change the logits: 0, but for rounding in a mixture of experts.
+
+        There it depends on how many tokens each expert gets, so one other text may change nothing.
+        """
         options = {"recent_sentences": 0, "sinks": 2}
-        before, after = (self._run(ids, self.make("window", **options)) for ids in (self.ids, others))
-        return largest_difference(before[:1], after[:1])
+        before = self._run(self.ids, self.make("window", **options))[:1]
+        noise = 0.0
+        for shift in range(1, _OTHER_TEXTS + 1):
+            others = torch.cat([self.ids[:1], (self.ids[1:] + shift) % self.vocabulary])
+            after = self._run(others, self.make("window", **options))[:1]
+            noise = max(noise, largest_difference(before, after))
+        return noise
 
     def keeping(self) -> tuple[float, float, str]:
         """What is kept has an influence."""
