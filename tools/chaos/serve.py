@@ -86,7 +86,7 @@ class Sizes:
 
 
 SHORT = Sizes(
-    seconds=10, steps=12, hostile=80, disconnects=20, rounds=2, tokens=128, least_throughput=0.5, growth=0.2
+    seconds=10, steps=12, hostile=80, disconnects=20, rounds=2, tokens=128, least_throughput=0.5, growth=0.5
 )
 
 
@@ -215,20 +215,25 @@ def clients(server: Server, asked: list[tuple[str, int, str]], sizes: Sizes) -> 
         while time.monotonic() < until and not wrong:
             prompt, tokens, right = rng.choice(asked)
             stream = rng.random() < 0.5
+            texts = [""] * rng.choice((1, 1, 2))  # some ask for several texts at once
             try:
-                if stream:
-                    chunks = client.completions.create(
-                        model="chaos", prompt=prompt, max_tokens=tokens, temperature=0, stream=True
-                    )
-                    text = "".join(chunk.choices[0].text for chunk in chunks)
-                else:
-                    text = server.text(prompt, tokens, client)
+                answer = client.completions.create(
+                    model="chaos",
+                    prompt=[prompt] * len(texts),
+                    max_tokens=tokens,
+                    temperature=0,
+                    stream=stream,
+                )
+                for chunk in answer if stream else [answer]:
+                    for choice in chunk.choices:
+                        texts[choice.index] += choice.text
             except Exception as error:
                 wrong.append(f"{type(error).__name__}: {error}")
                 return
             done["streamed" if stream else "whole"] += 1
-            if text != right:
-                wrong.append(f"{prompt!r}, {tokens} tokens: {text!r} where {right!r} is right")
+            for text in texts:
+                if text != right:
+                    wrong.append(f"{prompt!r}, {tokens} tokens: {text!r} where {right!r} is right")
 
     def watch() -> None:
         time.sleep(seconds / 3)
