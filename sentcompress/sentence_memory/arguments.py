@@ -48,7 +48,7 @@ def check_arguments(
         raise InputError(
             f"max_sentence_tokens: {max_sentence_tokens!r}", fix="use a whole number, at least 1"
         )
-    make_storage(storage, 1, folder)
+    make_storage(storage, folder)
     if cache_bits not in (None, 8):
         raise InputError(f"cache_bits: {cache_bits}", fix="use 8, or None for what the LLM computes")
     if positions not in ("original", "reindexed"):

@@ -1,161 +1,25 @@
-"""The cache of one block: kept tokens, recalled tokens, the index, and slow storage behind them."""
+"""The cache of one block: what new tokens attend to, what leaves for slow storage, and what comes back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import CacheLayerMixin
 
-from sentcompress.errors import InputError
-from sentcompress.sentence_memory.attention import expect_queries, without_gradient
+from sentcompress.sentence_memory.attention import without_gradient
+from sentcompress.sentence_memory.block_slots import BlockSlots
 from sentcompress.sentence_memory.call_plan import Moves, Plan, Reading, Stored
-from sentcompress.sentence_memory.positions import Rotation
-from sentcompress.sentence_memory.slow_storage import SCALE_BYTES, SlowStorage, pack, unpack
-from sentcompress.sentence_memory.token_table import SLOTS, TokenTable
+from sentcompress.sentence_memory.slow_storage import gather
+from sentcompress.sentence_memory.token_table import SLOTS
 from sentcompress.sentence_memory.visibility import attend, attend_in_one_pass, best_of_each, chosen
 
 
-class BlockCache(CacheLayerMixin):
-    """What one block of the LLM attends to.
-
-    ``keys`` and ``values`` are ``[B, kv heads, R + N, D]``: R slots of kept tokens, the same for all heads, and N slots
-    of recalled tokens, which each head fills by itself and keeps until it needs the room. They may be packed in 8 bits
-    (:func:`~sentcompress.sentence_memory.slow_storage.pack`), here and in slow storage.
-
-    Args:
-        table: plans each call. Blocks know the table and not their memory, so that it is freed with its last reference.
-        storage: makes the slow storage for a number of rows.
-        packs: keep keys and values in 8 bits.
-        recalls: this block recalls, if the memory does.
-        rotation: how keys turn when positions are re-indexed.
-    """
-
-    def __init__(
-        self,
-        table: TokenTable,
-        storage: Callable[[int], SlowStorage],
-        rotation: Rotation | None = None,
-        *,
-        packs: bool = False,
-        recalls: bool = True,
-    ) -> None:
-        super().__init__()
-        self.keys: Any = None
-        self.values: Any = None
-        self._rotation, self._packs = rotation or Rotation(None), packs
-        self._table, self._make_storage = table, storage
-        self._policy = table.policy if recalls else table.policy.without_recall
-        self.storage: Any = None
-        """:class:`SlowStorage` of a policy that recalls."""
-        self.index: Any = None
-        """Of the stored tokens, ``[B, kv heads, capacity, C]``."""
-        self.held: Any = None
-        """Number of the stored token in each of the N slots, ``[B, kv heads, N]``; -1 in a free one."""
-
-    # ---- what transformers asks for
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, _ = key_states.shape
-        self.dtype = key_states.dtype
-        if self.keys is not None:  # a prefix, which was loaded before anyone knew where this block lies
-            self._move(key_states.device)
-            return
-        self.keys, self.values = self._packed(key_states[:, :, :0]), self._packed(value_states[:, :, :0])
-        self.held = torch.full((batch, heads, 0), -1, device=key_states.device)
-        if self._policy.recall:
-            self.storage = self._make_storage(batch)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Announce the attention of this block; the new tokens are taken then, since recalling needs the queries."""
-        self._table.planned()  # refuses an LLM that has not announced its tokens
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.dtype != self.dtype:
-            raise InputError(
-                f"the LLM computes in {key_states.dtype} now, but its memory holds {self.dtype}",
-                fix="call memory.reset() when the LLM has changed",
-            )
-        expect_queries(self)
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("the cache knows it")
-
-    get_max_length = get_seq_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def reset(self) -> None:
-        if self.storage is not None:
-            self.storage.reset()
-        self.keys = self.values = self.index = self.held = self.storage = None
-        self.is_initialized = False
-
-    @property
-    def _kept_slots(self) -> int:
-        return int(self.keys.shape[2] - self.held.shape[2])
-
-    def _packed(self, full: Tensor) -> Tensor:
-        return pack(full) if self._packs else full
-
-    def _full(self, packed: Tensor) -> Tensor:
-        return unpack(packed, self.dtype) if self._packs else packed
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's key and value in the LLM's own cache; 0 before the first token."""
-        if self.keys is None:
-            return 0
-        sizes = (t.shape[3] - (SCALE_BYTES if self._packs else 0) for t in (self.keys, self.values))
-        return int(self.keys.shape[1] * sum(sizes) * self.dtype.itemsize)
-
-    def recalled(self, attended: Tensor) -> Tensor:
-        """Places in slow storage of what the last token recalled: ``[B, kv heads, N]``, -1 in slots it did not use.
-
-        Args:
-            attended: that of the plan.
-        """
-        seen = attended[:, :, self._kept_slots :]
-        return self.held[:, :, : seen.shape[2]].masked_fill(~seen, -1)
-
-    # ---- a prefix
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything of a batch of one but what was recalled, which later tokens recall again."""
-        state = {name: getattr(self, name)[:, :, : self._kept_slots] for name in ("keys", "values")}
-        if self.storage is not None and self.storage.length(0):
-            state["index"] = self.index[:, :, : self.storage.length(0)]
-            state.update({f"stored.{number}": part for number, part in enumerate(self.storage.stored())})
-        return state
-
-    def load_state(self, state: dict[str, Tensor], rows: int, dtype: torch.dtype) -> None:
-        """Begin each of ``rows`` rows with what :meth:`state` returned; stored tokens stay where they are."""
-        self.dtype = dtype
-        self.keys, self.values, self.index = (
-            None if (tensor := state.get(name)) is None else tensor.expand(rows, -1, -1, -1).clone()
-            for name in ("keys", "values", "index")
-        )
-        self.held = torch.full((*self.keys.shape[:2], 0), -1, device=self.keys.device)
-        if self._policy.recall:
-            self.storage = self._make_storage(rows)
-            if stored := [state[name] for name in sorted(state) if name.startswith("stored.")]:
-                self.storage.share(stored, self.keys[0])
-
-    def _move(self, device: torch.device) -> None:
-        for name in ("keys", "values", "index", "held"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.to(device))
-        if self.storage is not None:
-            self.storage.to(device)
-        self.is_initialized = True
+class BlockCache(BlockSlots):
+    """What one block of the LLM attends to: takes new tokens, stores old ones, and recalls."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Take new tokens and attend. No gradient flows back; who asks for it gets an InputError.
@@ -192,7 +56,7 @@ class BlockCache(CacheLayerMixin):
         for row, slots in self._leaving(plan):
             self._store(row, self.keys[row].index_select(1, slots), self.values[row].index_select(1, slots))
         self._index_moved(plan)
-        self._grow(plan.slots.shape[1], self.held.shape[2])
+        self._resize(plan.slots.shape[1], self.held.shape[2])
         key, value = self._packed(key), self._packed(value)
         self.keys[plan.own_slots], self.values[plan.own_slots] = key[:, :, 0], value[:, :, 0]
         batch, heads, groups = *query.shape[:2], key.shape[1]
@@ -200,7 +64,7 @@ class BlockCache(CacheLayerMixin):
         mask = plan.seen
         if sliding_window is not None:
             mask = mask & (plan.position - plan.slots < sliding_window)[:, None]
-        if plan.stored is not None and self.storage is not None:
+        if plan.stored is not None and self.storage:
             out_of_reach = plan.stored.out_of_reach
             if sliding_window is not None:
                 far = plan.position - plan.stored.position >= sliding_window
@@ -253,13 +117,13 @@ class BlockCache(CacheLayerMixin):
         return self._fetch(wanted, stored.delta)
 
     def _leaving(self, plan: Plan) -> list[tuple[int, Tensor]]:
-        return [] if self.storage is None else plan.leaving
+        return plan.leaving if self.storage else []
 
     def _gather(
         self, rows: Tensor, heads: Tensor, tokens: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Stored keys and values ``[n, D]``, where they stand now."""
-        keys, values = self.storage.gather(rows, heads, tokens)
+        keys, values = gather(self.storage, rows, heads, tokens)
         if delta is not None:
             turned = self._rotation.rotate(self._full(keys)[None, None], delta[rows, tokens][None])
             keys = self._packed(turned[0, 0])
@@ -267,13 +131,15 @@ class BlockCache(CacheLayerMixin):
 
     def _index_moved(self, plan: Plan) -> None:
         """Index stored keys anew in rows whose positions have moved."""
-        if plan.moves is None or plan.stored is None or plan.stored.delta is None or self.storage is None:
+        if plan.moves is None or plan.stored is None or plan.stored.delta is None or not self.storage:
             return
         for row in plan.moves.rows:
-            stop = self.storage.length(row)
-            keys = self._full(self.storage.read(0, stop)[0][row : row + 1])
-            index = self._policy.index(self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop]))
-            self.index[row, :, :stop] = index[0]
+            if stop := self.storage[row].length:
+                keys = self._full(self.storage[row].read()[0][None])
+                index = self._policy.index(
+                    self._rotation.rotate(keys, plan.stored.delta[row : row + 1, :stop])
+                )
+                self.index[row, :, :stop] = index[0]
 
     def _fetch(self, wanted: Tensor, delta: Tensor | None) -> Tensor:
         """Bring stored tokens into the N slots where they are not there yet.
@@ -297,7 +163,7 @@ class BlockCache(CacheLayerMixin):
         needed = torch.bincount(rows * count + heads, minlength=batch * count).view(batch, count, 1)
         lacking = int((needed + serves.sum(2, keepdim=True)).max()) - size
         if lacking > 0:
-            self._grow(self._kept_slots, size + -(-lacking // SLOTS) * SLOTS)
+            self._resize(self._kept_slots, size + -(-lacking // SLOTS) * SLOTS)
             serves = functional.pad(serves, (0, self.held.shape[2] - size))
         # The i-th token of a head goes into the i-th of its slots that do not serve.
         free = ~serves
@@ -315,8 +181,8 @@ class BlockCache(CacheLayerMixin):
         Args:
             index: of these keys, ``[kv heads, L, C]``; None computes it.
         """
-        start = self.storage.length(row)
-        self.storage.append(row, keys, values)
+        start = self.storage[row].length
+        self.storage[row].append(keys, values)
         if index is None:
             index = self._policy.index(self._full(keys)[None])[0]
         stop = start + index.shape[1]
@@ -327,19 +193,6 @@ class BlockCache(CacheLayerMixin):
             self.index = functional.pad(self.index, (0, 0, 0, more))
         self.index[row, :, start:stop] = index
 
-    def _grow(self, kept: int, recalled: int) -> None:
-        """Make room for so many slots."""
-        if kept == self._kept_slots and recalled == self.held.shape[2]:
-            return
-
-        def grown(tensor: Tensor) -> Tensor:
-            old = self._kept_slots
-            parts = functional.pad(tensor[:, :, :old], (0, 0, 0, kept - old)), tensor[:, :, old:]
-            return torch.cat([parts[0], functional.pad(parts[1], (0, 0, 0, recalled - parts[1].shape[2]))], 2)
-
-        self.keys, self.values = grown(self.keys), grown(self.values)
-        self.held = functional.pad(self.held, (0, recalled - self.held.shape[2]), value=-1)
-
     # ---- many new tokens
 
     def _attend_many(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, **options: Any) -> Tensor:
@@ -348,16 +201,17 @@ class BlockCache(CacheLayerMixin):
         packed_keys = self._with_past(self.keys, self._packed(key), reading)
         packed_values = self._with_past(self.values, self._packed(value), reading)
         before = self._stored_before(reading, plan.moves)
-        if before is not None and not self.storage.is_lossy:
+        lossy = bool(self.storage) and self.storage[0].is_lossy
+        if not lossy:
             _fill((packed_keys, packed_values), before, reading)
         keys, values = self._full(packed_keys), self._full(packed_values)
         stored = None
-        if self.storage is not None and self.storage.is_lossy:
-            stored = self.storage.as_stored(keys), self.storage.as_stored(values)
+        if lossy:
+            stored = self.storage[0].as_stored(keys), self.storage[0].as_stored(values)
             _fill(stored, before, reading)
         index = self._policy.index(keys) if self._policy.recall else None
-        if before is not None and index is not None:
-            _fill((index,), (self.index,), reading)
+        if index is not None:
+            _fill((index,), {row: (self.index[row],) for row in before}, reading)
         parts = []
         turned = keys
         for start, stop, turned, own_index, own_stored in self._spans(
@@ -425,19 +279,23 @@ class BlockCache(CacheLayerMixin):
             past[row, :, tokens] = cached[row, :, slots]
         return torch.cat([past, new], 2)
 
-    def _stored_before(self, reading: Reading, moves: Moves | None) -> tuple[Tensor, Tensor] | None:
-        """What was stored in earlier calls, ``[B, kv heads, n, D]`` twice; None if nothing was."""
-        if self.storage is None or not any(map(len, reading.stored_before)):
-            return None
-        keys, values = self.storage.read()
-        if moves is not None and moves.stored:
-            delta = pad_sequence(moves.stored, batch_first=True)
-            keys = self._packed(self._rotation.rotate(self._full(keys), delta))
-        return keys, values
+    def _stored_before(self, reading: Reading, moves: Moves | None) -> dict[int, tuple[Tensor, Tensor]]:
+        """What was stored in earlier calls, by row: ``[kv heads, n, D]`` twice."""
+        found = {}
+        for row, tokens in enumerate(reading.stored_before if self.storage else ()):
+            if len(tokens):
+                keys, values = self.storage[row].read()
+                if moves is not None and moves.stored:
+                    keys = self._packed(
+                        self._rotation.rotate(self._full(keys)[None], moves.stored[row][None])[0]
+                    )
+                found[row] = keys, values
+        return found
 
 
-def _fill(full: tuple[Tensor, ...], stored: tuple[Tensor, ...] | None, reading: Reading) -> None:
+def _fill(full: tuple[Tensor, ...], stored: Mapping[int, tuple[Tensor, ...]], reading: Reading) -> None:
     """Write what was stored in earlier calls to its tokens' columns in the layout."""
-    for tensor, part in zip(full, stored or (), strict=False):
-        for row, tokens in enumerate(reading.stored_before):
-            tensor[row, :, tokens] = part[row, :, : len(tokens)]
+    for row, parts in stored.items():
+        tokens = reading.stored_before[row]
+        for tensor, part in zip(full, parts, strict=True):
+            tensor[row, :, tokens] = part[:, : len(tokens)]

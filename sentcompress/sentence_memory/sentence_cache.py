@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sentcompress.contracts import Segmenter
 from sentcompress.contracts.causal_lm import position_limit
@@ -24,6 +24,7 @@ from sentcompress.sentence_memory.arguments import ARGUMENTS, check_arguments, r
 from sentcompress.sentence_memory.attachment import attach, causal_lm, check_tokenizer
 from sentcompress.sentence_memory.attachment_proof import CUT, Words, check_attachment
 from sentcompress.sentence_memory.block_cache import BlockCache
+from sentcompress.sentence_memory.cache_figures import CacheFigures
 from sentcompress.sentence_memory.next_tokens import check_call, check_prompt
 from sentcompress.sentence_memory.positions import effective_position, reindex
 from sentcompress.sentence_memory.retrieval_blocks import recalling_blocks
@@ -33,7 +34,7 @@ from sentcompress.sentence_memory.token_table import TokenTable
 from sentcompress.text.boundaries import MAX_SENTENCE_TOKENS, BoundaryFinder
 
 
-class SentenceMemory(Cache):
+class SentenceMemory(CacheFigures):
     """What an LLM attends to: recent sentences as they are, older ones as the memory has them.
 
     An ordinary cache for the ordinary ``generate`` of transformers::
@@ -209,8 +210,49 @@ class SentenceMemory(Cache):
             fix="repeat the prompt in the batch",
         )
 
+    # ---- a batch whose texts come and go
+
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise InputError("a sentence memory cannot drop rows of its batch", fix="use a memory for each batch")
+        """Only keep some texts of the batch, int64 ``[n]``, such as those that have not ended."""
+        rows = indices.tolist()
+        if len({*rows}) < len(rows):
+            raise InputError("a memory cannot hold one text twice", fix="use memory.copy(), and join")
+        self._table.select(rows)
+        for layer in self.layers:
+            layer.select(indices)
+        self._changed()
+
+    def join(self, other: SentenceMemory) -> None:
+        """Let the texts of another memory, which is empty then, join the batch as its last rows.
+
+        Each goes on as it would alone, whatever its length: with one new token for each, ``input_ids`` are ``[B, 1]``
+        without an attention mask, and ``position_ids`` say how many tokens each has.
+
+        Raises:
+            InputError: the other memory is of another LLM, or has other settings.
+        """
+        if other.model is not self.model or other._arguments != self._arguments:
+            raise InputError(
+                "memories of different LLMs or settings cannot be one batch",
+                fix="use the same arguments for all",
+            )
+        for memory in (self, other):
+            memory._check_complete()
+        self._table.join(other._table.rows)
+        for layer, more in zip(self.layers, other.layers, strict=True):
+            layer.join(more)
+        other.reset()
+        self._changed()
+
+    def _changed(self) -> None:
+        self._seen = max((len(row.ids) for row in self._table.rows), default=0)
+        self._attended = []
+
+    def _check_complete(self) -> None:
+        if self._incomplete:
+            raise InputError(
+                "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
+            )
 
     # ---- a prefix: a text that was read once, for many prompts
 
@@ -322,56 +364,6 @@ class SentenceMemory(Cache):
             "a sentence memory cannot be pickled", fix="use memory.save(folder) and SentenceMemory.load"
         )
 
-    # ---- its size
-
-    def device_bytes(self) -> int:
-        """Bytes of everything that lies with the LLM: kept and recalled tokens, and the index."""
-        tensors = (t for layer in self.layers for t in (layer.keys, layer.values, layer.index, layer.held))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def storage_bytes(self) -> int:
-        """Bytes in slow storage."""
-        return sum(layer.storage.bytes for layer in self.layers if layer.storage is not None)
-
-    def full_bytes(self) -> int:
-        """Bytes that a cache of all tokens read so far would hold."""
-        return sum(layer.token_bytes for layer in self.layers) * self._seen * len(self._table.rows)
-
-    def attended_share(self) -> float:
-        """Share of the tokens read so far that the last one attended to, a mean of blocks, heads and texts.
-
-        NaN if the last one did not come alone.
-        """
-        if not self._attended:
-            return float("nan")
-        lengths = torch.tensor([len(row.ids) for row in self._table.rows])
-        shares = [(seen.sum(2).float().mean(1).cpu() / lengths).mean() for seen in self._attended]
-        return float(torch.stack(shares).mean())
-
-    def recalled_sentences(self) -> list[list[tuple[int, int]]]:
-        """For each text, first and last token (exclusive) of the sentences that the last token recalled in any block.
-
-        Empty if the last one did not come alone.
-        """
-        return [[*shares] for shares in self.recall_shares()]
-
-    def recall_shares(self) -> list[dict[tuple[int, int], float]]:
-        """For each text and each of its :meth:`recalled_sentences`: the share of the heads that recalled it.
-
-        Heads are the key-value heads of :attr:`recall_blocks`: each looks up sentences of its own.
-        """
-        if not (self._attended and self.recall_blocks):
-            return [{} for _ in self._table.rows]
-        places = [self.layers[n].recalled(self._attended[n]) for n in self.recall_blocks]
-        heads = sum(held.shape[1] for held in places)
-        shares = []
-        for number, row in enumerate(self._table.rows):
-            held = torch.cat([each[number].flatten().cpu() for each in places])
-            # -1, which becomes 0, is a slot that was not used.
-            times = torch.bincount(held + 1, minlength=len(row.stored) + 1)[1:]
-            shares.append({span: most / heads for span, most in row.stored_spans(times.numpy()).items()})
-        return shares
-
     @property
     def longest_text(self) -> int:
         """Tokens that a text may have: without re-indexing, as many as the LLM has positions."""
@@ -389,10 +381,7 @@ class SentenceMemory(Cache):
         Raises:
             InputError: these tokens cannot follow those read so far.
         """
-        if self._incomplete:
-            raise InputError(
-                "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
-            )
+        self._check_complete()
         tokens = check_call(self._table.rows, self._seen, self.longest_text, input_ids, attention_mask)
         self._incomplete = True
         self._table.read(*tokens)

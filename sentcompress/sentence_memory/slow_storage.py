@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,26 +63,25 @@ def rounded(full: Tensor) -> Tensor:
 
 
 class SlowStorage:
-    """Keys and values of one block of an LLM that no longer lie in its cache, in host memory with the same dtype.
+    """Keys and values of one text in one block of an LLM that no longer lie in its cache, in host memory.
 
-    Rows (texts of a batch) may have different lengths. Tokens lie one behind the other, each with all rows and heads
-    and its key beside its value: what is read for a token is one contiguous piece.
+    Tokens lie one behind the other, each with all heads and its key beside its value: what is read for one head of a
+    token is one contiguous piece. Heads, sizes, dtype and device are those of the first tokens.
 
     Args:
-        rows: texts of the batch.
         folder: where the file of :class:`FileStorage` lies.
 
-    Heads, sizes, dtype and device are those of the first tokens.
+    Attributes:
+        length: tokens that are stored.
     """
 
-    def __init__(self, rows: int, folder: str | Path | None = None) -> None:
-        self.rows = rows
-        self.lengths = [0] * rows
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.length = 0
         self._folder = folder
-        self._parts: list[Tensor] = []
-        """``[capacity, rows, heads, C]`` each, zeros where a row is shorter: a masked token must stay finite."""
-        self._shared: list[Tensor] = []
-        """``[tokens, 1, heads, C]`` each: the same first tokens of all rows, which are only read."""
+        self._own: Tensor | None = None
+        """``[capacity, heads, C]``."""
+        self._shared: Tensor | None = None
+        """``[tokens, heads, C]``: the first tokens, which other texts have too; they are only read."""
         self._empty_key = torch.empty(0)
         """``[heads, 0, D]``: the size of keys, their dtype and their device."""
 
@@ -94,13 +93,14 @@ class SlowStorage:
         return full
 
     def __deepcopy__(self, _: Any) -> SlowStorage:
-        other = type(self)(self.rows, self._folder)
-        other.lengths, other._shared, other._empty_key = [*self.lengths], self._shared, self._empty_key
-        other._parts = [other._grown(None, part[0], len(part)).copy_(part) for part in self._parts]
+        other = type(self)(self._folder)
+        other.length, other._shared, other._empty_key = self.length, self._shared, self._empty_key
+        if self._own is not None:
+            other._own = other._grown(None, self._own, len(self._own)).copy_(self._own)
         return other
 
-    def append(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Store the next tokens of one row.
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Store the next tokens.
 
         Args:
             keys: ``[heads, L, D]``.
@@ -109,112 +109,92 @@ class SlowStorage:
         Raises:
             StorageError: the disk is full.
         """
-        start = self.lengths[row] - self._shared_length
+        start = self.length - self._shared_length
         stop = start + keys.shape[1]
-        encoded = self._encode(keys.transpose(0, 1), values.transpose(0, 1))
-        if not self._parts:
+        if self._own is None:
             self._empty_key = keys[:, :0].detach().clone()
-            self._parts = [self._grown(None, part, max(_FIRST, stop)) for part in encoded]
-        elif stop > (capacity := len(self._parts[0])):
-            capacity = max(stop, capacity + capacity // 4)
-            self._parts = [
-                self._grown(old, part, capacity) for old, part in zip(self._parts, encoded, strict=True)
-            ]
-        for part, new in zip(self._parts, encoded, strict=True):
-            part[start:stop, row].copy_(new)
-        self.lengths[row] += keys.shape[1]
+        encoded = self._encode(keys.transpose(0, 1), values.transpose(0, 1))
+        if self._own is None:
+            self._own = self._grown(None, encoded, max(_FIRST, stop))
+        elif stop > (capacity := len(self._own)):
+            self._own = self._grown(self._own, encoded, max(stop, capacity + capacity // 4))
+        self._own[start:stop].copy_(encoded)
+        self.length += keys.shape[1]
 
-    def length(self, row: int) -> int:
-        """Tokens of one row."""
-        return self.lengths[row]
-
-    def gather(self, rows: Tensor, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Single tokens, as a step of decoding recalls them.
 
         Args:
-            rows, heads, tokens: int64 ``[n]`` each.
+            heads, tokens: int64 ``[n]`` each.
 
         Returns:
             Keys ``[n, D]`` and values ``[n, D]`` with the dtype and on the device of the cache.
         """
         count, shared = self._empty_key.shape[0], self._shared_length
-        step = self.rows * count
-        flat = torch.add(torch.add(heads, rows, alpha=count), tokens, alpha=step).cpu()
-        if not shared:
-            return self._decode([self._select(part, flat) for part in self._parts])
-        own = (tokens >= shared).cpu()
-        flat = torch.where(own, flat - shared * step, torch.add(heads, tokens, alpha=count).cpu())
-        first = [self._select(part, flat.masked_fill(own, 0)) for part in self._shared]
-        if self._parts:
-            more = [self._select(part, flat.masked_fill(~own, 0)) for part in self._parts]
-            first = [torch.where(own[:, None], *pair) for pair in zip(more, first, strict=True)]
-        return self._decode(first)
+        flat = torch.add(heads, tokens, alpha=count).cpu()
+        if self._own is None or self._shared is None:
+            part = self._shared if self._own is None else self._own
+            assert part is not None, "nothing is stored"
+            return self._decode(self._select(part, flat))
+        own = flat >= shared * count
+        first = self._select(self._shared, flat.masked_fill(own, 0))
+        more = self._select(self._own, (flat - shared * count).clamp_min_(0))
+        return self._decode(torch.where(own[:, None], more, first))
 
-    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[rows, heads, T, D]`` of the tokens ``start`` to ``stop``, zeros where a row is shorter."""
-        stop = max(self.lengths) if stop is None else stop
-        keys, values = self._decode([part[start:stop] for part in self._all_parts()])
-        return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[heads, T, D]`` of all tokens; at least one must be stored."""
+        keys, values = self._decode(self.stored())
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
-    def stored(self) -> list[Tensor]:
-        """Everything as it is stored, ``[tokens, rows, heads, C]`` each; another storage of this kind can share it."""
-        return [part[: max(self.lengths)] for part in self._all_parts()]
+    def stored(self) -> Tensor:
+        """All tokens as they are stored, ``[tokens, heads, C]``; another storage of this kind can share them."""
+        own = [] if self._own is None else [self._own[: self.length - self._shared_length]]
+        parts = own if self._shared is None else [self._shared, *own]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def share(self, stored: Sequence[Tensor], like: Tensor) -> None:
-        """Begin each row with the same tokens, which stay where they are.
+    def share(self, stored: Tensor, like: Tensor) -> None:
+        """Begin with tokens that stay where they are.
 
         Args:
-            stored: of one row, from :meth:`stored`.
+            stored: from :meth:`stored`.
             like: keys ``[heads, any, D]`` with the dtype and device of the cache.
         """
-        self._shared, self._empty_key = list(stored), like[:, :0]
-        self.lengths = [self._shared_length] * self.rows
+        self._shared, self._empty_key = stored, like[:, :0]
+        self.length = len(stored)
 
     def to(self, device: torch.device) -> None:
         """Return what is read on another device."""
         self._empty_key = self._empty_key.to(device)
 
-    @property
-    def _shared_length(self) -> int:
-        return len(self._shared[0]) if self._shared else 0
-
-    def _all_parts(self) -> list[Tensor]:
-        if not self._shared:
-            return self._parts
-        shared = [part.expand(-1, self.rows, -1, -1) for part in self._shared]
-        return [torch.cat(pair) for pair in zip(shared, self._parts, strict=True)] if self._parts else shared
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of host memory or of the file, with the room to grow; what rows share counts once."""
-        return sum(part.nbytes for part in (*self._shared, *self._parts))
-
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        self.lengths = [0] * self.rows
-        self._parts, self._shared = [], []
+        self.length = 0
+        self._own = self._shared = None
 
-    def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
-        """What is stored of keys and values ``[L, heads, D]``: tensors ``[L, heads, C]``."""
-        return [torch.cat([keys.detach(), values.detach()], -1)]
+    @property
+    def _shared_length(self) -> int:
+        return 0 if self._shared is None else len(self._shared)
 
-    def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[..., D]`` of stored tensors ``[..., C]``."""
-        both = parts[0].to(self._empty_key.device, non_blocking=True)
+    def _encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        """What is stored of keys and values ``[L, heads, D]``: ``[L, heads, C]``."""
+        return torch.cat([keys.detach(), values.detach()], -1)
+
+    def _decode(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[..., D]`` of what is stored, ``[..., C]``."""
+        both = stored.to(self._empty_key.device, non_blocking=True)
         size = self._empty_key.shape[-1]
         return both[..., :size], both[..., size:]
 
     def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         """``old`` with room for ``capacity`` tokens of the size of ``like [L, heads, C]``."""
-        new = torch.zeros(
-            (capacity, self.rows, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pinned, device="cpu"
-        )
+        shape = (capacity, *like.shape[1:])
+        new = torch.zeros(shape, dtype=like.dtype, pin_memory=self._pinned, device="cpu")
         if old is not None:
             new[: len(old)] = old
         return new
 
     def _select(self, part: Tensor, flat: Tensor) -> Tensor:
-        part = part.flatten(0, 2)
+        part = part.flatten(0, 1)
         if not self._pinned:
             return part.index_select(0, flat)
         pinned = torch.empty((len(flat), part.shape[1]), dtype=part.dtype, pin_memory=True)
@@ -233,11 +213,11 @@ class Int8Storage(SlowStorage):
     def as_stored(self, full: Tensor) -> Tensor:
         return rounded(full)
 
-    def _encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
-        return [torch.cat([pack(keys), pack(values)], -1)]
+    def _encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        return torch.cat([pack(keys), pack(values)], -1)
 
-    def _decode(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        both = parts[0].to(self._empty_key.device, non_blocking=True)
+    def _decode(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        both = stored.to(self._empty_key.device, non_blocking=True)
         size = self._empty_key.shape[-1] + SCALE_BYTES
         dtype = self._empty_key.dtype
         return unpack(both[..., :size], dtype), unpack(both[..., size:], dtype)
@@ -251,8 +231,8 @@ class FileStorage(SlowStorage):
     one; where that lies in memory (tmpfs), name a folder on a disk.
     """
 
-    def __init__(self, rows: int, folder: str | Path | None = None) -> None:
-        super().__init__(rows, folder or tempfile.gettempdir())
+    def __init__(self, folder: str | Path | None = None) -> None:
+        super().__init__(folder or tempfile.gettempdir())
         self._file: Any = None
 
     def reset(self) -> None:
@@ -260,7 +240,7 @@ class FileStorage(SlowStorage):
         self._file = None
 
     def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        shape = (capacity, self.rows, *like.shape[1:])
+        shape = (capacity, *like.shape[1:])
         needed = torch.Size(shape).numel() * like.dtype.itemsize
         try:
             if self._file is None:
@@ -291,12 +271,11 @@ def _reserve(descriptor: int, size: int) -> None:
         start += os.write(descriptor, bytes(min(size - start, 2**20)))
 
 
-def make_storage(kind: str, rows: int, folder: str | Path | None = None) -> SlowStorage:
-    """The storage of one block.
+def make_storage(kind: str, folder: str | Path | None = None) -> SlowStorage:
+    """The storage of one text in one block.
 
     Args:
         kind: ``host`` (host memory, same dtype, pinned for CUDA), ``int8`` (host memory, 8 bits) or ``file``.
-        rows: texts of the batch.
         folder: where the file lies; only for ``file``.
 
     Raises:
@@ -308,4 +287,28 @@ def make_storage(kind: str, rows: int, folder: str | Path | None = None) -> Slow
         )
     if folder is not None and kind != "file":
         raise InputError(f"storage={kind!r} has no folder, but {folder} is given", fix="use storage='file'")
-    return {"host": SlowStorage, "int8": Int8Storage, "file": FileStorage}[kind](rows, folder)
+    return {"host": SlowStorage, "int8": Int8Storage, "file": FileStorage}[kind](folder)
+
+
+def gather(
+    storages: Sequence[SlowStorage], rows: Tensor, heads: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :meth:`SlowStorage.gather`, of the texts of a batch.
+
+    Args:
+        storages: of each row; at least one holds something.
+        rows, heads, tokens: int64 ``[n]`` each; rows in ascending order.
+    """
+    if len(storages) == 1:
+        return storages[0].gather(heads, tokens)
+    counts = torch.bincount(rows, minlength=len(storages)).tolist()
+    each = zip(storages, heads.split(counts), tokens.split(counts), strict=True)
+    parts = [storage.gather(*where) for storage, *where in each if storage.length]
+    keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return keys, values
+
+
+def stored_bytes(storages: Iterable[SlowStorage]) -> int:
+    """Bytes of host memory or of files, with the room to grow; what texts share counts once."""
+    parts = (part for storage in storages for part in (storage._shared, storage._own) if part is not None)
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())

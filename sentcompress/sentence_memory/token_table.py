@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -40,15 +41,18 @@ class Row:
         stored: numbers of the tokens in slow storage, in its order: whole sentences.
         stored_at: their positions when they were stored, which their keys are rotated to.
         moves: how often positions have moved down.
+        stored_sentences: for each token in slow storage the number of its sentence, from 0 as they were stored.
+        out_of_reach: for each, minus infinity if it is in the cache anyway, else 0.
     """
 
     def __init__(self, reindexing: Reindexing | None = None) -> None:
         self.ids: list[int] = []
         self.starts: list[int] = []
         self.slots = np.full(0, -1)
-        self.stored: list[int] = []
-        self.stored_at: list[int] = []
+        self.stored = np.zeros(0, dtype=np.int64)
+        self.stored_at = np.zeros(0, dtype=np.int64)
         self.moves = 0
+        self.note_stored()
         self._reindexing = reindexing
         self._stored_sentences: set[int] = set()
 
@@ -103,7 +107,7 @@ class Row:
         """
         places = np.flatnonzero(times)
         most: dict[int, int] = {}
-        sentences = self.sentences(np.asarray(self.stored, dtype=np.int64)[places]).tolist()
+        sentences = self.sentences(self.stored[places]).tolist()
         for sentence, number in zip(sentences, times[places].tolist(), strict=True):
             most[sentence] = max(number, most.get(sentence, 0))
         ends = [*self.starts[1:], len(self.ids)]
@@ -114,11 +118,15 @@ class Row:
         new = [s for s in np.unique(self.sentences(dropped)).tolist() if s not in self._stored_sentences]
         self._stored_sentences.update(new)
         ends = [*self.starts[1:], len(self.ids)]
-        tokens = [token for s in new for token in range(self.starts[s], ends[s])]
-        self.stored += tokens
-        new_tokens = np.asarray(tokens, dtype=np.int64)
-        self.stored_at += self.positions(new_tokens).tolist()
-        return new_tokens
+        tokens = np.asarray([t for s in new for t in range(self.starts[s], ends[s])], dtype=np.int64)
+        self.stored = np.append(self.stored, tokens)
+        self.stored_at = np.append(self.stored_at, self.positions(tokens))
+        return tokens
+
+    def note_stored(self) -> None:
+        """Bring what is known of the tokens in slow storage up to date, after tokens were stored or dropped."""
+        self.stored_sentences = np.unique(self.sentences(self.stored), return_inverse=True)[1]
+        self.out_of_reach = np.where(np.isin(self.stored, self.slots), -np.inf, 0).astype(np.float32)
 
 
 class TokenTable:
@@ -156,12 +164,24 @@ class TokenTable:
         """Begin each of ``rows`` rows with what :meth:`state` returned."""
         self.rows = [Row(self.reindexing) for _ in range(rows)]
         for row in self.rows:
-            for name in ROW:
-                setattr(row, name, state[name].tolist())
-            row.slots = state["slots"].numpy().copy()
+            row.ids, row.starts = state["ids"].tolist(), state["starts"].tolist()
+            row.slots, row.stored, row.stored_at = (
+                state[name].numpy().copy() for name in ("slots", "stored", "stored_at")
+            )
             if self.reindexing is not None and row.ids:
                 row.moves = self.reindexing.moves(len(row.ids) - 1)
-            row._stored_sentences = set(row.sentences(np.asarray(row.stored, dtype=np.int64)).tolist())
+            row._stored_sentences = set(row.sentences(row.stored).tolist())
+            row.note_stored()
+        self._stored = self._stored_now()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Only keep some rows."""
+        self.rows = [self.rows[row] for row in rows]
+        self._stored = self._stored_now()
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Add rows that another table has read."""
+        self.rows += rows
         self._stored = self._stored_now()
 
     @property
@@ -223,6 +243,7 @@ class TokenTable:
                         place = {token: slot for slot, token in enumerate(row.slots.tolist())}
                         leaving.append((number, torch.tensor([place[t] for t in tokens.tolist()])))
                 row.slots[used] = -1
+                row.note_stored()
             new_slots.append(self._free_slot(row))
             row.slots[new_slots[-1]] = len(row.ids) - 1
         if changed:
@@ -248,7 +269,7 @@ class TokenTable:
         before = []
         old_moves = [row.moves for row in self.rows]
         stored_moves = self._stored_moves()
-        stored_before = [torch.tensor(row.stored, dtype=torch.long) for row in self.rows]
+        stored_before = [torch.from_numpy(row.stored) for row in self.rows]
         columns = []
         for row, new, real in zip(self.rows, ids, valid, strict=True):
             used = np.flatnonzero(row.slots >= 0)
@@ -271,6 +292,7 @@ class TokenTable:
             kept = there[~dropped]
             row.slots = np.full(-(-(len(kept) + 1) // SLOTS) * SLOTS, -1)
             row.slots[: len(kept)] = kept
+            row.note_stored()
         slots = self._slots()
         self._stored = self._stored_now()
         moved = [n for n, (row, old) in enumerate(zip(self.rows, old_moves, strict=True)) if row.moves > old]
@@ -286,13 +308,7 @@ class TokenTable:
 
     def _stored_moves(self) -> list[Tensor]:
         """How far the stored tokens of each row have to move to where they stand now; empty if none has to."""
-        moves = [
-            torch.from_numpy(
-                row.positions(np.asarray(row.stored, dtype=np.int64))
-                - np.asarray(row.stored_at, dtype=np.int64)
-            )
-            for row in self.rows
-        ]
+        moves = [torch.from_numpy(row.positions(row.stored) - row.stored_at) for row in self.rows]
         return moves if any(bool(row.any()) for row in moves) else []
 
     def _spans(self, layout: Layout, past: int, old_moves: list[int]) -> list[tuple[int, int, Tensor]]:
@@ -353,20 +369,17 @@ class TokenTable:
         return torch.from_numpy(slots)
 
     def _stored_now(self) -> Stored | None:
-        length = max(len(row.stored) for row in self.rows)
+        length = max((len(row.stored) for row in self.rows), default=0)
         if not length:
             return None
         sentence = np.zeros((len(self.rows), length), dtype=np.int64)
         out_of_reach = np.full((len(self.rows), length), -np.inf, dtype=np.float32)
         position = np.zeros((len(self.rows), length), dtype=np.int64)
         for number, row in enumerate(self.rows):
-            if not row.stored:
-                continue
-            tokens = np.asarray(row.stored)
-            count = len(tokens)
-            sentence[number, :count] = np.unique(row.sentences(tokens), return_inverse=True)[1]
-            out_of_reach[number, :count][~np.isin(tokens, row.slots)] = 0
-            position[number, :count] = tokens
+            count = len(row.stored)
+            sentence[number, :count] = row.stored_sentences
+            out_of_reach[number, :count] = row.out_of_reach
+            position[number, :count] = row.stored
         return Stored(
             sentence=torch.from_numpy(sentence),
             out_of_reach=torch.from_numpy(out_of_reach),

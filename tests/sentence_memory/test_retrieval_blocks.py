@@ -70,7 +70,7 @@ def test_steps_equal_one_pass(ids, storage):
     model = llama(1)
     memory = SentenceMemory(model, Words(), **OPTIONS, storage=storage)
     steps = by_steps(model, memory, ids)
-    assert [layer.storage is not None for layer in memory.layers] == [False, True, False]
+    assert [bool(layer.storage) for layer in memory.layers] == [False, True, False]
     memory.reset()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids, past_key_values=memory).logits, steps)
