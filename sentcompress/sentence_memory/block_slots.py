@@ -112,6 +112,22 @@ class BlockSlots(CacheLayerMixin):
         sizes = (t.shape[3] - (SCALE_BYTES if self._packs else 0) for t in (self.keys, self.values))
         return int(self.keys.shape[1] * sum(sizes) * self.dtype.itemsize)
 
+    def text_bytes(self, row: int, kept: int) -> tuple[int, int]:
+        """Bytes of one text on the device and in slow storage, without room to grow.
+
+        Args:
+            kept: tokens in its slots.
+        """
+        if self.keys is None:
+            return 0, 0
+        per_head = sum(tensor.shape[3] * tensor.dtype.itemsize for tensor in (self.keys, self.values))
+        held = int((self.held[row] >= 0).sum())
+        device = per_head * (kept * self.keys.shape[1] + held) + held * self.held.dtype.itemsize
+        if not (self.storage and (length := self.storage[row].length)):
+            return device, 0
+        index = self.index[0, :, 0].nbytes
+        return device + length * index, self.storage[row].stored().nbytes
+
     def recalled(self, attended: Tensor) -> Tensor:
         """Places in slow storage of what the last token recalled: ``[B, kv heads, N]``, -1 in slots it did not use.
 
@@ -156,7 +172,8 @@ class BlockSlots(CacheLayerMixin):
         rows = rows.to(self.keys.device)
         self.keys, self.values, self.held = self.keys[rows], self.values[rows], self.held[rows]
         if self.index is not None:
-            self.index = self.index[rows, :, : max(storage.length for storage in self.storage)]
+            length = max(storage.length for storage in self.storage)
+            self.index = self.index[rows, :, :length] if length else None
         used = (self.held >= 0).any(1).any(0).nonzero()
         self._resize(self._kept_slots, int(used.max()) + 1 if len(used) else 0)
 

@@ -1,4 +1,4 @@
-"""Serving an LLM as it is, with a sentence memory or without: each text has a cache of its own, and they take turns."""
+"""Serving an LLM as it is, with a sentence memory or without: requests join its batch at the next step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,38 +21,57 @@ from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 from sentcompress.serving.cache_state import CacheState, TokenPlaces
 from sentcompress.serving.limits import ServeLimits
+from sentcompress.serving.llm_rows import OneRow, cache_bytes, rows_of
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece, TokenScore
 from sentcompress.serving.sentence_engine import check_length
 from sentcompress.text.lossless_tokenizer import TextStream, lossless
 
 
-@dataclass
+@dataclass(eq=False)
 class _Text:
     """A text that is being written.
 
     Attributes:
-        cache: the LLM's own, or a sentence memory.
+        job: which text it is.
         sampler: picks its tokens.
         stream: decodes them.
         logits: ``[1, V]`` of the next token, in fp32.
+        length: tokens that the LLM has read of it.
         room: tokens that may still be written.
         written: tokens written so far.
         places: of its tokens in the text, if what it recalls is reported.
-        recalled: sentences that the last token recalled, as tokens, with the share of the heads.
+        recalled: sentences that the last token recalled, as tokens, with the share of the heads, if that is reported.
     """
 
-    cache: Any
+    job: Job
     sampler: Sampler
     stream: TextStream
     logits: Tensor
+    length: int
     room: int
     written: int = 0
     places: TokenPlaces | None = None
     recalled: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
+@dataclass
+class _Batch:
+    """Texts that the LLM writes in one call, and their caches."""
+
+    rows: OneRow
+    texts: list[_Text]
+
+    def keep(self, texts: list[_Text]) -> None:
+        """Let the other texts leave."""
+        if 0 < len(texts) < len(self.texts):
+            self.rows.select([row for row, text in enumerate(self.texts) if text in texts])
+        self.texts = texts
+
+
 class LLMEngine:
-    """Writes texts with an LLM, one token of each in turn. A text gets the tokens that ``generate`` gives it.
+    """Writes texts with an LLM, in one batch. A text gets the tokens that ``generate`` gives it.
+
+    Texts whose caches cannot stand side by side, such as those of recurrent LLMs, have a batch each.
 
     Args:
         model: a causal LM of transformers, in eval mode.
@@ -72,10 +91,10 @@ class LLMEngine:
         self.longest = position_limit(model.config) if memory is None else memory.longest_text
         own = model.generation_config.eos_token_id if model.generation_config else None
         self.end_ids = {own} if isinstance(own, int) else {*(own or ())}
-        self._last_only = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        )
-        self._texts: dict[Job, _Text] = {}
+        takes = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._positions = "position_ids" in takes
+        self._batches: list[_Batch] = []
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         """Caches that have read a beginning which prompts share; the one used last at the end."""
         self._recalled = 0
@@ -114,11 +133,18 @@ class LLMEngine:
             cache, read, known = self._with_prefix(job, ids)
             cache, logits = self._read(cache, ids, read, longest=len(ids) + room)
         sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
-        text = self._texts[job] = _Text(cache, sampler, stream, logits[:, -1].float(), room)
+        text = _Text(job, sampler, stream, logits[:, -1].float(), len(ids), room)
         if job.reports_cache:
             encoded = not job.rendered if isinstance(job.prompt, str) else None
             text.places = TokenPlaces(self.tokenizer, prompt, ids, encoded)
-        return Begun(len(ids), known, prompt, scores, _cache_state(text))
+        batch = next((batch for batch in self._batches if batch.rows.takes(cache)), None)
+        if batch is None:
+            batch = _Batch(rows_of(cache), [])
+            self._batches.append(batch)
+        else:
+            batch.rows.join(cache)
+        batch.texts.append(text)
+        return Begun(len(ids), known, prompt, scores, _cache_state(batch, text))
 
     def _token_ids(self, prompt: str | list[int], rendered: bool) -> list[int]:
         """Token ids of a prompt. Raises InputError for an empty one, and for tokens that the LLM does not have."""
@@ -150,7 +176,10 @@ class LLMEngine:
         known = len(prefix) if key in self._prefixes else 0
         cache = self._prefixes.pop(key) if known else self._read(self._empty(), prefix, 0)[0]
         self._prefixes[key] = cache
-        while sum(sum(_held(kept)[:2]) for kept in self._prefixes.values()) > self.limits.prompt_cache_bytes:
+        while (
+            sum(sum(cache_bytes(kept)[:2]) for kept in self._prefixes.values())
+            > self.limits.prompt_cache_bytes
+        ):
             self._prefixes.popitem(last=False)
         own = cache.copy() if isinstance(cache, SentenceMemory) else copy.deepcopy(cache)
         return own, len(prefix), known
@@ -177,40 +206,61 @@ class LLMEngine:
             return self._forward(cache, ids[read:], **self._last_only)
 
     def _forward(self, cache: Any, ids: list[int], **more: Any) -> tuple[Any, Tensor]:
-        input_ids = torch.tensor([ids], device=self.model.device)
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **more)
+        """Read tokens of one text: its cache, and the logits."""
+        output = self.model(input_ids=self._tensor([ids]), past_key_values=cache, use_cache=True, **more)
         return output.past_key_values, output.logits
+
+    def _tensor(self, numbers: list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, device=self.model.device)
 
     # ---- new tokens
 
     def step(self) -> Iterator[tuple[Job, Piece]]:
         """As :meth:`sentcompress.serving.scheduler.Engine.step`."""
-        for job, text in [*self._texts.items()]:
-            piece = self._next(job, text)
-            if piece.finish_reason:
-                del self._texts[job]
-            yield job, piece
+        for batch in self._batches:
+            picked = [(text, *self._pick(batch, text)) for text in batch.texts]
+            going = [(text, token) for text, token, piece in picked if not piece.finish_reason]
+            batch.keep([text for text, _ in going])
+            if going:
+                self._write(batch, [token for _, token in going])
+            for text, _, piece in picked:
+                ended = piece.finish_reason is not None
+                yield text.job, piece if ended else replace(piece, cache=_cache_state(batch, text))
+        self._batches = [batch for batch in self._batches if batch.texts]
 
-    def _next(self, job: Job, text: _Text) -> Piece:
-        """One more token of a text."""
+    def _pick(self, batch: _Batch, text: _Text) -> tuple[int, Piece]:
+        """The next token of a text, and what it adds to it."""
         if not text.room:
-            return Piece("", 0, "length")
+            return -1, Piece("", 0, "length")
         token = int(text.sampler.pick(text.logits, [[]]))
         if token in self.end_ids:
-            return Piece(text.stream.add([], ends=True), text.written, "stop", cache=_cache_state(text))
-        scores = [] if job.logprobs is None else [self._score(token, text.logits[0], job.logprobs)]
+            rest = text.stream.add([], ends=True)
+            return token, Piece(rest, text.written, "stop", cache=_cache_state(batch, text))
+        number = text.job.logprobs
+        scores = [] if number is None else [self._score(token, text.logits[0], number)]
         text.written += 1
         ends = text.written == text.room
         new = text.stream.add([token], ends=ends)
         if text.places is not None:
             text.places.add(new)
         if not ends:
-            text.cache, logits = self._forward(text.cache, [token], **self._last_only)
-            text.logits = logits[:, -1].float()
-            if isinstance(text.cache, SentenceMemory):
-                text.recalled = text.cache.recall_shares()[0]
-                self._recalled += len(text.recalled)
-        return Piece(new, text.written, "length" if ends else None, scores, _cache_state(text))
+            return token, Piece(new, text.written, None, scores)
+        return token, Piece(new, text.written, "length", scores, _cache_state(batch, text))
+
+    def _write(self, batch: _Batch, tokens: list[int]) -> None:
+        """Let the LLM read the next token of each text of a batch."""
+        more = dict[str, Any](self._last_only)
+        if self._positions:
+            more["position_ids"] = self._tensor([[text.length] for text in batch.texts])
+        ids = self._tensor([[token] for token in tokens])
+        output = self.model(input_ids=ids, use_cache=True, **batch.rows.inputs(), **more)
+        batch.rows.wrote(output.past_key_values)
+        self._recalled += batch.rows.recalled()
+        for row, text in enumerate(batch.texts):
+            text.logits = output.logits[row, -1:].float()
+            text.length += 1
+            if text.places is not None:
+                text.recalled = batch.rows.recall_shares(row)
 
     def _score(self, token: int, logits: Tensor, number: int) -> TokenScore:
         """The log probability of a token, given the logits ``[V]`` in its place."""
@@ -229,36 +279,29 @@ class LLMEngine:
 
     def drop(self, job: Job) -> None:
         """As :meth:`sentcompress.serving.scheduler.Engine.drop`."""
-        self._texts.pop(job, None)
+        for batch in self._batches:
+            batch.keep([text for text in batch.texts if text.job is not job])
+        self._batches = [batch for batch in self._batches if batch.texts]
 
     def reset(self) -> None:
         """As :meth:`sentcompress.serving.scheduler.Engine.reset`."""
-        self._texts.clear()
+        self._batches.clear()
         self._prefixes.clear()
 
     def figures(self) -> EngineFigures:
         """As :meth:`sentcompress.serving.scheduler.Engine.figures`."""
-        caches = [*(text.cache for text in self._texts.values()), *self._prefixes.values()]
-        device = host = full = 0
-        for cache in caches:
-            held = _held(cache)
-            device, host, full = device + held[0], host + held[1], full + held[2]
+        sizes = [
+            *(batch.rows.nbytes() for batch in self._batches),
+            *map(cache_bytes, self._prefixes.values()),
+        ]
+        device, host, full = (sum(part) for part in zip((0, 0, 0), *sizes, strict=True))
         recalls = self.memory is not None and self.memory.policy.recall
         return EngineFigures(device, host, full, self._recalled if recalls else None)
 
 
-def _held(cache: Any) -> tuple[int, int, int]:
-    """Bytes of a cache on the device and in slow storage, and what the LLM's own would hold of the same tokens."""
-    if isinstance(cache, SentenceMemory):
-        return cache.device_bytes(), cache.storage_bytes(), cache.full_bytes()
-    states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    held = sum(tensor.nbytes for tensor in states if isinstance(tensor, Tensor))
-    return held, 0, held
-
-
-def _cache_state(text: _Text) -> CacheState | None:
+def _cache_state(batch: _Batch, text: _Text) -> CacheState | None:
     """What a text's cache holds, if that is reported."""
     if text.places is None:
         return None
     recalled = {text.places.span(*tokens): share for tokens, share in text.recalled.items()}
-    return CacheState(*_held(text.cache), recalled)
+    return CacheState(*batch.rows.text_bytes(batch.texts.index(text)), recalled)

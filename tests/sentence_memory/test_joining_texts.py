@@ -189,6 +189,21 @@ def test_a_place_is_free_for_the_next_text(llm: Any, texts: list[list[int]]):
     assert batch.memory.storage_bytes() == small.storage_bytes()
 
 
+def test_texts_that_have_stored_nothing(llm: Any, texts: list[list[int]]):
+    """They stay when one leaves that has, and others join and store."""
+    batch = Batch(llm, make_memory(llm))
+    batch.read(batch.memory, texts[0], 0, 60)
+    batch.read(make_memory(llm), texts[1], 0, 3)
+    batch.steps(1)
+    batch.leave(0)
+    for start in (4, 50):
+        batch.read(make_memory(llm), texts[2], 0, start)
+    batch.steps(35)
+    for text, start, found in zip((1, 2, 2), (3, 4, 50), batch.leave(0, 1, 2), strict=True):
+        wanted = batch.alone(make_memory(llm), texts[text], start, len(found) - 1)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
 def test_recalled_sentences_are_those_of_each_text(llm: Any, texts: list[list[int]]):
     batch = Batch(llm, make_memory(llm))
     batch.read(batch.memory, texts[0], 0, 70)

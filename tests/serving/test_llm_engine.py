@@ -1,0 +1,162 @@
+"""An LLM's batch: texts that join at different steps get the tokens that ``generate`` gives each, in shared calls."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from sentcompress.generation import GenerationSettings
+from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+from sentcompress.serving.limits import ServeLimits
+from sentcompress.serving.llm_engine import LLMEngine
+from sentcompress.serving.scheduler import Job
+from sentcompress.testing import tiny_tokenizer
+from sentcompress.text.lossless_tokenizer import lossless
+
+TOKENIZER = tiny_tokenizer()
+PROMPTS = (
+    "The sun is up. The bird sings in the tree. We are glad to see it. Nobody knows why the king left.",
+    "He went home!",
+    "It rained all day and the river rose. The end came soon. Did he?",
+)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, GATED),
+    "sliding window": (MistralForCausalLM, MistralConfig, GATED | {"sliding_window": 9}),
+    "opt": (OPTForCausalLM, OPTConfig, SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "bloom": (BloomForCausalLM, BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "lfm2": (Lfm2ForCausalLM, Lfm2Config, GATED | {"layer_types": ["conv", "full_attention"]}),
+}
+
+
+def make_llm(family: str) -> Any:
+    kind, config, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    ends = {"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}
+    llm = kind(config(**sizes, vocab_size=len(TOKENIZER), **ends)).eval()
+    with torch.no_grad():
+        for weight in llm.parameters():
+            weight.mul_(4 if weight.dim() == 2 else 1)  # so that rounding does not decide
+    llm.calls = 0
+    llm.register_forward_hook(lambda *_: setattr(llm, "calls", llm.calls + 1))
+    return llm
+
+
+def make_job(prompt: str, number: int) -> Job:
+    settings = GenerationSettings(max_new_tokens=number)
+    return Job(prompt, settings, lambda _: None, time.monotonic() + 60, number)
+
+
+def written(engine: LLMEngine, begins: dict[int, Job]) -> dict[Job, list[str]]:
+    """The pieces of jobs, each added before a step."""
+    texts: dict[Job, list[str]] = {job: [] for job in begins.values()}
+    open_jobs, step = set(texts), 0
+    while open_jobs:
+        if step in begins:
+            (begun,) = engine.add([begins[step]])
+            assert not isinstance(begun, Exception), begun
+        for job, piece in engine.step():
+            texts[job].append(piece.text)
+            if piece.finish_reason:
+                open_jobs.remove(job)
+        step += 1
+    return texts
+
+
+def wanted(llm: Any, job: Job, memory: SentenceMemory | None = None) -> str:
+    ids = torch.tensor([TOKENIZER(job.prompt)["input_ids"]])
+    cache = {} if memory is None else {"past_key_values": memory}
+    found = llm.generate(input_ids=ids, do_sample=False, max_new_tokens=job.new_tokens, **cache)
+    return lossless(TOKENIZER).streamed().add(found[0, ids.shape[1] :].tolist(), ends=True)
+
+
+@pytest.mark.parametrize("with_memory", [False, True], ids=["own cache", "memory"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_join_and_leave(family: str, with_memory: bool):
+    llm = make_llm(family)
+    if with_memory and family in ("lfm2", "bloom"):
+        pytest.skip("takes no sentence memory")
+
+    def make_memory() -> SentenceMemory | None:
+        if not with_memory:
+            return None
+        return SentenceMemory(
+            llm, TOKENIZER, recent_sentences=1, recall=2, max_sentence_tokens=9, prove=False
+        )
+
+    engine = LLMEngine(llm, TOKENIZER, make_memory(), ServeLimits())
+    numbers = (30, 40, 12)
+    begins = {
+        step: make_job(prompt, number)
+        for step, prompt, number in zip((0, 3, 5), PROMPTS, numbers, strict=True)
+    }
+    llm.calls = 0
+    texts = written(engine, begins)
+    calls = llm.calls
+    for job, pieces in texts.items():
+        assert "".join(pieces) == wanted(llm, job, make_memory())
+    together = family != "lfm2"
+    assert calls == len(numbers) + (3 + 39 if together else sum(numbers) - len(numbers))
+    assert engine.figures().device_bytes == 0
+
+
+def test_texts_that_are_dropped_leave_the_others_alone():
+    llm = make_llm("llama")
+    engine = LLMEngine(llm, TOKENIZER, None, ServeLimits())
+    jobs = [make_job(prompt, 20) for prompt in PROMPTS]
+    engine.add(jobs)
+    found = dict.fromkeys(jobs, "")
+    for step in range(20):
+        for job, piece in engine.step():
+            found[job] += piece.text
+        if step == 5:
+            engine.drop(jobs[0])
+            engine.drop(jobs[0])
+            shorter = engine.figures().device_bytes
+        elif step == 4:
+            longer = engine.figures().device_bytes
+    assert shorter < longer, "the longest text takes its padding with it"
+    for job in jobs[1:]:
+        assert found[job] == wanted(llm, job)
+    assert not [*engine.step()]
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_what_each_text_holds(with_memory: bool):
+    """Without the room that longer texts of the batch make it have."""
+    llm = make_llm("llama")
+    memory = SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2) if with_memory else None
+    states = []
+    for prompts in ((PROMPTS[1],), (PROMPTS[0], PROMPTS[1])):
+        engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits())
+        jobs = [make_job(prompt, 10) for prompt in prompts]
+        for job in jobs:
+            job.reports_cache = True
+        engine.add(jobs)
+        pieces = [[*engine.step()] for _ in range(5)]
+        states.append([piece.cache for step in pieces for job, piece in step if job is jobs[-1]])
+    assert states[0] == states[1]
+    token = 2 * 2 * 2 * 8 * 4
+    lengths = [len(TOKENIZER(PROMPTS[1])["input_ids"]) + step for step in range(1, 6)]
+    assert [state.full_bytes for state in states[0]] == [length * token for length in lengths]
+    if not with_memory:
+        assert [state.device_bytes for state in states[0]] == [length * token for length in lengths]
