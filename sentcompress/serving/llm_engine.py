@@ -21,10 +21,32 @@ from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 from sentcompress.serving.cache_state import CacheState, TokenPlaces
 from sentcompress.serving.limits import ServeLimits
-from sentcompress.serving.llm_rows import OneRow, cache_bytes, rows_of
+from sentcompress.serving.llm_rows import OneRow, cache_bytes, is_padded, rows_of
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece, TokenScore
 from sentcompress.serving.sentence_engine import check_length
 from sentcompress.text.lossless_tokenizer import TextStream, lossless
+
+READ_TOGETHER = 2048
+"""Characters of prompts that are read in one call, as if all were as long as the longest."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt to read.
+
+    Attributes:
+        ids: its tokens.
+        room: tokens that may be written after it.
+    """
+
+    job: Job
+    ids: list[int]
+    room: int
+
+    @property
+    def scored(self) -> bool:
+        """Its tokens get log probabilities too."""
+        return self.job.echo and self.job.logprobs is not None
 
 
 @dataclass(eq=False)
@@ -80,10 +102,6 @@ class LLMEngine:
         limits: of the server.
     """
 
-    joins_per_step = (
-        1  # a prompt takes as long as many steps: the texts that are being written go on in between
-    )
-
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, memory: SentenceMemory | None, limits: ServeLimits
     ) -> None:
@@ -94,6 +112,8 @@ class LLMEngine:
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes
+        self._pads = memory is not None
+        """Texts can stand side by side; with the LLM's own cache, that is known when the first prompt was read."""
         self._batches: list[_Batch] = []
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         """Caches that have read a beginning which prompts share; the one used last at the end."""
@@ -101,18 +121,44 @@ class LLMEngine:
 
     # ---- prompts
 
+    def joining(self, waiting: Sequence[Job]) -> int:
+        """As :meth:`sentcompress.serving.scheduler.Engine.joining`.
+
+        Short prompts are read together. A long one takes as long as many steps, so texts that are being written go on
+        before the next is read.
+        """
+        number = longest = 0
+        for job in waiting:
+            longest = max(longest, len(job.prompt))
+            if number and (not self._pads or (number + 1) * longest > READ_TOGETHER):
+                break
+            number += 1
+        return number
+
     def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """As :meth:`sentcompress.serving.scheduler.Engine.add`."""
-        found: list[Begun | Exception] = []
+        found: dict[Job, Begun | Exception] = {}
+        together: list[_Prompt] = []
+        groups: list[list[_Prompt]] = [together]
         for job in jobs:
             try:
-                found.append(self._add(job))
+                prompt = self._prompt(job)
             except SentCompressError as error:
-                found.append(error)
-        return found
+                found[job] = error
+                continue
+            if self._pads and not job.prefix and not prompt.scored:
+                together.append(prompt)
+            else:
+                groups.append([prompt])
+        for group in filter(None, groups):
+            try:
+                found |= self._begin(group)
+            except SentCompressError as error:
+                found |= {prompt.job: error for prompt in group}
+        return [found[job] for job in jobs]
 
-    def _add(self, job: Job) -> Begun:
-        """Read one prompt. Raises InputError."""
+    def _prompt(self, job: Job) -> _Prompt:
+        """The prompt of a job as tokens. Raises InputError."""
         ids = self._token_ids(job.prompt, job.rendered)
         check_length(len(ids), self.limits)
         if len(ids) >= self.longest:
@@ -120,31 +166,43 @@ class LLMEngine:
                 f"the prompt has {len(ids):,} tokens, but the LLM has {self.longest:,} positions",
                 fix="shorten the prompt",
             )
-        room = min(job.new_tokens, self.longest - len(ids))
-        prompt = (
-            job.prompt if isinstance(job.prompt, str) else lossless(self.tokenizer).decode(ids, begins=True)
-        )
+        return _Prompt(job, ids, min(job.new_tokens, self.longest - len(ids)))
+
+    def _begin(self, prompts: list[_Prompt]) -> dict[Job, Begun | Exception]:
+        """Read prompts, whose texts join a batch. Raises InputError."""
+        first, known = prompts[0], 0
         scores: list[TokenScore] = []
-        if job.echo and job.logprobs is not None:
-            known = 0
-            cache, logits = self._forward(self._empty(), ids)  # a memory is in effect from the first token on
-            scores = self._prompt_scores(ids, logits[0], job.logprobs)
+        if first.scored:
+            cache, logits = self._forward(
+                self._empty(), first.ids
+            )  # a memory is in effect from the first token on
+            scores = self._prompt_scores(first.ids, logits[0], first.job.logprobs or 0)
+        elif len(prompts) == 1:
+            cache, read, known = self._with_prefix(first.job, first.ids)
+            cache, logits = self._read(cache, first.ids, read, longest=len(first.ids) + first.room)
         else:
-            cache, read, known = self._with_prefix(job, ids)
-            cache, logits = self._read(cache, ids, read, longest=len(ids) + room)
-        sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
-        text = _Text(job, sampler, stream, logits[:, -1].float(), len(ids), room)
-        if job.reports_cache:
-            encoded = not job.rendered if isinstance(job.prompt, str) else None
-            text.places = TokenPlaces(self.tokenizer, prompt, ids, encoded)
+            cache, logits = self._read_together(prompts)
+        self._pads = self._pads or is_padded(cache)
+        lengths = [len(prompt.ids) for prompt in prompts]
         batch = next((batch for batch in self._batches if batch.rows.takes(cache)), None)
         if batch is None:
-            batch = _Batch(rows_of(cache), [])
+            batch = _Batch(rows_of(cache, lengths), [])
             self._batches.append(batch)
         else:
-            batch.rows.join(cache)
-        batch.texts.append(text)
-        return Begun(len(ids), known, prompt, scores, _cache_state(batch, text))
+            batch.rows.join(cache, lengths)
+        begun: dict[Job, Begun | Exception] = {}
+        for row, prompt in enumerate(prompts):
+            job, spelt = prompt.job, prompt.job.prompt
+            if not isinstance(spelt, str):
+                spelt = lossless(self.tokenizer).decode(prompt.ids, begins=True)
+            sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
+            text = _Text(job, sampler, stream, logits[row, -1:].float(), len(prompt.ids), prompt.room)
+            if job.reports_cache:
+                encoded = not job.rendered if isinstance(job.prompt, str) else None
+                text.places = TokenPlaces(self.tokenizer, spelt, prompt.ids, encoded)
+            batch.texts.append(text)
+            begun[job] = Begun(len(prompt.ids), known, spelt, scores, _cache_state(batch, text))
+        return begun
 
     def _token_ids(self, prompt: str | list[int], rendered: bool) -> list[int]:
         """Token ids of a prompt. Raises InputError for an empty one, and for tokens that the LLM does not have."""
@@ -204,6 +262,22 @@ class LLMEngine:
             reading = cache.reading_prompt(prompt, None, whole=True, longest=max(longest, len(ids)))
         with reading:
             return self._forward(cache, ids[read:], **self._last_only)
+
+    def _read_together(self, prompts: list[_Prompt]) -> tuple[Any, Tensor]:
+        """Read several prompts in one call, padded on the left: as :meth:`_read`, for ``[B, 1, V]`` logits."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = self._tensor([[0] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts])
+        mask = self._tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
+        cache = self._empty()
+        more: dict[str, Any] = {"attention_mask": mask, **self._last_only}
+        if self._positions:
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp_min_(0)
+        reading: Any = nullcontext()
+        if cache is not None:
+            reading = cache.reading_prompt(ids, mask, whole=True, longest=longest)
+        with reading:
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
+        return output.past_key_values, output.logits
 
     def _forward(self, cache: Any, ids: list[int], **more: Any) -> tuple[Any, Tensor]:
         """Read tokens of one text: its cache, and the logits."""

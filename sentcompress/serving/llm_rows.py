@@ -18,17 +18,20 @@ class OneRow:
 
     Attributes:
         cache: ``past_key_values`` for the LLM.
+
+    Args:
+        lengths: tokens of each text.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, lengths: Sequence[int]) -> None:
         self.cache = cache
 
     def takes(self, cache: Any) -> bool:
-        """Whether the text of this cache can join."""
+        """Whether the texts of this cache can join."""
         return False
 
-    def join(self, cache: Any) -> None:
-        """Add the text of a cache, which is not used any more, as the last row."""
+    def join(self, cache: Any, lengths: Sequence[int]) -> None:
+        """Add the texts of a cache, which is not used any more, as the last rows."""
         raise NotImplementedError
 
     def select(self, rows: Sequence[int]) -> None:
@@ -67,7 +70,7 @@ class MemoryRows(OneRow):
     def takes(self, cache: Any) -> bool:
         return True
 
-    def join(self, cache: SentenceMemory) -> None:
+    def join(self, cache: SentenceMemory, lengths: Sequence[int]) -> None:
         self.cache.join(cache)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -86,15 +89,15 @@ class MemoryRows(OneRow):
 class PaddedRows(OneRow):
     """Texts with the LLM's own cache of keys and values, padded on the left to the longest of them."""
 
-    def __init__(self, cache: Any) -> None:
-        super().__init__(cache)
-        self._lengths = [cache.get_seq_length()]
+    def __init__(self, cache: Any, lengths: Sequence[int]) -> None:
+        super().__init__(cache, lengths)
+        self._lengths = [*lengths]
 
     def takes(self, cache: Any) -> bool:
         return is_padded(cache)
 
-    def join(self, cache: Any) -> None:
-        self._lengths.append(cache.get_seq_length())
+    def join(self, cache: Any, lengths: Sequence[int]) -> None:
+        self._lengths += lengths
         for layer, new in zip(self.cache.layers, cache.layers, strict=True):
             if layer.is_initialized:
                 number = max(layer.keys.shape[2], new.keys.shape[2])
@@ -136,11 +139,11 @@ class PaddedRows(OneRow):
         return held, 0, held
 
 
-def rows_of(cache: Any) -> OneRow:
-    """The beginning of a batch: the cache of its first text."""
+def rows_of(cache: Any, lengths: Sequence[int]) -> OneRow:
+    """The beginning of a batch: the cache of its first texts, and their tokens."""
     if isinstance(cache, SentenceMemory):
-        return MemoryRows(cache)
-    return PaddedRows(cache) if is_padded(cache) else OneRow(cache)
+        return MemoryRows(cache, lengths)
+    return (PaddedRows if is_padded(cache) else OneRow)(cache, lengths)
 
 
 def is_padded(cache: Any) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -136,13 +137,10 @@ class EngineFigures:
 
 
 class Engine(Protocol):
-    """Writes texts. Only the scheduler's thread calls it.
+    """Writes texts. Only the scheduler's thread calls it."""
 
-    Attributes:
-        joins_per_step: texts that may join between two steps.
-    """
-
-    joins_per_step: int
+    def joining(self, waiting: Sequence[Job]) -> int:
+        """How many of these texts, from the first on, should join before the next step; at least one."""
 
     def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """Read prompts; their texts are written from the next step on. An error stands for one that does not fit."""
@@ -285,8 +283,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Let waiting texts join, in their order."""
         with self._changed:
-            free = min(self.limits.max_batch - len(self._running), self.engine.joins_per_step)
-            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            first = [*islice(self._waiting, self.limits.max_batch - len(self._running))]
+            jobs = [self._waiting.popleft() for _ in range(self.engine.joining(first) if first else 0)]
             self._running.update((job, 0) for job in jobs)
         if not jobs:
             return

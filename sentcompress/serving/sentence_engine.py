@@ -68,8 +68,6 @@ class SentenceEngine:
         limits: of the server.
     """
 
-    joins_per_step = 32
-
     def __init__(
         self, generator: SentenceGenerator, settings: GenerationSettings, limits: ServeLimits
     ) -> None:
@@ -80,6 +78,10 @@ class SentenceEngine:
         self._jobs: dict[int, Job] = {}
         self._slot_bytes = 0
         """Of one sentence in the backbone's cache."""
+
+    def joining(self, waiting: Sequence[Job]) -> int:
+        """As :meth:`sentcompress.serving.scheduler.Engine.joining`: all of them are read together."""
+        return len(waiting)
 
     def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """As :meth:`sentcompress.serving.scheduler.Engine.add`. Prompts that begin alike are read together."""

@@ -119,6 +119,44 @@ def test_texts_join_and_leave(family: str, with_memory: bool):
     assert engine.figures().device_bytes == 0
 
 
+@pytest.mark.parametrize("with_memory", [False, True], ids=["own cache", "memory"])
+@pytest.mark.parametrize("family", ["llama", "sliding window", "gpt2", "bloom", "lfm2"])
+def test_short_prompts_are_read_in_one_call(family: str, with_memory: bool):
+    """One of them is refused; the others do not notice."""
+    llm = make_llm(family)
+    if with_memory and family in ("lfm2", "bloom"):
+        pytest.skip("takes no sentence memory")
+    memory = (
+        SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2, prove=False) if with_memory else None
+    )
+    engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits(max_prompt_tokens=100))
+    first, *others = (make_job(prompt, 9) for prompt in PROMPTS)
+    others.insert(1, make_job("He went home! " * 20, 9))
+    engine.add([first])
+    llm.calls = 0
+    begun = engine.add(others)
+    assert llm.calls == (2 if family == "lfm2" else 1)
+    assert "but this server takes 100" in str(begun[1])
+    found = {first: "", others[0]: "", others[2]: ""}
+    for _ in range(9):
+        for job, piece in engine.step():
+            found[job] += piece.text
+    for job, text in found.items():
+        assert text == wanted(llm, job, memory)
+        if memory is not None:
+            memory.reset()
+
+
+def test_a_long_prompt_is_read_by_itself():
+    engine = LLMEngine(make_llm("llama"), TOKENIZER, None, ServeLimits())
+    short, long = make_job("He went home!", 3), make_job("He went home! " * 200, 3)
+    assert engine.joining([short, short]) == 1, "nobody knows yet what its cache is like"
+    engine.add([short])
+    assert engine.joining([make_job("He went home!", 3) for _ in range(9)]) == 9
+    assert engine.joining([short, long, short]) == 1
+    assert engine.joining([long, short]) == 1
+
+
 def test_texts_that_are_dropped_leave_the_others_alone():
     llm = make_llm("llama")
     engine = LLMEngine(llm, TOKENIZER, None, ServeLimits())
