@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.openai_form import APIError
 from sentcompress.serving.try_page import PAGE
 
+log = logging.getLogger(__package__)
 OPEN_PATHS = {"/health", *PAGE}
 """Answered without an API key."""
 CLOSE = {"connection": "close"}
@@ -69,6 +71,11 @@ class Guard:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
+                if message["status"] >= 400:
+                    path = scope["raw_path"][:200].decode(
+                        "ascii", "backslashreplace"
+                    )  # as sent: %0A is no new line
+                    log.info("%s %d", path, message["status"])
             await send(message)
 
         error = self._refusal(scope["path"], Headers(scope=scope))
@@ -98,7 +105,12 @@ class Guard:
 
 def too_large(limits: ServeLimits) -> APIError:
     """The error for a long body."""
-    return APIError(413, f"the body is longer than {limits.max_body_bytes:,} bytes", code="body_too_large")
+    return APIError(
+        413,
+        f"the body is longer than {limits.max_body_bytes:,} bytes; shorten it, or start the server with a larger "
+        "--max-body-bytes",
+        code="body_too_large",
+    )
 
 
 def _host_name(host: str) -> str:

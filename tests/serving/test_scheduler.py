@@ -208,6 +208,9 @@ def test_a_log_has_lengths_and_no_text(server, caplog):
     text = server.text("A secret prompt.", max_tokens=3)
     assert wait_for(lambda: "A secret prompt." in caplog.text, 2)
     assert text.strip() in caplog.text
+    with pytest.raises(openai.BadRequestError):
+        server.text("", max_tokens=3)
+    assert "/v1/completions 400" in caplog.text
 
 
 def test_pieces_keep_their_order_while_other_prompts_are_read():
