@@ -42,10 +42,10 @@ def serve(
     dtype: DtypeOption = "fp32",
     quantize: QuantizeOption = "",
     host: Annotated[
-        str, typer.Option(help="Address to listen at. Other machines reach one that is not loopback.")
+        str, typer.Option(help="Address to listen on. One that other machines reach needs an API key.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
     name: Annotated[
         str | None, typer.Option(help="Name of the model for clients.", show_default="MODEL")
@@ -73,7 +73,7 @@ def serve(
 ) -> None:
     """Answer requests of programs that speak OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 
-    /health and /metrics (Prometheus) are there too. SIGTERM and Ctrl-C let running requests end.
+    Also /health, /metrics (Prometheus), and a page at / to try it with. SIGTERM and Ctrl-C let running requests end.
     """
     from sentcompress.serving.limits import ServeLimits, read_api_key
 
@@ -99,7 +99,7 @@ def serve(
     service = Service(name or str(model), Scheduler(engine, allowed), template, allowed, log_text)
 
     def ready(url: str) -> None:
-        typer.echo(f"serve: {printable(service.name)} at {url}/v1 (Ctrl-C ends it)", err=True)
+        typer.echo(f"serve: {printable(service.name)} at {url}/v1 (a page: {url}; Ctrl-C ends it)", err=True)
 
     answer_requests(service, bound, host, key, ready)
 

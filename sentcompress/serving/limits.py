@@ -38,13 +38,13 @@ class ServeLimits(BaseModel):
     max_connections: int = Field(default=256, ge=1)
     """Connections at a time; further ones are refused with status 503."""
     body_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
-    """Time for the headers of a request, and then for its body, to arrive; and for an unread answer to be read on."""
+    """Time for a request's headers to arrive, then for its body, and for a client that stops reading its answer."""
     request_seconds: float = Field(default=600, gt=0, allow_inf_nan=False)
     """Longest time for one request, from its arrival to its last token."""
     drain_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)
     """After SIGTERM: time for running requests to end; new ones are refused with status 503."""
     prompt_cache_bytes: int = Field(default=2**28, ge=0)
-    """Bytes of prompts that stay read, so that a later prompt with the same beginning need not be read again."""
+    """Bytes of caches kept for later prompts with the same beginning, which is then not read again."""
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> ServeLimits:

@@ -47,7 +47,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         raise InputError(
-            f"cannot listen at {host}, port {port}: {error.strerror}", fix="choose another --port or --host"
+            f"cannot listen on {host}, port {port}: {error.strerror}", fix="choose another --port or --host"
         ) from None
     return bound
 

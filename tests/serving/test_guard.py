@@ -221,9 +221,9 @@ def test_other_machines_need_a_key():
 
 def test_an_address_that_is_taken_is_refused_at_once(open_server):
     port = int(open_server.url.rpartition(":")[2])
-    with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
+    with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
         bind("127.0.0.1", port)
-    with pytest.raises(InputError, match=r"cannot listen at nowhere\.invalid"):
+    with pytest.raises(InputError, match=r"cannot listen on nowhere\.invalid"):
         bind("nowhere.invalid", 8000)
 
 
