@@ -258,13 +258,16 @@ class _Endpoint:
         if asked is not None and asked > limits.max_new_tokens:
             raise APIError(
                 400,
-                f"max_tokens is too large: {asked}. This server writes at most {limits.max_new_tokens} tokens",
+                f"max_tokens is too large: {asked}. This server writes at most {limits.max_new_tokens} tokens; ask for "
+                "fewer, or start it with a larger --max-new-tokens",
                 param="max_tokens",
             )
         most = min(limits.max_choices, limits.max_batch + limits.max_waiting)
         if len(prompts) * choices > most:
             raise APIError(
-                400, f"{len(prompts)} prompts times n={choices}: this server writes at most {most}", param="n"
+                400,
+                f"prompts times n is {len(prompts)} x {choices}. This server writes at most {most} texts for a request",
+                param="n",
             )
         tokens = min(default, limits.max_new_tokens) if asked is None else asked
         deadline = self.arrived + limits.request_seconds
@@ -388,13 +391,26 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+_KINDS = {
+    "prompt": "a text, token ids, or a list of either",
+    "stop": "a text or a list of texts",
+    "content": "a text, or a list of parts of type 'text'",
+}
+"""Arguments that are of one of several kinds."""
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body, as OpenAI's server says it."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid" or not path:
-        return _answer(APIError(400, "the body is not a JSON object, with content-type: application/json"))
+        sent = request.headers.get("content-type", "none")
+        if "json" not in sent.lower():
+            return _answer(
+                APIError(400, f"the content-type is {sent}: send JSON with content-type: application/json")
+            )
+        return _answer(APIError(400, "the body is not a JSON object"))
     param = path[0]
     if first["type"] == "extra_forbidden":
         return _answer(
@@ -402,6 +418,9 @@ async def _invalid(_: Request, error: Exception) -> Response:
         )
     if first["type"] == "missing":
         return _answer(APIError(400, f"you must provide a {'.'.join(path)} parameter", param=param))
+    kind = _KINDS.get(path[-2]) if len(path) > 1 and path[-1] == "str" else None
+    if kind is not None:  # pydantic names the first kind only
+        return _answer(APIError(400, f"{'.'.join(path[:-1])}: give {kind}", param=param))
     return _answer(APIError(400, f"{'.'.join(path)}: {first['msg']}", param=param))
 
 

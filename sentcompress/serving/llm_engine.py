@@ -214,7 +214,7 @@ class LLMEngine:
             ids, known = prompt, len(self.model.get_input_embeddings().weight)
             if wrong := [token for token in ids if not 0 <= token < known]:
                 raise InputError(
-                    f"the prompt has a token {wrong[0]}, but the LLM knows {known:,}, from 0",
+                    f"the prompt has the token {wrong[0]}, but the tokens of this LLM are 0 to {known - 1}",
                     fix="encode it with the tokenizer of this LLM",
                 )
         if not ids:

@@ -193,7 +193,7 @@ def test_with_a_stop_text_only_tokens_before_it_have_scores(server, kind):
         ({"temperature": "1"}, "temperature", "temperature: "),
         ({"top_p": -0.1}, "top_p", "top_p: "),
         ({"n": 0}, "n", "n: "),
-        ({"n": 100}, "n", "1 prompts times n=100: this server writes at most 16"),
+        ({"n": 100}, "n", "prompts times n is 1 x 100. This server writes at most 16 texts"),
         (
             {"max_tokens": 100_000},
             "max_tokens",
@@ -212,7 +212,8 @@ def test_with_a_stop_text_only_tokens_before_it_have_scores(server, kind):
         ({"prompt": ""}, None, "the prompt is empty"),
         ({"prompt": []}, "prompt", "the list is empty"),
         ({"prompt": [10**9]}, None, ""),
-        ({"prompt": {"a": 1}}, "prompt", "prompt"),
+        ({"prompt": {"a": 1}}, "prompt", "prompt: give a text, token ids, or a list of either"),
+        ({"stop": [1]}, "stop", "stop: give a text or a list of texts"),
         ({"prompt": "The people are free. " * 200}, None, "the prompt has "),
     ],
 )
