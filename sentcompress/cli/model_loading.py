@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from sentcompress.cli.common import quick_imports, user_path
-from sentcompress.errors import InputError, ModelFolderError
+from sentcompress.errors import InputError, ModelFolderError, SentCompressError
 from sentcompress.files import printable, read_json
 
 if TYPE_CHECKING:
@@ -147,17 +148,29 @@ def load_llm(
         SentenceMemory.check(memory, **changes)  # the tokenizer and the LLM may take half a minute to load
     spec = BackboneSpec(model=name)
     typer.echo(f"{command}: loading {printable(name)} ...", err=True)
-    tokenizer = load_backbone_tokenizer(spec)
+    with _without_field():
+        tokenizer = load_backbone_tokenizer(spec)
     if trained:
         memory, saved = read_settings(name, tokenizer, memory)
         changes = saved | changes
         SentenceMemory.check(memory, **changes)
-    llm = load_split(name)[0] if is_split else load_causal_lm(spec).eval()
+    with _without_field():
+        llm = load_split(name)[0] if is_split else load_causal_lm(spec).eval()
     llm = llm.to("cuda" if torch.cuda.is_available() else "cpu", types[dtype])
     if memory is None:
         return llm, tokenizer, None
     typer.echo(f"{command}: testing it with the memory {memory} ...", err=True)
     return llm, tokenizer, SentenceMemory(llm, tokenizer, memory, **changes)
+
+
+@contextmanager
+def _without_field() -> Iterator[None]:
+    """Messages of the loader begin with a recipe's field; here there is no recipe."""
+    try:
+        yield
+    except SentCompressError as error:
+        error.message = error.message.removeprefix("backbone.model: ")
+        raise
 
 
 def memory_argument(text: str) -> tuple[str, Any]:

@@ -89,7 +89,11 @@ def load_saved_tokenizer(folder: Path | str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **SAFE)
     except Exception as error:
-        raise ModelFolderError(f"'{folder}': its tokenizer cannot be loaded: {error}") from error
+        missing = not (Path(folder) / "tokenizer.json").is_file()
+        why = "there is no tokenizer.json" if missing else " ".join(str(error).split())[:300]
+        raise ModelFolderError(
+            f"'{folder}': its tokenizer cannot be loaded: {why}", fix="copy the folder again"
+        ) from error
     tokenizer.model_max_length = int(1e30)
     _check_vocabulary(tokenizer, Path(folder))
     return tokenizer
