@@ -101,8 +101,9 @@ def _write_with_llm(
             for size in (held.device_bytes(), held.storage_bytes(), held.full_bytes())
         )
         slow = f", and {stored} in slow storage" if held.storage_bytes() else ""
+        short = " A text this short saves nothing." if held.device_bytes() >= held.full_bytes() else ""
         typer.echo(
-            f"The memory {held.policy.name} holds {here}{slow}. A cache of all tokens would hold {full}.",
+            f"The memory {held.policy.name} holds {here}{slow}. A cache of all tokens would hold {full}.{short}",
             err=True,
         )
 
