@@ -66,8 +66,14 @@ class ChoiceText:
 
     def _may_begin_a_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop text."""
+        most = len(self._held)
         return max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            (
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop), most + 1))
+                if self._held.endswith(stop[:n])
+            ),
             default=0,
         )
 

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from sentcompress.generation import GenerationSettings
-from sentcompress.serving.answers import Answer
+from sentcompress.serving.answers import Answer, ChoiceText
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.llm_engine import LLMEngine
 from sentcompress.serving.scheduler import Begun, Job, Piece
@@ -124,6 +124,16 @@ def test_a_stop_text_frees_the_place_at_once(server):
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens < 100
     assert wait_for(lambda: idle(server), 2)
+
+
+def test_a_long_stop_text_costs_no_time():
+    """The server has one thread for all requests."""
+    choice = ChoiceText(["a" * 200_000] * 4)
+    start = time.process_time()
+    shown = "".join(choice.add(Piece("aaa", number))[0] for number in range(10))
+    assert time.process_time() - start < 1
+    assert shown == ""
+    assert choice.add(Piece("b", 11, "length"))[0] == "a" * 30 + "b"
 
 
 def test_a_request_that_takes_too_long_is_ended(make_server):
