@@ -90,6 +90,42 @@ class _Batch:
         self.texts = texts
 
 
+class _Prefixes:
+    """Caches that have read a beginning which prompts share; they stay as they are.
+
+    Args:
+        max_bytes: of all that is kept; those used least recently go.
+
+    Attributes:
+        nbytes: of what is kept, as :func:`cache_bytes`. Counted as they come and go, since the engine asks at each step.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = (0, 0, 0)
+        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        """The one used last at the end."""
+
+    def find(self, ids: list[int]) -> Any:
+        """The cache that has read these tokens; None if there is none."""
+        key = tuple(ids)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def keep(self, ids: list[int], cache: Any) -> None:
+        """Keep a cache that has read tokens which no other has read."""
+        self._kept[tuple(ids)] = cache
+        self._count(cache, 1)
+        while sum(self.nbytes[:2]) > self.max_bytes:
+            self._count(self._kept.popitem(last=False)[1], -1)
+
+    def _count(self, cache: Any, sign: int) -> None:
+        device, host, full = self.nbytes
+        more = cache_bytes(cache)
+        self.nbytes = device + sign * more[0], host + sign * more[1], full + sign * more[2]
+
+
 class LLMEngine:
     """Writes texts with an LLM, in one batch. A text gets the tokens that ``generate`` gives it.
 
@@ -115,8 +151,7 @@ class LLMEngine:
         self._pads = memory is not None
         """Texts can stand side by side; with the LLM's own cache, that is known when the first prompt was read."""
         self._batches: list[_Batch] = []
-        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        """Caches that have read a beginning which prompts share; the one used last at the end."""
+        self._prefixes = _Prefixes(limits.prompt_cache_bytes)
         self._recalled = 0
 
     # ---- prompts
@@ -230,15 +265,11 @@ class LLMEngine:
         prefix = self._token_ids(job.prefix, True) if job.prefix else []
         if not prefix or len(prefix) >= len(ids) or ids[: len(prefix)] != prefix:
             return self._empty(), 0, 0
-        key = tuple(prefix)
-        known = len(prefix) if key in self._prefixes else 0
-        cache = self._prefixes.pop(key) if known else self._read(self._empty(), prefix, 0)[0]
-        self._prefixes[key] = cache
-        while (
-            sum(sum(cache_bytes(kept)[:2]) for kept in self._prefixes.values())
-            > self.limits.prompt_cache_bytes
-        ):
-            self._prefixes.popitem(last=False)
+        cache = self._prefixes.find(prefix)
+        known = 0 if cache is None else len(prefix)
+        if cache is None:
+            cache = self._read(self._empty(), prefix, 0)[0]
+            self._prefixes.keep(prefix, cache)
         own = cache.copy() if isinstance(cache, SentenceMemory) else copy.deepcopy(cache)
         return own, len(prefix), known
 
@@ -360,14 +391,11 @@ class LLMEngine:
     def reset(self) -> None:
         """As :meth:`sentcompress.serving.scheduler.Engine.reset`."""
         self._batches.clear()
-        self._prefixes.clear()
+        self._prefixes = _Prefixes(self.limits.prompt_cache_bytes)
 
     def figures(self) -> EngineFigures:
         """As :meth:`sentcompress.serving.scheduler.Engine.figures`."""
-        sizes = [
-            *(batch.rows.nbytes() for batch in self._batches),
-            *map(cache_bytes, self._prefixes.values()),
-        ]
+        sizes = [*(batch.rows.nbytes() for batch in self._batches), self._prefixes.nbytes]
         device, host, full = (sum(part) for part in zip((0, 0, 0), *sizes, strict=True))
         recalls = self.memory is not None and self.memory.policy.recall
         return EngineFigures(device, host, full, self._recalled if recalls else None)

@@ -198,3 +198,38 @@ def test_what_each_text_holds(with_memory: bool):
     assert [state.full_bytes for state in states[0]] == [length * token for length in lengths]
     if not with_memory:
         assert [state.device_bytes for state in states[0]] == [length * token for length in lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_beginnings_that_stay_read(monkeypatch: pytest.MonkeyPatch, with_memory: bool):
+    """Those used least recently go. However many there are, a step asks none of them for its size."""
+    llm = make_llm("llama")
+    memory = SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2) if with_memory else None
+    engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits(prompt_cache_bytes=60_000))
+
+    def cached(name: str) -> int:
+        job = make_job(f"You are {name}. {PROMPTS[0]}", 1)
+        job.prefix, job.rendered = f"You are {name}.", True
+        (begun,) = engine.add([job])
+        engine.drop(job)
+        assert not isinstance(begun, Exception), begun
+        return begun.cached_tokens
+
+    def held() -> int:
+        now = engine.figures()
+        return now.device_bytes + now.host_bytes
+
+    assert cached("Adam") == 0 < cached("Adam")
+    one = held()
+    assert cached("Eve") == 0 < cached("Adam")
+    assert one < held()
+    for number in range(60_000 // one):
+        assert cached("Adam") > 0 == cached(f"number {number}")
+    assert cached("Eve") == 0
+    now = held()
+    assert now <= 60_000
+    monkeypatch.setattr("sentcompress.serving.llm_engine.cache_bytes", None)
+    assert held() == now
+    engine.reset()
+    assert held() == 0
