@@ -163,7 +163,7 @@ class BlockSlots(CacheLayerMixin):
     # ---- a batch whose texts come and go
 
     def select(self, rows: Tensor) -> None:
-        """Only keep some rows, int64 ``[n]``."""
+        """Only keep some rows, int64 ``[n]``, as the table does already."""
         if not len(rows):
             self.reset()
         if self.keys is None:
@@ -175,7 +175,7 @@ class BlockSlots(CacheLayerMixin):
             length = max(storage.length for storage in self.storage)
             self.index = self.index[rows, :, :length] if length else None
         used = (self.held >= 0).any(1).any(0).nonzero()
-        self._resize(self._kept_slots, int(used.max()) + 1 if len(used) else 0)
+        self._resize(self._table.capacity, int(used.max()) + 1 if len(used) else 0)
 
     def join(self, other: BlockSlots) -> None:
         """Add the rows of another cache of this block, which is not used any more."""

@@ -204,6 +204,22 @@ def test_texts_that_have_stored_nothing(llm: Any, texts: list[list[int]]):
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_a_text_leaves_before_positions_of_another_move(llm: Any, texts: list[list[int]]):
+    """It takes the slots with it that only its tokens needed."""
+    options = {"positions": "reindexed", "max_positions": 52, "recent_sentences": 20}
+    batch = Batch(llm, make_memory(llm, "window", **options))
+    batch.read(batch.memory, texts[0], 0, 80)
+    batch.read(make_memory(llm, "window", **options), texts[1], 0, 50)
+    batch.steps(2)
+    longer = batch.memory.device_bytes()
+    batch.leave(0)
+    assert batch.memory.device_bytes() * 2 < longer
+    batch.steps(20)
+    (found,) = batch.leave(0)
+    wanted = batch.alone(make_memory(llm, "window", **options), texts[1], 50, 22)
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
 def test_recalled_sentences_are_those_of_each_text(llm: Any, texts: list[list[int]]):
     batch = Batch(llm, make_memory(llm))
     batch.read(batch.memory, texts[0], 0, 70)
