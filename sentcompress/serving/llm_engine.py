@@ -97,7 +97,7 @@ class _Prefixes:
         max_bytes: of all that is kept; those used least recently go.
 
     Attributes:
-        nbytes: of what is kept, as :func:`cache_bytes`. Counted as they come and go, since the engine asks at each step.
+        nbytes: of what is kept, as :func:`cache_bytes`. Counted as they come and go: the engine asks at each step.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -219,25 +219,35 @@ class LLMEngine:
             cache, logits = self._read_together(prompts)
         self._pads = self._pads or is_padded(cache)
         lengths = [len(prompt.ids) for prompt in prompts]
+        # Whatever may fail comes first, so that no row joins without its text.
+        texts = [self._text(prompt, logits[row, -1:].float()) for row, prompt in enumerate(prompts)]
+        spelt = [self._spelt(prompt) for prompt in prompts]
         batch = next((batch for batch in self._batches if batch.rows.takes(cache)), None)
         if batch is None:
             batch = _Batch(rows_of(cache, lengths), [])
             self._batches.append(batch)
         else:
             batch.rows.join(cache, lengths)
-        begun: dict[Job, Begun | Exception] = {}
-        for row, prompt in enumerate(prompts):
-            job, spelt = prompt.job, prompt.job.prompt
-            if not isinstance(spelt, str):
-                spelt = lossless(self.tokenizer).decode(prompt.ids, begins=True)
-            sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
-            text = _Text(job, sampler, stream, logits[row, -1:].float(), len(prompt.ids), prompt.room)
-            if job.reports_cache:
-                encoded = not job.rendered if isinstance(job.prompt, str) else None
-                text.places = TokenPlaces(self.tokenizer, spelt, prompt.ids, encoded)
-            batch.texts.append(text)
-            begun[job] = Begun(len(prompt.ids), known, spelt, scores, _cache_state(batch, text))
-        return begun
+        batch.texts += texts
+        return {
+            text.job: Begun(text.length, known, prompt, scores, _cache_state(batch, text))
+            for text, prompt in zip(texts, spelt, strict=True)
+        }
+
+    def _text(self, prompt: _Prompt, logits: Tensor) -> _Text:
+        """What is known of a text when its prompt was read; ``logits [1, V]`` are those of its first token."""
+        job = prompt.job
+        sampler, stream = Sampler(job.settings, self.model.device), lossless(self.tokenizer).streamed()
+        text = _Text(job, sampler, stream, logits, len(prompt.ids), prompt.room)
+        if job.reports_cache:
+            encoded = not job.rendered if isinstance(job.prompt, str) else None
+            text.places = TokenPlaces(self.tokenizer, self._spelt(prompt), prompt.ids, encoded)
+        return text
+
+    def _spelt(self, prompt: _Prompt) -> str:
+        """A prompt as text."""
+        given = prompt.job.prompt
+        return given if isinstance(given, str) else lossless(self.tokenizer).decode(prompt.ids, begins=True)
 
     def _token_ids(self, prompt: str | list[int], rendered: bool) -> list[int]:
         """Token ids of a prompt. Raises InputError for an empty one, and for tokens that the LLM does not have."""

@@ -97,13 +97,13 @@ class PaddedRows(OneRow):
         return is_padded(cache)
 
     def join(self, cache: Any, lengths: Sequence[int]) -> None:
-        self._lengths += lengths
         for layer, new in zip(self.cache.layers, cache.layers, strict=True):
             if layer.is_initialized:
                 number = max(layer.keys.shape[2], new.keys.shape[2])
                 for name in ("keys", "values"):
                     parts = (_last_columns(getattr(each, name), number) for each in (layer, new))
                     setattr(layer, name, torch.cat([*parts]))
+        self._lengths += lengths
         self._count()
 
     def select(self, rows: Sequence[int]) -> None:

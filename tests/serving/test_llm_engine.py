@@ -179,6 +179,36 @@ def test_texts_that_are_dropped_leave_the_others_alone():
 
 
 @pytest.mark.parametrize("with_memory", [False, True])
+def test_a_text_that_fails_to_join_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch, with_memory: bool
+):
+    llm = make_llm("llama")
+    memory = SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2) if with_memory else None
+    engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits())
+    first, broken, last = (make_job(prompt, 9) for prompt in PROMPTS)
+    engine.add([first])
+    found = {first: "", last: ""}
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sentcompress.serving.llm_engine.Sampler", fails)
+        with pytest.raises(MemoryError):
+            engine.add([broken])
+    engine.drop(broken)
+    for step in range(12):
+        if step == 3:
+            engine.add([last])
+        for job, piece in engine.step():
+            found[job] += piece.text
+    for job, text in found.items():
+        assert text == wanted(llm, job, memory)
+        if memory is not None:
+            memory.reset()
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
 def test_what_each_text_holds(with_memory: bool):
     """Without the room that longer texts of the batch make it have."""
     llm = make_llm("llama")
