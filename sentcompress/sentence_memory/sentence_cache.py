@@ -238,9 +238,11 @@ class SentenceMemory(CacheFigures):
             )
         for memory in (self, other):
             memory._check_complete()
+        self._incomplete = True
         self._table.join(other._table.rows)
         for layer, more in zip(self.layers, other.layers, strict=True):
             layer.join(more)
+        self._incomplete = False
         other.reset()
         self._changed()
 
@@ -251,7 +253,8 @@ class SentenceMemory(CacheFigures):
     def _check_complete(self) -> None:
         if self._incomplete:
             raise InputError(
-                "the last call of the LLM failed, so its memory is incomplete", fix="call memory.reset()"
+                "the last call of the LLM failed, or a join, so its memory is incomplete",
+                fix="call memory.reset()",
             )
 
     # ---- a prefix: a text that was read once, for many prompts

@@ -241,3 +241,24 @@ def test_what_cannot_join(llm: Any, texts: list[list[int]]):
     Batch(llm, memory).read(memory, texts[0], 0, 20)
     with pytest.raises(InputError, match="twice"):
         memory.batch_select_indices(torch.tensor([0, 0]))
+
+
+def test_a_batch_that_was_joined_in_part_is_not_used(
+    llm: Any, texts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """The device may run out of memory in the midst of it."""
+
+    def fails(_: Any) -> None:
+        raise MemoryError
+
+    batch, other = Batch(llm, make_memory(llm)), make_memory(llm)
+    batch.read(batch.memory, texts[0], 0, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.memory.layers[1], "join", fails)
+        with pytest.raises(MemoryError):
+            batch.read(other, texts[1], 0, 20)
+    for use in (lambda: batch.steps(1), lambda: make_memory(llm).join(batch.memory)):
+        with pytest.raises(InputError, match="incomplete"):
+            use()
+    batch.memory.reset()
+    batch.alone(batch.memory, texts[0], 20, 2)
