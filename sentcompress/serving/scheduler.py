@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from sentcompress.errors import SentCompressError
+from sentcompress.errors import RunError, SentCompressError, is_out_of_memory
 from sentcompress.generation import GenerationSettings
 from sentcompress.serving.cache_state import CacheState
 from sentcompress.serving.limits import ServeLimits
@@ -305,14 +305,8 @@ class Scheduler:
     def _step(self) -> None:
         try:
             pieces = list(self.engine.step())
-        except Exception as error:  # the texts are lost, but not the server
-            log.exception("the model failed; %d texts are lost", len(self._running))
-            for job in [*self._running]:
-                job.deliver(error)
-            self.engine.reset()
-            with self._changed:
-                self._running.clear()
-                self._changed.notify_all()
+        except Exception as error:
+            self._lose_all(error)
             return
         new = 0
         with self._changed:
@@ -324,6 +318,18 @@ class Scheduler:
         self._note(new)  # whoever gets a piece finds it in the figures
         for job, piece in pieces:
             job.deliver(piece)
+
+    def _lose_all(self, error: Exception) -> None:
+        """After an error in the midst of the model's work, the texts are lost, but not the server."""
+        log.exception("the model failed; %d texts are lost", len(self._running))
+        # Even an InputError: these clients' input was accepted before.
+        reason = error if is_out_of_memory(error) else RunError("the model failed")
+        for job in [*self._running]:
+            job.deliver(reason)
+        self.engine.reset()
+        with self._changed:
+            self._running.clear()
+            self._changed.notify_all()
 
     def _note(self, new: int) -> None:
         """Keep the figures of now, after ``new`` tokens."""
@@ -346,7 +352,12 @@ class Scheduler:
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """Forget a text; say why, unless its reader is gone."""
-        self.engine.drop(job)
+        try:
+            self.engine.drop(job)
+        except Exception as failure:
+            with self._changed:
+                self._running.pop(job, None)
+            self._lose_all(failure)
         self._note(0)
         with self._changed:
             self._running.pop(job, None)

@@ -14,6 +14,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
 from sentcompress.serving.answers import Answer, ChoiceText
 from sentcompress.serving.limits import ServeLimits
@@ -163,6 +164,16 @@ def test_a_failure_of_the_model_loses_its_texts_and_not_the_server(server, monke
     assert "secret" not in str(caught.value.body)
     assert server.text(LONG, max_tokens=5)
 
+    def refuses():
+        monkeypatch.undo()
+        raise InputError("the memory is incomplete")
+
+    monkeypatch.setattr(engine, "step", refuses)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.text(LONG, max_tokens=5)
+    assert caught.value.status_code == 500, "no fault of this client"
+    assert server.text(LONG, max_tokens=5)
+
     def too_large(_):
         monkeypatch.undo()
         raise MemoryError
@@ -171,6 +182,24 @@ def test_a_failure_of_the_model_loses_its_texts_and_not_the_server(server, monke
     with pytest.raises(openai.InternalServerError) as caught:
         server.text(LONG, max_tokens=5)
     assert caught.value.code == "out_of_memory"
+    assert server.text(LONG, max_tokens=5)
+
+
+def test_a_text_that_cannot_be_dropped_costs_the_others_and_not_the_server(server, monkeypatch):
+    """To leave a batch takes memory, which may run out."""
+
+    def too_large(_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    streams = [server.complete(LONG, max_tokens=480, stream=True) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    monkeypatch.setattr(server.service.scheduler.engine, "drop", too_large)
+    streams[0].close()
+    with pytest.raises(openai.APIError, match="too little memory"):
+        list(streams[1])
+    assert wait_for(lambda: idle(server)), server.figures
     assert server.text(LONG, max_tokens=5)
 
 
