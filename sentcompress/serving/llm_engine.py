@@ -21,7 +21,7 @@ from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 from sentcompress.serving.cache_state import CacheState, TokenPlaces
 from sentcompress.serving.limits import ServeLimits
-from sentcompress.serving.llm_rows import OneRow, cache_bytes, is_padded, rows_of
+from sentcompress.serving.llm_rows import OneRow, cache_bytes, is_padded, rows_of, side_by_side
 from sentcompress.serving.scheduler import Begun, EngineFigures, Job, Piece, TokenScore
 from sentcompress.serving.sentence_engine import check_length
 from sentcompress.text.lossless_tokenizer import TextStream, lossless
@@ -129,7 +129,7 @@ class _Prefixes:
 class LLMEngine:
     """Writes texts with an LLM, in one batch. A text gets the tokens that ``generate`` gives it.
 
-    Texts whose caches cannot stand side by side, such as those of recurrent LLMs, have a batch each.
+    Texts that cannot stand side by side, such as those of recurrent LLMs, have a batch each.
 
     Args:
         model: a causal LM of transformers, in eval mode.
@@ -148,8 +148,8 @@ class LLMEngine:
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = "position_ids" in takes
-        self._pads = memory is not None
-        """Texts can stand side by side; with the LLM's own cache, that is known when the first prompt was read."""
+        self._pads: bool | None = (memory is not None or None) if side_by_side(model) else False
+        """Texts can stand side by side. None: the LLM's own cache says so, when the first prompt was read."""
         self._batches: list[_Batch] = []
         self._prefixes = _Prefixes(limits.prompt_cache_bytes)
         self._recalled = 0
@@ -217,12 +217,13 @@ class LLMEngine:
             cache, logits = self._read(cache, first.ids, read, longest=len(first.ids) + first.room)
         else:
             cache, logits = self._read_together(prompts)
-        self._pads = self._pads or is_padded(cache)
+        if self._pads is None:
+            self._pads = is_padded(cache)
         lengths = [len(prompt.ids) for prompt in prompts]
         # Whatever may fail comes first, so that no row joins without its text.
         texts = [self._text(prompt, logits[row, -1:].float()) for row, prompt in enumerate(prompts)]
         spelt = [self._spelt(prompt) for prompt in prompts]
-        batch = next((batch for batch in self._batches if batch.rows.takes(cache)), None)
+        batch = next((batch for batch in self._batches if self._pads and batch.rows.takes(cache)), None)
         if batch is None:
             batch = _Batch(rows_of(cache, lengths), [])
             self._batches.append(batch)

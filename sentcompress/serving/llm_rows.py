@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
+
+WITHOUT_POSITIONS = {"bloom", "mpt"}
+"""LLMs that take no positions and have none: their attention knows distances (ALiBi)."""
 
 
 class OneRow:
@@ -137,6 +142,15 @@ class PaddedRows(OneRow):
             part[0, :, 0].nbytes * min(part.shape[2], self._lengths[row]) for part in _tensors(self.cache)
         )
         return held, 0, held
+
+
+def side_by_side(model: PreTrainedModel) -> bool:
+    """Whether an LLM can write texts of different lengths in one call, each as it would alone."""
+    config = model.config.get_text_config(decoder=True)
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        return False  # the longest text of a call decides how the keys of all of them are rotated
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return takes_positions or config.model_type in WITHOUT_POSITIONS
 
 
 def rows_of(cache: Any, lengths: Sequence[int]) -> OneRow:

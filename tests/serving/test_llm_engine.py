@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -20,6 +22,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from sentcompress.generation import GenerationSettings
@@ -38,12 +42,37 @@ PROMPTS = (
 )
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+BART = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "forced_eos_token_id": None,
+}
+LONGROPE = {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    },
+}
+WITHOUT_MEMORY = ("bart", "bloom", "lfm2")
+TOGETHER = ("llama", "sliding window", "opt", "gpt2", "bloom")
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, GATED),
     "sliding window": (MistralForCausalLM, MistralConfig, GATED | {"sliding_window": 9}),
     "opt": (OPTForCausalLM, OPTConfig, SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "bloom": (BloomForCausalLM, BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    # These two do not read texts of different lengths in one call: it takes no positions, ...
+    "bart": (BartForCausalLM, BartConfig, BART),
+    # ... and the longest text decides how keys are rotated.
+    "longrope": (Phi3ForCausalLM, Phi3Config, GATED | LONGROPE),
     "lfm2": (Lfm2ForCausalLM, Lfm2Config, GATED | {"layer_types": ["conv", "full_attention"]}),
 }
 
@@ -93,7 +122,7 @@ def wanted(llm: Any, job: Job, memory: SentenceMemory | None = None) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_join_and_leave(family: str, with_memory: bool):
     llm = make_llm(family)
-    if with_memory and family in ("lfm2", "bloom"):
+    if with_memory and family in WITHOUT_MEMORY:
         pytest.skip("takes no sentence memory")
 
     def make_memory() -> SentenceMemory | None:
@@ -114,9 +143,21 @@ def test_texts_join_and_leave(family: str, with_memory: bool):
     calls = llm.calls
     for job, pieces in texts.items():
         assert "".join(pieces) == wanted(llm, job, make_memory())
-    together = family != "lfm2"
+    together = family in TOGETHER
     assert calls == len(numbers) + (3 + 39 if together else sum(numbers) - len(numbers))
     assert engine.figures().device_bytes == 0
+
+
+@pytest.mark.parametrize("with_memory", [False, True], ids=["own cache", "memory"])
+def test_a_long_text_does_not_change_how_others_are_rotated(with_memory: bool):
+    llm = make_llm("longrope")
+    memory = SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2) if with_memory else None
+    engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits())
+    texts = written(engine, {0: make_job(" ".join(PROMPTS * 2), 40), 1: make_job(PROMPTS[1], 30)})
+    for job, pieces in texts.items():
+        assert "".join(pieces) == wanted(llm, job, memory)
+        if memory is not None:
+            memory.reset()
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["own cache", "memory"])
@@ -124,7 +165,7 @@ def test_texts_join_and_leave(family: str, with_memory: bool):
 def test_short_prompts_are_read_in_one_call(family: str, with_memory: bool):
     """One of them is refused; the others do not notice."""
     llm = make_llm(family)
-    if with_memory and family in ("lfm2", "bloom"):
+    if with_memory and family in WITHOUT_MEMORY:
         pytest.skip("takes no sentence memory")
     memory = (
         SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=2, prove=False) if with_memory else None
