@@ -248,16 +248,33 @@ class FileStorage(SlowStorage):
             _reserve(self._file.fileno(), needed)
             mapped = mmap.mmap(self._file.fileno(), needed)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason, fix = _REASONS.get(
+                error.errno or 0,
+                (
+                    f"cannot hold a file: {error.strerror or error}",
+                    "name a folder that you may write to",
+                ),
+            )
             raise StorageError(
-                f"{self._folder}: "
-                + ("the disk is full" if full else f"cannot hold a file: {error.strerror or error}")
-                + f"; the sentence memory needs a file of {needed / 2**20:.1f} MiB for each block of the LLM",
-                fix="free some space, or name another folder"
-                if full
-                else "name a folder that you may write to",
+                f"{self._folder}: {reason}; the sentence memory needs a file of {needed / 2**20:.1f} MiB for each "
+                "block of the LLM",
+                fix=fix,
             ) from error
         return torch.frombuffer(mapped, dtype=like.dtype).view(shape)
+
+
+_FULL = "the disk is full", "free some space, or name another folder"
+_TOO_MANY = (
+    "too many files are open",
+    "raise the limit (ulimit -n): each text has two descriptors for each block that recalls",
+)
+_REASONS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EMFILE: _TOO_MANY,
+    errno.ENFILE: _TOO_MANY,
+}
+"""What failed and how to fix it, for errors of the system."""
 
 
 def _reserve(descriptor: int, size: int) -> None:

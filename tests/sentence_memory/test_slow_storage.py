@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,21 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         storage.append(keys, values)
     assert storage.length == 250
     assert torch.equal(storage.read()[0], keys)
+
+
+def test_many_texts_need_many_open_files(tmp_path: Path):
+    def store() -> None:
+        for text in texts:
+            text.append(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    texts = [make_storage("file", tmp_path) for _ in range(20)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"too many files are open(.|\n)*ulimit -n"):
+            store()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_without_fallocate_the_space_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
