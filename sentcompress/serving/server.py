@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 
@@ -23,6 +24,21 @@ KEEP_ALIVE_SECONDS = 20
 """How long an idle connection stays open: longer than clients use it again, whose request would be lost otherwise."""
 CLOSE_SECONDS = 5
 """After the last answer was written: time for connections to take it."""
+OPEN_FILES = 2**16
+"""Descriptors: 64 texts with 2 for each of 64 blocks take 8,192, and prompts that stay read as many again."""
+
+
+def allow_open_files() -> None:
+    """Take as many open files as the system allows: texts in ``storage=file`` and connections need them."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system may allow fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_address(host: str, key: str | None) -> None:
@@ -77,6 +93,7 @@ def serve(
         RunError: it ended without a signal.
     """
     limits = service.limits
+    allow_open_files()
     app = Guard(
         create_app(service), key=key, local=is_loopback(host), limits=limits, count=service.metrics.count
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 
@@ -14,7 +15,7 @@ from sentcompress.generation import GenerationSettings
 from sentcompress.serving.guard import is_loopback
 from sentcompress.serving.limits import ServeLimits, read_api_key
 from sentcompress.serving.sentence_engine import SentenceEngine
-from sentcompress.serving.server import bind, check_address
+from sentcompress.serving.server import allow_open_files, bind, check_address
 
 KEY = "0123456789abcdef-key"
 LIMITS = ServeLimits(max_body_bytes=2000, body_seconds=1, max_new_tokens=50)
@@ -217,6 +218,19 @@ def test_other_machines_need_a_key():
         False,
         False,
     ]
+
+
+def test_the_server_may_have_many_files_open():
+    """A text in ``storage=file`` has two for each block; many systems allow 1,024 in all."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        allow_open_files()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft != 256
+        assert hard == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_an_address_that_is_taken_is_refused_at_once(open_server):
