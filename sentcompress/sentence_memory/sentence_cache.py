@@ -372,6 +372,12 @@ class SentenceMemory(CacheFigures):
         """Tokens that a text may have: without re-indexing, as many as the LLM has positions."""
         return sys.maxsize if self._table.reindexing else position_limit(self.model.config)
 
+    @property
+    def longest_full_prompt(self) -> int:
+        """Tokens that each prompt of a call may have. If one has more, its positions move, and none is read in full."""
+        reindexing = self._table.reindexing
+        return self.longest_text if reindexing is None else reindexing.limit
+
     # ---- a call of the LLM
 
     def begin_call(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:

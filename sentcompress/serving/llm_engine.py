@@ -181,7 +181,7 @@ class LLMEngine:
             except SentCompressError as error:
                 found[job] = error
                 continue
-            if self._pads and not job.prefix and not prompt.scored:
+            if self._pads and not job.prefix and not prompt.scored and self._in_full(prompt):
                 together.append(prompt)
             else:
                 groups.append([prompt])
@@ -202,6 +202,10 @@ class LLMEngine:
                 fix="shorten the prompt",
             )
         return _Prompt(job, ids, min(job.new_tokens, self.longest - len(ids)))
+
+    def _in_full(self, prompt: _Prompt) -> bool:
+        """Whether a prompt changes nothing for others of its call."""
+        return self.memory is None or len(prompt.ids) <= self.memory.longest_full_prompt
 
     def _begin(self, prompts: list[_Prompt]) -> dict[Job, Begun | Exception]:
         """Read prompts, whose texts join a batch. Raises InputError."""

@@ -188,6 +188,19 @@ def test_short_prompts_are_read_in_one_call(family: str, with_memory: bool):
             memory.reset()
 
 
+def test_a_prompt_whose_positions_move_is_read_by_itself():
+    """It is not read in full, and the others of its call would not be either."""
+    llm = make_llm("llama")
+    moving = {"positions": "reindexed", "max_positions": 52, "max_sentence_tokens": 9}
+    memory = SentenceMemory(llm, TOKENIZER, recent_sentences=1, recall=1, prove=False, **moving)
+    engine = LLMEngine(llm, TOKENIZER, memory, ServeLimits())
+    short, long = make_job(PROMPTS[2], 12), make_job(" ".join(PROMPTS), 12)
+    assert engine.joining([short, long]) == 2
+    engine.add([short, long])
+    text = "".join(piece.text for _ in range(12) for job, piece in engine.step() if job is short)
+    assert text == wanted(llm, short, memory)
+
+
 def test_a_long_prompt_is_read_by_itself():
     engine = LLMEngine(make_llm("llama"), TOKENIZER, None, ServeLimits())
     short, long = make_job("He went home!", 3), make_job("He went home! " * 200, 3)
