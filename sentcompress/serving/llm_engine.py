@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sentcompress.contracts.causal_lm import position_limit
-from sentcompress.errors import InputError, SentCompressError
+from sentcompress.errors import InputError, NumericsError, SentCompressError
 from sentcompress.files import checked_text
 from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
@@ -335,23 +335,33 @@ class LLMEngine:
 
     # ---- new tokens
 
-    def step(self) -> Iterator[tuple[Job, Piece]]:
+    def step(self) -> Iterator[tuple[Job, Piece | Exception]]:
         """As :meth:`sentcompress.serving.scheduler.Engine.step`."""
         for batch in self._batches:
-            picked = [(text, *self._pick(batch, text)) for text in batch.texts]
-            going = [(text, token) for text, token, piece in picked if not piece.finish_reason]
+            picked = [(text, *self._pick_or_fail(batch, text)) for text in batch.texts]
+            going = [(text, token) for text, token, piece in picked if not _is_last(piece)]
             batch.keep([text for text, _ in going])
             if going:
                 self._write(batch, [token for _, token in going])
             for text, _, piece in picked:
-                ended = piece.finish_reason is not None
-                yield text.job, piece if ended else replace(piece, cache=_cache_state(batch, text))
+                if isinstance(piece, Piece) and not piece.finish_reason:
+                    piece = replace(piece, cache=_cache_state(batch, text))
+                yield text.job, piece
         self._batches = [batch for batch in self._batches if batch.texts]
+
+    def _pick_or_fail(self, batch: _Batch, text: _Text) -> tuple[int, Piece | Exception]:
+        """As :meth:`_pick`. If it fails for one text, the others go on."""
+        try:
+            return self._pick(batch, text)
+        except Exception as error:
+            return -1, error
 
     def _pick(self, batch: _Batch, text: _Text) -> tuple[int, Piece]:
         """The next token of a text, and what it adds to it."""
         if not text.room:
             return -1, Piece("", 0, "length")
+        if not text.logits.max().isfinite():  # to sample from these would end all work of a GPU
+            raise NumericsError("the LLM computes no finite numbers for a text", fix="use --dtype fp32")
         token = int(text.sampler.pick(text.logits, [[]]))
         if token in self.end_ids:
             rest = text.stream.add([], ends=True)
@@ -414,6 +424,10 @@ class LLMEngine:
         device, host, full = (sum(part) for part in zip((0, 0, 0), *sizes, strict=True))
         recalls = self.memory is not None and self.memory.policy.recall
         return EngineFigures(device, host, full, self._recalled if recalls else None)
+
+
+def _is_last(piece: Piece | Exception) -> bool:
+    return isinstance(piece, Exception) or piece.finish_reason is not None
 
 
 def _cache_state(batch: _Batch, text: _Text) -> CacheState | None:

@@ -145,8 +145,11 @@ class Engine(Protocol):
     def add(self, jobs: Sequence[Job]) -> list[Begun | Exception]:
         """Read prompts; their texts are written from the next step on. An error stands for one that does not fit."""
 
-    def step(self) -> Iterable[tuple[Job, Piece]]:
-        """Go on with every text. A text whose piece has a ``finish_reason`` is no longer there."""
+    def step(self) -> Iterable[tuple[Job, Piece | Exception]]:
+        """Go on with every text. An error stands for one that cannot.
+
+        That text, and one whose piece has a ``finish_reason``, is no longer there.
+        """
 
     def drop(self, job: Job) -> None:
         """Forget a text."""
@@ -311,6 +314,10 @@ class Scheduler:
         new = 0
         with self._changed:
             for job, piece in pieces:
+                if isinstance(piece, Exception):
+                    log.error("one text is lost", exc_info=piece)
+                    del self._running[job]
+                    continue
                 new += piece.tokens - self._running[job]
                 self._running[job] = piece.tokens
                 if piece.finish_reason:

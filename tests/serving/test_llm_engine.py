@@ -26,6 +26,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from sentcompress.errors import NumericsError
 from sentcompress.generation import GenerationSettings
 from sentcompress.sentence_memory.sentence_cache import SentenceMemory
 from sentcompress.serving.limits import ServeLimits
@@ -230,6 +231,25 @@ def test_texts_that_are_dropped_leave_the_others_alone():
     for job in jobs[1:]:
         assert found[job] == wanted(llm, job)
     assert not [*engine.step()]
+
+
+def test_a_text_that_cannot_go_on_leaves_the_others_alone():
+    """In half precision, some texts make an LLM overflow; nothing can be sampled then."""
+    llm = make_llm("llama")
+    engine = LLMEngine(llm, TOKENIZER, None, ServeLimits())
+    jobs = [make_job(prompt, 9) for prompt in PROMPTS]
+    jobs[1].settings = GenerationSettings(max_new_tokens=9, do_sample=True)
+    engine.add(jobs)
+    found: dict[Job, list[Any]] = {job: [] for job in jobs}
+    for step in range(9):
+        if step == 4:
+            engine._batches[0].texts[1].logits.fill_(float("nan"))
+        for job, piece in engine.step():
+            found[job].append(piece)
+    assert len(found[jobs[1]]) == 5
+    assert isinstance(found[jobs[1]][4], NumericsError)
+    for job in (jobs[0], jobs[2]):
+        assert "".join(piece.text for piece in found[job]) == wanted(llm, job)
 
 
 @pytest.mark.parametrize("with_memory", [False, True])

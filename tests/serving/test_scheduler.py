@@ -16,6 +16,7 @@ import pytest
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
+from sentcompress.generation.sentence_writer import Sampler
 from sentcompress.serving.answers import Answer, ChoiceText
 from sentcompress.serving.limits import ServeLimits
 from sentcompress.serving.llm_engine import LLMEngine
@@ -183,6 +184,24 @@ def test_a_failure_of_the_model_loses_its_texts_and_not_the_server(server, monke
         server.text(LONG, max_tokens=5)
     assert caught.value.code == "out_of_memory"
     assert server.text(LONG, max_tokens=5)
+
+
+def test_a_text_that_cannot_go_on_costs_no_other(server, monkeypatch, caplog):
+    streams = [server.complete(LONG, max_tokens=100, stream=True, temperature=1) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    pick = Sampler.pick
+
+    def fails(self, logits, histories):
+        monkeypatch.setattr(Sampler, "pick", pick)
+        return pick(self, logits * float("nan"), histories)
+
+    monkeypatch.setattr(Sampler, "pick", fails)
+    with pytest.raises(openai.APIError, match="its log says why"):
+        list(streams[0])
+    assert sum(1 for _ in streams[1]) > 90
+    assert "one text is lost" in caplog.text
+    assert wait_for(lambda: idle(server)), server.figures
 
 
 def test_a_text_that_cannot_be_dropped_costs_the_others_and_not_the_server(server, monkeypatch):
