@@ -277,7 +277,7 @@ class LLMEngine:
         Returns:
             the cache, the tokens that it has read, and how many of them it had read for an earlier prompt.
         """
-        prefix = self._token_ids(job.prefix, True) if job.prefix else []
+        prefix = self._token_ids(job.prefix, True) if job.prefix.strip() else []
         if not prefix or len(prefix) >= len(ids) or ids[: len(prefix)] != prefix:
             return self._empty(), 0, 0
         cache = self._prefixes.find(prefix)

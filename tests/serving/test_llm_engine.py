@@ -202,6 +202,15 @@ def test_a_prompt_whose_positions_move_is_read_by_itself():
     assert text == wanted(llm, short, memory)
 
 
+def test_a_beginning_without_a_word_is_no_empty_prompt():
+    """A chat's system message may be empty."""
+    llm = make_llm("llama")
+    job = make_job("\nHe went home!", 3)
+    job.prefix, job.rendered = "\n", True
+    (pieces,) = written(LLMEngine(llm, TOKENIZER, None, ServeLimits()), {0: job}).values()
+    assert "".join(pieces) == wanted(llm, job)
+
+
 def test_a_long_prompt_is_read_by_itself():
     engine = LLMEngine(make_llm("llama"), TOKENIZER, None, ServeLimits())
     short, long = make_job("He went home!", 3), make_job("He went home! " * 200, 3)
