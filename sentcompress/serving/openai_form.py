@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,9 @@ from sentcompress.generation import GenerationSettings
 from sentcompress.generation.settings import MIN_TEMPERATURE
 from sentcompress.serving.scheduler import TokenScore
 
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+"""A list whose first mistake is the last that is looked for: a body has room for half a million of them."""
 SEEDS = 2**63
 MAX_STOPS = 4
 
@@ -84,7 +87,7 @@ class _Request(_Form):
     top_p: float | None = Field(default=None, ge=0, le=1)
     max_tokens: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-SEEDS, lt=SEEDS)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -133,7 +136,7 @@ class _Request(_Form):
 class CompletionRequest(_Request):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = None
@@ -162,7 +165,7 @@ class TextPart(_Form):
 
 class ChatMessage(_Form):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = None
 
     def as_template(self) -> dict[str, str]:
@@ -179,7 +182,7 @@ class ResponseFormat(_Form):
 class ChatRequest(_Request):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)

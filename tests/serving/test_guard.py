@@ -9,11 +9,13 @@ import time
 import httpx2 as httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from sentcompress.errors import InputError
 from sentcompress.generation import GenerationSettings
 from sentcompress.serving.guard import is_loopback
 from sentcompress.serving.limits import ServeLimits, read_api_key
+from sentcompress.serving.openai_form import ChatRequest, CompletionRequest
 from sentcompress.serving.sentence_engine import SentenceEngine
 from sentcompress.serving.server import allow_open_files, bind, check_address
 
@@ -114,6 +116,23 @@ def test_bodies_that_are_not_requests(open_server, body):
     assert answer.status_code in (400, 404), answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert open_server.text("The state", max_tokens=2) is not None
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1000}),
+        (CompletionRequest, {"prompt": [[{}] * 1000] * 100}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * 1000}),
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}] * 100}),
+    ],
+)
+def test_a_body_of_many_mistakes_costs_no_time(form, wrong):
+    """Each would take memory, and time of the thread that all requests share; the answer names the first."""
+    with pytest.raises(ValidationError) as caught:
+        form.model_validate({"model": "test"} | wrong)
+    assert caught.value.error_count() < 10
 
 
 def test_a_body_of_another_kind_is_refused(open_server):
