@@ -253,7 +253,7 @@ class SentenceMemory(CacheFigures):
     def _check_complete(self) -> None:
         if self._incomplete:
             raise InputError(
-                "the last call of the LLM failed, or a join, so its memory is incomplete",
+                "the last call of the LLM failed, or a join did, so its memory is incomplete",
                 fix="call memory.reset()",
             )
 
