@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,7 @@ def launched(tmp_path, cache, make_recipe):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(cache),
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # tests under nohup ignore it
     ) as launcher:
         metrics = out / "pretrain" / "metrics.jsonl"
         deadline = time.monotonic() + 120
