@@ -72,9 +72,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
                 if message["status"] >= 400:
-                    path = scope["raw_path"][:200].decode(
-                        "ascii", "backslashreplace"
-                    )  # as sent: %0A is no new line
+                    # As it was sent: %0A is no new line.
+                    path = scope["raw_path"][:200].decode("ascii", "backslashreplace")
                     log.info("%s %d", path, message["status"])
             await send(message)
 

@@ -212,9 +212,8 @@ class LLMEngine:
         first, known = prompts[0], 0
         scores: list[TokenScore] = []
         if first.scored:
-            cache, logits = self._forward(
-                self._empty(), first.ids
-            )  # a memory is in effect from the first token on
+            # A memory is in effect from the first token on.
+            cache, logits = self._forward(self._empty(), first.ids)
             scores = self._prompt_scores(first.ids, logits[0], first.job.logprobs or 0)
         elif len(prompts) == 1:
             cache, read, known = self._with_prefix(first.job, first.ids)
