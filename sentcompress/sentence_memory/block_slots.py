@@ -126,7 +126,7 @@ class BlockSlots(CacheLayerMixin):
         if not (self.storage and (length := self.storage[row].length)):
             return device, 0
         index = self.index[0, :, 0].nbytes
-        return device + length * index, self.storage[row].stored().nbytes
+        return device + length * index, self.storage[row].nbytes
 
     def recalled(self, attended: Tensor) -> Tensor:
         """Places in slow storage of what the last token recalled: ``[B, kv heads, N]``, -1 in slots it did not use.

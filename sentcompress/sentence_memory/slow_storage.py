@@ -162,14 +162,15 @@ class SlowStorage:
         self._shared, self._empty_key = stored, like[:, :0]
         self.length = len(stored)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens, without the room to grow."""
+        part = self._shared if self._own is None else self._own
+        return 0 if part is None else self.length * part[0].nbytes
+
     def to(self, device: torch.device) -> None:
         """Return what is read on another device."""
         self._empty_key = self._empty_key.to(device)
-
-    def reset(self) -> None:
-        """Forget everything and free the memory."""
-        self.length = 0
-        self._own = self._shared = None
 
     @property
     def _shared_length(self) -> int:
@@ -234,10 +235,6 @@ class FileStorage(SlowStorage):
     def __init__(self, folder: str | Path | None = None) -> None:
         super().__init__(folder or tempfile.gettempdir())
         self._file: Any = None
-
-    def reset(self) -> None:
-        super().reset()
-        self._file = None
 
     def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         shape = (capacity, *like.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 
 from sentcompress import SentenceMemory
 from sentcompress.errors import InputError
+from sentcompress.sentence_memory.slow_storage import KINDS
 from sentcompress.testing import tiny_tokenizer
 
 # No sentence twice: of two that are alike, rounding would say which one is recalled.
@@ -218,6 +220,23 @@ def test_a_text_leaves_before_positions_of_another_move(llm: Any, texts: list[li
     (found,) = batch.leave(0)
     wanted = batch.alone(make_memory(llm, "window", **options), texts[1], 50, 22)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_forgets_and_frees(llm: Any, texts: list[list[int]], kind: str):
+    memory = make_memory(llm, storage=kind)
+    batch = Batch(llm, memory)
+    batch.read(memory, texts[0], 0, 60)
+    (storage,) = memory.layers[0].storage
+    assert storage.length > 0
+    freed = weakref.ref(storage)
+    del storage
+    memory.reset()
+    assert freed() is None
+    assert memory.storage_bytes() == memory.device_bytes() == 0
+    found = batch.alone(memory, texts[1], 40, 5)
+    assert torch.equal(found, batch.alone(make_memory(llm, storage=kind), texts[1], 40, 5))
+    assert memory.layers[0].storage[0].read()[0].shape[1] == memory.layers[0].storage[0].length > 0
 
 
 def test_recalled_sentences_are_those_of_each_text(llm: Any, texts: list[list[int]]):

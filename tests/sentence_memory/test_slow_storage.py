@@ -83,24 +83,15 @@ def test_eight_bits_keep_large_small_and_zero_numbers():
     assert torch.equal(values, -found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_reset_forgets_and_frees(kind: str):
-    storage, keys, values = filled(kind, 300)
-    storage.reset()
-    assert stored_bytes([storage]) == storage.length == 0
-    storage.append(keys[:, :5], values[:, :5])
-    assert storage.read()[0].shape == (HEADS, 5, KEY)
-
-
 def test_a_file_lies_in_its_folder_and_leaves_nothing(tmp_path: Path):
     storage = make_storage("file", tmp_path)
     storage.append(torch.ones(HEADS, 400, KEY), torch.ones(HEADS, 400, VALUE))
     mapped = Path("/proc/self/maps")
     if mapped.exists():
         assert str(tmp_path) in mapped.read_text()
-        storage.reset()
-        assert str(tmp_path) not in mapped.read_text()
     del storage
+    if mapped.exists():
+        assert str(tmp_path) not in mapped.read_text()
     assert not list(tmp_path.iterdir())
 
 
