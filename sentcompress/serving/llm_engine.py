@@ -303,8 +303,9 @@ class LLMEngine:
         """
         reading: Any = nullcontext()
         if isinstance(cache, SentenceMemory):
-            prompt = torch.tensor([ids], device=self.model.device)
-            reading = cache.reading_prompt(prompt, None, whole=True, longest=max(longest, len(ids)))
+            reading = cache.reading_prompt(
+                self._tensor([ids]), None, whole=True, longest=max(longest, len(ids))
+            )
         with reading:
             return self._forward(cache, ids[read:], **self._last_only)
 
@@ -388,8 +389,9 @@ class LLMEngine:
         for row, text in enumerate(batch.texts):
             text.logits = output.logits[row, -1:].float()
             text.length += 1
-            if text.places is not None:
-                text.recalled = batch.rows.recall_shares(row)
+        if reporting := [row for row, text in enumerate(batch.texts) if text.places is not None]:
+            for row, shares in zip(reporting, batch.rows.recall_shares(reporting), strict=True):
+                batch.texts[row].recalled = shares
 
     def _score(self, token: int, logits: Tensor, number: int) -> TokenScore:
         """The log probability of a token, given the logits ``[V]`` in its place."""

@@ -62,9 +62,9 @@ class OneRow:
         """Sentences that the last token of each text recalled, all together."""
         return 0
 
-    def recall_shares(self, row: int) -> Mapping[tuple[int, int], float]:
-        """The sentences that the last token of a text recalled, as tokens, with the share of the heads."""
-        return {}
+    def recall_shares(self, rows: Sequence[int]) -> Sequence[Mapping[tuple[int, int], float]]:
+        """The sentences that the last token of each of these texts recalled, as tokens, with the share of the heads."""
+        return [{} for _ in rows]
 
 
 class MemoryRows(OneRow):
@@ -87,8 +87,8 @@ class MemoryRows(OneRow):
     def recalled(self) -> int:
         return self.cache.recalled_number()
 
-    def recall_shares(self, row: int) -> Mapping[tuple[int, int], float]:
-        return self.cache.recall_shares([row])[0]
+    def recall_shares(self, rows: Sequence[int]) -> Sequence[Mapping[tuple[int, int], float]]:
+        return self.cache.recall_shares(rows)
 
 
 class PaddedRows(OneRow):

@@ -114,7 +114,10 @@ def written(engine: LLMEngine, begins: dict[int, Job]) -> dict[Job, list[str]]:
 
 def wanted(llm: Any, job: Job, memory: SentenceMemory | None = None) -> str:
     ids = torch.tensor([TOKENIZER(job.prompt)["input_ids"]])
-    cache = {} if memory is None else {"past_key_values": memory}
+    cache = {}
+    if memory is not None:
+        memory.reset()
+        cache["past_key_values"] = memory
     found = llm.generate(input_ids=ids, do_sample=False, max_new_tokens=job.new_tokens, **cache)
     return lossless(TOKENIZER).streamed().add(found[0, ids.shape[1] :].tolist(), ends=True)
 
@@ -157,8 +160,6 @@ def test_a_long_text_does_not_change_how_others_are_rotated(with_memory: bool):
     texts = written(engine, {0: make_job(" ".join(PROMPTS * 2), 40), 1: make_job(PROMPTS[1], 30)})
     for job, pieces in texts.items():
         assert "".join(pieces) == wanted(llm, job, memory)
-        if memory is not None:
-            memory.reset()
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["own cache", "memory"])
@@ -185,8 +186,6 @@ def test_short_prompts_are_read_in_one_call(family: str, with_memory: bool):
             found[job] += piece.text
     for job, text in found.items():
         assert text == wanted(llm, job, memory)
-        if memory is not None:
-            memory.reset()
 
 
 def test_a_prompt_whose_positions_move_is_read_by_itself():
@@ -287,8 +286,6 @@ def test_a_text_that_fails_to_join_leaves_the_others_alone(
             found[job] += piece.text
     for job, text in found.items():
         assert text == wanted(llm, job, memory)
-        if memory is not None:
-            memory.reset()
 
 
 @pytest.mark.parametrize("with_memory", [False, True])
