@@ -165,7 +165,7 @@ def load_llm(
 
 @contextmanager
 def _without_field() -> Iterator[None]:
-    """Messages of the loader begin with a recipe's field; here there is no recipe."""
+    """The loader's messages name a field of a recipe, which these commands do not have."""
     try:
         yield
     except SentCompressError as error:

@@ -72,7 +72,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
                 if message["status"] >= 400:
-                    # As it was sent: %0A is no new line.
+                    # Not decoded: %0A would begin a new line of the log.
                     path = scope["raw_path"][:200].decode("ascii", "backslashreplace")
                     log.info("%s %d", path, message["status"])
             await send(message)

@@ -148,7 +148,7 @@ class Engine(Protocol):
     def step(self) -> Iterable[tuple[Job, Piece | Exception]]:
         """Go on with every text. An error stands for one that cannot.
 
-        That text, and one whose piece has a ``finish_reason``, is no longer there.
+        A text with an error or a ``finish_reason`` has left the batch.
         """
 
     def drop(self, job: Job) -> None:
