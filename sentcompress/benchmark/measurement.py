@@ -128,6 +128,8 @@ class Measurement(Generic[Report]):
     """It can measure an LLM that nothing was trained for: its command takes one by name, too."""
     one_line: ClassVar[bool] = False
     """Its systems share one line of provenance."""
+    on_cards: ClassVar[bool] = False
+    """Its first table stands on the cards of the models that it measured."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Figures of its rows that ``bench compare`` shows."""
     examples: ClassVar[tuple[str, ...]] = ()

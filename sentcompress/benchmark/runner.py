@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from sentcompress.benchmark.heldout_text import heldout_documents, heldout_lengths
-from sentcompress.benchmark.measurement import Measurement, Report, measurements
+from sentcompress.benchmark.measurement import Measurement, Report, measurements, stage_of
 from sentcompress.benchmark.models import Missing, ModelFolder, Models, read_curves
-from sentcompress.benchmark.report import write_report
+from sentcompress.benchmark.report import provenance_lines, sections, write_report
 from sentcompress.benchmark.results import (
     Results,
     Row,
@@ -32,8 +33,9 @@ from sentcompress.errors import InputError
 from sentcompress.files import storage_errors, write_atomically
 from sentcompress.provenance import Provenance
 from sentcompress.recipe import BenchSettings, Recipe
-from sentcompress.table import Figure
+from sentcompress.table import Figure, as_markdown
 from sentcompress.text.progress import Bar
+from sentcompress.training.card import with_section
 
 Made = TypeVar("Made")
 
@@ -49,8 +51,9 @@ def run_bench(
 ) -> Results:
     """Measure a run or a model folder; write ``results.json``, ``report.html`` and ``samples.txt``.
 
-    What was measured before and is not asked for now is kept, with its own provenance. In several processes, all of
-    them take part in the distributed measurements; then the first measures the rest, and writes.
+    What was measured before and is not asked for now is kept, with its own provenance. Unless the results go elsewhere,
+    the models' cards get the tables that belong on them. In several processes, all of them take part in the distributed
+    measurements; then the first measures the rest, and writes.
 
     Args:
         names: measurements to run; None takes the recipe's ``bench.metrics``.
@@ -104,6 +107,8 @@ def run_bench(
         write_report(results, target / "report.html")
         samples = "\n\n".join(f"{sample.prompt}|{sample.text}" for sample in results.samples)
         write_atomically(target / "samples.txt", samples + "\n")
+    if folder is not None and target == folder.path / "bench":
+        _write_on_cards(results, folder)
     write_results(results, target)  # last: it marks the end
     return results
 
@@ -122,6 +127,22 @@ def _checked(names: Sequence[str], changes: Mapping[str, Any]) -> list[str]:
                     fix=f"add {measurement.name} to bench.metrics",
                 )
     return [name for name in known if name in names]
+
+
+def _write_on_cards(results: Results, folder: ModelFolder) -> None:
+    """Put the tables that belong there on the cards of the models that were measured."""
+    for measurement in measurements():
+        own = results.of_measurements([measurement.name])
+        if not measurement.on_cards or not own.rows:
+            continue
+        table = sections(own)[measurement.name][0].table
+        parts = ["\n".join(as_markdown(table.columns, table.rows)), *table.notes, *provenance_lines(own)]
+        for stage in filter(None, {stage_of(row.system) for row in own.rows}):
+            with suppress(Missing), storage_errors(folder.path):
+                card = folder.stage(stage) / "README.md"
+                if card.is_file():
+                    text = with_section(card.read_text(encoding="utf-8"), table.title, "\n\n".join(parts))
+                    write_atomically(card, text)
 
 
 def distributed_first(names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from sentcompress import __version__
 from sentcompress.distributed import LAUNCHED
 from sentcompress.provenance import command, commit, plugin_packages
 from sentcompress.recipe import Recipe
+
+MADE = "How it was made"
+"""Heading of a card's last section."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def render_card(
 
 {heldout}
 
-## How it was made
+## {MADE}
 
 | | |
 |---|---|
@@ -102,3 +106,11 @@ def render_card(
 
 `sentcompress run recipe.yaml --out DIR` reproduces it, with the resolved `recipe.yaml` next to this file.
 """
+
+
+def with_section(card: str, heading: str, body: str) -> str:
+    """A card with a section before the one on how the model was made, in place of its section of that heading."""
+    parts = re.split(r"^(?=## )", card, flags=re.MULTILINE)
+    others = [part for part in parts if not part.startswith(f"## {heading}\n")]
+    place = next((at for at, part in enumerate(others) if part.startswith(f"## {MADE}\n")), len(others))
+    return "".join([*others[:place], f"## {heading}\n\n{body}\n\n", *others[place:]])

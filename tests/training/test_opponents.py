@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sentcompress import pretrained
 from sentcompress.benchmark.measurements.quality import Quality
 from sentcompress.benchmark.results import read_results
+from sentcompress.benchmark.runner import run_bench
 from sentcompress.cli import main
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest
@@ -169,6 +170,21 @@ def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
     assert row.note.startswith(f"3 of 3 blocks; a window of {window} tokens; ")
     score = next(score for score in Quality.of(results) if score.system == "opponent windowed")
     assert score.cost_share == pytest.approx(1, abs=0.1)
+    run_bench(["quality"], tmp_path / "out", quiet=True)
+    for stage in ("graft", "baseline", "opponent-windowed"):
+        card = (tmp_path / "out" / stage / "README.md").read_text(encoding="utf-8")
+        quality, made_by = (
+            card.index("\n## Quality on held-out documents\n"),
+            card.index("\n## How it was made\n"),
+        )
+        for system in ("sentence model", "baseline, equal data", "opponent windowed"):
+            bits = next(row for row in results.rows_of("quality") if row.system == system).figures
+            assert quality < card.index(f"\n| {system} | {bits['bits_per_byte']:.4f} | ") < made_by
+        assert card.count("\n## Quality on") == 1
+    card = tmp_path / "out" / "graft" / "README.md"
+    card.write_text("mine", encoding="utf-8")
+    run_bench(["quality"], tmp_path / "out", out=tmp_path / "elsewhere", quiet=True)
+    assert card.read_text(encoding="utf-8") == "mine"
 
 
 def test_lora(tmp_path):

@@ -116,7 +116,9 @@ def test_a_saved_one_is_split_as_it_was_trained(run):
         begun += [tokenizer.decode(token)] if made.finder.begins(sentence, token) else []
         sentence.append(token)
     assert begun[0].strip() in {"We", "met"}
-    assert "once per sentence" in (run / "graft" / "README.md").read_text(encoding="utf-8")
+    card = (run / "graft" / "README.md").read_text(encoding="utf-8")
+    assert "once per sentence" in card
+    assert "| split: first 1 and last 1 of " in card
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ class Quality(Measurement[list[QualityScore]]):
     requires = (Causality,)
     distributed = True
     headline = True
+    on_cards = True
     compared = ("bits_per_byte", "perplexity", "bytes")
     flags = (BY_FLAG,)
     examples = (
@@ -168,6 +169,7 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head
         from sentcompress.modeling.sentence_lm import SentenceLM
+        from sentcompress.modeling.split import split_of
         from sentcompress.text.lossless_tokenizer import lossless
 
         models, settings = bench.models, bench.settings
@@ -193,29 +195,28 @@ class Quality(Measurement[list[QualityScore]]):
             context_tokens=settings.context_tokens,
             breakdown=breakdown,
         )
-        baseline, as_it_came = BASELINES
         of_graft = by_sentences if isinstance(model, SentenceLM) else by_tokens
         systems: list[tuple[str, Callable[[], Any], Callable[..., QualityScore], tuple[str, ...]]] = [
             (SENTENCE_MODEL, lambda: model, of_graft, bench.graft_stages),
-            (baseline, lambda: models.baseline, by_tokens, ("baseline",)),
+            (BASELINES[0], lambda: models.baseline, by_tokens, ("baseline",)),
             *(
                 (OPPONENT_SYSTEM + name, partial(models.opponent, name), by_tokens, (OPPONENT + name,))
                 for name in models.opponents
             ),
-            (as_it_came, lambda: models.as_it_came, by_tokens, ()),
+            (BASELINES[1], lambda: models.as_it_came, by_tokens, ()),
         ]
         approximate = ""
-        if isinstance(model, SentenceLM):
-            whole = model.backbone.config.num_hidden_layers
-            systems.append((UNTRAINED, models.untrained, by_sentences, ()))
-        else:
+        if not isinstance(model, SentenceLM):
             require_causal(causality)
             whole = model.config.num_hidden_layers
-        if isinstance(model, SentenceLM) and model.shortlist is not None:
-            head = make_shortlist_head(model, settings.shortlist_tokens)
-            approximate = f"{SENTENCE_MODEL}, shortlist of {head.tokens:,}"
-            by_shortlist = partial(by_sentences, shortlist=head)
-            systems.insert(1, (approximate, lambda: model, by_shortlist, bench.graft_stages))
+        else:
+            whole = model.backbone.config.num_hidden_layers
+            systems.append((UNTRAINED, models.untrained, by_sentences, ()))
+            if model.shortlist is not None:
+                head = make_shortlist_head(model, settings.shortlist_tokens)
+                approximate = f"{SENTENCE_MODEL}, shortlist of {head.tokens:,}"
+                by_shortlist = partial(by_sentences, shortlist=head)
+                systems.insert(1, (approximate, lambda: model, by_shortlist, bench.graft_stages))
         scores: list[QualityScore] = []
         for system, load, score, stages in systems:
             with bench.bar(f"{self.name}: {system}", len(documents)) as bar:
@@ -232,6 +233,8 @@ class Quality(Measurement[list[QualityScore]]):
             found.counts = model_counts(candidate, models, stages, sentence)
             scores.append(found)
             note = "weights drawn from the seed; " if system == UNTRAINED else ""
+            if made := split_of(candidate):
+                note = f"split: first {made.first} and last {made.last} of {whole} blocks at every token; "
             if system.startswith(OPPONENT_SYSTEM):
                 own = models.opponent_settings(system.removeprefix(OPPONENT_SYSTEM))
                 found.cost_share = cost_share(candidate, model, own, middle, sentence)
@@ -295,9 +298,7 @@ class Quality(Measurement[list[QualityScore]]):
         measured = [scores for result in results if (scores := self.of(result))]
         if len({tuple((d.source, d.bytes) for d in scores[0].documents) for scores in measured}) < 2:
             return []
-        return [
-            "they were scored on different held-out text: bits per byte and perplexity cannot be compared"
-        ]
+        return ["they were scored on different held-out text: their bits per byte cannot be compared"]
 
 
 # ---- notes below the table
@@ -313,8 +314,7 @@ def _coverage_note(scores: Sequence[QualityScore]) -> list[str]:
         "padding. Perplexity is per token of the uncut text by the baseline's tokenizer "
         f"({first.baseline_tokens:,})."
         + (
-            " The sentence model also has to predict end marks and stop decisions; their share of its bits per byte "
-            "is shown."
+            " The sentence model also has to predict end marks and stop decisions; their share of its bits is shown."
             if any("end marks" in score.breakdown for score in scores)
             else ""
         )
