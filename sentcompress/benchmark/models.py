@@ -294,13 +294,17 @@ class Models:
 
     def opponent(self, name: str) -> PreTrainedModel:
         """An opponent, by its name in the recipe."""
+        self.opponent_settings(name)  # reported with its figures: fail before it is loaded and scored
         return self._token_level(OPPONENT + name)
 
     def opponent_settings(self, name: str) -> OpponentSettings:
         """What it was trained with."""
         if name in self.recipe.opponents:
             return self.recipe.opponents[name]
-        return load_recipe(str(self._stage(OPPONENT + name) / "recipe.yaml")).opponents[name]
+        saved = load_recipe(str(self._stage(OPPONENT + name) / "recipe.yaml")).opponents
+        if name not in saved:
+            raise Missing(f"'{OPPONENT}{name}' was renamed: its recipe.yaml calls it {', '.join(saved)}")
+        return saved[name]
 
     @cached_property
     def memory_llm(self) -> PreTrainedModel:

@@ -183,8 +183,11 @@ def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
         assert card.count("\n## Quality on") == 1
     card = tmp_path / "out" / "graft" / "README.md"
     card.write_text("mine", encoding="utf-8")
-    run_bench(["quality"], tmp_path / "out", out=tmp_path / "elsewhere", quiet=True)
+    folder.rename(folder.with_name("opponent-renamed"))
+    results = run_bench(["quality"], tmp_path / "out", out=tmp_path / "elsewhere", quiet=True)
     assert card.read_text(encoding="utf-8") == "mine"
+    reasons = {skipped.what: skipped.reason for skipped in results.skipped}
+    assert "'opponent-renamed' was renamed: its recipe.yaml calls it windowed" in reasons["opponent renamed"]
 
 
 def test_lora(tmp_path):
