@@ -151,35 +151,32 @@ def test_a_request_that_takes_too_long_is_ended(make_server):
         assert server.text(LONG, max_tokens=3)
 
 
+def fails_once(monkeypatch, engine, method, error):
+    """The next call of a method raises; those after it do what they should."""
+
+    def fails(*_):
+        monkeypatch.undo()
+        raise error
+
+    monkeypatch.setattr(engine, method, fails)
+
+
 def test_a_failure_of_the_model_loses_its_texts_and_not_the_server(server, monkeypatch):
     engine = server.service.scheduler.engine
-
-    def fails():
-        monkeypatch.undo()
-        raise RuntimeError("a secret path /home/me")
-
-    monkeypatch.setattr(engine, "step", fails)
+    fails_once(monkeypatch, engine, "step", RuntimeError("a secret path /home/me"))
     with pytest.raises(openai.InternalServerError) as caught:
         server.text(LONG, max_tokens=5)
     assert caught.value.status_code == 500
     assert "secret" not in str(caught.value.body)
     assert server.text(LONG, max_tokens=5)
 
-    def refuses():
-        monkeypatch.undo()
-        raise InputError("the memory is incomplete")
-
-    monkeypatch.setattr(engine, "step", refuses)
+    fails_once(monkeypatch, engine, "step", InputError("the memory is incomplete"))
     with pytest.raises(openai.InternalServerError) as caught:
         server.text(LONG, max_tokens=5)
     assert caught.value.status_code == 500, "no fault of this client"
     assert server.text(LONG, max_tokens=5)
 
-    def too_large(_):
-        monkeypatch.undo()
-        raise MemoryError
-
-    monkeypatch.setattr(engine, "add", too_large)
+    fails_once(monkeypatch, engine, "add", MemoryError())
     with pytest.raises(openai.InternalServerError) as caught:
         server.text(LONG, max_tokens=5)
     assert caught.value.code == "out_of_memory"
@@ -206,15 +203,10 @@ def test_a_text_that_cannot_go_on_costs_no_other(server, monkeypatch, caplog):
 
 def test_a_text_that_cannot_be_dropped_costs_the_others_and_not_the_server(server, monkeypatch):
     """To leave a batch takes memory, which may run out."""
-
-    def too_large(_):
-        monkeypatch.undo()
-        raise MemoryError
-
     streams = [server.complete(LONG, max_tokens=480, stream=True) for _ in range(2)]
     for stream in streams:
         next(iter(stream))
-    monkeypatch.setattr(server.service.scheduler.engine, "drop", too_large)
+    fails_once(monkeypatch, server.service.scheduler.engine, "drop", MemoryError())
     streams[0].close()
     with pytest.raises(openai.APIError, match="too little memory"):
         list(streams[1])
