@@ -108,7 +108,7 @@ def run_bench(
         samples = "\n\n".join(f"{sample.prompt}|{sample.text}" for sample in results.samples)
         write_atomically(target / "samples.txt", samples + "\n")
     if folder is not None and target == folder.path / "bench":
-        _write_on_cards(results, folder)
+        _write_on_cards([bench.measurements[name] for name in wanted], results, folder)
     write_results(results, target)  # last: it marks the end
     return results
 
@@ -129,9 +129,9 @@ def _checked(names: Sequence[str], changes: Mapping[str, Any]) -> list[str]:
     return [name for name in known if name in names]
 
 
-def _write_on_cards(results: Results, folder: ModelFolder) -> None:
+def _write_on_cards(measured: Sequence[Measurement[Any]], results: Results, folder: ModelFolder) -> None:
     """Put the tables that belong there on the cards of the models that were measured."""
-    for measurement in measurements():
+    for measurement in measured:
         own = results.of_measurements([measurement.name])
         if not measurement.on_cards or not own.rows:
             continue

@@ -173,19 +173,17 @@ def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
     run_bench(["quality"], tmp_path / "out", quiet=True)
     for stage in ("graft", "baseline", "opponent-windowed"):
         card = (tmp_path / "out" / stage / "README.md").read_text(encoding="utf-8")
-        quality, made_by = (
-            card.index("\n## Quality on held-out documents\n"),
-            card.index("\n## How it was made\n"),
-        )
+        quality = card.index("\n## Quality on held-out documents\n")
+        made_by = card.index("\n## How it was made\n")
         for system in ("sentence model", "baseline, equal data", "opponent windowed"):
             bits = next(row for row in results.rows_of("quality") if row.system == system).figures
             assert quality < card.index(f"\n| {system} | {bits['bits_per_byte']:.4f} | ") < made_by
         assert card.count("\n## Quality on") == 1
-    card = tmp_path / "out" / "graft" / "README.md"
-    card.write_text("mine", encoding="utf-8")
+    own = tmp_path / "out" / "graft" / "README.md"
+    own.write_text("mine", encoding="utf-8")
     folder.rename(folder.with_name("opponent-renamed"))
     results = run_bench(["quality"], tmp_path / "out", out=tmp_path / "elsewhere", quiet=True)
-    assert card.read_text(encoding="utf-8") == "mine"
+    assert own.read_text(encoding="utf-8") == "mine"
     reasons = {skipped.what: skipped.reason for skipped in results.skipped}
     assert "'opponent-renamed' was renamed: its recipe.yaml calls it windowed" in reasons["opponent renamed"]
 
