@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ class Card:
         summary: a paragraph on what the model is and what it is for.
         data: a line on the data it was trained on.
         heldout: how the held-out figures were measured, in one line.
-        usage: Python code that loads and uses the folder; ``{folder}`` stands for its path.
+        usage: Python code that loads and uses the folder; ``{folder}`` stands for its path, in quotes.
         tags: for the front matter.
     """
 
@@ -91,7 +92,7 @@ def render_card(
 ## Use
 
 ```python
-{card.usage.format(folder=folder.as_posix()).strip()}
+{card.usage.format(folder=json.dumps(folder.as_posix(), ensure_ascii=False)).strip()}
 ```
 
 ## Held-out figures

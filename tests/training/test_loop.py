@@ -116,6 +116,9 @@ def test_the_folder_is_an_ordinary_model_with_the_averaged_weights(whole):
     assert recipe.digest() in card
     assert f"{figures['bits_per_byte']:.6g}" in card
     assert "pytest" in card  # the command
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code, shown := {})
+    assert torch.equal(shown["model"].state_dict()[name], saved)
 
 
 def test_a_line_of_metrics_has_what_reports_need(whole):

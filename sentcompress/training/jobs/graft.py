@@ -162,8 +162,8 @@ class GraftJob:
             heldout="Bits per token of held-out passages, end marks and stop decisions included; "
             "use `sentcompress bench quality` to compare models.",
             usage="import sentcompress\nfrom transformers import AutoTokenizer\n\n"
-            "model = sentcompress.SentenceLM.from_pretrained('{folder}')\n"
-            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
-            "print(model.generate(['The state of the Union'], tokenizer)[0].text)",
+            "model = sentcompress.SentenceLM.from_pretrained({folder})\n"
+            "tokenizer = AutoTokenizer.from_pretrained({folder})\n"
+            'print(model.generate(["The state of the Union"], tokenizer)[0].text)',
             tags=("sentence-lm",),
         )

@@ -290,10 +290,10 @@ class MemoryJob(TokenLevelJob):
             heldout="On held-out passages with the memory's default options in effect, each without the text before "
             "it in its document.",
             usage="import sentcompress\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "tokenizer = AutoTokenizer.from_pretrained('{folder}')\n"
-            "model = AutoModelForCausalLM.from_pretrained('{folder}')\n"
-            "memory = sentcompress.SentenceMemory.from_folder('{folder}', model, tokenizer)\n"
-            "inputs = tokenizer('The state of the Union', return_tensors='pt')\n"
+            "tokenizer = AutoTokenizer.from_pretrained({folder})\n"
+            "model = AutoModelForCausalLM.from_pretrained({folder})\n"
+            "memory = sentcompress.SentenceMemory.from_folder({folder}, model, tokenizer)\n"
+            'inputs = tokenizer("The state of the Union", return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, past_key_values=memory)[0]))",
             tags=("sentence-memory",),
         )

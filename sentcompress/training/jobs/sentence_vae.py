@@ -149,6 +149,6 @@ class VAEJob:
             data=self.text.describe(),
             heldout=f"On {RECONSTRUCTED} held-out sentences reconstructed free-running (greedy); perplexity is "
             "teacher-forced, the end mark included.",
-            usage="import sentcompress\n\nvae = sentcompress.SentenceVAE.from_pretrained('{folder}')",
+            usage="import sentcompress\n\nvae = sentcompress.SentenceVAE.from_pretrained({folder})",
             tags=("sentence-vae",),
         )

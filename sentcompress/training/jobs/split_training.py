@@ -64,8 +64,8 @@ class SplitJob(PassageJob):
             heldout="On held-out passages, each without the text before it in its document; "
             "use `sentcompress bench quality` to compare models.",
             usage="import sentcompress\n\n"
-            "model, tokenizer = sentcompress.load_split('{folder}')\n"
-            "inputs = tokenizer('The state of the Union', return_tensors='pt', return_token_type_ids=False)\n"
+            "model, tokenizer = sentcompress.load_split({folder})\n"
+            'inputs = tokenizer("The state of the Union", return_tensors="pt", return_token_type_ids=False)\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
             tags=("split-lm",),
         )

@@ -32,8 +32,8 @@ from sentcompress.training.tuning import apply_tune, merged_state, recompute_act
 
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained('{folder}')
-model = AutoModelForCausalLM.from_pretrained('{folder}')"""
+tokenizer = AutoTokenizer.from_pretrained({folder})
+model = AutoModelForCausalLM.from_pretrained({folder})"""
 """Of the cards of these models."""
 SIMILAR = 0.9
 """Rows are computed together if the shortest has at least this share of the longest one's tokens."""
