@@ -164,7 +164,7 @@ class Quality(Measurement[list[QualityScore]]):
         from sentcompress.benchmark import scoring
         from sentcompress.benchmark.breakdown import Breakdown
         from sentcompress.benchmark.heldout_text import heldout_documents
-        from sentcompress.benchmark.models import model_counts
+        from sentcompress.benchmark.model_counts import model_counts
         from sentcompress.estimate.equal_cost import cost_share, shape_note
         from sentcompress.estimate.roofline import decoding_cost
         from sentcompress.generation.shortlist_head import make_shortlist_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sentcompress.benchmark.models import count
+from sentcompress.benchmark.model_counts import count
 
 
 def test_shared_weights_are_counted_once(bench_models):
