@@ -297,8 +297,6 @@ class Models:
 
     def opponent_settings(self, name: str) -> OpponentSettings:
         """What it was trained with."""
-        if name in self.recipe.opponents:
-            return self.recipe.opponents[name]
         saved = load_recipe(str(self._stage(OPPONENT + name) / "recipe.yaml")).opponents
         if name not in saved:
             raise Missing(f"'{OPPONENT}{name}' was renamed: its recipe.yaml calls it {', '.join(saved)}")

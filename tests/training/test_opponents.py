@@ -20,7 +20,7 @@ from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest
 from sentcompress.modeling.pruning import pruned
 from sentcompress.pipeline import Run, run_recipe, stages_of, training_stages
-from sentcompress.recipe import Recipe, build_recipe
+from sentcompress.recipe import Recipe, build_recipe, load_recipe
 from sentcompress.training.jobs.token_level import BaselineJob
 
 TINY = {
@@ -179,6 +179,11 @@ def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
             bits = next(row for row in results.rows_of("quality") if row.system == system).figures
             assert quality < card.index(f"\n| {system} | {bits['bits_per_byte']:.4f} | ") < made_by
         assert card.count("\n## Quality on") == 1
+    # The share that is reported is of the cost that the opponent was made for, whatever the run's recipe says now.
+    changed = load_recipe(str(tmp_path / "out" / "recipe.yaml"), ["opponents.windowed.cost=operations"])
+    results = run_bench(["quality"], tmp_path / "out", changed, tmp_path / "elsewhere", quiet=True)
+    shares = [score.cost_share for score in Quality.of(results) if score.system == "opponent windowed"]
+    assert shares == [score.cost_share]
     own = tmp_path / "out" / "graft" / "README.md"
     own.write_text("mine", encoding="utf-8")
     folder.rename(folder.with_name("opponent-renamed"))
