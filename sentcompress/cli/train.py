@@ -147,7 +147,7 @@ COMMANDS = (
         "passages, for the same number of steps.",
         (
             "sentcompress opponents strong --out out/strong",
-            "sentcompress opponents smollm2 --set opponents.similar.keep=least-similar",
+            "sentcompress opponents smollm2 --set opponents.equal-cost.keep=ends",
         ),
     ),
 )

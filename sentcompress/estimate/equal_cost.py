@@ -146,7 +146,7 @@ def _check(recipe: Recipe, settings: OpponentSettings, where: str, model_type: s
             f"{where}.window: auto matches the cost of serving, and cost is {settings.cost}",
             fix="set cost: serving, or give a number of tokens",
         )
-    if recipe.backbone.init == "random" and settings.keep != "ends":
+    if recipe.backbone.init == "random" and settings.keep == "least-similar":
         raise InputError(
             f"{where}.keep: {settings.keep} compares trained blocks, but the LLM's weights are random",
             fix="remove it, or use backbone.init: pretrained",

@@ -291,9 +291,9 @@ class OpponentSettings(TokenTuneSettings):
     """Tokens that a block attends to, the token itself included, so that the cache holds no more; null: all tokens.
     ``auto`` finds the window whose cost is closest, for all blocks of the LLM or the given number of them. Either needs
     random weights, and an LLM of a type that has such a window."""
-    keep: Literal["ends", "least-similar"] = "ends"
-    """Which blocks of a pretrained LLM are kept: the first and last ones, or those whose output is least similar to
-    their input (arXiv 2403.03853)."""
+    keep: Literal["least-similar", "ends"] | None = None
+    """Which blocks of the LLM are kept: those whose output is least similar to their input (arXiv 2403.03853), or the
+    first and last ones. null: the least similar ones of a pretrained LLM, the ends where its weights are random."""
     taught: bool = True
     """Learn from ``graft.teacher`` as the graft does, if it names one."""
     config: dict[str, Any] = {}

@@ -54,7 +54,7 @@ class OpponentJob(PassageJob):
             lm = load_causal_lm(spec, config=config)
         else:
             whole_lm = load_causal_lm(spec)
-            if own.keep == "least-similar":
+            if own.keep != "ends":
                 batches = _batches(recipe, text, whole_lm)
                 kept = least_similar(block_similarity(whole_lm, batches), found.blocks)
             lm = pruned(whole_lm, kept)
