@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sentcompress.contracts import Segmenter
-from sentcompress.errors import InputError, ModelFolderError
+from sentcompress.errors import InputError, ModelFolderError, PluginError
 from sentcompress.files import read_json
 from sentcompress.registry import get_registry
 from sentcompress.sentence_memory.policy import Policy
@@ -94,7 +94,7 @@ def read_settings(folder: str | Path, tokenizer: Any, memory: str | None) -> tup
         memory: another memory than that one; then its options are left out.
 
     Raises:
-        ModelFolderError: the folder has no ``memory.json``, or it is damaged.
+        ModelFolderError: the folder has no ``memory.json``, or it is damaged, or names what does not exist.
     """
     file = Path(folder) / SETTINGS
     if not file.is_file():
@@ -112,9 +112,12 @@ def read_settings(folder: str | Path, tokenizer: Any, memory: str | None) -> tup
             "segmenter": segmenter,
             "max_sentence_tokens": int(settings["max_sentence_tokens"]),
         }
+        if memory is None:
+            try:
+                options = Policy.parse(trained, options).options
+            except (InputError, PluginError) as error:
+                raise ModelFolderError(f"{file}: {error.message}", fix=error.fix) from None
         options["recall_blocks"] = settings["recall_blocks"] or "auto"
-        if {"model", "tokenizer", "memory"} & {*options}:
-            raise ValueError("options are none of a memory")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(
             f"{file}: damaged: {type(error).__name__}: {error}", fix="copy or train the model again"

@@ -167,6 +167,15 @@ def test_the_folder_of_a_trained_memory_in_python(trained: Path, llm: Path, toke
     assert changed.policy.options["sinks"] == 0
     with pytest.raises(ModelFolderError, match=r"has no memory\.json: its LLM was not trained with a memory"):
         sentcompress.SentenceMemory.from_folder(llm, model, tokenizer)
+    settings = json.loads((trained / "memory.json").read_text())
+    for change, says in (
+        ({"options": {"recent_sentence": 1}}, "has no option 'recent_sentence'"),
+        ({"options": {"sinks": -1}}, "sinks"),
+        ({"memory": "windows"}, "windows"),
+    ):
+        (trained / "memory.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ModelFolderError, match=rf"memory\.json: .*{says}"):
+            sentcompress.SentenceMemory.from_folder(trained, model, tokenizer)
     for damage in ("{", "[]", '{"memory": "window"}'):
         (trained / "memory.json").write_text(damage)
         with pytest.raises(ModelFolderError, match=r"memory\.json: damaged"):
