@@ -59,6 +59,8 @@ class SentenceVAEConfig(PretrainedConfig):
         decoder_context: positions before the sentence that the decoder also sees; 0 as in the paper.
         max_sentence_tokens: longest sentence.
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
+        init_std: standard deviation of the matrices' initial weights; None: the inverse square root of their inputs.
+        embed_init_std: that of the embeddings.
         variational: also predict a variance of the latent (trained with a KL term).
         segmenter: name, options and learned state of the segmenter plugin.
         backbone: adapter and model that the tokenizer came from; with ``blocks: backbone`` also the options and
@@ -87,7 +89,8 @@ class SentenceVAEConfig(PretrainedConfig):
         tie_embeddings: bool = False,
         variational: bool = False,
         layer_norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
+        init_std: float | None = None,
+        embed_init_std: float = 0.02,
         segmenter: dict[str, Any] | None = None,
         backbone: dict[str, Any] | None = None,
         blocks: str = "own",
@@ -120,7 +123,8 @@ class SentenceVAEConfig(PretrainedConfig):
         self.tie_embeddings = tie_embeddings
         self.variational = variational
         self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
+        self.init_std = init_std
+        self.embed_init_std = embed_init_std
         self.segmenter = segmenter or {"name": "regex", "options": {}, "state": {}}
         self.backbone = backbone or {}
         self.blocks = blocks

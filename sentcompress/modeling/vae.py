@@ -117,10 +117,10 @@ class SentenceVAE(WholeWeights, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.config.embed_init_std)
         elif isinstance(module, nn.Linear):
-            # Keeps the scale of activations at any width; narrow models learn far too slowly with 0.02.
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            # By default the scale of activations is kept at any width: reconstruction is learned faster so.
+            nn.init.normal_(module.weight, std=self.config.init_std or module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):

@@ -57,8 +57,12 @@ __all__ = [
 ]
 
 
-LATER = ("memories", "text_lengths", "recall_tasks")
-"""Fields of ``bench`` that older results do not have."""
+LATER = {
+    "bench": ("memories", "text_lengths", "recall_tasks"),
+    "graft": ("split",),
+    "vae": ("init_std", "embed_init_std"),
+}
+"""Fields of each section that older results do not have."""
 
 
 class Recipe(Section):
@@ -172,14 +176,13 @@ class Recipe(Section):
         """All fields as JSON values, under the names that results and run folders record them by.
 
         A renamed field keeps its old name there. What came later is left out: a section where there is none, fields
-        of ``bench`` with their defaults. So older results and runs still match.
+        with their defaults. So older results and runs still match.
         """
-        defaults = BenchSettings()
-        unchanged = {name for name in LATER if getattr(self.bench, name) == getattr(defaults, name)}
-        left_out: dict[str, Any] = {"bench": unchanged}
-        left_out |= {name: True for name in ("memory", "opponents") if not getattr(self, name)}
-        if self.graft.split is None:
-            left_out["graft"] = {"split"}
+        left_out: dict[str, Any] = {name: True for name in ("memory", "opponents") if not getattr(self, name)}
+        for name, later in LATER.items():
+            section = getattr(self, name)
+            defaults = type(section)()
+            left_out[name] = {field for field in later if getattr(section, field) == getattr(defaults, field)}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
     def dump(self) -> str:

@@ -115,6 +115,11 @@ class VAESpec(Section):
     init: Literal["random", "embeddings", "backbone"] = "random"
     """``embeddings`` copies token embeddings and output head from the backbone; ``backbone`` also builds encoder and
     decoder from copies of the backbone's first and last blocks (with ``conditioning: prefix``)."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the matrices' initial random weights; null: the inverse square root of their inputs. From
+    nothing, 0.02 is better (docs/results/equal-cost.md)."""
+    embed_init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the embeddings' initial random weights."""
     freeze: Literal["nothing", "embeddings"] = "nothing"
     """``embeddings`` keeps the token embeddings and output head fixed in all stages."""
 

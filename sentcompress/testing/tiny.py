@@ -39,7 +39,7 @@ def tiny_opt(vocab_size: int = 500, seed: int = 0, **settings: Any) -> OPTForCau
 def tiny_vae(vocab_size: int = 500, seed: int = 0, **settings: Any) -> SentenceVAE:
     """A SentenceVAE of hidden size 32 with random weights, in eval mode."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "num_heads": 4, "max_sentence_tokens": 24, "initializer_range": 0.1}
+    shape = {"hidden_size": 32, "num_heads": 4, "max_sentence_tokens": 24, "embed_init_std": 0.1}
     return SentenceVAE(SentenceVAEConfig(vocab_size=vocab_size, **{**shape, **settings})).eval()
 
 
