@@ -117,7 +117,7 @@ class VAESpec(Section):
     decoder from copies of the backbone's first and last blocks (with ``conditioning: prefix``)."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the matrices' initial random weights; null: the inverse square root of their inputs. From
-    nothing, 0.02 is better (docs/results/equal-cost.md)."""
+    nothing, 0.02 was better with two seeds of three (docs/results/equal-cost.md)."""
     embed_init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the embeddings' initial random weights."""
     freeze: Literal["nothing", "embeddings"] = "nothing"
