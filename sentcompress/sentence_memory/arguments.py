@@ -114,7 +114,7 @@ def read_settings(folder: str | Path, tokenizer: Any, memory: str | None) -> tup
         }
         if memory is None:
             try:
-                options = Policy.parse(trained, options).options
+                Policy.parse(trained, {name: options[name] for name in options if name not in ARGUMENTS})
             except (InputError, PluginError) as error:
                 raise ModelFolderError(f"{file}: {error.message}", fix=error.fix) from None
         options["recall_blocks"] = settings["recall_blocks"] or "auto"
