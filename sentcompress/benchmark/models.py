@@ -299,7 +299,9 @@ class Models:
         """What it was trained with."""
         saved = load_recipe(str(self._stage(OPPONENT + name) / "recipe.yaml")).opponents
         if name not in saved:
-            raise Missing(f"'{OPPONENT}{name}' was renamed: its recipe.yaml calls it {', '.join(saved)}")
+            raise Missing(
+                f"'{OPPONENT}{name}' has another name in its recipe.yaml: {', '.join(saved) or 'none'}"
+            )
         return saved[name]
 
     @cached_property

@@ -190,7 +190,7 @@ def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
     results = run_bench(["quality"], tmp_path / "out", out=tmp_path / "elsewhere", quiet=True)
     assert own.read_text(encoding="utf-8") == "mine"
     reasons = {skipped.what: skipped.reason for skipped in results.skipped}
-    assert "'opponent-renamed' was renamed: its recipe.yaml calls it windowed" in reasons["opponent renamed"]
+    assert "'opponent-renamed' has another name in its recipe.yaml: windowed" in reasons["opponent renamed"]
 
 
 def test_lora(tmp_path):

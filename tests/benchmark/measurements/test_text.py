@@ -281,6 +281,7 @@ def test_opponents_write_too(run_folder, tmp_path, tokenizer):
     tiny_opt(len(tokenizer), num_hidden_layers=1).save_pretrained(stage)
     (stage / "run.json").write_text('{"stage": "opponent-small", "tokens": 700}', encoding="utf-8")
     recipe = ModelFolder(out).recipe(["opponents={absent: {}, small: {blocks: 1}}"])
+    (stage / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     found = run_bench(["text"], out, recipe, out=tmp_path / "bench", quiet=True)
     report = GeneratedText.of(found)
     systems = [score.system for score in report.scores]
