@@ -113,7 +113,8 @@ def test_a_stage_goes_on_from_its_checkpoint(stage: str):
     for config in (ours, theirs):
         config.get("vae", {}).pop("_name_or_path", None)  # the folder it was read from
         for part in (config, config.get("vae", {})):
-            part.pop("transformers_version", None)
+            for field in ("transformers_version", "initializer_range", "init_std", "embed_init_std"):
+                part.pop(field, None)  # of initial weights: they had other names then
     assert ours == theirs
 
 
@@ -152,11 +153,17 @@ def test_a_sweep_is_read(old: Path):
     assert all(f"{row.figures.bits_per_byte:.4f}" in page for row in sweep.cells if row.figures)
 
 
+def read_rounded(file: str) -> Any:
+    """Numbers to nine digits: the last ones of a fit are the processor's."""
+    text = Path(file).read_text(encoding="utf-8")
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
+
+
 def test_a_scaling_law_is_read_and_fitted_again():
-    before = json.loads(Path("scaling-law.json").read_text(encoding="utf-8"))
+    before = read_rounded("scaling-law.json")
     assert len(gather([Path("scaling-law.json")]).runs) == len(before["runs"]) == 3
     assert call("bench", "scaling-law", "scaling-law.json", "--out", "again") == 0
-    after = json.loads(Path("again/scaling-law.json").read_text(encoding="utf-8"))
+    after = read_rounded("again/scaling-law.json")
     assert set(after) >= set(before)
     assert (after["runs"], after["points"], after["fits"]) == (
         before["runs"],
