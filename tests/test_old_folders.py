@@ -113,8 +113,10 @@ def test_a_stage_goes_on_from_its_checkpoint(stage: str):
     for config in (ours, theirs):
         config.get("vae", {}).pop("_name_or_path", None)  # the folder it was read from
         for part in (config, config.get("vae", {})):
-            for field in ("transformers_version", "initializer_range", "init_std", "embed_init_std"):
-                part.pop(field, None)  # of initial weights: they had other names then
+            part.pop("transformers_version", None)
+    for part in (theirs, theirs.get("vae", {})):
+        if "initializer_range" in part:  # the name of embed_init_std then
+            part |= {"embed_init_std": part.pop("initializer_range"), "init_std": None}
     assert ours == theirs
 
 
@@ -153,23 +155,19 @@ def test_a_sweep_is_read(old: Path):
     assert all(f"{row.figures.bits_per_byte:.4f}" in page for row in sweep.cells if row.figures)
 
 
-def read_rounded(file: str) -> Any:
-    """Numbers to nine digits: the last ones of a fit are the processor's."""
-    text = Path(file).read_text(encoding="utf-8")
-    return json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
+def rounded(fits: Any) -> Any:
+    """Fits with nine digits: the last ones depend on the processor."""
+    return json.loads(json.dumps(fits), parse_float=lambda number: float(f"{float(number):.9g}"))
 
 
 def test_a_scaling_law_is_read_and_fitted_again():
-    before = read_rounded("scaling-law.json")
+    before = json.loads(Path("scaling-law.json").read_text(encoding="utf-8"))
     assert len(gather([Path("scaling-law.json")]).runs) == len(before["runs"]) == 3
     assert call("bench", "scaling-law", "scaling-law.json", "--out", "again") == 0
-    after = read_rounded("again/scaling-law.json")
+    after = json.loads(Path("again/scaling-law.json").read_text(encoding="utf-8"))
     assert set(after) >= set(before)
-    assert (after["runs"], after["points"], after["fits"]) == (
-        before["runs"],
-        before["points"],
-        before["fits"],
-    )
+    assert (after["runs"], after["points"]) == (before["runs"], before["points"])
+    assert rounded(after["fits"]) == rounded(before["fits"])
 
 
 def test_the_token_cache_is_found_again():

@@ -124,7 +124,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.variational = variational
         self.layer_norm_eps = layer_norm_eps
         self.init_std = init_std
-        self.embed_init_std = embed_init_std
+        self.embed_init_std = kwargs.pop("initializer_range", embed_init_std)  # its name in older folders
         self.segmenter = segmenter or {"name": "regex", "options": {}, "state": {}}
         self.backbone = backbone or {}
         self.blocks = blocks
