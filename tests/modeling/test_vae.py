@@ -134,9 +134,8 @@ def test_kl_and_noise_act_in_training_only():
 def test_initial_weights_have_the_scale_that_is_asked_for():
     def deviations(**settings: float) -> tuple[float, float]:
         vae = tiny_vae(hidden_size=64, **settings)
-        return vae.embed_tokens.weight.std().item(), vae.decoder.blocks[
-            0
-        ].attention.qkv_proj.weight.std().item()
+        attention = vae.decoder.blocks[0].attention
+        return vae.embed_tokens.weight.std().item(), attention.qkv_proj.weight.std().item()
 
     assert deviations(init_std=0.03, embed_init_std=0.5) == pytest.approx((0.5, 0.03), rel=0.1)
     assert deviations() == pytest.approx((0.1, 64**-0.5), rel=0.1)

@@ -134,10 +134,10 @@ def test_an_opponent_learns_from_the_teacher_of_the_graft(tmp_path):
         run_recipe(recipe(opponents, teacher="baseline"), tmp_path / "taught", stages=["opponent-taught"])
 
 
-@pytest.mark.parametrize("keep", [{"keep": "ends"}, {}])
+@pytest.mark.parametrize("keep", ["ends", "least-similar", None])
 def test_a_pretrained_llm_is_pruned(keep):
     folder = str(Path(pretrained.__path__[0]) / "opt-tiny")
-    made = recipe({"few": {"blocks": 2, **keep}}, f"backbone={{name: opt, model: {folder}}}")
+    made = recipe({"few": {"blocks": 2, "keep": keep}}, f"backbone={{name: opt, model: {folder}}}")
     job = opponent(made, "few")
     whole = AutoModelForCausalLM.from_pretrained(folder)
     for place, number in enumerate(job.kept):
@@ -146,8 +146,13 @@ def test_a_pretrained_llm_is_pruned(keep):
             assert torch.equal(weight, ours.state_dict()[name]), name
     assert len(job.kept) == 2
     assert f"pruned to its blocks {job.kept[0]}, {job.kept[1]}" in job.card().summary
-    if keep:
+    if keep == "ends":
         assert job.kept == [0, 5]
+    if keep is None:
+        similar = recipe(
+            {"few": {"blocks": 2, "keep": "least-similar"}}, f"backbone={{name: opt, model: {folder}}}"
+        )
+        assert job.kept == opponent(similar, "few").kept
 
 
 def test_a_window_is_trained_and_measured(tmp_path, tokenizer):
