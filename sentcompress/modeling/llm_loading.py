@@ -389,7 +389,12 @@ def load_causal_lm(
     attention = attn_implementation or adapter.attention_implementations(config)[0]
     if spec.init == "random":
         with explain_build(spec, config):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+            lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+        if spec.embed_init_std is not None:
+            with torch.no_grad():
+                table = lm.get_input_embeddings().weight
+                table *= spec.embed_init_std / table.std()
+        return lm
     wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     if resolve_backbone(spec).gguf_file is None:
         return _load_weights(spec, use_safetensors=True, **wanted)

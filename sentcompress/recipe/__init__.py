@@ -58,6 +58,7 @@ __all__ = [
 
 
 LATER = {
+    "backbone": ("embed_init_std",),
     "bench": ("memories", "text_lengths", "recall_tasks"),
     "graft": ("split",),
     "vae": ("init_std", "embed_init_std"),

@@ -80,13 +80,18 @@ class BackboneSpec(Section):
     """``random`` uses only configuration and tokenizer: to train from scratch, or to measure speed and memory."""
     config: dict[str, Any] = {}
     """With ``init: random``: fields of the LLM's configuration to change, such as hidden_size."""
+    embed_init_std: float | None = Field(default=None, gt=0)
+    """With ``init: random``: standard deviation of the token embeddings' initial weights; null: that of all weights,
+    which the LLM's configuration has."""
 
     @model_validator(mode="after")
-    def _weights_fit_their_own_shape_only(self) -> BackboneSpec:
+    def _pretrained_weights_are_what_they_are(self) -> BackboneSpec:
         if self.config and self.init != "random":
             raise ValueError(
                 "config changes the shape of the LLM, so its weights no longer fit: use init: random"
             )
+        if self.embed_init_std and self.init != "random":
+            raise ValueError("embed_init_std is for an LLM with random weights: use init: random")
         return self
 
 

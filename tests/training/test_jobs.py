@@ -193,8 +193,18 @@ def test_an_impossible_shape_is_refused(backbone, config, message):
         load_causal_lm(recipe.backbone)
 
 
-def test_weights_do_not_fit_another_shape(backbone):
+@pytest.mark.parametrize("change", [{"config": {"num_hidden_layers": 1}}, {"embed_init_std": 0.04}])
+def test_pretrained_weights_are_not_changed(backbone, change):
     raw = grafting(backbone).model_dump()
-    raw["backbone"]["config"] = {"num_hidden_layers": 1}
+    raw["backbone"] |= change
     with pytest.raises(RecipeError, match="use init: random"):
         build_recipe(raw, [], "test")
+
+
+def test_embeddings_have_an_initial_scale_of_their_own(backbone):
+    recipe = grafting(backbone)
+    recipe.backbone.init, recipe.backbone.config = "random", {"init_std": 0.02}
+    recipe.backbone.embed_init_std = 0.2
+    lm = load_causal_lm(recipe.backbone)
+    assert lm.get_input_embeddings().weight.std().item() == pytest.approx(0.2, rel=0.01)
+    assert lm.model.decoder.layers[0].fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
