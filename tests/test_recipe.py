@@ -360,6 +360,16 @@ def test_the_old_name_of_on_anomaly_still_works_and_is_pointed_out():
     assert changed.graft.on_anomaly == "skip"
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("decoder_context", 8), ("unpack_size", 8), ("embedding_multiplier", 2.0)]
+)
+def test_the_llms_blocks_refuse_what_they_cannot_do(option, value):
+    raw = {"name": "x", "vae": {"init": "backbone", "conditioning": "prefix"}}
+    build_recipe(raw, [], "test")
+    with pytest.raises(RecipeError, match=f"{option} does not work with the LLM's blocks"):
+        build_recipe(raw, [f"vae.{option}={value}"], "test")
+
+
 def test_the_digest_of_the_default_recipe_is_that_of_earlier_versions():
     assert Recipe(name="defaults").digest() == "c531c1721b4a"
     changed = build_recipe({"name": "defaults", "vae": {"init_std": 0.02}}, [], "test")

@@ -61,6 +61,7 @@ class SentenceVAEConfig(PretrainedConfig):
         tie_embeddings: one matrix for encoder embedding, decoder embedding and output head.
         init_std: standard deviation of the matrices' initial weights; None: the inverse square root of their inputs.
         embed_init_std: that of the embeddings.
+        embedding_multiplier: factor on the token embeddings that the decoder reads.
         variational: also predict a variance of the latent (trained with a KL term).
         segmenter: name, options and learned state of the segmenter plugin.
         backbone: adapter and model that the tokenizer came from; with ``blocks: backbone`` also the options and
@@ -91,6 +92,7 @@ class SentenceVAEConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         init_std: float | None = None,
         embed_init_std: float = 0.02,
+        embedding_multiplier: float = 1.0,
         segmenter: dict[str, Any] | None = None,
         backbone: dict[str, Any] | None = None,
         blocks: str = "own",
@@ -125,6 +127,7 @@ class SentenceVAEConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.init_std = init_std
         self.embed_init_std = kwargs.pop("initializer_range", embed_init_std)  # its name in older folders
+        self.embedding_multiplier = embedding_multiplier
         self.segmenter = segmenter or {"name": "regex", "options": {}, "state": {}}
         self.backbone = backbone or {}
         self.blocks = blocks

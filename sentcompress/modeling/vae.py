@@ -142,9 +142,9 @@ class SentenceVAE(WholeWeights, PreTrainedModel):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def embed_targets(self, input_ids: Tensor) -> Tensor:
-        """The decoder's token embeddings: ``[...] -> [..., H]``."""
+        """The decoder's token embeddings, times ``embedding_multiplier``: ``[...] -> [..., H]``."""
         table = self.embed_tokens if self.config.tie_embeddings else self.decoder_embed_tokens
-        return table(input_ids)
+        return table(input_ids) * self.config.embedding_multiplier
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """``[..., H] -> [..., V]``; for generation, not for training."""

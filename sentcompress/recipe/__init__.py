@@ -61,7 +61,7 @@ LATER = {
     "backbone": ("embed_init_std",),
     "bench": ("memories", "text_lengths", "recall_tasks"),
     "graft": ("split",),
-    "vae": ("init_std", "embed_init_std"),
+    "vae": ("init_std", "embed_init_std", "embedding_multiplier"),
 }
 """Fields of each section that older results do not have."""
 

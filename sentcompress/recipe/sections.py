@@ -125,6 +125,9 @@ class VAESpec(Section):
     nothing, 0.02 was better with two seeds of three (docs/results/equal-cost.md)."""
     embed_init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the embeddings' initial random weights."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the token embeddings that the decoder reads. Where it is small beside what attention adds, the decoder
+    hardly sees the last token (docs/research-log.md)."""
     freeze: Literal["nothing", "embeddings"] = "nothing"
     """``embeddings`` keeps the token embeddings and output head fixed in all stages."""
 
@@ -138,8 +141,8 @@ class VAESpec(Section):
             raise ValueError(
                 "init: backbone builds the encoder from the LLM's first blocks: encoder_layers must be at least 1"
             )
-        for option in ("decoder_context", "unpack_size"):
-            if self.init == "backbone" and getattr(self, option):
+        for option in ("decoder_context", "unpack_size", "embedding_multiplier"):
+            if self.init == "backbone" and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(
                     f"{option} does not work with the LLM's blocks: use init: embeddings or random"
                 )

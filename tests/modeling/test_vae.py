@@ -141,6 +141,16 @@ def test_initial_weights_have_the_scale_that_is_asked_for():
     assert deviations() == pytest.approx((0.1, 64**-0.5), rel=0.1)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_decoder_reads_embeddings_times_the_multiplier(tie):
+    vae, batch = build(tie_embeddings=tie), tiny_passages()
+    tokens = batch["input_ids"]
+    plain, latents = vae.embed_targets(tokens), vae.encode(tokens, batch["attention_mask"])
+    vae.config.embedding_multiplier = 4.0
+    assert torch.equal(vae.embed_targets(tokens), 4 * plain)
+    assert torch.equal(vae.encode(tokens, batch["attention_mask"]), latents)
+
+
 def test_empty_and_overlong_sentences_are_refused():
     vae = build()
     with pytest.raises(ValueError, match="no token"):
