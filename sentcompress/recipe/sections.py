@@ -91,7 +91,9 @@ class BackboneSpec(Section):
                 "config changes the shape of the LLM, so its weights no longer fit: use init: random"
             )
         if self.embed_init_std and self.init != "random":
-            raise ValueError("embed_init_std is for an LLM with random weights: use init: random")
+            raise ValueError(
+                "embed_init_std is for an LLM with random weights: set it to null, or use init: random"
+            )
         return self
 
 

@@ -219,7 +219,7 @@ def test_what_has_no_opponent_is_refused():
         ),
         ([], {"keep": "least-similar"}, r"opponents\.x\.keep: least-similar compares trained blocks"),
         (
-            ["backbone.init=pretrained", "backbone.config={}"],
+            ["backbone={model: opt-tiny}"],
             {"config": {"dropout": 0.1}},
             r"x\.config: the LLM is pre",
         ),
