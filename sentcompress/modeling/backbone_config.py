@@ -1,4 +1,4 @@
-"""The configuration of an LLM: changed by a recipe's fields, and why no model can be built from it."""
+"""The configuration of an LLM, changed by a recipe's fields, and the LLM with random weights that is built from it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from sentcompress.errors import (
@@ -76,6 +77,21 @@ def refuse_unknown_code(spec: BackboneSpec, text: str, error: Exception) -> None
             f"backbone.model: '{spec.model}' cannot be loaded: {text.partition('. ')[0]}",
             fix=f"install a newer transformers (here: {transformers_version}), or use another LLM",
         ) from error
+
+
+def random_lm(spec: BackboneSpec, config: Any, attn_implementation: str) -> PreTrainedModel:
+    """An LLM in fp32 with random weights, its embeddings with the scale of ``backbone.embed_init_std``.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    with explain_build(spec, config):
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).float()
+    if spec.embed_init_std is not None:
+        with torch.no_grad():
+            table = lm.get_input_embeddings().weight
+            table *= spec.embed_init_std / table.std()
+    return lm
 
 
 @contextmanager

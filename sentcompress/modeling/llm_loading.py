@@ -37,7 +37,7 @@ from sentcompress.errors import (
     SentCompressError,
     did_you_mean,
 )
-from sentcompress.modeling.backbone_config import explain_build, refuse_unknown_code, shaped_config
+from sentcompress.modeling.backbone_config import random_lm, refuse_unknown_code, shaped_config
 from sentcompress.modeling.split import SPLIT
 from sentcompress.modeling.weight_checks import load_weights
 from sentcompress.recipe import BackboneSpec
@@ -388,13 +388,7 @@ def load_causal_lm(
     adapter: Any = get_registry().get("backbone", adapter_name(spec))
     attention = attn_implementation or adapter.attention_implementations(config)[0]
     if spec.init == "random":
-        with explain_build(spec, config):
-            lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
-        if spec.embed_init_std is not None:
-            with torch.no_grad():
-                table = lm.get_input_embeddings().weight
-                table *= spec.embed_init_std / table.std()
-        return lm
+        return random_lm(spec, config, attention)
     wanted: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     if resolve_backbone(spec).gguf_file is None:
         return _load_weights(spec, use_safetensors=True, **wanted)
