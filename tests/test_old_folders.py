@@ -115,9 +115,9 @@ def test_a_stage_goes_on_from_its_checkpoint(stage: str):
         for part in (config, config.get("vae", {})):
             part.pop("transformers_version", None)
     for part in (theirs, theirs.get("vae", {})):
-        if "initializer_range" in part:  # the name of embed_init_std then; the others came later
-            part |= {"embed_init_std": part.pop("initializer_range")}
-            part |= {"init_std": None, "embedding_multiplier": 1.0}
+        if "initializer_range" in part:  # the name of embed_init_std then
+            part["embed_init_std"] = part.pop("initializer_range")
+            part |= {"init_std": None, "embedding_multiplier": 1.0}  # fields that came later
     assert ours == theirs
 
 

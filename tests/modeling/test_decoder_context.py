@@ -70,8 +70,13 @@ def test_blocks_reach_as_far_as_is_said():
 @torch.no_grad()
 def test_the_training_forward_charges_what_the_writer_computes(start):
     """Sentence by sentence from a carried context, with and without the cache."""
-    vae = {"decoder_context": CONTEXT, "decoder_layers": 2, "conditioning": "prefix", "unpack_size": 6}
-    vae["embedding_multiplier"] = 3.0
+    vae = {
+        "decoder_context": CONTEXT,
+        "decoder_layers": 2,
+        "conditioning": "prefix",
+        "unpack_size": 6,
+        "embedding_multiplier": 3.0,
+    }
     model = tiny_sentence_lm(vae=vae)
     model.config.start_latent = start
     ids, mask = text()
