@@ -83,13 +83,19 @@ def random_lm(spec: BackboneSpec, config: Any, attn_implementation: str) -> PreT
     """An LLM in fp32 with random weights, its embeddings with the scale of ``backbone.embed_init_std``.
 
     Raises:
-        InputError: it cannot be built.
+        InputError: it cannot be built, or its embeddings are 0.
     """
     with explain_build(spec, config):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).float()
     if spec.embed_init_std is not None:
         with torch.no_grad():
             table = lm.get_input_embeddings().weight
+            if not table.any():
+                raise InputError(
+                    f"backbone.embed_init_std: with backbone.config={spec.config} all embeddings start at 0, and "
+                    "cannot be scaled",
+                    fix="give the initial weights in backbone.config a standard deviation above 0",
+                )
             table *= spec.embed_init_std / table.std()
     return lm
 

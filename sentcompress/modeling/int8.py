@@ -169,7 +169,7 @@ def quantize(model: SentenceLM, parts: Iterable[str]) -> SentenceLM:
     Embeddings, norms and the output head stay as they are (``shortlist-exact`` makes the output head cheap and exact).
 
     Raises:
-        InputError: a part is unknown, or the model is not on a CPU with exact 8-bit kernels.
+        InputError: a part is unknown or has no linear layers, or the model is not on a CPU with exact 8-bit kernels.
     """
     modules: dict[str, nn.Module] = {
         "encoder": model.vae.encoder,
@@ -179,6 +179,10 @@ def quantize(model: SentenceLM, parts: Iterable[str]) -> SentenceLM:
     for part in parts:
         if part not in modules:
             raise InputError(f"no part is called '{part}'", fix=f"use {', '.join(modules)}")
+        if not any(isinstance(module, nn.Linear | Conv1D) for module in modules[part].modules()):
+            raise InputError(
+                f"the {part} of this model has no linear layers to quantize", fix=f"leave out '{part}'"
+            )
         to_int8(modules[part])
     return model
 

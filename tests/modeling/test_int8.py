@@ -55,6 +55,8 @@ def test_parts_of_a_model_are_quantized_by_name():
     assert not any(isinstance(m, Int8Linear) for m in model.backbone.modules())
     with pytest.raises(InputError, match="no part is called 'head'"):
         quantize(model, ["head"])
+    with pytest.raises(InputError, match="the encoder of this model has no linear layers"):
+        quantize(tiny_sentence_lm(vae={"encoder_layers": 0}), ["encoder"])
 
 
 def test_weights_elsewhere_than_on_the_cpu_are_refused():

@@ -208,3 +208,6 @@ def test_embeddings_have_an_initial_scale_of_their_own(backbone):
     lm = load_causal_lm(recipe.backbone)
     assert lm.get_input_embeddings().weight.std().item() == pytest.approx(0.2, rel=0.01)
     assert lm.model.decoder.layers[0].fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    recipe.backbone.config = {"init_std": 0.0}
+    with pytest.raises(InputError, match="all embeddings start at 0"):
+        load_causal_lm(recipe.backbone)
