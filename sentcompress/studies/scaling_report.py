@@ -52,7 +52,7 @@ def points_table(law: ScalingLaw) -> Table:
                 number(first.ours.vae_tokens),
                 f"{ours:.2e}",
                 f"{baseline:.2e}",
-                decoding(first.ours, first.twin),
+                _decoding(first.ours, first.twin),
             ]
         )
     columns = [
@@ -98,7 +98,7 @@ def opponents_table(law: ScalingLaw) -> Table:
                     _over_seeds(opponent.ratio),
                     _sizes(first.parameters, first.trainable_parameters),
                     f"{statistics.mean(run.opponents[name].flops for run in runs):.2e}",
-                    decoding(first, runs[0].twin),
+                    _decoding(first, runs[0].twin),
                 ]
             )
     columns = [
@@ -125,7 +125,7 @@ def _over_seeds(figures: SeedFigures) -> str:
     return f"{figures.mean:.4f} ({figures.low:.4f} to {figures.high:.4f})"
 
 
-def decoding(system: SystemPoint, baseline: SystemPoint) -> str:
+def _decoding(system: SystemPoint, baseline: SystemPoint) -> str:
     """FLOPs and bytes of writing a token, as shares of the baseline's; ``-`` where they are not known."""
     own, whole = system.cost, baseline.cost
     if own is None or whole is None:
