@@ -129,7 +129,8 @@ class VAESpec(Section):
     """Standard deviation of the embeddings' initial random weights."""
     embedding_multiplier: float = Field(default=1.0, gt=0)
     """Factor on the token embeddings that the decoder reads. Where they are small beside what attention adds, the
-    decoder hardly sees the last token. From nothing, at width 192, 4 is better (docs/research-log.md)."""
+    decoder hardly sees the last token. From nothing, at width 192, 4 is better. A factor also helped with the
+    embeddings of ``opt-tiny``, but not with the larger ones of SmolLM2 (docs/research-log.md)."""
     freeze: Literal["nothing", "embeddings"] = "nothing"
     """``embeddings`` keeps the token embeddings and output head fixed in all stages."""
 
