@@ -179,11 +179,10 @@ def quantize(model: SentenceLM, parts: Iterable[str]) -> SentenceLM:
     for part in parts:
         if part not in modules:
             raise InputError(f"no part is called '{part}'", fix=f"use {', '.join(modules)}")
-        if not any(isinstance(module, nn.Linear | Conv1D) for module in modules[part].modules()):
+        if not any(isinstance(layer, Int8Linear) for layer in to_int8(modules[part]).modules()):
             raise InputError(
                 f"the {part} of this model has no linear layers to quantize", fix=f"leave out '{part}'"
             )
-        to_int8(modules[part])
     return model
 
 
