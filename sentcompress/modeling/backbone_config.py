@@ -90,7 +90,7 @@ def random_lm(spec: BackboneSpec, config: Any, attn_implementation: str) -> PreT
     if spec.embed_init_std is not None:
         with torch.no_grad():
             table = lm.get_input_embeddings().weight
-            if not table.any():
+            if not table.is_meta and not table.any():
                 raise InputError(
                     f"backbone.embed_init_std: with backbone.config={spec.config} all embeddings start at 0, and "
                     "cannot be scaled",

@@ -107,6 +107,11 @@ def test_a_shape_that_cannot_be_is_named(field, message):
         meta_models(load_recipe("strong", [field]))
 
 
+def test_a_scale_of_embeddings_changes_no_shape():
+    recipe = load_recipe("strong", ["backbone.embed_init_std=0.04"])
+    assert meta_models(recipe)[1].get_input_embeddings().weight.is_meta
+
+
 def test_a_folder_with_more_blocks_than_any_llm_is_refused(tmp_path):
     AutoConfig.for_model("opt", num_hidden_layers=200_000).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"backbone\.model: 200,000 blocks"):
