@@ -40,8 +40,16 @@ class AttentionPooling(Fusion):
     def latents(self) -> int:
         return int(self.options.latents)
 
+    def products(self, tokens: float) -> float:
+        # Scores and sums at each token, queries and values once per sentence.
+        return self.latents * (2 * tokens + 2 * self.hidden_size) * self.hidden_size
+
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         hidden_states = hidden_states.masked_fill(~mask[:, :, None], 0.0)
-        queries = self.queries.to(hidden_states.dtype).expand(len(hidden_states), -1, -1)
-        keys, values = self.key_proj(hidden_states), self.value_proj(hidden_states)
-        return self.norm(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, :]))
+        # The score of a query q with a key W h + b is that of W'q with h, plus q'b; the mean of values V h is V times
+        # the mean of h. So no token is projected.
+        queries, keys = self.queries.to(hidden_states.dtype), self.key_proj
+        scores = F.linear(queries, keys.bias[None])[None].masked_fill(~mask[:, None, :], -torch.inf)
+        projected = F.linear(queries, keys.weight.T).expand(len(mask), -1, -1)
+        pooled = F.scaled_dot_product_attention(projected, hidden_states, hidden_states, attn_mask=scores)
+        return self.norm(self.value_proj(pooled))

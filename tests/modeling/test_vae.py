@@ -34,6 +34,15 @@ def test_padding_changes_nothing(fusion):
     assert torch.equal(vae.encode(noisy, mask), expected)
 
 
+def test_attention_pooling_is_attention_of_the_queries_to_keys_and_values():
+    fusion = get_registry().create("fusion", "attention", {"latents": 2}, hidden_size=8)
+    torch.nn.init.normal_(fusion.key_proj.bias)
+    states, queries = torch.randn(1, 5, 8), fusion.queries
+    weights = (queries @ fusion.key_proj(states[0]).T / 8**0.5).softmax(-1)
+    expected = fusion.norm(weights @ fusion.value_proj(states[0]))
+    torch.testing.assert_close(fusion(states, torch.ones(1, 5, dtype=torch.bool))[0], expected)
+
+
 def test_a_fusion_of_a_wrong_shape_is_named():
     vae, batch = build(), tiny_passages()
     arguments = batch["input_ids"], batch["attention_mask"]
