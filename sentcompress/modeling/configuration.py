@@ -52,7 +52,7 @@ class SentenceVAEConfig(PretrainedConfig):
         encoder_layers, decoder_layers: blocks.
         feedforward_size: width of the feed-forward layers (the paper: ``2 * hidden_size``).
         dropout: in the blocks.
-        conditioning: ``cross-attention``, ``add``, ``prefix`` or ``start``.
+        conditioning: ``cross-attention``, ``add`` or ``prefix``.
         fusion: name and options of the fusion plugin.
         latents: vectors per sentence, ``k``; defined by the fusion.
         unpack_size: size of the part of the latents that each decoder position is given directly; 0 gives none.

@@ -77,22 +77,16 @@ class DecoderCache:
 
 
 class SentenceDecoder(nn.Module):
-    """``decoder_layers`` causal blocks, conditioned on the latents by cross-attention, addition or as first inputs.
+    """``decoder_layers`` causal blocks, conditioned on the latents by cross-attention, addition or a prefix.
 
-    With ``decoder_context`` they also see the positions before the sentence (tokens, and the latents that are inputs),
-    so the latents need not carry what follows from the previous words. Positions are then rotary too.
-
-    Attributes:
-        first_inputs: latents that are inputs before the tokens.
-        prefix: positions of a sentence before its start token; with ``start``, the last latent has no position of its
-            own, but is added to the start token.
+    With ``decoder_context`` they also see the positions before the sentence (tokens, and the latents of a prefix), so
+    the latents need not carry what follows from the previous words. Positions are then rotary too.
     """
 
     def __init__(self, config: SentenceVAEConfig) -> None:
         super().__init__()
         self.context = config.decoder_context
-        self.first_inputs = config.latents if config.conditioning in ("prefix", "start") else 0
-        self.prefix = self.first_inputs - (config.conditioning == "start")
+        self.prefix = config.latents if config.conditioning == "prefix" else 0
         self.capacity = config.max_sentence_tokens + 1 + self.prefix
         self.embed_positions = nn.Embedding(self.capacity, config.hidden_size)
         self.unpack = Unpack(config) if config.unpack_size else None
@@ -129,13 +123,9 @@ class SentenceDecoder(nn.Module):
         if self.unpack is not None:
             unpacked = self.unpack.prepare(latents.to(embeddings.dtype))
             embeddings = embeddings + self.unpack(unpacked, layout.sentence_ids, layout.positions)
-        first = latents.to(embeddings.dtype)
-        if self.first_inputs > self.prefix:
-            starts = (layout.positions == 0).nonzero()[:, 0]
-            embeddings = embeddings.index_add(0, starts, first[:, -1])
         if self.prefix:
             inner = layout.longer_by(self.prefix)
-            embeddings = inner.unpad(torch.cat([first[:, : self.prefix], layout.pad(embeddings)], dim=1))
+            embeddings = inner.unpad(torch.cat([latents.to(embeddings.dtype), layout.pad(embeddings)], dim=1))
         hidden_states = self.dropout(embeddings + self.embed_positions(inner.positions))
         for block in self._decoder_blocks():
             hidden_states = block(hidden_states, inner, block.prepare(latents), past_key_values)
@@ -233,13 +223,13 @@ class SentenceDecoder(nn.Module):
             cache.angles = cos, sin
         cache.positions = cache.positions.index_fill(0, rows, 0)
         cache.shared_position = 0 if len(rows) == texts else None
-        cache.latent_steps = self.first_inputs
+        cache.latent_steps = self.prefix
         return self.prefix
 
     def step(self, embeddings: Tensor, cache: DecoderCache, rows: Tensor | None = None) -> Tensor:
         """Advance some rows by one position: ``[b, H] -> [b, H]``, extending ``cache``.
 
-        The first ``prefix`` steps of a sentence read latents, whatever ``embeddings`` holds.
+        The first ``prefix`` steps of a sentence read its latents, whatever ``embeddings`` holds.
 
         Args:
             rows: ``[b]`` int64; the others wait. None: all.
@@ -275,7 +265,7 @@ class SentenceDecoder(nn.Module):
         mask = torch.cat([filled, mask], 1)
         angles = _of_each(cache.angles, lambda x: x[rows, positions])
         slot = CacheSlot(rows, n + positions, 0, n + self.capacity, mask[:, None, None], angles, active)
-        return self._step(embeddings, cache, slice(None), positions, slot, self.first_inputs > 0)
+        return self._step(embeddings, cache, slice(None), positions, slot, self.prefix > 0)
 
     def _step(
         self,
@@ -291,7 +281,7 @@ class SentenceDecoder(nn.Module):
             at = (positions - self.prefix).clamp(0, self.capacity - self.prefix - 1)
             embeddings = embeddings + self.unpack(cache.unpacked, each, at)
         if read_latents:
-            embeddings = latents_first(embeddings, cache.latents[some], positions, self.prefix)
+            embeddings = latents_first(embeddings, cache.latents[some], positions)
         hidden_states = embeddings + self.embed_positions(positions)
         for block, layer, prepared in zip(self._decoder_blocks(), cache.layers, cache.prepared, strict=True):
             hidden_states = block.step(hidden_states, layer, slot, tuple(x[some] for x in prepared))

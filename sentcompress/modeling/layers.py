@@ -127,19 +127,11 @@ def rotate(states: Tensor, positions: Tensor) -> Tensor:
     return apply_rotation(states, cos[:, None], sin[:, None])
 
 
-def latents_first(embeddings: Tensor, latents: Tensor, positions: Tensor, prefix: int) -> Tensor:
-    """The next input ``[B, H]`` of each row, which may be a latent.
-
-    Args:
-        embeddings: ``[B, H]`` of the next tokens.
-        latents: ``[B, k, H]``, inputs at the first ``k`` positions.
-        positions: ``[B]``.
-        prefix: the first positions, which have no token; a latent after them is added to the token there.
-    """
+def latents_first(embeddings: Tensor, latents: Tensor, positions: Tensor) -> Tensor:
+    """The next input of each row: the latent at its position ``[B]`` if there is one, else ``embeddings [B, H]``."""
+    rows = torch.arange(len(embeddings), device=embeddings.device)
     k = latents.shape[1]
-    own = latents[torch.arange(len(positions), device=positions.device), positions.clamp_max(k - 1)]
-    tokens = embeddings.masked_fill((positions < prefix)[:, None], 0.0)
-    return tokens + own.masked_fill((positions >= k)[:, None], 0.0)
+    return torch.where((positions < k)[:, None], latents[rows, positions.clamp_max(k - 1)], embeddings)
 
 
 @dataclass

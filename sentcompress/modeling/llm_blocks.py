@@ -132,7 +132,7 @@ class LLMDecoder(nn.Module):
         positions = cache.filled - cache.starts
         if cache.latent_steps:
             cache.latent_steps -= 1
-            embeddings = latents_first(embeddings, cache.latents * self.latent_gain, positions, self.prefix)
+            embeddings = latents_first(embeddings, cache.latents * self.latent_gain, positions)
         states = self._extend(embeddings[:, None], cache)[:, 0]
         return states if rows is None else states[rows]
 

@@ -110,9 +110,8 @@ class VAESpec(Section):
     """Feed-forward width as a multiple of the hidden size (the paper: 2)."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout in the blocks (the paper: 0.1)."""
-    conditioning: Literal["cross-attention", "add", "prefix", "start"] = "cross-attention"
-    """How the decoder is conditioned on the latents: cross-attention (the paper), a vector added at every token, a
-    prefix before the start token, or a prefix whose last latent is added to the start token (a position less)."""
+    conditioning: Literal["cross-attention", "add", "prefix"] = "cross-attention"
+    """How the decoder is conditioned on the latents: cross-attention (the paper), an added vector, or a prefix."""
     unpack_size: int = Field(default=0, ge=0, le=1024)
     """Latent features that each decoder position gets directly, through a matrix of its own; 0 turns this off. It helps
     reconstruction and hurts prediction (docs/research-log.md)."""

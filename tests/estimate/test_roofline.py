@@ -33,7 +33,6 @@ def test_the_backbones_operations_are_those_counted():
         {},
         {"conditioning": "add"},
         {"conditioning": "prefix", "decoder_context": 16, "decoder_layers": 2},
-        {"conditioning": "start"},
         {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": "cross-attention"},
         {
             "fusion": {"name": "pack", "options": {"slot_size": 8, "latents": 2}},
@@ -42,7 +41,7 @@ def test_the_backbones_operations_are_those_counted():
             "unpack_size": 8,
         },
     ],
-    ids=["paper", "add", "context", "start", "two-latents", "pack"],
+    ids=["paper", "add", "context", "two-latents", "pack"],
 )
 def test_the_sentence_models_operations_are_those_counted(vae):
     """Ten more sentences of 8 tokens, after 20: the difference of two runs is what they cost."""

@@ -32,14 +32,13 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["k1", "k2-prefix", "k1-context", "k2-start-context"])
+@pytest.fixture(scope="module", params=["k1", "k2-prefix", "k1-context", "k2-prefix-context"])
 def generator(request, tokenizer):
     vae = {"max_sentence_tokens": 16}
     if "context" in request.param:
         vae |= {"decoder_context": 11, "decoder_layers": 2}
-    if "k2" in request.param:
-        conditioning = request.param.split("-")[1]
-        vae |= {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": conditioning}
+    if "k2-prefix" in request.param:
+        vae |= {"fusion": {"name": "attention", "options": {}}, "latents": 2, "conditioning": "prefix"}
     model = tiny_sentence_lm(len(tokenizer), vae=vae)
     return SentenceGenerator(model, tokenizer)
 

@@ -24,12 +24,7 @@ VAES = {
         "latents": 2,
         "conditioning": "prefix",
     },
-    "k1-start-context": {
-        "max_sentence_tokens": 16,
-        "conditioning": "start",
-        "decoder_context": 11,
-        "decoder_layers": 2,
-    },
+    "k1-context": {"max_sentence_tokens": 16, "decoder_context": 11, "decoder_layers": 2},
 }
 
 

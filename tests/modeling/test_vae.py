@@ -10,7 +10,7 @@ from sentcompress.modeling.losses import TokenLoss
 from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_passages, tiny_vae
 
-CONDITIONINGS = ["cross-attention", "add", "prefix", "start"]
+CONDITIONINGS = ["cross-attention", "add", "prefix"]
 FUSIONS = ["sum-norm", "mean", "last", "weighted-sum", "attention", "pack"]
 
 
