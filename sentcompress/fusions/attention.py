@@ -46,8 +46,8 @@ class AttentionPooling(Fusion):
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         hidden_states = hidden_states.masked_fill(~mask[:, :, None], 0.0)
-        # The score of a query q with a key W h + b is that of W'q with h, plus q'b; the mean of values V h is V times
-        # the mean of h. So no token is projected.
+        # q·(W h + b) = (Wᵀq)·h + q·b, and the mean of V h + c is V (mean of h) + c: no token is projected. q·b is the
+        # same for every token, so the softmax drops it; it stays because each parameter must get a gradient.
         queries, keys = self.queries.to(hidden_states.dtype), self.key_proj
         scores = F.linear(queries, keys.bias[None])[None].masked_fill(~mask[:, None, :], -torch.inf)
         projected = F.linear(queries, keys.weight.T).expand(len(mask), -1, -1)
