@@ -27,13 +27,21 @@ LONG = "The state of the Union is"
 LIMITS = ServeLimits(max_batch=2, max_waiting=1, request_seconds=60)
 
 
+class PacedEngine(LLMEngine):
+    """On a fast machine, a long text would otherwise be complete before the server could end it."""
+
+    def step(self):
+        time.sleep(0.005)
+        return super().step()
+
+
 @pytest.fixture
 def make_server(opt_tiny, run_server):
     """``with make_server(**limits) as server``: opt-tiny, two texts at a time, one that may wait."""
 
     def make(**limits):
         allowed = LIMITS.model_copy(update=limits)
-        return run_server(LLMEngine(*opt_tiny, None, allowed), opt_tiny[1], allowed)
+        return run_server(PacedEngine(*opt_tiny, None, allowed), opt_tiny[1], allowed)
 
     return make
 
