@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from sentcompress.distributed import on_cpu, processes
 from sentcompress.errors import InputError
 from sentcompress.recipe import TrainingSettings
+from sentcompress.training.anomalies import explain_out_of_memory
 from sentcompress.training.jobs import Job
 from sentcompress.training.sharding import shard_model
+from sentcompress.training.step import StepShare
 from sentcompress.training.tuning import recompute_activations, unreached_weights
 
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's names for the precisions."""
 MIN_SPEEDUP = 1.2
 """bf16 must be this much faster than fp32 for ``auto`` to choose it."""
-_MEASURED_ROWS = 512
-_MEASURED_SECONDS = 0.1
+ENOUGH_SECONDS = 10
+"""Steps that take so long are not measured twice."""
 
 
 @dataclass
@@ -108,63 +111,62 @@ def _shared_precision(job: Job, saved: str | None, note: Callable[[str], None]) 
     choice = [saved, "as before"]
     if saved is None:
         if ranks.is_main_process:
-            choice = [*choose_precision(job.settings.precision, job.width, ranks.device)]
+            choice = [*choose_precision(job, ranks.device)]
         if ranks.num_processes > 1:
             broadcast_object_list(choice)
     note(f"{choice[0]} on {ranks.device} ({choice[1]})")
     return str(choice[0])
 
 
-def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str, str]:
-    """Resolve a recipe's ``precision``. ``auto`` measures: bf16 is 9x faster on some CPUs and slower on others.
+def choose_precision(job: Job, device: torch.device) -> tuple[str, str]:
+    """Resolve a job's ``precision``. ``auto`` takes bf16 where it is faster: on GPUs that have it, and on some CPUs.
+
+    How much faster depends on the model. With small ones, what bf16 saves in products may be lost in attention and in
+    casts, so on a CPU the job's own steps are timed.
 
     Args:
-        wanted: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        width: the model's hidden size.
         device: where it will run.
 
     Returns:
         ``fp32``, ``bf16`` or ``fp16``, and the reason in one line.
 
     Raises:
-        InputError: fp16 without a GPU.
+        InputError: fp16 without a GPU, or a step does not fit into memory.
     """
+    wanted = job.settings.precision
     if wanted == "fp16" and device.type == "cpu":
         raise InputError(
             "precision: fp16 needs a GPU, and this run is on the CPU", fix="use auto, fp32 or bf16"
         )
     if wanted != "auto":
         return wanted, "set in the recipe"
-    fp32 = matmul_seconds(torch.float32, width, device)
-    try:
-        bf16 = matmul_seconds(torch.bfloat16, width, device)
-    except RuntimeError:
-        return "fp32", "this device does not support bf16"
-    ratio = fp32 / bf16
-    chosen = "bf16" if ratio >= MIN_SPEEDUP else "fp32"
-    verdict = "faster" if ratio >= 1 else "slower"
-    times = max(ratio, 1 / ratio)
-    return (
-        chosen,
-        f"bf16 measured {times:.1f}x {verdict}, products of {_MEASURED_ROWS} x {width} x {4 * width}",
-    )
+    if device.type != "cpu":
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this device has it"
+        return "fp32", "this device does not have bf16"
+    with explain_out_of_memory(job.stage.section, job.batch_fields):
+        seconds = step_seconds(job)
+    ratio = seconds["fp32"] / seconds["bf16"]
+    times = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio >= 1 else 'slower'}"
+    return ("bf16" if ratio >= MIN_SPEEDUP else "fp32"), f"bf16 measured {times} in a step of this training"
 
 
-def matmul_seconds(dtype: torch.dtype, width: int, device: torch.device) -> float:
-    """Best time of one matrix product of the model's width, over at least three runs and a tenth of a second."""
-    left = torch.ones(_MEASURED_ROWS, width, dtype=dtype, device=device)
-    right = torch.ones(width, 4 * width, dtype=dtype, device=device)
-    best = float("inf")
-    deadline = time.perf_counter() + _MEASURED_SECONDS
-    runs = 0
-    while runs < 3 or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        torch.mm(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if runs:  # the first run is a warm-up
-            best = min(best, time.perf_counter() - start)
-        runs += 1
+def step_seconds(job: Job) -> dict[str, float]:
+    """Best time on the CPU of a forward and backward pass over a job's first micro-batch, by precision, in turns."""
+    batch, model = job.batch(0), job.model.train()
+    counts = job.counts(batch)
+    best = {"fp32": math.inf, "bf16": math.inf}
+    began = time.perf_counter()
+    for _ in range(2):  # the first time is a warm-up
+        for precision in best:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                output = job.loss(model, batch, StepShare(counts, counts))
+            output.loss.backward()
+            best[precision] = min(best[precision], time.perf_counter() - start)
+            model.zero_grad()
+        if time.perf_counter() - began > ENOUGH_SECONDS:
+            break
     return best
 
 

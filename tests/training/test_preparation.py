@@ -49,23 +49,49 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("bf16", "chosen", "word"), [(1.0, "bf16", "10.0x faster"), (20.0, "fp32", "2.0x slower")]
 )
-def test_auto_takes_the_faster_one_and_reports_it(monkeypatch, bf16, chosen, word):
-    seconds = {torch.float32: 10.0, torch.bfloat16: bf16}
-    monkeypatch.setattr(preparation, "matmul_seconds", lambda dtype, *_: seconds[dtype])
-    result, why = preparation.choose_precision("auto", 64, CPU)
+def test_auto_takes_the_faster_one_and_reports_it(make_recipe, make_job, monkeypatch, bf16, chosen, word):
+    monkeypatch.setattr(preparation, "step_seconds", lambda *_: {"fp32": 10.0, "bf16": bf16})
+    result, why = preparation.choose_precision(make_job(make_recipe(precision="auto")), CPU)
     assert result == chosen
     assert word in why
 
 
-def test_measuring_gives_a_time():
-    assert 0 < preparation.matmul_seconds(torch.float32, 16, CPU) < 10
+def test_measuring_changes_no_weights(make_recipe, make_job):
+    job = make_job(make_recipe(precision="auto"))
+    before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+    seconds = preparation.step_seconds(job)
+    assert seconds.keys() == {"fp32", "bf16"}
+    assert all(0 < each < 60 for each in seconds.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in job.model.parameters())
 
 
-def test_a_precision_in_the_recipe_is_not_measured(monkeypatch):
-    monkeypatch.setattr(preparation, "matmul_seconds", pytest.fail)
-    assert preparation.choose_precision("bf16", 64, CPU)[0] == "bf16"
+def test_slow_steps_are_measured_once(make_recipe, make_job, monkeypatch):
+    job, calls = make_job(make_recipe(precision="auto")), []
+    loss = job.loss
+    monkeypatch.setattr(
+        job, "loss", lambda *given: calls.append(torch.is_autocast_enabled("cpu")) or loss(*given)
+    )
+    preparation.step_seconds(job)
+    assert calls == [False, True, False, True]
+    calls.clear()
+    monkeypatch.setattr(preparation, "ENOUGH_SECONDS", 0)
+    preparation.step_seconds(job)
+    assert calls == [False, True]
 
 
-def test_fp16_needs_a_gpu():
+def test_a_precision_in_the_recipe_is_not_measured(make_recipe, make_job, monkeypatch):
+    monkeypatch.setattr(preparation, "step_seconds", pytest.fail)
+    assert preparation.choose_precision(make_job(make_recipe(precision="bf16")), CPU)[0] == "bf16"
+
+
+def test_fp16_needs_a_gpu(make_recipe, make_job):
     with pytest.raises(InputError, match="needs a GPU"):
-        preparation.choose_precision("fp16", 64, CPU)
+        preparation.choose_precision(make_job(make_recipe(precision="fp16")), CPU)
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_is_not_measured(make_recipe, make_job, monkeypatch, supported, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    job = make_job(make_recipe(precision="auto"))
+    assert preparation.choose_precision(job, torch.device("cuda"))[0] == chosen

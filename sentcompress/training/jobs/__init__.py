@@ -34,10 +34,6 @@ class Job(Protocol):
         """Recipe fields that shrink a micro-batch; an out-of-memory message names them."""
 
     @property
-    def width(self) -> int:
-        """Hidden size, for ``precision: auto``."""
-
-    @property
     def model(self) -> nn.Module:
         """The model to train; on the CPU at first."""
 

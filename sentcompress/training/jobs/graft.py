@@ -56,7 +56,6 @@ class GraftJob:
         if self.model.shortlist is not None:
             counts = torch.from_numpy(corpus.train_counts(vocab_size))
             self.model.shortlist.start(self.model.vae.output_weight, counts)
-        self.width = self.model.backbone.hidden_size
         limit = self.model.backbone.max_positions // self.model.latents - int(self.settings.start_latent)
         if self.settings.max_sentences > limit:
             raise InputError(

@@ -244,7 +244,6 @@ class MemoryJob(TokenLevelJob):
         lm.train()
         apply_tune(lm, blocks_of(lm), self.settings, "memory")
         self.model = MemoryLM(lm, self.settings, self.text.tokenizer, memory.recall_blocks)
-        self.width = int(lm.config.hidden_size)
         finder = BoundaryFinder(self.text.segmenter, self.text.tokenizer, MAX_SENTENCE_TOKENS)
         packs = "position_ids" in signature(lm.base_model.forward).parameters
         self._train, self._heldout = (

@@ -45,7 +45,6 @@ class VAEJob:
         self.text = text or load_inputs(recipe)
         self.inputs = {"corpus": self.text.corpus.key}
         shape = backbone_shape(recipe)
-        self.width = shape.hidden_size
         self.model = SentenceVAE(
             vae_config(
                 recipe,

@@ -214,7 +214,6 @@ class PretrainJob(TokenLevelJob):
         tokenizer.model_max_length = config.max_position_embeddings
         self.text = load_inputs(recipe, tokenizer)
         self.inputs = {"corpus": self.text.corpus.key}  # the key covers the tokenizer
-        self.width = int(config.hidden_size)
         self.model = TokenLM(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         self._train = self._sampler(self.text.corpus.train)
         self._heldout = self._sampler(self.text.corpus.heldout)
@@ -300,7 +299,6 @@ class PassageJob(TokenLevelJob):
         lm.train()
         apply_tune(lm, blocks_of(lm), tune, where)
         self.model = TokenLM(lm)
-        self.width = int(lm.config.hidden_size)
         self._train, self._heldout = passage_samplers(recipe, text, lm.config)
 
 
