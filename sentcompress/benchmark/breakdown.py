@@ -12,13 +12,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sentcompress.benchmark.measurement import BASELINES, SENTENCE_MODEL
+from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR
+from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL
 from sentcompress.errors import CoverageError, InputError, did_you_mean
 from sentcompress.provenance import Record
+from sentcompress.table import Table, number, percent
 
 if TYPE_CHECKING:
     from sentcompress.benchmark.heldout_text import HeldoutDocument
@@ -35,6 +37,12 @@ STARTS: dict[By, tuple[int, ...]] = {
     "bytes": (0, 1000, 2000, 4000, 8000, 16000, 32000, 64000),
 }
 """Where buckets begin: narrow where neighbors differ most, wider after that."""
+BY_TITLES: dict[By, str] = {
+    "position": "Quality by position of the token in its sentence",
+    "length": "Quality by tokens of the sentence",
+    "index": "Quality by sentence of the document (0 is context)",
+    "bytes": "Quality by bytes of the document before",
+}
 MARKS = ("end marks", "stop decisions")
 ROUNDING = 1e-9
 """Relative difference of two sums of the same fp64 numbers in another order."""
@@ -288,3 +296,74 @@ def compare_buckets(scores: Sequence[QualityScore], by: By) -> tuple[str | None,
                 row.with_marks = (found[SENTENCE_MODEL].nats + found[SENTENCE_MODEL].mark_nats) / theirs
         rows.append(row)
     return baseline, rows
+
+
+# ---- tables and figures
+
+
+def by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table:
+    baseline, rows = compare_buckets(scores, by)
+    opponents = [score.system for score in scores if score.system.startswith(OPPONENT_SYSTEM)]
+    names = (SENTENCE_MODEL, BASELINES[0], *opponents, *BASELINES[1:])
+    systems = [name for name in names if any(name in row.bits for row in rows)]
+    marks = any(row.with_marks is not None for row in rows)
+    lines = []
+    for row in rows:
+        line = [row.label, number(row.bytes or None)]
+        line += [number(row.bits.get(name), 4) for name in systems]
+        if baseline:
+            line.append(number(row.ratio))
+            line += [number(row.with_marks)] if marks else []
+            line += [number(row.gap, 4), percent(row.share)]
+        lines.append(line)
+    columns = [by, "bytes", *systems]
+    notes = []
+    if explain:
+        notes.append(
+            "Bits per byte of the bucket's bytes; for end marks and stop decisions, of all bytes. For every system, a "
+            "byte belongs to the token of the sentence model that contains it, and a token's nats are divided evenly "
+            "among its bytes. The buckets' bytes and nats were proven to add up to the whole."
+        )
+    if baseline:
+        columns += ["ratio", *(["with marks"] if marks else []), "gap", "share of gap"]
+    if baseline and explain:
+        notes.append(
+            f"Ratio to '{baseline}'. Gap: how much worse the sentence model is, in bits per byte over all bytes; "
+            "gaps add up."
+        )
+    if marks:
+        notes.append("With marks: the ratio with the end marks and decisions of these sentences.")
+    return Table(BY_TITLES[by], columns, lines, notes)
+
+
+def draw_by(scores: Sequence[QualityScore], by: By, figure: Any) -> None:
+    """Bits per byte by bucket for each system, and where the gap to the baseline is."""
+    baseline, rows = compare_buckets(scores, by)
+    buckets = [row for row in rows[:-1] if row.bytes]
+    positions = np.arange(len(buckets))
+    count = 2 if baseline else 1
+    left, *right = figure.subplots(1, count, squeeze=False, width_ratios=[3, 2][:count])[0]
+    styles = iter([":", "--", "-."])  # of the systems that have no color of their own
+    for depth, system in enumerate(rows[-1].bits):
+        color = COLORS.get(system, GREY)
+        left.plot(
+            positions,
+            [row.bits[system] for row in buckets],
+            color=color,
+            linestyle="-" if color != GREY else next(styles, ":"),
+            linewidth=1.6,
+            marker="o",
+            markersize=3.5,
+            label=system,
+            zorder=10 - depth,
+        )
+    left.set_xticks(positions, [row.label for row in buckets], rotation=45)
+    left.set_title(f"Bits per byte by {by}")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    for axes in right:
+        names = [row.label for row in rows[:-1]]
+        axes.bar(np.arange(len(names)), [row.gap for row in rows[:-1]], color=SENTENCE_COLOR, width=0.7)
+        axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right")
+        axes.axhline(0, color="#94a3b8", linewidth=0.8)
+        axes.set_title("Where the gap is (bits per byte of all bytes)")
+        axes.grid(axis="x", visible=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ from sentcompress.benchmark.heldout_text import HeldoutDocument, Window, check_b
 from sentcompress.benchmark.measurement import SENTENCE_MODEL
 from sentcompress.benchmark.measurements.causality import CausalityReport, require_causal
 from sentcompress.benchmark.measurements.quality import DocumentScore, QualityScore
-from sentcompress.benchmark.sentence_scoring import WindowScores, score_window, window_size
+from sentcompress.benchmark.sentence_scoring import WindowScores, score_window, window_size, without_llm
 from sentcompress.contracts.causal_lm import position_limit
 from sentcompress.distributed import gathered_shares, own_share
 from sentcompress.errors import CoverageError
@@ -63,6 +64,7 @@ def score_sentence_model(
     system: str = SENTENCE_MODEL,
     breakdown: Breakdown | None = None,
     shortlist: ShortlistHead | None = None,
+    use_llm: bool = True,
     progress: Callable[[], None] = lambda: None,
 ) -> QualityScore:
     """Score held-out documents: every sentence after the first, its end mark, and every stop decision.
@@ -72,6 +74,7 @@ def score_sentence_model(
         context_sentences: sentences a window holds; None takes all the backbone has positions for.
         breakdown: also splits the total; None leaves that out.
         shortlist: score what this head writes, which has a few tokens for each sentence; None: the full head.
+        use_llm: False puts a constant in the place of the LLM's states (:func:`without_llm`).
         progress: called after each document.
 
     Raises:
@@ -83,7 +86,8 @@ def score_sentence_model(
     size = window_size(model, context_sentences)
     scored = []
     for document in own_share(documents):
-        tally = score_document(model, document, size, shortlist)
+        with nullcontext() if use_llm else without_llm(model, documents[0].sentences[:size]):
+            tally = score_document(model, document, size, shortlist)
         row = check_document(document, tally, tokenizer)
         token_scores = None
         if breakdown:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,31 @@ def window_size(model: SentenceLM, context_sentences: int | None = None) -> int:
     """Sentences a window holds: ``context_sentences``, or all the backbone has positions for."""
     room = model.backbone.max_positions // model.latents - int(model.config.start_latent)
     return max(2, min(context_sentences or room, room))
+
+
+@contextmanager
+@torch.no_grad()
+def without_llm(model: SentenceLM, sentences: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Put the mean of the LLM's states over some ``sentences`` of one text in the place of each state.
+
+    Whatever follows from the sentences is then lost. The decoder still sees the tokens of its own window.
+    """
+    device = next(model.parameters()).device
+    input_ids, mask = pad_sentences(sentences, device, model.config.pad_token_id)
+    index = torch.arange(len(sentences), device=device)[None]
+    rows = model.rows(model.encode(input_ids, mask.long()), index)
+    states, _ = model.backbone_states(rows, index >= 0, torch.zeros_like(index), index)
+    mean = states.mean((0, 1))
+
+    def constant(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        batch, positions, _width = output[0].shape
+        return mean.repeat(batch, positions // len(mean), 1), output[1]
+
+    hook = model.backbone.register_forward_hook(constant)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from sentcompress.benchmark import scoring, sentence_scoring
 from sentcompress.benchmark.breakdown import (
     BY,
+    BY_TITLES,
     STARTS,
     Breakdown,
     TokenScores,
@@ -25,7 +26,7 @@ from sentcompress.benchmark.breakdown import (
 from sentcompress.benchmark.drawing import svg
 from sentcompress.benchmark.heldout_text import HeldoutDocument, heldout_documents
 from sentcompress.benchmark.measurements.causality import CausalityCheck, CausalityReport
-from sentcompress.benchmark.measurements.quality import BY_TITLES, Quality
+from sentcompress.benchmark.measurements.quality import Quality
 from sentcompress.benchmark.report import sections, tables
 from sentcompress.benchmark.results import Results, parse_results, read_results
 from sentcompress.benchmark.runner import run_bench
@@ -222,7 +223,7 @@ def broken_down(measured) -> Results:
 
 
 def test_every_system_is_broken_down_and_gaps_add_up(broken_down):
-    assert len(Quality.of(broken_down)) == 6
+    assert len(Quality.of(broken_down)) == 7
     for score in Quality.of(broken_down):
         assert_whole(score)
     by_name = {score.system: score for score in Quality.of(broken_down)}

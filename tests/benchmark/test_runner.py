@@ -38,6 +38,7 @@ def test_everything_is_measured(results):
         "sentence model, shortlist of 100",
         "baseline, equal data",
         "backbone, as it came",
+        "sentence model, without its LLM",
         "sentence model, untrained",
         "unigram",
     ]

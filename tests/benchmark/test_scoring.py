@@ -254,3 +254,17 @@ def test_a_shortlist_is_scored_as_what_it_writes(tokenizer, documents, counter):
     candidates = head.candidates(torch.randn(1, 1, model.backbone.hidden_size))[0]
     states = torch.randn(1, model.backbone.hidden_size).expand(len(tokenizer), -1)
     assert head.nll(states, candidates, torch.arange(len(tokenizer))).neg().exp().sum() == pytest.approx(1)
+
+
+def test_without_its_llm_a_model_is_as_good_only_if_the_llm_says_nothing(model, documents, counter):
+    whole = score(model, documents, counter).nats
+    assert score(model, documents, counter, use_llm=False).nats != pytest.approx(whole, rel=1e-6)
+    assert score(model, documents, counter).nats == whole, "the LLM is back"
+    modules = model.backbone.named_modules()
+    norm = next(each for name, each in modules if name.endswith("final_layer_norm") and "layers" not in name)
+    with torch.no_grad():
+        norm.weight.zero_()  # its states are the norm's bias, whatever it reads
+        norm.bias.normal_()
+    silent = score(model, documents, counter).nats
+    assert silent != pytest.approx(whole, rel=1e-6)
+    assert score(model, documents, counter, use_llm=False).nats == pytest.approx(silent, rel=1e-6)

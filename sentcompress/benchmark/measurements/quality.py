@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sentcompress.benchmark.breakdown import BY, Bucket, By, chosen, compare_buckets
-from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR, bars
+from sentcompress.benchmark.breakdown import BY, Bucket, By, by_table, chosen, draw_by
+from sentcompress.benchmark.drawing import bars
 from sentcompress.benchmark.measurement import (
     BASELINES,
     OPPONENT_SYSTEM,
@@ -23,7 +21,7 @@ from sentcompress.benchmark.measurements.causality import Causality, require_cau
 from sentcompress.benchmark.paper import sllm_note
 from sentcompress.provenance import Record
 from sentcompress.recipe.training_sections import EQUAL_COST
-from sentcompress.table import Figure, Table, byte_size, number, percent
+from sentcompress.table import Figure, Table, byte_size, number
 from sentcompress.training.run_folder import OPPONENT
 
 if TYPE_CHECKING:
@@ -31,11 +29,12 @@ if TYPE_CHECKING:
     from sentcompress.benchmark.runner import Bench
 
 UNTRAINED = "sentence model, untrained"
-BY_TITLES: dict[By, str] = {
-    "position": "Quality by position of the token in its sentence",
-    "length": "Quality by tokens of the sentence",
-    "index": "Quality by sentence of the document (0 is context)",
-    "bytes": "Quality by bytes of the document before",
+WITHOUT_LLM = "sentence model, without its LLM"
+IDLE_LLM = 1.005
+"""Where the LLM saves a smaller share of the bits, the table says so."""
+NOTES = {
+    UNTRAINED: "weights drawn from the seed; ",
+    WITHOUT_LLM: "the LLM's states replaced by their mean; ",
 }
 BY_FLAG = Flag(
     "--by",
@@ -211,6 +210,8 @@ class Quality(Measurement[list[QualityScore]]):
             whole = model.config.num_hidden_layers
         else:
             whole = model.backbone.config.num_hidden_layers
+            without_llm = partial(by_sentences, use_llm=False)
+            systems.append((WITHOUT_LLM, lambda: model, without_llm, bench.graft_stages))
             systems.append((UNTRAINED, models.untrained, by_sentences, ()))
             if model.shortlist is not None:
                 head = make_shortlist_head(model, settings.shortlist_tokens)
@@ -225,14 +226,14 @@ class Quality(Measurement[list[QualityScore]]):
                 found = score(candidate, system=system, progress=partial(bar.advance, 1))
             sentence = bench.provenance.mean_sentence_tokens or 1.0
             middle = found.baseline_tokens / len(found.documents) / 2
-            if system != approximate:  # the cost is computed for the full head
+            if system not in (approximate, WITHOUT_LLM):  # costs are those of the full head, and with the LLM
                 flops, size = decoding_cost(candidate, middle, sentence)
                 found.cost = DecodingCost(
                     flops=flops, bytes=size, text_tokens=middle, sentence_tokens=sentence
                 )
             found.counts = model_counts(candidate, models, stages, sentence)
             scores.append(found)
-            note = "weights drawn from the seed; " if system == UNTRAINED else ""
+            note = NOTES.get(system, "")
             if made := split_of(candidate):
                 note = f"split: first {made.first} and last {made.last} of {whole} blocks at every token; "
             if system.startswith(OPPONENT_SYSTEM):
@@ -264,7 +265,7 @@ class Quality(Measurement[list[QualityScore]]):
             for row in results.rows_of(self.name)
         ]
         scores = self.of(results)
-        notes = [*_coverage_note(scores), *_data_note(results), *_cost_note(scores)]
+        notes = [*_coverage_note(scores), *_llm_note(scores), *_data_note(results), *_cost_note(scores)]
         notes += sllm_note(
             results.recipe,
             lambda paper: (
@@ -276,8 +277,8 @@ class Quality(Measurement[list[QualityScore]]):
         found = [Section(table, partial(_draw, scores) if scores else None)]
         broken_down = [by for by in BY if any(by in score.by for score in scores)]
         for by in broken_down:
-            table = _by_table(scores, by, explain=by == broken_down[0])
-            found.append(Section(table, partial(_draw_by, scores, by), (10.4, 3.2), wide=True))
+            table = by_table(scores, by, explain=by == broken_down[0])
+            found.append(Section(table, partial(draw_by, scores, by), (10.4, 3.2), wide=True))
         return found
 
     def tiles(self, results: Results) -> list[tuple[str, str]]:
@@ -319,6 +320,18 @@ def _coverage_note(scores: Sequence[QualityScore]) -> list[str]:
             else ""
         )
     ]
+
+
+def _llm_note(scores: Sequence[QualityScore]) -> list[str]:
+    """Whether the LLM of a sentence model adds anything."""
+    bits = {score.system: score.bits_per_byte for score in scores}
+    if SENTENCE_MODEL not in bits or WITHOUT_LLM not in bits:
+        return []
+    ratio = bits[WITHOUT_LLM] / bits[SENTENCE_MODEL]
+    note = f"Without its LLM, the sentence model needs {ratio:.3f} times the bits."
+    if ratio < IDLE_LLM:
+        note += " So the LLM adds nothing here: the decoder writes from the tokens in its own window."
+    return [note]
 
 
 def _data_note(results: Results) -> list[str]:
@@ -367,44 +380,6 @@ def _cost_note(scores: Sequence[QualityScore]) -> list[str]:
     return notes
 
 
-# ---- breakdowns and figures
-
-
-def _by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table:
-    baseline, rows = compare_buckets(scores, by)
-    opponents = [score.system for score in scores if score.system.startswith(OPPONENT_SYSTEM)]
-    names = (SENTENCE_MODEL, BASELINES[0], *opponents, *BASELINES[1:])
-    systems = [name for name in names if any(name in row.bits for row in rows)]
-    marks = any(row.with_marks is not None for row in rows)
-    lines = []
-    for row in rows:
-        line = [row.label, number(row.bytes or None)]
-        line += [number(row.bits.get(name), 4) for name in systems]
-        if baseline:
-            line.append(number(row.ratio))
-            line += [number(row.with_marks)] if marks else []
-            line += [number(row.gap, 4), percent(row.share)]
-        lines.append(line)
-    columns = [by, "bytes", *systems]
-    notes = []
-    if explain:
-        notes.append(
-            "Bits per byte of the bucket's bytes; for end marks and stop decisions, of all bytes. For every system, a "
-            "byte belongs to the token of the sentence model that contains it, and a token's nats are divided evenly "
-            "among its bytes. The buckets' bytes and nats were proven to add up to the whole."
-        )
-    if baseline:
-        columns += ["ratio", *(["with marks"] if marks else []), "gap", "share of gap"]
-    if baseline and explain:
-        notes.append(
-            f"Ratio to '{baseline}'. Gap: how much worse the sentence model is, in bits per byte over all bytes; "
-            "gaps add up."
-        )
-    if marks:
-        notes.append("With marks: the ratio with the end marks and decisions of these sentences.")
-    return Table(BY_TITLES[by], columns, lines, notes)
-
-
 def _draw(scores: Sequence[QualityScore], figure: Any) -> None:
     axes = figure.subplots()
     bars(
@@ -415,36 +390,3 @@ def _draw(scores: Sequence[QualityScore], figure: Any) -> None:
     )
     axes.set_title("Bits per byte on the same held-out bytes (lower is better)")
     axes.set_xlabel("bits per byte")
-
-
-def _draw_by(scores: Sequence[QualityScore], by: By, figure: Any) -> None:
-    """Bits per byte by bucket for each system, and where the gap to the baseline is."""
-    baseline, rows = compare_buckets(scores, by)
-    buckets = [row for row in rows[:-1] if row.bytes]
-    positions = np.arange(len(buckets))
-    count = 2 if baseline else 1
-    left, *right = figure.subplots(1, count, squeeze=False, width_ratios=[3, 2][:count])[0]
-    styles = iter([":", "--", "-."])  # of the systems that have no color of their own
-    for depth, system in enumerate(rows[-1].bits):
-        color = COLORS.get(system, GREY)
-        left.plot(
-            positions,
-            [row.bits[system] for row in buckets],
-            color=color,
-            linestyle="-" if color != GREY else next(styles, ":"),
-            linewidth=1.6,
-            marker="o",
-            markersize=3.5,
-            label=system,
-            zorder=10 - depth,
-        )
-    left.set_xticks(positions, [row.label for row in buckets], rotation=45)
-    left.set_title(f"Bits per byte by {by}")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
-    for axes in right:
-        names = [row.label for row in rows[:-1]]
-        axes.bar(np.arange(len(names)), [row.gap for row in rows[:-1]], color=SENTENCE_COLOR, width=0.7)
-        axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right")
-        axes.axhline(0, color="#94a3b8", linewidth=0.8)
-        axes.set_title("Where the gap is (bits per byte of all bytes)")
-        axes.grid(axis="x", visible=False)
