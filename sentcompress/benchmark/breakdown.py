@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sentcompress.benchmark.drawing import COLORS, GREY, SENTENCE_COLOR
-from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL
+from sentcompress.benchmark.measurement import BASELINES, OPPONENT_SYSTEM, SENTENCE_MODEL, WITHOUT_LLM
 from sentcompress.errors import CoverageError, InputError, did_you_mean
 from sentcompress.provenance import Record
 from sentcompress.table import Table, number, percent
@@ -344,7 +344,7 @@ def draw_by(scores: Sequence[QualityScore], by: By, figure: Any) -> None:
     count = 2 if baseline else 1
     left, *right = figure.subplots(1, count, squeeze=False, width_ratios=[3, 2][:count])[0]
     styles = iter([":", "--", "-."])  # of the systems that have no color of their own
-    for depth, system in enumerate(rows[-1].bits):
+    for depth, system in enumerate(name for name in rows[-1].bits if name != WITHOUT_LLM):
         color = COLORS.get(system, GREY)
         left.plot(
             positions,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Report = TypeVar("Report")
 """What is written to ``results.json``: a pydantic model or None, or a list of models."""
 SENTENCE_MODEL = "sentence model"
+WITHOUT_LLM = "sentence model, without its LLM"
+"""The same, with a constant in the place of the LLM's states."""
 BASELINES = ("baseline, equal data", "backbone, as it came")
 """Systems the sentence model is compared with, in the order in which they are preferred."""
 OPPONENT_SYSTEM = "opponent "

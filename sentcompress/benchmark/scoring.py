@@ -85,19 +85,19 @@ def score_sentence_model(
     model.eval()
     size = window_size(model, context_sentences)
     scored = []
-    for document in own_share(documents):
-        with nullcontext() if use_llm else without_llm(model, documents[0].sentences[:size]):
+    with nullcontext() if use_llm else without_llm(model, documents[0].sentences[:size]):
+        for document in own_share(documents):
             tally = score_document(model, document, size, shortlist)
-        row = check_document(document, tally, tokenizer)
-        token_scores = None
-        if breakdown:
-            nats = tally.nats - tally.decision_nats
-            eos = model.config.eos_token_id
-            token_scores = sentence_token_scores(
-                document, tokenizer, eos, tally.target_nats, nats, tally.decision_nats
-            )
-        scored.append(_Scored(row, tally.kinds, token_scores))
-        progress()
+            row = check_document(document, tally, tokenizer)
+            token_scores = None
+            if breakdown:
+                nats = tally.nats - tally.decision_nats
+                eos = model.config.eos_token_id
+                token_scores = sentence_token_scores(
+                    document, tokenizer, eos, tally.target_nats, nats, tally.decision_nats
+                )
+            scored.append(_Scored(row, tally.kinds, token_scores))
+            progress()
     return _summary(system, scored, documents, f"{size} sentences", breakdown)
 
 

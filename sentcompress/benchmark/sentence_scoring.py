@@ -15,7 +15,7 @@ from sentcompress.benchmark.heldout_text import Window
 from sentcompress.errors import CoverageError
 from sentcompress.generation.shortlist_head import ShortlistHead
 from sentcompress.modeling.losses import LOGITS_BUDGET, TokenLoss
-from sentcompress.modeling.sentence_lm import START, SentenceLM
+from sentcompress.modeling.sentence_lm import START, SentenceLM, positions_in_passages
 from sentcompress.modeling.vae import pad_sentences
 
 
@@ -100,13 +100,15 @@ def window_size(model: SentenceLM, context_sentences: int | None = None) -> int:
 def without_llm(model: SentenceLM, sentences: Sequence[Sequence[int]]) -> Iterator[None]:
     """Put the mean of the LLM's states over some ``sentences`` of one text in the place of each state.
 
-    Whatever follows from the sentences is then lost. The decoder still sees the tokens of its own window.
+    No earlier sentence reaches the decoder then, except through the tokens in its own window.
     """
     device = next(model.parameters()).device
     input_ids, mask = pad_sentences(sentences, device, model.config.pad_token_id)
-    index = torch.arange(len(sentences), device=device)[None]
+    start = [START] if model.config.start_latent else []
+    index = torch.tensor([[*start, *range(len(sentences))]], device=device)
     rows = model.rows(model.encode(input_ids, mask.long()), index)
-    states, _ = model.backbone_states(rows, index >= 0, torch.zeros_like(index), index)
+    passage_ids = torch.zeros_like(index)
+    states, _ = model.backbone_states(rows, passage_ids == 0, passage_ids, positions_in_passages(passage_ids))
     mean = states.mean((0, 1))
 
     def constant(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:

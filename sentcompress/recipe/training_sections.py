@@ -37,7 +37,7 @@ class TrainingSettings(Section):
     newest checkpoint and continue with the data after the step (at most 25 steps in a row, or 5 times between two
     checkpoints)."""
     precision: Precision = "auto"
-    """``auto`` takes bf16 on GPUs that have it, and on CPUs where it makes this training's steps faster."""
+    """``auto`` takes bf16 on GPUs that have it, and on CPUs where it makes this training faster."""
     gradient_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass: less memory, slower."""
     compile: bool = False

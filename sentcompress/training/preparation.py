@@ -28,8 +28,10 @@ ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's names for the precisions."""
 MIN_SPEEDUP = 1.2
 """bf16 must be this much faster than fp32 for ``auto`` to choose it."""
+MEASURED_ROUNDS = 4
+"""How often both precisions are timed, unless that takes long."""
 ENOUGH_SECONDS = 10
-"""Steps that take so long are not measured twice."""
+"""After so long, no further round begins."""
 
 
 @dataclass
@@ -64,16 +66,6 @@ def prepare(job: Job, precision: str | None, note: Callable[[str], None]) -> Pre
         InputError: the settings do not fit the model.
     """
     model, settings = job.model, job.settings
-    precision = _shared_precision(job, precision, note)
-    # Accelerate keeps one precision for the whole process, but the stages of a recipe may differ.
-    AcceleratorState._reset_state()
-    if frozen := unreached_weights(job.units):
-        note(frozen)
-    # With a single latent, attention over it has no choice to make: its queries and keys get no gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(
-        mixed_precision=ACCELERATE_NAMES[precision], cpu=on_cpu(), kwargs_handlers=[unused]
-    )
     if not trainable(model):
         raise InputError(
             f"{job.stage.section}: these settings leave no trainable parameters",
@@ -86,6 +78,16 @@ def prepare(job: Job, precision: str | None, note: Callable[[str], None]) -> Pre
                 fix=f"set it to false, and lower {' or '.join(job.batch_fields)} instead",
             )
         recompute_activations(model)
+    precision = _shared_precision(job, precision, note)
+    # Accelerate keeps one precision for the whole process, but the stages of a recipe may differ.
+    AcceleratorState._reset_state()
+    if frozen := unreached_weights(job.units):
+        note(frozen)
+    # With a single latent, attention over it has no choice to make: its queries and keys get no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_NAMES[precision], cpu=on_cpu(), kwargs_handlers=[unused]
+    )
     sharded = settings.distributed == "fsdp" and accelerator.num_processes > 1
     if sharded:
         shard_model(model, job.units, accelerator.device, accelerator.num_processes)
@@ -122,16 +124,18 @@ def choose_precision(job: Job, device: torch.device) -> tuple[str, str]:
     """Resolve a job's ``precision``. ``auto`` takes bf16 where it is faster: on GPUs that have it, and on some CPUs.
 
     How much faster depends on the model. With small ones, what bf16 saves in products may be lost in attention and in
-    casts, so on a CPU the job's own steps are timed.
+    casts, so on a CPU the job's own forward and backward pass is timed.
 
     Args:
+        job: with its model on the CPU.
         device: where it will run.
 
     Returns:
         ``fp32``, ``bf16`` or ``fp16``, and the reason in one line.
 
     Raises:
-        InputError: fp16 without a GPU, or a step does not fit into memory.
+        InputError: fp16 without a GPU.
+        OutOfMemoryError: a micro-batch does not fit into memory.
     """
     wanted = job.settings.precision
     if wanted == "fp16" and device.type == "cpu":
@@ -142,13 +146,15 @@ def choose_precision(job: Job, device: torch.device) -> tuple[str, str]:
         return wanted, "set in the recipe"
     if device.type != "cpu":
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "this device has it"
-        return "fp32", "this device does not have bf16"
+            return "bf16", "this GPU has it"
+        return "fp32", "bf16 is chosen on CPUs and CUDA GPUs that have it"
+    if job.settings.distributed == "fsdp" and processes().num_processes > 1:
+        return "fp32", "not measured: one process may not hold the whole model"
     with explain_out_of_memory(job.stage.section, job.batch_fields):
         seconds = step_seconds(job)
     ratio = seconds["fp32"] / seconds["bf16"]
     times = f"{max(ratio, 1 / ratio):.1f}x {'faster' if ratio >= 1 else 'slower'}"
-    return ("bf16" if ratio >= MIN_SPEEDUP else "fp32"), f"bf16 measured {times} in a step of this training"
+    return ("bf16" if ratio >= MIN_SPEEDUP else "fp32"), f"bf16 measured {times}, forward and backward pass"
 
 
 def step_seconds(job: Job) -> dict[str, float]:
@@ -157,12 +163,13 @@ def step_seconds(job: Job) -> dict[str, float]:
     counts = job.counts(batch)
     best = {"fp32": math.inf, "bf16": math.inf}
     began = time.perf_counter()
-    for _ in range(2):  # the first time is a warm-up
+    for _ in range(MEASURED_ROUNDS):  # the first one is a warm-up
         for precision in best:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 output = job.loss(model, batch, StepShare(counts, counts))
-            output.loss.backward()
+            auxiliary = 0.0 if output.auxiliary_loss is None else output.auxiliary_loss
+            (output.loss + auxiliary).backward()
             best[precision] = min(best[precision], time.perf_counter() - start)
             model.zero_grad()
         if time.perf_counter() - began > ENOUGH_SECONDS:

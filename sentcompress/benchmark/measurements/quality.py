@@ -13,6 +13,7 @@ from sentcompress.benchmark.measurement import (
     BASELINES,
     OPPONENT_SYSTEM,
     SENTENCE_MODEL,
+    WITHOUT_LLM,
     Flag,
     Measurement,
     Section,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from sentcompress.benchmark.runner import Bench
 
 UNTRAINED = "sentence model, untrained"
-WITHOUT_LLM = "sentence model, without its LLM"
 IDLE_LLM = 1.005
 """Where the LLM saves a smaller share of the bits, the table says so."""
 NOTES = {
@@ -330,7 +330,7 @@ def _llm_note(scores: Sequence[QualityScore]) -> list[str]:
     ratio = bits[WITHOUT_LLM] / bits[SENTENCE_MODEL]
     note = f"Without its LLM, the sentence model needs {ratio:.3f} times the bits."
     if ratio < IDLE_LLM:
-        note += " So the LLM adds nothing here: the decoder writes from the tokens in its own window."
+        note += f" So the LLM saves less than {IDLE_LLM - 1:.1%} of them: the decoder hardly uses it."
     return [note]
 
 
