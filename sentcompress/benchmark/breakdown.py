@@ -302,6 +302,7 @@ def compare_buckets(scores: Sequence[QualityScore], by: By) -> tuple[str | None,
 
 
 def by_table(scores: Sequence[QualityScore], by: By, *, explain: bool) -> Table:
+    """Bits per byte by bucket; ``explain`` says below the table how bytes are counted."""
     baseline, rows = compare_buckets(scores, by)
     opponents = [score.system for score in scores if score.system.startswith(OPPONENT_SYSTEM)]
     names = (SENTENCE_MODEL, BASELINES[0], *opponents, *BASELINES[1:])
