@@ -24,7 +24,7 @@ def test_the_loss_is_the_tokens_mean_surprise():
 
 
 def test_before_it_has_learned_it_knows_which_tokens_are_frequent():
-    weight, counts = torch.randn(50, 16), torch.randint(1000, (50,))
+    weight, counts = torch.randn(50, 16), torch.randperm(1000)[:50]  # no two alike
     shortlist = Shortlist(16, 1, 50, rank=4)
     shortlist.start(weight, counts)
     shortlist.query[-1].weight.data.zero_()
