@@ -103,6 +103,8 @@ def test_a_stage_goes_on_from_its_checkpoint(stage: str):
     ended, expected = Path("stopped") / stage, Path("whole") / stage
     assert losses(ended) == pytest.approx(RECORDED["losses"][stage], rel=1e-4 if same else 0.02)
     figures = json.loads((ended / "run.json").read_text(encoding="utf-8"))["figures"]
+    if stage == "graft":
+        assert figures.pop("state_deviation") > 0  # a figure that came later
     assert figures == pytest.approx(RECORDED["figures"][stage], rel=1e-3 if same else 0.02)
     weights, wanted = (load_file(folder / "model.safetensors") for folder in (ended, expected))
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in wanted.items()}

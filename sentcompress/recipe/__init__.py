@@ -60,7 +60,7 @@ __all__ = [
 LATER = {
     "backbone": ("embed_init_std",),
     "bench": ("memories", "text_lengths", "recall_tasks"),
-    "graft": ("split",),
+    "graft": ("split", "backbone_learning_rate"),
     "vae": ("init_std", "embed_init_std", "embedding_multiplier"),
 }
 """Fields of each section that older results do not have."""

@@ -177,6 +177,9 @@ class GraftSettings(PassageSettings, TuneSettings):
     latent and stop decisions is used then."""
     vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
     """Folder of a trained SentenceVAE; null uses the one from this run."""
+    backbone_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the LLM's blocks; null takes ``learning_rate``. A pretrained LLM needs a lower one than the
+    new encoder and decoder around it, or it soon says the same about every sentence."""
     loss: Literal["focal", "cross-entropy"] = "focal"
     """Loss of tokens and stop decisions."""
     focal_gamma: float = Field(default=2.0, ge=0)
@@ -205,9 +208,19 @@ class GraftSettings(PassageSettings, TuneSettings):
         return self
 
     @model_validator(mode="after")
+    def _frozen_blocks_have_no_rate(self) -> Self:
+        if self.tune == "frozen" and self.backbone_learning_rate:
+            raise ValueError("tune: frozen trains nothing of the LLM; remove backbone_learning_rate")
+        return self
+
+    @model_validator(mode="after")
     def _split_stands_alone(self) -> Self:
         if self.split and self.vae:
             raise ValueError("split keeps the LLM's own layers and needs no SentenceVAE; remove vae")
+        if self.split and self.backbone_learning_rate:
+            raise ValueError(
+                "split trains nothing but the LLM; set learning_rate and remove backbone_learning_rate"
+            )
         if self.split and self.shortlist_rank:
             raise ValueError("split has no sentence decoder for a shortlist; set shortlist_rank to 0")
         if self.split and (self.compile or self.gradient_checkpointing or self.distributed == "fsdp"):

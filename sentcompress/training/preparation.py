@@ -185,21 +185,31 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.optim.AdamW, list[str]]:
     """AdamW with weight decay on matrices only, not on biases, norms and single vectors.
 
+    A graft's LLM may have a learning rate of its own: ``rate_share`` of each group is its share of ``learning_rate``.
+
     Returns:
         the optimizer, and the parameters' names in its order.
     """
     parameters = trainable(model)
-    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
-    others = [name for name, parameter in parameters.items() if parameter.ndim < 2]
-    groups = [
-        {"params": [parameters[name] for name in matrices], "weight_decay": settings.weight_decay},
-        {"params": [parameters[name] for name in others], "weight_decay": 0.0},
-    ]
+    own_rate = getattr(settings, "backbone_learning_rate", None)
+    groups: dict[tuple[bool, bool], list[str]] = {}
+    for name, parameter in parameters.items():
+        in_llm = own_rate is not None and name.startswith("backbone.")
+        groups.setdefault((parameter.ndim < 2, in_llm), []).append(name)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, fused=fused
+        [
+            {
+                "params": [parameters[name] for name in groups[key]],
+                "weight_decay": 0.0 if key[0] else settings.weight_decay,
+                "rate_share": own_rate / settings.learning_rate if key[1] and own_rate else 1.0,
+            }
+            for key in sorted(groups)
+        ],
+        lr=settings.learning_rate,
+        fused=fused,
     )
-    return optimizer, matrices + others
+    return optimizer, [name for key in sorted(groups) for name in groups[key]]
 
 
 class WeightAverage:

@@ -143,7 +143,7 @@ class Stepper:
         settings, accelerator = self.settings, self.accelerator
         rate = learning_rate(number, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_share"]
         self.model.train()
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from sentcompress import pretrained
 from sentcompress.errors import InputError, RecipeError
 from sentcompress.files import file_digest, read_json
+from sentcompress.modeling.grafting import graft, wrap_backbone
 from sentcompress.modeling.llm_loading import load_causal_lm
 from sentcompress.modeling.saved_models import load_sentence_lm, load_vae
 from sentcompress.pipeline import run_recipe
@@ -52,7 +53,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def test_every_stage_resumes_bit_by_bit(tmp_path, backbone, interrupted):
-    recipe = grafting(backbone)
+    recipe = grafting(backbone, backbone_learning_rate=1e-4)
     run_recipe(recipe, tmp_path / "whole", stages=TRAINED)
     stopped = tmp_path / "stopped"
     for name in TRAINED:
@@ -136,6 +137,34 @@ def test_the_baseline_teaches_the_graft_and_is_trained_before_it(tmp_path, backb
     recipe.backbone.init, recipe.graft.teacher = "random", "backbone"
     with pytest.raises(RecipeError, match=r"graft\.teacher: the backbone has random weights"):
         recipe.check_components()
+
+
+def test_the_llm_has_a_learning_rate_of_its_own(tmp_path, backbone):
+    recipe = grafting(backbone, backbone_learning_rate=1e-12, ema=None)
+    run_recipe(recipe, tmp_path / "out", stages=["vae", "graft"])
+    untrained = graft(
+        recipe,
+        load_vae(tmp_path / "out" / "vae"),
+        wrap_backbone(recipe.backbone, load_causal_lm(recipe.backbone)),
+    )
+    trained = load_sentence_lm(tmp_path / "out" / "graft")
+    moved = {
+        part: max(
+            float((new - old).detach().abs().max())
+            for new, old in zip(a.parameters(), b.parameters(), strict=True)
+        )
+        for part, a, b in (("llm", trained.backbone, untrained.backbone), ("vae", trained.vae, untrained.vae))
+    }
+    assert moved["llm"] < 1e-9
+    assert moved["vae"] > 1e-4
+
+
+def test_a_graft_reports_how_much_the_states_vary(tmp_path, backbone):
+    run_recipe(grafting(backbone), tmp_path / "out", stages=["vae", "graft"])
+    figures = [
+        json.loads(line) for line in (tmp_path / "out" / "graft" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert 0 < figures[-1]["eval"]["state_deviation"] < 1
 
 
 def test_a_graft_without_a_vae_is_refused_before_anything_is_read(tmp_path, backbone):

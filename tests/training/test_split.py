@@ -204,6 +204,7 @@ def test_the_loss_of_a_perfect_teacher_is_its_entropy(tmp_path):
     [
         ("graft.vae=out/vae", "split keeps the LLM's own layers and needs no SentenceVAE"),
         ("graft.shortlist_rank=8", "split has no sentence decoder for a shortlist"),
+        ("graft.backbone_learning_rate=1e-4", "split trains nothing but the LLM; set learning_rate"),
         ("graft.split={first: 2}", "graft.split.first: "),
         ("graft.compile=true", "split cannot be combined with compile"),
         (

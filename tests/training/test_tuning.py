@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sentcompress.errors import InputError
+from sentcompress.errors import InputError, RecipeError
 from sentcompress.modeling import SentenceLM
 from sentcompress.modeling.device_map import blocks_of
-from sentcompress.recipe import BaselineSettings, GraftSettings
+from sentcompress.recipe import BaselineSettings, GraftSettings, build_recipe
 from sentcompress.registry import get_registry
 from sentcompress.testing import tiny_opt, tiny_passages, tiny_sentence_lm
 from sentcompress.training.tuning import apply_tune, merged_state, unreached_weights
@@ -73,6 +73,8 @@ def test_wrong_settings_are_refused():
         tuned(tune="last-n", last_n=9)
     with pytest.raises(InputError, match=r"no linear layer 'q_prj'. Did you mean 'q_proj'"):
         tuned(tune="lora", lora={"target_modules": ["fc1", "q_prj"]})
+    with pytest.raises(RecipeError, match=r"frozen trains nothing of the LLM; remove backbone_learning_rate"):
+        build_recipe({"name": "x"}, ["graft.tune=frozen", "graft.backbone_learning_rate=1e-4"], "test")
 
 
 # ---- mixtures of experts

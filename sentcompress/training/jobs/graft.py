@@ -132,18 +132,27 @@ class GraftJob:
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Bits per token of held-out passages, end marks and stop decisions included.
+        """Bits per token of held-out passages, end marks and stop decisions included, and how much states vary.
 
-        Fast, but comparable within a run only: use ``bench quality`` for the real figure.
+        Both are fast to measure. Bits are comparable within a run only: use ``bench quality`` for the real figure.
+        ``state_deviation`` is the root mean square distance of the LLM's states from their mean, divided by their root
+        mean square norm. Near 0, the LLM says the same about every sentence.
         """
         device = next(model.parameters()).device
         nats, tokens = 0.0, 0
+        states: list[Tensor] = []
         for index in range(min(self.settings.eval_batches, self._heldout.batches_per_epoch)):
             batch = {name: value.to(device) for name, value in self._heldout.batch(index).items()}
             output = model(**batch)
             nats += float(output.sentence_nll.double().sum() + output.stop_nll.double().sum())
             tokens += int(output.targets.sum() - (output.targets > 0).sum())
-        return {"bits_per_token": nats / math.log(2) / max(1, tokens)}
+            states.append(output.hidden_states[batch["passage_ids"] >= 0].flatten(1).double())
+        every = torch.cat(states)
+        deviation = (every - every.mean(0)).square().sum() / every.square().sum()
+        return {
+            "bits_per_token": nats / math.log(2) / max(1, tokens),
+            "state_deviation": float(deviation.sqrt()),
+        }
 
     def state(self) -> dict[str, Tensor]:
         return merged_state(self.model)
