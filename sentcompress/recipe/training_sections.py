@@ -178,8 +178,8 @@ class GraftSettings(PassageSettings, TuneSettings):
     vae: UserPath | None = Field(default=None, json_schema_extra={"path": True})
     """Folder of a trained SentenceVAE; null uses the one from this run."""
     backbone_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the LLM's blocks; null takes ``learning_rate``. A pretrained LLM needs a lower one than the
-    new encoder and decoder around it, or it soon says the same about every sentence."""
+    """Peak learning rate of the LLM's weights; null takes ``learning_rate``. A lower one can keep the LLM's states from
+    becoming the same for every sentence."""
     loss: Literal["focal", "cross-entropy"] = "focal"
     """Loss of tokens and stop decisions."""
     focal_gamma: float = Field(default=2.0, ge=0)

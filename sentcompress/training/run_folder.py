@@ -55,7 +55,7 @@ OPPONENT = "opponent-"
 """What the names of the opponents' stages and folders begin with."""
 
 NOT_OF_THE_BASELINE = {
-    GRAFT.section: ("split", "teacher", "teacher_share", "shortlist_rank"),
+    GRAFT.section: ("split", "teacher", "teacher_share", "shortlist_rank", "backbone_learning_rate"),
     MEMORY.section: tuple(MemorySettings.model_fields.keys() - PassageSettings.model_fields.keys()),
 }
 """Fields of these recipe sections that do not affect the baseline, which reads their passages."""

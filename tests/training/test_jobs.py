@@ -159,6 +159,12 @@ def test_the_llm_has_a_learning_rate_of_its_own(tmp_path, backbone):
     assert moved["vae"] > 1e-4
 
 
+def test_the_baseline_stays_when_the_grafts_llm_gets_another_rate(tmp_path, backbone, capsys):
+    for recipe in (grafting(backbone), grafting(backbone, backbone_learning_rate=1e-4)):
+        run_recipe(recipe, tmp_path / "out", stages=["baseline"])
+    assert "baseline: already done" in capsys.readouterr().err
+
+
 def test_a_graft_reports_how_much_the_states_vary(tmp_path, backbone):
     run_recipe(grafting(backbone), tmp_path / "out", stages=["vae", "graft"])
     figures = [

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sentcompress.errors import InputError
-from sentcompress.recipe import TrainingSettings
+from sentcompress.recipe import GraftSettings, TrainingSettings
 from sentcompress.training import preparation
 from sentcompress.training.preparation import WeightAverage, build_optimizer
 
@@ -23,6 +23,18 @@ def test_only_matrices_decay():
         "1.weight": 0.0,
         "1.bias": 0.0,
         "2.bias": 0.0,
+    }
+
+
+def test_only_the_llm_has_its_own_share_of_the_rate():
+    model = nn.ModuleDict({"backbone": nn.Linear(3, 4), "vae": nn.Linear(4, 2)})
+    optimizer, names = build_optimizer(model, GraftSettings(learning_rate=4e-3, backbone_learning_rate=1e-3))
+    shares = [group["rate_share"] for group in optimizer.param_groups for _ in group["params"]]
+    assert dict(zip(names, shares, strict=True)) == {
+        "backbone.weight": 0.25,
+        "backbone.bias": 0.25,
+        "vae.weight": 1.0,
+        "vae.bias": 1.0,
     }
 
 

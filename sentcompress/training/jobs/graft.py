@@ -136,7 +136,8 @@ class GraftJob:
 
         Both are fast to measure. Bits are comparable within a run only: use ``bench quality`` for the real figure.
         ``state_deviation`` is the root mean square distance of the LLM's states from their mean, divided by their root
-        mean square norm. Near 0, the LLM says the same about every sentence.
+        mean square norm; what depends on a sentence's position alone counts too. Near 0, the LLM says the same about
+        every sentence.
         """
         device = next(model.parameters()).device
         nats, tokens = 0.0, 0
@@ -146,7 +147,7 @@ class GraftJob:
             output = model(**batch)
             nats += float(output.sentence_nll.double().sum() + output.stop_nll.double().sum())
             tokens += int(output.targets.sum() - (output.targets > 0).sum())
-            states.append(output.hidden_states[batch["passage_ids"] >= 0].flatten(1).double())
+            states.append(output.hidden_states[batch["sentence_index"] >= 0].flatten(1).double())
         every = torch.cat(states)
         deviation = (every - every.mean(0)).square().sum() / every.square().sum()
         return {
