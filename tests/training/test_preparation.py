@@ -12,30 +12,25 @@ from sentcompress.training import preparation
 from sentcompress.training.preparation import WeightAverage, build_optimizer
 
 
+def by_name(model: nn.Module, settings: TrainingSettings, figure: str) -> dict[str, float]:
+    """A ``figure`` of each parameter's group in the optimizer."""
+    optimizer, names = build_optimizer(model, settings)
+    figures = [group[figure] for group in optimizer.param_groups for _ in group["params"]]
+    return dict(zip(names, figures, strict=True))
+
+
 def test_only_matrices_decay():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].weight.requires_grad_(False)
-    optimizer, names = build_optimizer(model, TrainingSettings(weight_decay=0.1))
-    decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
-    assert dict(zip(names, decays, strict=True)) == {
-        "0.weight": 0.1,
-        "0.bias": 0.0,
-        "1.weight": 0.0,
-        "1.bias": 0.0,
-        "2.bias": 0.0,
-    }
+    expected = {"0.weight": 0.1, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.bias": 0.0}
+    assert by_name(model, TrainingSettings(weight_decay=0.1), "weight_decay") == expected
 
 
 def test_only_the_llm_has_its_own_share_of_the_rate():
     model = nn.ModuleDict({"backbone": nn.Linear(3, 4), "vae": nn.Linear(4, 2)})
-    optimizer, names = build_optimizer(model, GraftSettings(learning_rate=4e-3, backbone_learning_rate=1e-3))
-    shares = [group["rate_share"] for group in optimizer.param_groups for _ in group["params"]]
-    assert dict(zip(names, shares, strict=True)) == {
-        "backbone.weight": 0.25,
-        "backbone.bias": 0.25,
-        "vae.weight": 1.0,
-        "vae.bias": 1.0,
-    }
+    expected = {"backbone.weight": 0.25, "backbone.bias": 0.25, "vae.weight": 1.0, "vae.bias": 1.0}
+    settings = GraftSettings(learning_rate=4e-3, backbone_learning_rate=1e-3)
+    assert by_name(model, settings, "rate_share") == expected
 
 
 def test_the_average_follows_and_leaves_the_weights_alone():
