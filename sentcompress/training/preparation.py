@@ -191,25 +191,26 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch
         the optimizer, and the parameters' names in its order.
     """
     parameters = trainable(model)
-    own_rate = getattr(settings, "backbone_learning_rate", None)
-    groups: dict[tuple[bool, bool], list[str]] = {}
+    llm_rate = getattr(settings, "backbone_learning_rate", None) or settings.learning_rate
+    groups: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        in_llm = own_rate is not None and name.startswith("backbone.")
-        groups.setdefault((parameter.ndim < 2, in_llm), []).append(name)
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        rate = llm_rate if name.startswith("backbone.") else settings.learning_rate
+        groups.setdefault((decay, rate / settings.learning_rate), []).append(name)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     optimizer = torch.optim.AdamW(
         [
             {
-                "params": [parameters[name] for name in groups[key]],
-                "weight_decay": 0.0 if key[0] else settings.weight_decay,
-                "rate_share": own_rate / settings.learning_rate if key[1] and own_rate else 1.0,
+                "params": [parameters[name] for name in names],
+                "weight_decay": decay,
+                "rate_share": share,
             }
-            for key in sorted(groups)
+            for (decay, share), names in groups.items()
         ],
         lr=settings.learning_rate,
         fused=fused,
     )
-    return optimizer, [name for key in sorted(groups) for name in groups[key]]
+    return optimizer, [name for names in groups.values() for name in names]
 
 
 class WeightAverage:
